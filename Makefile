@@ -1,0 +1,56 @@
+# Two commands are enough: `make demo` and `make test`. Each sets up all it needs, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is pinned in constraints.txt: the newest on the index would bring gigabytes of CUDA to a laptop.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := runs/demo
+
+.PHONY: demo test test-browser lint soak bench install clean help
+
+help:            ## what there is
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/installed          ## train the pocket model on the embedded corpus (3 minutes), and write with it
+	$(BIN)/smolforge train pocket --out $(DEMO)
+	$(BIN)/smolforge generate $(DEMO) --seed 1
+	@echo
+	@echo "The run is in $(DEMO): open $(DEMO)/report.html, or try"
+	@echo "  $(BIN)/smolforge serve $(DEMO)"
+
+test: $(VENV)/installed-dev      ## all tests but the long ones (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
+	$(BIN)/python -m pytest -m browser
+
+lint: $(VENV)/installed-dev      ## ruff, pyright, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+soak: $(VENV)/installed-dev      ## long checks: random kills, faults and corruption (about 20 minutes)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed-dev     ## smolforge beside its peers; each ends in one JSON line
+	$(BIN)/smolforge bench train
+	$(BIN)/smolforge bench generate
+	$(BIN)/smolforge bench data
+
+install: $(VENV)/installed-dev     ## make .venv with every extra but the trackers
+
+# Installing torch first and by its pin keeps every other package from choosing one of its own.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(PIP) torch numpy
+	$(PIP) -e '.[web,gguf]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e '.[web,gguf,eval,dev]'
+	touch $@
+
+clean:           ## remove what can be made again; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

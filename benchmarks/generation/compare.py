@@ -1,0 +1,168 @@
+"""Generation side by side: smolforge, llama.cpp, transformers and the seed's loop, on the same random weights.
+
+    python benchmarks/generation/compare.py [--llama-python PYTHON] [--rounds 7] [--threads 2] [--only NAME ...]
+
+Contestants live in processes of their own and take turns, job by job, so that a machine that is slow for a while
+is slow for all. Reported are medians, and medians of the ratios of neighbouring turns. llama.cpp runs where
+PYTHON can import `llama_cpp` and `gguf` (a virtual environment with `pip install llama-cpp-python gguf`). The
+model has SmolLM2-135M's shape. Read bandwidth is measured in the same run by summing an array beyond the caches.
+
+Needs about 4 GB of memory and 2 GB of disk under --workspace. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# ours: (theirs, wanted ratio of decoding)
+PAIRS = {
+    "native-fp32": ("llama.cpp-f32", 0.95), "native-bf16": ("llama.cpp-bf16", 1.3),
+    "native-int8": ("llama.cpp-q8_0", 2.0), "native-int4": ("llama.cpp-q4_0", 1.7),
+    "stock-bf16": ("llama.cpp-bf16", 0.8), "stock-int8": ("llama.cpp-q8_0", 0.8),
+}  # fmt: skip
+OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "seed-fp32"]
+JOBS = {"decode": "decode 32 64", "batch8": "batch 8 32 32", "first512": "first 512"}
+TOKENS = {"decode": 64, "batch8": 256, "first512": 1}
+
+
+class Peer:
+    """A contestant's process."""
+
+    def __init__(self, name: str, python: str, workspace: Path, threads: int) -> None:
+        self.name = name
+        command = [python, str(HERE / "peer.py"), name, str(workspace), str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**{k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise RuntimeError(f"{name} did not start: run {' '.join(command)}")
+        self.facts = json.loads(line)
+
+    def run(self, job: str) -> float:
+        """Seconds of one job."""
+        self._process.stdin.write(job + "\n")  # type: ignore[union-attr]
+        self._process.stdin.flush()  # type: ignore[union-attr]
+        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise RuntimeError(f"{self.name} died of {job!r}; run peer.py by hand to see why")
+        return json.loads(line)["seconds"]
+
+    def resident(self) -> int:
+        """Bytes of memory of the process now."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait(60)
+
+
+def make_model(workspace: Path, llama_python: str | None) -> None:
+    """The random model as a Hugging Face directory and, for llama.cpp, as GGUF files."""
+    from smolforge import tokenizer as tokenizers
+    from smolforge.checkpoint.format import write_model
+    from smolforge.config import ModelConfig
+    from smolforge.model.registry import build
+
+    if not (workspace / "hf").is_dir():
+        config = ModelConfig()
+        module = build(config, seed=0)
+        tokenizer = tokenizers.train(["once upon a time"], 300)
+        (workspace / "hf").mkdir(parents=True)
+        write_model(workspace / "hf", config, module.state_dict(), tokenizer)
+    if llama_python and not (workspace / "q4_0.gguf").is_file():
+        subprocess.run([llama_python, str(HERE / "to_gguf.py"), str(workspace)], check=True)
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads read from memory: the best of ten sums over 1 GiB."""
+    import torch
+
+    torch.set_num_threads(threads)
+    data = torch.ones(1 << 27, dtype=torch.int64)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / min(seconds)
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-python", default=None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "smolforge-compare")
+    parser.add_argument("--only", nargs="*", default=None, help="contestants to run, by name")
+    args = parser.parse_args()
+    llama = args.llama_python and shutil.which(args.llama_python)
+    make_model(args.workspace, llama)
+    names = list(dict.fromkeys([name for pair, (theirs, _) in PAIRS.items() for name in (pair, theirs)] + OTHERS))
+    names = [n for n in names if (args.only is None or n in args.only) and (llama or not n.startswith("llama"))]
+    read = bandwidth(args.threads)
+    peers = {}
+    for name in names:
+        python = llama if name.startswith("llama") else sys.executable
+        peers[name] = Peer(name, str(python), args.workspace, args.threads)
+    times: dict[str, dict[str, list[float]]] = {name: {job: [] for job in JOBS} for name in names}
+    for turn in range(args.rounds + 1):  # the first turn warms up
+        for job, line in JOBS.items():
+            for name in names:
+                if name.startswith("seed") and (turn > 1 or job == "batch8"):
+                    continue
+                count = "8" if name.startswith("seed") else None
+                seconds = peers[name].run(line if count is None else line.replace(" 64", f" {count}"))
+                seconds *= 8 if count and job == "decode" else 1
+                if turn:
+                    times[name][job].append(seconds)
+    result = {"threads": args.threads, "rounds": args.rounds, "read_bytes_per_second": round(read), "peers": {}}
+    print(f"{'':20} {'tokens/s':>9} {'8 seqs':>8} {'first ms':>9} {'load s':>7} {'weights MB':>11} {'% of read':>10}")
+    for name in names:
+        middle = {job: statistics.median(t) if t else None for job, t in times[name].items()}
+        rate = {job: TOKENS[job] / s if s else None for job, s in middle.items()}
+        facts = peers[name].facts
+        share = facts["weight_bytes"] * (rate["decode"] or 0) / read
+        result["peers"][name] = {
+            "tokens_per_second": rate["decode"], "tokens_per_second_of_8": rate["batch8"],
+            "first_token_seconds": middle["first512"], "share_of_read_bandwidth": share,
+            "resident_bytes": peers[name].resident(), **facts,
+        }  # fmt: skip
+        batch = f"{rate['batch8']:8.1f}" if rate["batch8"] else f"{'-':>8}"
+        print(
+            f"{name:20} {rate['decode'] or 0:9.1f} {batch} {1000 * (middle['first512'] or 0):9.0f} "
+            f"{facts['load_seconds']:7.2f} {facts['weight_bytes'] / 1e6:11.0f} {100 * share:10.0f}"
+        )
+    result["ratios"] = {}
+    for ours, (theirs, wanted) in [*PAIRS.items(), *(("native-int8", (o, 10.0)) for o in OTHERS[1:3])]:
+        if ours in times and theirs in times:
+            ratios = {
+                job: statistics.median([b / a for a, b in zip(times[ours][job], times[theirs][job], strict=True)])
+                for job in JOBS
+            }
+            result["ratios"][f"{ours} / {theirs}"] = {**ratios, "wanted_decode": wanted}
+            print(
+                f"{ours} / {theirs}: decode {ratios['decode']:.2f} (wanted {wanted}), 8 sequences "
+                f"{ratios['batch8']:.2f} (1.2), first token in {1 / ratios['first512']:.2f} of the time (0.7)"
+            )
+    for peer in peers.values():
+        peer.close()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

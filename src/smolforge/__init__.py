@@ -1,0 +1,67 @@
+"""smolforge: pretrain, resume, sample and serve your own SmolLM2-class language model.
+
+    import smolforge
+
+    run, code = smolforge.train(smolforge.Request("pocket", out="runs/mine"))
+    engine = smolforge.Engine.load("runs/mine")
+    for step in engine.stream(["Once upon a time"], smolforge.Sampling(seed=1)):
+        print(step.text, end="")
+
+Names are imported when they are first used: `import smolforge` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smolforge.checkpoint.locate import load as load_model
+    from smolforge.config import RunConfig
+    from smolforge.config import build as build_config
+    from smolforge.data import Corpus, Loader
+    from smolforge.errors import SmolforgeError
+    from smolforge.evaluation import evaluate
+    from smolforge.generation import Engine, Sampling
+    from smolforge.run import Run
+    from smolforge.tokenizer import Tokenizer
+    from smolforge.training.setup import Request
+    from smolforge.training.train import train
+
+_HOMES = {
+    "Corpus": ("data", "Corpus"),
+    "Engine": ("generation", "Engine"),
+    "Loader": ("data", "Loader"),
+    "Request": ("training.setup", "Request"),
+    "Run": ("run", "Run"),
+    "RunConfig": ("config", "RunConfig"),
+    "Sampling": ("generation", "Sampling"),
+    "SmolforgeError": ("errors", "SmolforgeError"),
+    "Tokenizer": ("tokenizer", "Tokenizer"),
+    "build_config": ("config", "build"),
+    "evaluate": ("evaluation", "evaluate"),
+    "load_model": ("checkpoint.locate", "load"),
+    "train": ("training.train", "train"),
+}
+__all__ = [
+    "Corpus",
+    "Engine",
+    "Loader",
+    "Request",
+    "Run",
+    "RunConfig",
+    "Sampling",
+    "SmolforgeError",
+    "Tokenizer",
+    "build_config",
+    "evaluate",
+    "load_model",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smolforge' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"smolforge.{module}"), attribute)

@@ -1,0 +1,168 @@
+"""Saving in a thread, so that training goes on while the disk works.
+
+The state is copied to the host before `save` returns, so the training that goes on cannot change it. One save is in
+flight at a time. Its failure is raised at the next call, whichever that is: a save that failed is never taken
+for one that did not. The thread is no daemon: Python waits for it before it ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolforge.checkpoint.commit import commit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Committer:
+    """Commits checkpoints one after the other, in a thread or not.
+
+    Args:
+        checkpoints: RUN/checkpoints.
+        asynchronous: False does everything before `save` returns, through the same code.
+        after: called with each committed directory, in the thread that saved it (to prune, for example).
+    """
+
+    def __init__(
+        self, checkpoints: Path, *, asynchronous: bool = True, after: Callable[[Path], None] | None = None
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.asynchronous = asynchronous
+        self.last: Path | None = None
+        """The newest directory that this committer committed."""
+        self._after = after
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self, step: int, tree: Any, write: Callable[[Path, Any], None], *, expected_bytes: int | None = None
+    ) -> None:
+        """Commit `step`. Waits for a save that is still in flight.
+
+        Args:
+            tree: nested dicts, lists and tuples with the tensors to save; copied to the host here.
+            write: called as `write(directory, copy of tree)`.
+            expected_bytes: about how much it writes; the bytes of the tensors unless given.
+
+        Raises:
+            What the save before this one failed with; then nothing of this one was begun. When not asynchronous, also
+            what this one fails with.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._commit(step, tree, write, expected_bytes)
+            return
+        copied = snapshot(tree)
+
+        def work() -> None:
+            try:
+                self._commit(step, copied, write, expected_bytes)
+            except BaseException as error:  # raised at the next call, in the thread that trains
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=False)
+        self._thread.start()
+
+    def _commit(self, step: int, tree: Any, write: Callable[[Path, Any], None], expected: int | None) -> None:
+        expected = tree_bytes(tree) if expected is None else expected
+        path = commit(self.checkpoints, step, lambda directory: write(directory, tree), expected_bytes=expected)
+        self.last = path
+        if self._after is not None:
+            self._after(path)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def poll(self) -> None:
+        """Raise what a finished save failed with; never waits. For every step of training."""
+        if not self.busy:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, and raise what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """The same as `wait`: after it everything asked for is on disk."""
+        self.wait()
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        elif self._thread is not None:
+            self._thread.join()  # the first error is the one to tell
+
+
+def snapshot(tree: Any) -> Any:
+    """A copy of `tree` whose tensors are on the host and belong to nobody else; shared tensors stay shared."""
+    import torch
+
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    devices: set[torch.device] = set()
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            # Two names of one tensor give one copy. A view of the same place with the same shape is the same tensor.
+            key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if value.numel() == 0 or key not in copies:
+                copies[key] = _to_host(value.detach(), devices)
+            return copies[key]
+        if isinstance(value, dict):
+            return {key: copy(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [copy(inner) for inner in value]
+        if isinstance(value, tuple):
+            return tuple(copy(inner) for inner in value)
+        return value.copy() if type(value).__module__ == "numpy" and hasattr(value, "copy") else value
+
+    result = copy(tree)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return result
+
+
+def _to_host(tensor: Tensor, devices: set[Any]) -> Tensor:
+    import torch
+
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu")
+    # All copies are queued and waited for together; page-locked memory is what lets the GPU write by itself.
+    devices.add(tensor.device)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a tree, each counted once."""
+    import torch
+
+    seen: dict[tuple[int, torch.Size, Any], int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            seen[(value.data_ptr(), value.shape, value.dtype)] = value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                visit(inner)
+
+    visit(tree)
+    return sum(seen.values())

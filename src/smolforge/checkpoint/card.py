@@ -1,0 +1,156 @@
+"""The README of a checkpoint: what it is, what it was fed, how well it learned, how to load it, what not to expect.
+
+A pure function of the configuration, the step and the logged rows up to it: no times, no machine, so that an
+interrupted run writes the same card as one that was not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from smolforge.config import ModelConfig, RunConfig, TokenizerConfig
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_ROWS = 10
+_NO_LICENSE = (
+    "The owner of this run has not chosen one: set `license` at the top of this file in the copy that is published, "
+    "with regard to the licenses of the data. (In a checkpoint this file is covered by manifest.json.)"
+)
+# hf://datasets/OWNER/NAME... or OWNER/NAME:CONFIG; a local path of two parts has no colon.
+_HUB_SOURCE = re.compile(r"^(?:hf://datasets/(?=[\w.-]+/)|(?=[\w.-]+/[\w.-]+(?:@[\w.-]+)?:))([\w.-]+/[\w.-]+)")
+
+
+def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = (), license: str | None = None) -> str:
+    """The text of README.md, with the front matter that the Hub reads.
+
+    Args:
+        config: the run's configuration.
+        step: the step of the checkpoint; rows of later steps are left out.
+        rows: of metrics.jsonl.
+        license: an identifier of the Hub's list; `unknown` unless given, since only the owner of the run can say.
+    """
+    past = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
+    recreation = config.model.architecture == "recreation"
+    words = f"Licensed under {license}." if license else _NO_LICENSE
+    total = sum(config.data.sources.values())
+    tokens = step * config.tokens_per_step
+    return _template().render(
+        front=_front_matter(config, license or "unknown", recreation),
+        title=f"{_size(count_parameters(config.model))} language model, step {step:,}",
+        recreation=recreation,
+        architecture="SmollmV2Recreation" if recreation else "LlamaForCausalLM",
+        parameters=count_parameters(config.model),
+        origin=f"the weights of `{_public(config.init)}`" if config.init else "scratch",
+        step=step,
+        total=max(step, config.total_steps),
+        model=config.model,
+        tokenizer=_tokenizer_words(config),
+        window=config.data.sequence_length,
+        tokens=tokens,
+        tokens_per_step=config.tokens_per_step,
+        optimizer=f"{config.optimizer.name}, peak rate {config.optimizer.lr:g}, {config.schedule.name} schedule",
+        sources=[(_public(source), weight / total) for source, weight in config.data.sources.items()],
+        holdout=config.data.holdout,
+        curve=_curve(past),
+        entropy=_entropy(past),
+        license_words=words,
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    source = (resources.files("smolforge.checkpoint") / "templates" / "card.md.jinja").read_text(encoding="utf-8")
+    # Markdown, not HTML: nothing is escaped, and the values are the user's own configuration.
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+
+
+@functools.cache
+def _count(serialized: str) -> int:
+    from smolforge.model.registry import build
+
+    model = build(ModelConfig.model_validate_json(serialized), device="meta", seed=None)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, counted from the module tree without taking memory."""
+    return _count(config.model_dump_json())
+
+
+def _size(parameters: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g}{letter}"
+    return str(parameters)
+
+
+def _public(source: str) -> str:
+    """A local path without the folders above it: a card is published, somebody's home directory need not be."""
+    return f".../{PurePath(source).name}" if source.startswith(("/", "~")) else source
+
+
+def _front_matter(config: RunConfig, license: str, recreation: bool) -> str:
+    front: dict[str, Any] = {
+        "license": license,
+        "library_name": "smolforge" if recreation else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["smolforge", "pretrained", "base-model", *(["custom-architecture"] if recreation else ["llama"])],
+    }
+    named = {match[1] for match in map(_HUB_SOURCE.match, config.data.sources) if match}
+    if named:
+        front["datasets"] = sorted(named)
+    if config.init and re.fullmatch(r"[\w.-]+/[\w.-]+", config.init):
+        front["base_model"] = config.init
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _tokenizer_words(config: RunConfig) -> str:
+    if isinstance(config.tokenizer, TokenizerConfig):
+        return "a byte-level BPE trained on the run's own data"
+    return f"from `{_public(config.tokenizer)}`"
+
+
+def _curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About ten lines of the curve: at the validations where there are any, evenly over the log else."""
+    training = {row["step"]: row for row in rows if "loss" in row}
+    validations = {row["step"]: row["validation"] for row in rows if isinstance(row.get("validation"), dict)}
+    steps = sorted(validations or training)
+    if len(steps) > _ROWS:
+        steps = [steps[round(i * (len(steps) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    curve = []
+    for step in steps:
+        # A validation may fall on a step that was not logged: the last training loss before it is meant.
+        before = [logged for logged in training if logged <= step]
+        logged = training[max(before)] if before else {}
+        validation = validations.get(step, {})
+        tokens = next((r["tokens"] for r in rows if r["step"] == step and isinstance(r.get("tokens"), int)), None)
+        curve.append(
+            {
+                "step": step,
+                "tokens": "" if tokens is None else f"{tokens:,}",
+                "loss": _number(logged.get("loss")),
+                "validation": _number(validation.get("loss")),
+                "perplexity": _number(validation.get("perplexity")),
+                "bits": _number(validation.get("bits_per_byte")),
+            }
+        )
+    return curve
+
+
+def _entropy(rows: list[dict[str, Any]]) -> str:
+    return next((_number(row["entropy_bits_per_byte"]) for row in rows if row.get("entropy_bits_per_byte")), "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else "–"

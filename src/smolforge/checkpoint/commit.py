@@ -1,0 +1,342 @@
+"""A checkpoint is there whole or not at all.
+
+Writing: a hidden directory beside, every file fsynced, manifest.json (size and sha256 of each file) last, one
+rename, then the link `last`. A process killed at any instant leaves the checkpoints as they were, plus at most a
+hidden directory that nothing counts and `sweep` removes. Reading: what the manifest says is compared with what is
+there, so that a flipped byte, a cut file or a missing one is found by name and the checkpoint before it is used.
+
+The manifest's own bytes are covered too: it carries a checksum of itself, and must be spelled exactly as
+`_manifest_text` spells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from smolforge.checkpoint.weights import parse_object, read_header
+from smolforge.errors import CheckpointError, RunFailed
+from smolforge.run import NO_ROOM, free_bytes, sync_directory
+
+MANIFEST = "manifest.json"
+PINNED = "pinned"  # a file of this name in a checkpoint keeps it for good
+LAST = "last"
+MAX_MANIFEST_BYTES = 16 << 20
+_STEP = re.compile(r"^step-(\d{8,})$")
+_ASIDE = re.compile(r"^\.old-(step-\d{8,})-[0-9a-f]+$")
+_BLOCK = 4 << 20
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step: step-00005000."""
+    return f"step-{step:08d}"
+
+
+def step_of(directory: Path) -> int | None:
+    """The step that a checkpoint directory is named after, or None."""
+    match = _STEP.match(directory.name)
+    return int(match[1]) if match else None
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps that have a checkpoint directory, oldest first; whether they are whole is not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    found = (step_of(entry) for entry in checkpoints.iterdir() if entry.is_dir() and not entry.is_symlink())
+    return sorted(step for step in found if step is not None)
+
+
+def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expected_bytes: int | None = None) -> Path:
+    """Make the checkpoint of `step`, replacing one of the same step; its directory.
+
+    Args:
+        write: fills the directory that it is given. Whatever it raises leaves the checkpoints as they were.
+        expected_bytes: about how much it will write; where less is free this is said before anything is written.
+
+    Raises:
+        RunFailed: no room on the disk, or what was written cannot be read back.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if expected_bytes is not None and expected_bytes > free_bytes(checkpoints):
+        raise _no_room(checkpoints, step, expected_bytes)
+    temporary = checkpoints / f".tmp-{step_name(step)}-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        _seal(temporary, step)
+        target = _move_into_place(temporary, checkpoints, step)
+    except BaseException as error:
+        written = _tree_bytes(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_no_room(error):
+            raise _no_room(checkpoints, step, max(expected_bytes or 0, written)) from error
+        raise
+    _point_last(checkpoints, target.name)
+    return target
+
+
+def _seal(directory: Path, step: int) -> None:
+    """Check, fsync and list everything in `directory`; the manifest comes last."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                read_header(path)
+            except CheckpointError as error:
+                raise RunFailed(f"{path.name} could not be read back after writing: {error.message}") from None
+        _sync_file(path)
+    listed = {path.relative_to(directory).as_posix(): digest for path, digest in _hash_files(files)}
+    for folder in sorted({path.parent for path in files} | {directory}, key=lambda p: -len(p.parts)):
+        sync_directory(folder)
+    manifest = directory / MANIFEST
+    manifest.write_text(_manifest_text(step, listed), encoding="utf-8")
+    _sync_file(manifest)
+    sync_directory(directory)
+
+
+def _move_into_place(temporary: Path, checkpoints: Path, step: int) -> Path:
+    target = checkpoints / step_name(step)
+    aside = None
+    if target.exists():
+        # Between the two renames the step has no name of its own; `_candidates` knows the one it has then.
+        aside = checkpoints / f".old-{target.name}-{uuid.uuid4().hex}"
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside is not None:
+            aside.rename(target)
+        raise
+    sync_directory(checkpoints)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _point_last(checkpoints: Path, name: str) -> None:
+    link = checkpoints / f".last-{uuid.uuid4().hex}"
+    # Some filesystems have no symbolic links. `last` is for people; nothing here reads it.
+    with contextlib.suppress(OSError):
+        link.symlink_to(name)
+        link.replace(checkpoints / LAST)
+        sync_directory(checkpoints)
+    link.unlink(missing_ok=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _hash_files(files: list[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    # hashlib lets other threads run while it works on a block of this size.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        yield from zip(files, pool.map(_describe_file, files), strict=True)
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
+    content: dict[str, Any] = {"format": 1, "step": step, "files": dict(sorted(files.items()))}
+    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(content, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The step and the files (path: size and sha256) that a checkpoint's manifest lists.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or names a file outside the directory.
+    """
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError("is too large", field=MANIFEST)
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError("is missing: the checkpoint was never finished", field=MANIFEST) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", field=MANIFEST) from None
+    content = parse_object(data, MANIFEST)
+    step, files = content.get("step"), content.get("files")
+    if type(step) is not int or not isinstance(files, dict) or content.get("format") != 1:
+        raise CheckpointError("is damaged", field=MANIFEST)
+    if _manifest_text(step, files).encode() != data:
+        raise CheckpointError("is damaged: its own checksum does not fit", field=MANIFEST)
+    for name, entry in files.items():
+        if not _is_inside(name):
+            raise CheckpointError(f"names {name!r}, which is no file inside the checkpoint", field=MANIFEST)
+        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"} or type(entry["size"]) is not int:
+            raise CheckpointError(f"has no size and sha256 for {name}", field=MANIFEST)
+    return step, files
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    odd = any(char in name for char in "\\:") or not name.isprintable() or len(name) > 200
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not odd
+
+
+def verify(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, each problem naming its file; empty when it is whole.
+
+    Reads every byte. Files that the manifest does not list are no problem unless the loader would read them.
+    """
+    try:
+        _, listed = read_manifest(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    present = []
+    for name, entry in listed.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name}: is missing")
+        elif (size := path.stat().st_size) != entry["size"]:
+            problems.append(f"{name}: is {size:,} bytes, expected {entry['size']:,}")
+        else:
+            present.append(path)
+    try:
+        for path, found in _hash_files(present):
+            name = path.relative_to(directory).as_posix()
+            if found["sha256"] != listed[name]["sha256"]:
+                expected = str(listed[name]["sha256"])[:12]
+                problems.append(f"{name}: its bytes have changed (sha256 {found['sha256'][:12]}, expected {expected})")
+    except OSError as error:
+        problems.append(f"{error.filename}: cannot be read: {error.strerror}")
+    for path in sorted(directory.rglob("*.safetensors*")):
+        name = path.relative_to(directory).as_posix()
+        if name not in listed:
+            problems.append(f"{name}: is not in {MANIFEST}")
+    return problems
+
+
+def newest_whole(checkpoints: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint that `verify` finds whole, or None; says which newer ones were refused, and why."""
+    for directory, step in _candidates(checkpoints):
+        problems = verify(directory)
+        if not problems and read_manifest(directory)[0] != step:
+            problems = [f"{MANIFEST}: is that of step {read_manifest(directory)[0]}"]
+        if not problems:
+            return directory
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        say(f"checkpoint {directory.name} is damaged and not used: {problems[0]}{more}")
+    return None
+
+
+def _candidates(checkpoints: Path) -> list[tuple[Path, int]]:
+    """Checkpoint directories with their steps, newest first, and those that were being replaced at a kill."""
+    known = {step: checkpoints / step_name(step) for step in steps(checkpoints)}
+    for aside in _replaced(checkpoints):
+        step = int(_ASIDE.match(aside.name)[1].partition("-")[2])  # type: ignore[index]
+        known.setdefault(step, aside)
+    return [(known[step], step) for step in sorted(known, reverse=True)]
+
+
+def _replaced(checkpoints: Path) -> list[Path]:
+    return [e for e in checkpoints.iterdir() if _ASIDE.match(e.name)] if checkpoints.is_dir() else []
+
+
+def sweep(checkpoints: Path) -> list[str]:
+    """Remove what killed processes left half done; the names removed. Only for who holds the run's lock."""
+    if not checkpoints.is_dir():
+        return []
+    for aside in _replaced(checkpoints):
+        target = checkpoints / _ASIDE.match(aside.name)[1]  # type: ignore[index]
+        if not target.exists():
+            aside.rename(target)
+    removed = []
+    for entry in sorted(checkpoints.iterdir()):
+        if entry.name.startswith((".tmp-step-", ".old-step-", ".gone-step-")):
+            shutil.rmtree(entry, ignore_errors=True)
+            removed.append(entry.name)
+        elif entry.name.startswith(".last-"):
+            entry.unlink(missing_ok=True)
+    return removed
+
+
+def prune(
+    checkpoints: Path,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    best: int | None = None,
+    pinned: Iterable[int] = (),
+) -> list[int]:
+    """Remove old checkpoints; the steps removed.
+
+    The newest `keep` stay, every step that `keep_every` divides, the `best` step, the `pinned` ones, and those with
+    a file named `pinned` inside. A checkpoint with a missing or cut file does not count among the newest, so that
+    damage never pushes a whole one out. At least the newest whole one always stays.
+    """
+    present = steps(checkpoints)
+    whole = [step for step in present if _looks_whole(checkpoints / step_name(step))]
+    newest = whole[-max(1, keep) :]
+    stay = {*newest, *pinned, best}
+    removed = []
+    for step in present:
+        directory = checkpoints / step_name(step)
+        if step in stay or (keep_every and step % keep_every == 0) or (directory / PINNED).exists():
+            continue
+        if not newest or step > newest[0]:
+            continue  # damaged and newer than what is kept: it stays to be looked at, and is replaced in its turn
+        # Renamed first: a kill in the middle leaves nothing that looks like a checkpoint.
+        gone = checkpoints / f".gone-{directory.name}-{uuid.uuid4().hex}"
+        directory.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        removed.append(step)
+    return removed
+
+
+def _looks_whole(directory: Path) -> bool:
+    """Sizes only: cheap enough for every save."""
+    try:
+        _, listed = read_manifest(directory)
+        return all((directory / name).stat().st_size == entry["size"] for name, entry in listed.items())
+    except (CheckpointError, OSError, KeyError, TypeError):
+        return False
+
+
+def _is_no_room(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    # safetensors reports the operating system's error only in its text.
+    return any(f"(os error {code})" in str(error) for code in NO_ROOM)
+
+
+def _no_room(checkpoints: Path, step: int, needed: int) -> RunFailed:
+    previous = newest_whole(checkpoints)
+    if previous is not None:
+        needed = max(needed, _tree_bytes(previous))
+        safe = f"The newest checkpoint, {previous}, is whole."
+    else:
+        safe = "There is no earlier checkpoint."
+    return RunFailed(
+        f"no room on the disk for the checkpoint of step {step} in {checkpoints}: about {needed:,} bytes are needed, "
+        f"{free_bytes(checkpoints):,} are free",
+        hint=f"{safe} Free some room (or lower checkpoint.keep) and start the same command again.",
+    )
+
+
+def _tree_bytes(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

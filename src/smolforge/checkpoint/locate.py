@@ -1,0 +1,132 @@
+"""From what a user calls a model to the model: a run, a checkpoint, a Hugging Face directory, a Hub id."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolforge import hub
+from smolforge import tokenizer as tokenizers
+from smolforge.checkpoint import commit
+from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
+from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
+from smolforge.errors import CheckpointError, SourceUnavailable
+from smolforge.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from smolforge.model.llama import LlamaForCausalLM
+    from smolforge.tokenizer import Tokenizer
+
+# What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
+HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *tokenizers.FILES]
+_FORMS = (
+    "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, "
+    "or a Hub id such as HuggingFaceTB/SmolLM2-135M."
+)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def resolve(model: str | Path, *, say: Callable[[str], None] = _say) -> Path:
+    """The model directory that `model` means.
+
+    A run gives its newest whole checkpoint; those refused are said. A checkpoint directory is verified. Any other
+    directory with a config.json is taken as it is. What is no directory is fetched from the Hub by its id.
+
+    Raises:
+        CheckpointError: nothing usable is there; says what was looked for.
+        SourceUnavailable: the Hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _resolve_directory(path, say)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=_FORMS)
+    if not hub.is_model_id(str(model)):
+        raise CheckpointError(f"no such directory: {model}", field="model", hint=_FORMS)
+    try:
+        return hub.fetch_model(str(model), patterns=HUB_FILES)
+    except SourceUnavailable as error:
+        raise SourceUnavailable(
+            f"there is no directory {model} here, and as a Hub id: {error.message}", field="model", hint=error.hint
+        ) from None
+
+
+def _resolve_directory(path: Path, say: Callable[[str], None]) -> Path:
+    if (path / commit.MANIFEST).is_file():
+        problems = commit.verify(path)
+        if problems:
+            raise CheckpointError(
+                f"{path} is damaged: {'; '.join(problems[:5])}", field="model", hint=_other_checkpoint(path)
+            )
+        return path
+    if commit.step_of(path.resolve()) is not None:
+        raise CheckpointError(
+            f"{path} is damaged: {commit.MANIFEST} is missing", field="model", hint=_other_checkpoint(path)
+        )
+    if (path / CONFIG).is_file():
+        return path
+    checkpoints = Run(path).checkpoints
+    if not checkpoints.is_dir() and commit.steps(path):
+        checkpoints = path
+    if not checkpoints.is_dir():
+        raise CheckpointError(
+            f"{path} holds no model: it has no {CONFIG}, no {commit.MANIFEST} and no directory {checkpoints.name}",
+            field="model",
+            hint=_FORMS,
+        )
+    newest = commit.newest_whole(checkpoints, say)
+    if newest is None:
+        found = commit.steps(checkpoints)
+        what = f"{len(found)} checkpoints, none of them whole" if found else "no checkpoint yet"
+        raise CheckpointError(f"{checkpoints} holds {what}", field="model", hint="`smolforge verify` says more.")
+    return newest
+
+
+def _other_checkpoint(path: Path) -> str:
+    if commit.step_of(path.resolve()) is not None:
+        whole = commit.newest_whole(path.resolve().parent)
+        if whole is not None:
+            return f"The newest whole checkpoint of its run is {whole}."
+    return "Nothing is loaded from a directory whose bytes are not those that were written."
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = _say,
+) -> tuple[LlamaForCausalLM, Tokenizer, Path]:
+    """The model in evaluation mode, its tokenizer, and the directory they came from.
+
+    Weights are mapped from the file and assigned, not copied; only another `dtype` or `device` makes a copy, one
+    tensor at a time.
+
+    Args:
+        dtype: floating type of the weights; that of the file unless given.
+
+    Raises:
+        CheckpointError: the directory cannot be used; the file, key or tensor is named.
+    """
+    from smolforge.model.registry import build
+
+    directory = resolve(model, say=say)
+    config = read_config(directory)
+    tokenizer = tokenizers.load(directory)
+    check_vocabulary(config, tokenizer)
+    where = str(weight_files(directory)[0])
+    weights = check_weights(config, read_weights(directory), where)
+    # Some files mix types (norms in float32); a model has one, that of its embedding.
+    dtype = dtype or next(iter(weights.values())).dtype
+    module = build(config, dtype=dtype, device="meta", seed=None)
+    for name in list(weights):
+        weights[name] = weights[name].to(device, dtype)
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.eval(), tokenizer, directory

@@ -1,0 +1,78 @@
+"""The command line: one file per verb, and nothing heavy imported before the verb is known.
+
+A verb's module has `add(verbs)`, which describes its arguments, and `run(args)`, which imports what it needs and
+returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = ("train", "generate", "serve", "eval", "export", "summary", "compare", "verify", "data")
+
+DESCRIPTION = """\
+Pretrain, resume, sample and serve your own SmolLM2-class language model.
+
+  smolforge train                          a pocket model on the embedded corpus, in minutes on a laptop
+  smolforge generate runs/pocket           write with it
+  smolforge serve runs/pocket              a page and an OpenAI-compatible API
+  smolforge train smollm2-135m             SmolLM2-135M on Cosmopedia-v2, streamed
+
+Press Ctrl-C at any time: the run is saved, and the same command goes on exactly where it stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line; its exit code. Errors that a user can meet are printed without a traceback."""
+    # Waiting threads that spin make a busy machine crawl; both must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from smolforge.errors import SmolforgeError
+
+    args = parser(verb=argv[0] if argv else None).parse_args(argv)
+    if args.verb is None:
+        print(DESCRIPTION + "\nsmolforge --help lists all verbs.")
+        return 0
+    try:
+        return args.run(args)
+    except SmolforgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parser(verb: str | None = None):
+    """The parser of all verbs; only the file of `verb` is imported where it is one."""
+    from smolforge.cli.help import Parser
+
+    top = Parser(prog="smolforge", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=_Version())
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name in (verb,) if verb in VERBS else VERBS:
+        import_module(f"smolforge.cli.{name}").add(verbs)
+    return top
+
+
+class _Version(str):
+    # Asking for the version reads the package's metadata, which is too slow for every start.
+    def __mod__(self, _: object) -> str:
+        from importlib.metadata import version
+
+        return f"smolforge {version('smolforge')}"
+
+    def __str__(self) -> str:
+        return self % None

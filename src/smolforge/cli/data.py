@@ -1,0 +1,94 @@
+"""smolforge data: questions about the stream of a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb's arguments."""
+    parser = verbs.add_parser(
+        "data",
+        help="which documents fed a step; write the embedded corpus",
+        description="Questions about data. `which` names the documents whose tokens fed a step of a run;\n"
+        "`write` puts documents of the embedded corpus `tales` into a file.",
+    )
+    parts = parser.add_subparsers(dest="part", metavar="which|write", required=True)
+    which = parts.add_parser("which", help="the documents that fed a step", description=_which.__doc__)
+    which.add_argument("path", metavar="RUN", help="directory of the run")
+    which.add_argument("--step", type=int, required=True, metavar="N", help="step as in metrics.jsonl, from 1")
+    which.add_argument("--json", action="store_true", help="print one JSON object")
+    which.set_defaults(run=_which)
+    write = parts.add_parser("write", help="write documents of `tales`", description=_write.__doc__)
+    write.add_argument("path", metavar="FILE", help="file ending in .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt")
+    write.add_argument("--documents", type=int, default=1000, metavar="N", help="how many (default 1000)")
+    write.add_argument("--seed", type=int, default=0, metavar="N", help="other seeds give other documents")
+    write.set_defaults(run=_write)
+
+
+def _which(args: argparse.Namespace) -> int:
+    """Name the documents (source, file, row group, row) whose tokens fed a step."""
+    import json
+
+    from smolforge import config as configuration
+    from smolforge import tokenizer as tokenizers
+    from smolforge.checkpoint import commit
+    from smolforge.checkpoint.state import load_state
+    from smolforge.data import Corpus, which
+    from smolforge.errors import BadInput
+    from smolforge.run import Run
+
+    run = Run(args.path)
+    if not run.exists:
+        raise BadInput(f"{run.path} holds no run")
+    if args.step < 1:
+        raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    config = configuration.build(str(run.config))
+    newest = commit.newest_whole(run.checkpoints, say)
+    source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
+    corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache", say=say)
+    # The nearest cursor at or before the step saves replaying the run from its beginning.
+    cursor, skip, done = None, [], 0
+    for step in commit.steps(run.checkpoints):
+        directory = run.checkpoints / commit.step_name(step)
+        if commit.verify(directory):
+            continue
+        saved = load_state(directory / "training")
+        skip = [(a, b) for a, b in saved["skip"]]
+        if step < args.step:
+            cursor, done = saved["cursor"], step
+    address = (cursor["step"] if cursor else 0) + args.step - 1 - done
+    for a, b in sorted(skip):
+        if (cursor["step"] if cursor else 0) <= a <= address:
+            address += b - a
+    documents = which(
+        corpus, tokenizers.load(source), cursor, address,
+        sequences_per_step=config.sequences_per_step, skip_steps=skip,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps({"step": args.step, "documents": [document._asdict() for document in documents]}))
+        return 0
+    for document in documents:
+        print(f"{document.source}  {document.file}  row group {document.row_group}  row {document.row}")
+    return 0
+
+
+def _write(args: argparse.Namespace) -> int:
+    """Write documents of the embedded corpus into a file, in Cosmopedia-v2's schema."""
+    from typing import get_args
+
+    from smolforge.data import tales
+    from smolforge.errors import BadInput
+
+    kind = next((kind for kind in get_args(tales.Kind) if args.path.endswith(f".{kind}")), None)
+    if kind is None:
+        endings = ", .".join(get_args(tales.Kind))
+        raise BadInput(f"{args.path} has none of the endings .{endings}", field="FILE")
+    if args.documents < 1:
+        raise BadInput("at least one document is needed", field="--documents")
+    tales.write(args.path, kind=kind, documents=range(args.documents), seed=args.seed)
+    print(f"{args.documents:,} documents in {args.path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,88 @@
+"""smolforge serve: a page and an OpenAI-compatible API over a model or a running training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  smolforge serve runs/pocket                    the page and the API on http://127.0.0.1:8000
+  smolforge serve HuggingFaceTB/SmolLM2-135M --port 9000
+  SMOLFORGE_API_KEY=... smolforge serve runs/pocket --host 0.0.0.0
+
+A run that is still training is followed: its newest checkpoint takes over while requests go on. With a key, API
+clients send 'Authorization: Bearer KEY' and the page asks for it once.
+"""
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb's arguments."""
+    parser = verbs.add_parser(
+        "serve",
+        help="serve a page and an OpenAI-compatible API",
+        description="Serve a model, or a run while it trains, on a page and an OpenAI-compatible API.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a model directory or a Hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port, 0 for a free one (default 8000)")
+    parser.add_argument("--api-key", default=None, metavar="KEY", help="ask for this key (better in SMOLFORGE_API_KEY)")
+    parser.add_argument("--allow-public", action="store_true", help="serve a public address without a key")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="let this web origin call the API"
+    )
+    parser.add_argument("--name", default=None, help="id of the model in the API (default: its directory's name)")
+    parser.add_argument(
+        "--quantize", default="auto", choices=("auto", "none", "fp32", "bf16", "int8", "int4"),
+        help="precision of the weights (default: the fastest that keeps the quality)",
+    )  # fmt: skip
+    limits = parser.add_argument_group("limits")
+    for option, default, text in (
+        ("--max-batch", 16, "sequences written at once"),
+        ("--max-queue", 256, "sequences that may wait; further ones get 429"),
+        ("--max-per-client", 64, "unfinished requests of one client; further ones get 429"),
+        ("--max-body", 512 << 10, "bytes of a request"),
+    ):
+        limits.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    for option, default, text in (
+        ("--request-seconds", 600.0, "longest time for one request"),
+        ("--drain-seconds", 10.0, "time that running requests get at the end"),
+        ("--follow-seconds", 2.0, "how often a run is looked at; 0 stays with its first checkpoint"),
+    ):
+        limits.add_argument(option, type=float, default=default, metavar="S", help=f"{text} (default {default:g})")
+    parser.add_argument("--no-page", action="store_true", help="only the API")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve."""
+    from smolforge.errors import BadInput
+    from smolforge.serving.settings import KEY_VARIABLE, ServeSettings
+
+    settings = ServeSettings(
+        model=args.model,
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None,
+        allow_public=args.allow_public,
+        cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
+        name=args.name,
+        quantize=args.quantize,
+        max_batch=args.max_batch,
+        max_queue=args.max_queue,
+        max_per_client=args.max_per_client,
+        max_body=args.max_body,
+        request_seconds=args.request_seconds,
+        drain_seconds=args.drain_seconds,
+        follow_seconds=args.follow_seconds,
+        page=not args.no_page,
+    )
+    try:
+        from smolforge.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"serving needs the package {error.name}", hint="Install it with: pip install 'smolforge[web]'"
+        ) from None
+    return serve(settings)

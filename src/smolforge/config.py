@@ -1,0 +1,546 @@
+"""The typed configuration of a run: one tree, the same keys in YAML, in `--set` and in `config.yaml`.
+
+A configuration is built from layers, later ones winning: the defaults below, a preset or a YAML file, and
+`--set key=value`. All problems of all layers are collected and told at once, each with the nearest right key.
+Sizes take `512`, `64k`, `1M`, `10B` (decimal: tokens and steps), memory takes `6GB` (2**30 bytes each).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from smolforge.errors import BadInput, ConfigError, nearest, unknown
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kmbt]?)\s*$", re.IGNORECASE)
+_MEMORY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(kb|mb|gb|tb|b)?\s*$", re.IGNORECASE)
+
+
+def parse_count(value: Any) -> Any:
+    """`"64k"` → 64000; other types pass through to pydantic's own check.
+
+    Raises:
+        ValueError: the text is no count.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _COUNT.match(value)
+    if not match:
+        raise ValueError(f"{value!r} is no count; write it as 512, 64k, 1M or 10B")
+    number = float(match[1].replace("_", "")) * _SUFFIX[match[2].lower()]
+    if not number.is_integer():
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(number)
+
+
+def parse_memory(value: Any) -> Any:
+    """`"6GB"` → bytes, with 2**30 bytes to a GB.
+
+    Raises:
+        ValueError: the text is no amount of memory.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _MEMORY.match(value)
+    if not match:
+        raise ValueError(f"{value!r} is no amount of memory; write it as 6GB or 512MB")
+    power = ("b", "kb", "mb", "gb", "tb").index((match[2] or "b").lower())
+    return int(float(match[1]) * 1024**power)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Memory = Annotated[int, BeforeValidator(parse_memory)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """The shape of the model, under Hugging Face's names. Defaults are SmolLM2-135M as released."""
+
+    architecture: Literal["llama", "recreation"] = "llama"
+    """`llama` is transformers' LlamaForCausalLM; `recreation` is the seed's own variant."""
+    vocab_size: Count = Field(default=49152, ge=1)
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    hidden_size: int = Field(default=576, ge=1)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(default=1536, ge=1)
+    """Width inside the MLP."""
+    num_hidden_layers: int = Field(default=30, ge=1)
+    """Blocks."""
+    num_attention_heads: int = Field(default=9, ge=1)
+    """Query heads."""
+    num_key_value_heads: int = Field(default=3, ge=1)
+    """Key and value heads; divides the query heads."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of one head; hidden_size / num_attention_heads unless given."""
+    max_position_embeddings: Count = Field(default=8192, ge=1)
+    """Longest context in tokens."""
+    rope_theta: float = Field(default=100_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square before its root."""
+    tie_word_embeddings: bool = True
+    """Whether the head is the embedding itself."""
+    initializer_range: float | None = Field(default=None, gt=0)
+    """Standard deviation of new weights; 1 / sqrt(hidden_size), SmolLM2's own, unless given."""
+
+    @model_validator(mode="after")
+    def _derive(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} query heads cannot be shared evenly by "
+                f"num_key_value_heads {self.num_key_value_heads}; the first must be a multiple of the second"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; change one of them or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.architecture == "llama" and self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary embedding turns pairs, so {self.head_dim} must be even")
+        if self.architecture == "recreation":
+            if self.num_key_value_heads != self.num_attention_heads:
+                raise ValueError(
+                    f"num_key_value_heads: the recreation has one narrow key/value head for each query head, "
+                    f"so it must be {self.num_attention_heads}, not {self.num_key_value_heads}"
+                )
+            if self.head_dim < 6:
+                raise ValueError(
+                    f"head_dim: the recreation's key/value heads are a third as wide, so {self.head_dim} leaves "
+                    "no pair to rotate; it must be at least 6"
+                )
+        if self.initializer_range is None:
+            self.initializer_range = 1 / math.sqrt(self.hidden_size)
+        return self
+
+    @property
+    def dim(self) -> int:
+        """Width of one attention head, never None once validated."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one key/value head as it is projected. In a Llama it is `dim`; in the recreation a third of it,
+        rounded down (64 → 21), which zeros fill up to `dim` before attention and cache see it."""
+        return self.dim // 3 if self.architecture == "recreation" else self.dim
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of new weights, never None once validated."""
+        assert self.initializer_range is not None
+        return self.initializer_range
+
+
+class TrainTokenizer(_Section):
+    """A tokenizer to be trained on the run's own sources."""
+
+    vocab_size: Count = Field(default=4096, ge=273)
+    documents: Count = Field(default=4000, ge=1)
+    """How many training documents to learn the merges from."""
+
+
+class TokenizerConfig(_Section):
+    """`{train: {...}}`, the alternative to naming a directory or a Hub id."""
+
+    train: TrainTokenizer
+
+
+class DataConfig(_Section):
+    """Where text comes from and how it is dealt into batches."""
+
+    sources: dict[str, float] = Field(default_factory=lambda: {"tales": 1.0}, min_length=1)
+    """SRC: weight. A source is a file, folder, glob, URL, hf://…, OWNER/NAME:CONFIG or `tales`."""
+    text_column: str = "text"
+    """Column of a parquet or jsonl source that holds the text."""
+    separator: str | None = "<|endoftext|>"
+    """Where a .txt file is split into documents; a file without it is one document."""
+    sequence_length: Count = Field(default=2048, ge=2)
+    """Tokens that one sequence predicts; the context in training."""
+    lanes: int = Field(default=16, ge=1)
+    """Number of independent lanes that the order is dealt to; the number of ranks must divide it."""
+    holdout: float = Field(default=0.01, ge=0, lt=0.5)
+    """Share of documents, chosen by a hash of their text, that training never sees."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of documents."""
+    mask_documents: bool = False
+    """Whether attention stops at document borders."""
+    workers: int = Field(default=2, ge=0)
+    """Background threads that read and tokenize ahead. Not part of the address of a batch."""
+    prefetch: int = Field(default=4, ge=1)
+    """Steps made ahead of the one that trains."""
+    read_ahead: Memory = Field(default=256 << 20, ge=1 << 20)
+    """Most bytes of fetched row groups held ahead."""
+    cache: Memory = Field(default=2 << 30, ge=0)
+    """Most bytes of fetched shards kept on disk; 0 turns the cache off."""
+    patience: float = Field(default=900.0, ge=0)
+    """Seconds that a silent network is tried again before the run saves and stops."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> DataConfig:
+        bad = {source: weight for source, weight in self.sources.items() if weight <= 0}
+        if bad:
+            raise ValueError(f"sources: weights must be above 0, but {bad}")
+        return self
+
+
+class OptimizerConfig(_Section):
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit needs bitsandbytes and a CUDA device."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean of the gradient, and of its square."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Applied to matrices; norms are never decayed."""
+    groups: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Regular expression over parameter names: {lr: factor, weight_decay: value}; the first match wins."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: both must lie in [0, 1), not {self.betas}")
+        for pattern, values in self.groups.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"groups: {pattern!r} is no regular expression: {error}") from None
+            strange = set(values) - {"lr", "weight_decay"}
+            if strange:
+                raise ValueError(f"groups: {pattern!r} sets {sorted(strange)}; known: lr, weight_decay")
+        return self
+
+
+class ScheduleConfig(_Section):
+    name: Literal["wsd", "cosine", "onecycle", "constant"] = "wsd"
+    """Shape of the learning rate over the run; a pure function of the step."""
+    warmup: float = Field(default=0.02, ge=0)
+    """Steps, or a share of the run where below 1."""
+    decay: float = Field(default=0.2, ge=0)
+    """wsd only: steps, or a share of the run where below 1."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate as a share of the peak (onecycle: of the first one)."""
+    start: float = Field(default=0.04, gt=0, le=1)
+    """onecycle only: first learning rate as a share of the peak."""
+    anneal: Literal["linear", "cosine"] = "linear"
+    """onecycle only: the shape of both flanks."""
+
+
+PRECISIONS = Literal["auto", "fp32", "fp32-high", "bf16", "bf16-pure", "fp16"]
+
+
+class TrainingConfig(_Section):
+    tokens_per_step: Count | None = Field(default=None, ge=1)
+    """Global batch in tokens; 524,288 on a GPU and 8,192 on a CPU unless given, and fixed with the run."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Sequences in one forward pass of one rank."""
+    steps: Count | None = Field(default=None, ge=1)
+    """Length of the run in steps."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Length of the run in tokens, rounded up to whole steps; give one of the two."""
+    precision: PRECISIONS = "auto"
+    """Numbers that the run computes in; auto takes bf16, fp16 or fp32 by what the device has."""
+    compile: Literal["auto", "on", "off"] | bool = "auto"
+    """torch.compile; auto compiles where the run is long enough to earn it back."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the new weights."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log normaliser in the loss."""
+    memory: Memory | Literal["auto"] = "auto"
+    """Memory to stay within; picks micro_batch and activation checkpointing."""
+    loss: Literal["auto", "chunked", "linear", "full"] = "auto"
+    """How the loss is computed; auto chooses by device."""
+    attention: Literal["auto", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"
+    """Exact attention to train with; auto chooses by device and length."""
+    rollbacks: int = Field(default=3, ge=0)
+    """How often a run may go back to its last checkpoint after three non-finite steps in a row."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of the matrix products on a CPU; the physical cores unless given."""
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("steps: give steps or tokens, not both")
+        return self
+
+
+class CheckpointConfig(_Section):
+    every: Count | None = Field(default=None, ge=1)
+    """Steps between checkpoints; a tenth of the run unless given. The last step is always saved."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints that stay."""
+    keep_every: Count | None = Field(default=None, ge=1)
+    """Every n-th step's checkpoint stays for good."""
+    best: bool = True
+    """The checkpoint with the best validation stays."""
+    asynchronous: bool = True
+    """Whether training goes on while the disk writes."""
+
+
+class EvaluationConfig(_Section):
+    every: Count | None = Field(default=None, ge=1)
+    """Steps between validations; a tenth of the run unless given."""
+    tokens: Count = Field(default=65_536, ge=2)
+    """Size of the frozen slice of held-out documents."""
+
+
+THREE_PROMPTS = ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy")
+
+
+class SamplesConfig(_Section):
+    every: Count | None = Field(default=None, ge=1)
+    """Steps between samples; a tenth of the run unless given."""
+    prompts: list[str] = Field(default_factory=lambda: list(THREE_PROMPTS))
+    """Continued at every sampling, always with the same settings."""
+    max_tokens: Count = Field(default=100, ge=1)
+    """Length of each continuation."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Of the samples."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Of the samples."""
+
+
+class LoggingConfig(_Section):
+    every: Count = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl; the first and the last step always have one."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    """Where else figures go; metrics.jsonl is always written."""
+    project: str = "smolforge"
+    """Name of the project at wandb and trackio."""
+
+
+class RunConfig(_Section):
+    """Everything that decides a run."""
+
+    preset: str | None = None
+    """Name of the preset or file that the run began from."""
+    model: ModelConfig = ModelConfig()
+    tokenizer: str | TokenizerConfig = TokenizerConfig(train=TrainTokenizer())
+    """A directory, a Hub id, or {train: {vocab_size: N}} to train one on the sources."""
+    init: str | None = None
+    """MODEL whose weights the run starts from; new weights unless given."""
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length: {self.data.sequence_length} is longer than the model's "
+                f"{self.model.max_position_embeddings} positions (model.max_position_embeddings)"
+            )
+        per_step = self.training.tokens_per_step
+        if per_step is not None and per_step % self.data.sequence_length:
+            raise ValueError(
+                f"training.tokens_per_step: {per_step} is no multiple of data.sequence_length "
+                f"{self.data.sequence_length}"
+            )
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one global batch."""
+        per_step = self.training.tokens_per_step
+        return per_step // self.data.sequence_length if per_step else self.data.lanes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.sequences_per_step * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in steps."""
+        if self.training.steps is not None:
+            return self.training.steps
+        if self.training.tokens is not None:
+            return max(1, math.ceil(self.training.tokens / self.tokens_per_step))
+        return 1000
+
+    def to_yaml(self) -> str:
+        """The whole resolved configuration; reading it back gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("smolforge") / "presets"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The keys that a preset sets.
+
+    Raises:
+        BadInput: there is no such preset; the nearest is named.
+    """
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names())
+    text = (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys that a YAML file sets.
+
+    Raises:
+        BadInput: the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path} is no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold a mapping of keys such as model: and data:")
+    return value
+
+
+def build(base: str | None = None, overrides: list[str] | None = None, **layers: Any) -> RunConfig:
+    """A validated configuration from a preset or YAML file and `key=value` overrides.
+
+    Args:
+        base: name of a preset or path of a YAML file; nothing but the defaults where None.
+        overrides: `section.key=value`, the value in YAML.
+        layers: sections that win over everything, such as `data={"sources": {...}}`.
+
+    Raises:
+        BadInput: the base cannot be read.
+        ConfigError: one or several keys or values are wrong.
+    """
+    tree: dict[str, Any] = {}
+    if base is not None:
+        looks_like_path = base.endswith((".yaml", ".yml")) or "/" in base
+        merge(tree, read_file(Path(base)) if looks_like_path else read_preset(base))
+        tree.setdefault("preset", Path(base).stem if looks_like_path else base)
+    problems: list[BadInput] = []
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(BadInput(f"{override!r} has no '='", field="--set", hint="Write --set section.key=value."))
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _assign(tree, key.strip().split("."), value)
+    merge(tree, layers)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems + [_explain(e) for e in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+# Choosing one of these keys drops what an earlier layer chose under the other name.
+_EXCLUSIVE = {"steps": "tokens", "tokens": "steps"}
+# These mappings are values of their own: a later layer replaces them whole.
+_WHOLE = {"sources", "groups", "tokenizer"}
+
+
+def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
+    """Lay `layer` over `tree`, section by section, in place."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in _WHOLE:
+            merge(tree[key], value)
+        else:
+            if value is not None and key in _EXCLUSIVE:
+                tree.pop(_EXCLUSIVE[key], None)
+            tree[key] = value
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    layer: Any = value
+    for key in reversed(path):
+        layer = {key: layer}
+    merge(tree, layer)
+
+
+def _explain(error: Any) -> BadInput:
+    path = [str(part) for part in error["loc"] if part not in _BRANCHES]
+    field = ".".join(path) or None
+    kind, message = error["type"], error["msg"]
+    if kind == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        guess = nearest(path[-1], known) or _elsewhere(path[-1])
+        hint = f"Did you mean {guess!r}? " if guess else ""
+        return BadInput("unknown key", field=field, hint=f"{hint}Known here: {', '.join(known)}.")
+    if kind == "value_error":
+        text = str(error["ctx"]["error"])
+        inner, colon, rest = text.partition(": ")
+        if colon and re.fullmatch(r"[\w.]+", inner):
+            return BadInput(rest, field=f"{field}.{inner}" if field else inner)
+        return BadInput(text, field=field)
+    given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
+    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field)
+
+
+# Tags that pydantic adds to a location for the members of a union; they are no keys.
+_BRANCHES = {"TokenizerConfig", "str", "int", "bool"}
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for key in path:
+        field = section.model_fields.get(key) if _is_section(section) else None
+        options = [field.annotation, *get_args(field.annotation)] if field else []
+        section = next((option for option in options if _is_section(option)), None)
+    return sorted(section.model_fields) if _is_section(section) else []
+
+
+def _elsewhere(key: str) -> str | None:
+    places = [
+        f"{name}.{inner}"
+        for name, field in RunConfig.model_fields.items()
+        if _is_section(field.annotation)
+        for inner in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    exact = [place for place in places if place.split(".")[1] == key]
+    return exact[0] if exact else nearest(key, places)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def reference() -> str:
+    """All keys with their defaults and meanings, as the Markdown tables of docs/configuration.md."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in RunConfig.model_fields.items():
+        if _is_section(field.annotation):
+            for inner, leaf in field.annotation.model_fields.items():  # type: ignore[union-attr]
+                lines.append(_row(f"{name}.{inner}", leaf))
+        else:
+            lines.append(_row(name, field))
+    return "\n".join(lines)
+
+
+def _row(key: str, field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = default.model_dump() if isinstance(default, BaseModel) else default
+    meaning = " ".join((field.description or "").split())
+    return f"| `{key}` | `{'' if shown is None else shown}` | {meaning} |".replace("``", "")

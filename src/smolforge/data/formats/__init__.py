@@ -1,0 +1,40 @@
+"""The formats of a shard. A new format is one file here and one line in `FORMATS` (and one in `ENDINGS`)."""
+
+from __future__ import annotations
+
+import importlib
+
+from smolforge.data.shard import Context, Format, Shard
+
+FORMATS = {
+    "parquet": "smolforge.data.formats.parquet:Parquet",
+    "jsonl": "smolforge.data.formats.jsonl:JsonLines",
+    "txt": "smolforge.data.formats.txt:PlainText",
+    "tales": "smolforge.data.kinds.tales:TalesFormat",
+}
+ENDINGS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".txt": "txt",
+    ".txt.gz": "txt",
+    ".txt.zst": "txt",
+}
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file name's ending tells, or None."""
+    lower = name.lower()
+    return next((format for ending, format in ENDINGS.items() if lower.endswith(ending)), None)
+
+
+def known_endings() -> str:
+    """For messages."""
+    return ", ".join(ENDINGS)
+
+
+def reader(shard: Shard, context: Context) -> Format:
+    """The shard, readable as rows; nothing is read yet."""
+    module, _, name = FORMATS[shard.format].partition(":")
+    return getattr(importlib.import_module(module), name)(shard, context)

@@ -1,0 +1,71 @@
+"""SRC is `tales`, the embedded corpus: document i is a pure function of i, so nothing is read and nothing stored.
+
+An epoch is its first 2**20 documents, in row groups of 512. The corpus is the same for every `data.seed`, which
+only decides the order; losses of runs with different seeds compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smolforge.data.document import Row
+from smolforge.data.shard import Context, Format, Rows, Shard, Source
+from smolforge.errors import DataError
+
+DOCUMENTS = 2**20
+GROUP = 512
+PROBE = 8  # documents whose text stands for the corpus in its fingerprint
+
+
+class TalesShard(Shard):
+    """The generator, seen as one shard."""
+
+    name, format, size = "tales", "tales", 0
+
+    def read(self, start: int, length: int) -> bytes:
+        raise DataError("the embedded corpus has no bytes to read")
+
+    def whole(self) -> Path:
+        raise DataError("the embedded corpus is no file", hint="`smolforge.data.tales.write` makes files of it.")
+
+    def identity(self) -> dict[str, Any]:
+        import hashlib
+
+        from smolforge.data import tales
+
+        probe = "\0".join(tales.document(i * (DOCUMENTS // PROBE)).text for i in range(PROBE))
+        return {"documents": DOCUMENTS, "hash": hashlib.blake2b(probe.encode(), digest_size=16).hexdigest()}
+
+
+class TalesRows:
+    """Documents [first, ...) of the generator, made when asked for."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def take(self, rows: Sequence[int]) -> list[Row]:
+        from smolforge.data import tales
+
+        return [Row(tales.document(self.first + row).text) for row in rows]
+
+
+class TalesFormat(Format):
+    """Row groups of 512 documents."""
+
+    def scan(self) -> list[list[int]]:
+        return [[GROUP, 0] for _ in range(DOCUMENTS // GROUP)]
+
+    def rows(self, group: int, start: int, count: int) -> Rows:
+        return TalesRows(group * GROUP)
+
+
+def matches(spec: str) -> bool:
+    """Whether SRC is the embedded corpus (a local folder of that name is written ./tales)."""
+    return spec == "tales"
+
+
+def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
+    """The one shard of the generator."""
+    return Source(spec, "tales", [TalesShard()])

@@ -1,0 +1,99 @@
+"""The order of documents: a pure function of (seed, epoch, source), dealt to a fixed number of lanes.
+
+Row groups too large for memory are cut into slices of rows; so are those of a small source, until each lane can
+have two. In epoch e the n slices of a source are permuted; slice p of epoch e has the running number q = e*n + p
+and belongs to lane q mod lanes. So a lane's k-th slice is q = lane + k*lanes: one integer addresses epoch and
+slice, each document comes up exactly once per epoch, and a source with fewer slices than lanes still feeds every
+lane (they then read different epochs side by side). The rows of a slice are permuted likewise.
+
+Permutations sort the raw output of Philox, a counter-based generator whose stream NumPy guarantees across
+versions (unlike `Generator.permutation`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_SLICE_BYTES = 32 << 20  # text of one slice; a lane holds one or two of them
+MAX_SLICE_ROWS = 1 << 20
+SLICES_PER_LANE = 2
+
+
+class Slice(NamedTuple):
+    """Consecutive rows of one row group: what a lane reads at a time."""
+
+    shard: int
+    group: int
+    start: int
+    rows: int
+    bytes: int
+
+
+def cut(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[Slice]:
+    """Slices of a source in canonical order.
+
+    Args:
+        shards: for each shard its row groups as (rows, bytes of text, what else its format notes).
+        lanes: number of lanes that the slices will be dealt to.
+    """
+    all_groups = [(s, g, *group[:2]) for s, groups in enumerate(shards) for g, group in enumerate(groups)]
+    filled = [(s, g, rows, size) for s, g, rows, size in all_groups if rows]
+    total = sum(rows for _, _, rows, _ in filled)
+    wanted = SLICES_PER_LANE * lanes
+    slices: list[Slice] = []
+    for shard, group, rows, size in filled:
+        parts = max(-(-size // MAX_SLICE_BYTES), -(-rows // MAX_SLICE_ROWS), 1)
+        if len(filled) < wanted:
+            parts = max(parts, -(-rows * wanted // total))
+        parts = min(parts, rows)
+        edges = [rows * i // parts for i in range(parts + 1)]
+        slices += [Slice(shard, group, a, b - a, size * (b - a) // rows) for a, b in pairwise(edges)]
+    return slices
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of range(n), int64 (n,), that depends on the integers of `key` alone."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16, person=b"order").digest()
+    draws = np.random.Philox(key=np.frombuffer(digest, dtype="<u8")).random_raw(n)
+    return np.argsort(draws, kind="stable")
+
+
+class Order:
+    """The order of one source.
+
+    Args:
+        slices: the source's slices in canonical order, not empty.
+        seed: `data.seed`.
+        source: number of the source in the mixture.
+        lanes: number of lanes.
+    """
+
+    def __init__(self, slices: Sequence[Slice], *, seed: int, source: int, lanes: int) -> None:
+        self.slices = slices
+        self.seed, self.source, self.lanes = seed, source, lanes
+        self._lock = threading.Lock()
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def place(self, lane: int, k: int) -> tuple[int, int]:
+        """(epoch, number of the slice in canonical order) of a lane's k-th slice."""
+        epoch, position = divmod(lane + k * self.lanes, len(self.slices))
+        return epoch, int(self._permuted(epoch)[position])
+
+    def rows(self, epoch: int, number: int) -> np.ndarray:
+        """The order in which slice `number` gives its rows in `epoch`."""
+        return permutation(self.slices[number].rows, 1, self.seed, epoch, self.source, number)
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._epochs:
+                while len(self._epochs) >= 4:  # lanes are rarely more than one epoch apart
+                    del self._epochs[min(self._epochs)]
+                self._epochs[epoch] = permutation(len(self.slices), 0, self.seed, epoch, self.source)
+            return self._epochs[epoch]

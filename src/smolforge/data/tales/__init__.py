@@ -1,0 +1,192 @@
+"""The embedded corpus `tales`: original documents without end, whose entropy is known.
+
+Document i is a pure function of (seed, i), in the genres and the schema of Cosmopedia v2. Because the generator
+knows the probability of each choice it makes, it knows the information in each text, and so the floor in bits per
+byte that no model can pass on it. For that to hold, P(text) must be the probability of the text and not merely of
+one way to derive it. Every choice is exact (draws without replacement are scored by what was left), lists hold no
+item twice, and the grammar is unambiguous: `Grammar.derivations` parses a text exhaustively, and the tests show on
+sampled documents that each has exactly one derivation, which has the bits stated here. The end of a document is
+part of its text's probability: the derivation ends where the text does.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import math
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from smolforge.data.tales.grammar import Draft, Grammar
+
+COLUMNS = ("prompt", "text", "token_length", "audience", "format", "seed_data")
+"""Cosmopedia v2's columns, in its order."""
+FILES = ("words.txt", "topics.txt", "stories.txt", "space.txt", "essays.txt", "posts.txt", "howto.txt", "lessons.txt")
+_PIECES = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True, slots=True)
+class Genre:
+    """How a genre appears in the schema.
+
+    Attributes:
+        rule: the grammar's rule for a document.
+        share: its share of the documents, relative to the other genres'.
+        request: the prompt, with the names of bound words in braces.
+    """
+
+    rule: str
+    share: int
+    audience: str
+    format: str
+    seed_data: str
+    request: str
+
+
+GENRES = (
+    Genre("story", 6, "young_children", "story_children", "tales_stories",
+          "Write a story for young children about {hero}, who lives in a {home}. It should end with a lesson."),
+    Genre("space", 5, "general", "story_space", "tales_stories",
+          "Write a story about {lead} in the distant galaxy, with a journey, a danger and a discovery."),
+    Genre("essay", 5, "college_students", "essay", "tales_topics",
+          "Write an essay on the future of technology and what it means for {field}, its promises and its risks."),
+    Genre("post", 2, "general", "blogpost", "tales_topics",
+          "Write a blog post about {topic} in the first person, with a {pal}, a mistake and some advice."),
+    Genre("howto", 1, "general", "wikihow", "tales_topics",
+          "Write a how-to article for people who like {topic}, with what is needed and each step explained."),
+    Genre("lesson", 1, "college_students", "textbook", "tales_topics",
+          "Write a section of a textbook of {field} on {idea}, with examples and an exercise."),
+)  # fmt: skip
+_BOUNDS = tuple(itertools.accumulate(genre.share for genre in GENRES))
+_GENRE_BITS = tuple(math.log2(_BOUNDS[-1] / genre.share) for genre in GENRES)
+
+
+@dataclass(frozen=True, slots=True)
+class TalesDocument:
+    """One document.
+
+    Attributes:
+        prompt: the request that the text answers.
+        text: the document; UTF-8, paragraphs separated by an empty line.
+        token_length: words and punctuation marks in the text.
+        bits: -log2 P(text), the information in it, its end included.
+    """
+
+    prompt: str
+    text: str
+    token_length: int
+    audience: str
+    format: str
+    seed_data: str
+    bits: float
+
+    def row(self) -> dict[str, Any]:
+        """The columns of Cosmopedia v2."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+@functools.cache
+def language() -> Grammar:
+    """The compiled grammar; read once per process."""
+    from smolforge.data.tales.grammar import Grammar
+
+    return Grammar((Path(__file__).parent / name).read_text(encoding="utf-8") for name in FILES)
+
+
+def document(i: int, seed: int = 0) -> TalesDocument:
+    """Document `i` of the corpus `seed`; the same on every machine and in every order.
+
+    Raises:
+        ValueError: `i` is negative.
+    """
+    genre, draft = _draft(i, seed)
+    text = "".join(draft.out)
+    names = {variable: entry[""] for variable, entry in draft.bound.items()}
+    return TalesDocument(
+        prompt=genre.request.format_map(names),
+        text=text,
+        token_length=len(_PIECES.findall(text)),
+        audience=genre.audience,
+        format=genre.format,
+        seed_data=genre.seed_data,
+        bits=draft.bits,
+    )
+
+
+def text_and_bits(i: int, seed: int = 0) -> tuple[str, float]:
+    """The text of document `i` and the information in it, without the other columns."""
+    _, draft = _draft(i, seed)
+    return "".join(draft.out), draft.bits
+
+
+def _draft(i: int, seed: int) -> tuple[Genre, Draft]:
+    if i < 0:
+        raise ValueError(f"i: {i} is no index of a document")
+    # Seeding with a text goes through SHA-512 and is fixed by Python's documentation.
+    uniform = random.Random(f"tales/{seed}/{i}").random
+    index = bisect.bisect_right(_BOUNDS, int(uniform() * _BOUNDS[-1]))
+    draft = language().write(GENRES[index].rule, uniform)
+    draft.bits += _GENRE_BITS[index]
+    return GENRES[index], draft
+
+
+def derivations(text: str) -> list[float]:
+    """The bits of every derivation of `text`, found exhaustively: none where `tales` never writes it.
+
+    One item is the proof that 2**-bits is the probability of the text itself.
+    """
+    return [
+        bits + genre_bits
+        for genre, genre_bits in zip(GENRES, _GENRE_BITS, strict=True)
+        for _, bits in language().derivations(genre.rule, text)
+    ]
+
+
+def entropy_bits_per_byte(documents: int = 4096, seed: int = 0) -> float:
+    """The floor: mean of -log2 P(text) over the mean length in UTF-8 bytes, estimated on `documents` documents.
+
+    A model that pays for each text and for its end (the EOS token, which has no bytes) cannot go below it.
+    """
+    return sum_bits_per_byte(range(documents), seed)
+
+
+def sum_bits_per_byte(indices: Iterable[int], seed: int = 0) -> float:
+    """The information in just these documents over their bytes: the floor's own value on a given slice."""
+    bits = size = 0.0
+    for i in indices:
+        text, information = text_and_bits(i, seed)
+        bits += information
+        size += len(text.encode())
+    return bits / size
+
+
+Kind = Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt"]
+
+
+def write(
+    path: str | Path,
+    kind: Kind = "parquet",
+    documents: Iterable[int] = range(1000),
+    seed: int = 0,
+    row_group_size: int = 1000,
+) -> Path:
+    """Write documents as one shard in Cosmopedia v2's schema; returns its path.
+
+    Args:
+        kind: `txt` holds the texts alone, separated by `<|endoftext|>`.
+        documents: their indices, in the order in which they are written.
+        row_group_size: documents in a row group of a parquet file.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    from smolforge.data.tales import shards
+
+    return shards.write(Path(path), kind, (document(i, seed) for i in documents), row_group_size)

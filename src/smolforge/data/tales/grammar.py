@@ -1,0 +1,292 @@
+"""The engine of `tales`: sentences with slots, choices that know their probability, and a parser for the proof.
+
+A grammar is read from plain text files. `@name kind` opens a list: of words where the kind is `noun`, `verb`,
+`adjective`, `name`, `phrase` or `fact`, of alternatives (one per line, `3*` in front of one sets its weight) where
+no kind is given. In an alternative
+    {name}        another list is drawn from and written; a bound word is repeated
+    {x=name}      ... and the word is bound to x for the rest of the document
+    {name.form}   another form of the word: `a` with its article, `s` plural or third person, `d` past, `ing`,
+                  `he his him kid` of a name; a capital first letter of the form writes a capital
+    {x/part}      a draw from the list `part` that belongs to the bound word x (its topic's own words)
+    [one|two]     a choice on the spot; an alternative may hold slots, and may be empty
+    ¶             a new paragraph
+
+All choices but weighted ones are uniform, and no list gives the same item twice in a document until it is used up;
+the probability of a draw is 1 / (items left), so the score of a derivation is exact. That each text has only one
+derivation is what `derivations` checks: it parses a text by trying every alternative of every choice, exhaustively.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from smolforge.data.tales import english
+
+Entry = dict[str, Any]
+"""The forms of a word by name, and under `/part` the lists that belong to it."""
+
+SAY, DRAW, OWN, SUB, ALT = range(5)
+_LOG2 = [0.0] + [math.log2(n) for n in range(1, 4096)]
+_PARTS = re.compile(r"\{([^{}]*)\}|\[|\]|\|")
+_SLOT = re.compile(r"(?:(\w+)=)?([\w-]+)(?:/(\w+))?(?:\.(\w+))?")
+
+
+class GrammarError(ValueError):
+    """A mistake in a grammar file: the list, the line and what is wrong."""
+
+
+class Words:
+    """A list of words that is drawn from without replacement."""
+
+    __slots__ = ("entries", "name", "size")
+
+    def __init__(self, name: str, entries: list[Entry]) -> None:
+        self.name, self.entries, self.size = name, entries, len(entries)
+
+
+class Rule:
+    """Alternatives, each a compiled sequence of literal strings and slots."""
+
+    __slots__ = ("alternatives", "bounds", "name", "size", "weights")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alternatives: list[tuple] = []
+        self.weights: list[int] | None = None
+        self.bounds: list[int] = []
+        self.size = 0
+
+
+class Draft:
+    """One document in the making: its words so far, its bound words, what each list has given, its bits."""
+
+    __slots__ = ("bits", "bound", "out", "random", "taken")
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self.random = random
+        self.out: list[str] = []
+        self.bound: dict[str, Entry] = {}
+        self.taken: dict[Words | Rule, list[int]] = {}
+        self.bits = 0.0
+
+    def pick(self, source: Words | Rule) -> int:
+        """An index into `source`, uniform over what it has not given yet in this document."""
+        size = source.size
+        taken = self.taken.get(source)
+        if taken is None:
+            index = int(self.random() * size)
+            self.taken[source] = [index]
+            self.bits += _LOG2[size]
+            return index
+        if len(taken) >= size:
+            taken.clear()
+        index = int(self.random() * size)
+        while index in taken:
+            index = int(self.random() * size)
+        self.bits += _LOG2[size - len(taken)]
+        taken.append(index)
+        return index
+
+    def write(self, parts: tuple) -> None:
+        """Append the text of a sequence, drawing whatever its slots ask for."""
+        out, bound = self.out, self.bound
+        for part in parts:
+            if part.__class__ is str:
+                out.append(part)
+                continue
+            kind = part[0]
+            if kind == SAY:
+                out.append(bound[part[1]][part[2]])
+            elif kind == SUB:
+                rule = part[1]
+                if rule.weights is None:
+                    self.write(rule.alternatives[self.pick(rule)])
+                else:
+                    index = bisect.bisect_right(rule.bounds, self.random() * rule.bounds[-1])
+                    self.bits -= math.log2(rule.weights[index] / rule.bounds[-1])
+                    self.write(rule.alternatives[index])
+            elif kind == ALT:
+                choices = part[1]
+                self.bits += _LOG2[len(choices)]
+                self.write(choices[int(self.random() * len(choices))])
+            else:
+                _, source, variable, form = part
+                if kind == OWN:
+                    source = bound[source[0]][source[1]]
+                entry = source.entries[self.pick(source)]
+                if variable:
+                    bound[variable] = entry
+                out.append(entry[form])
+
+
+class Grammar:
+    """All lists of one or several files, compiled.
+
+    Raises:
+        GrammarError: a line cannot be read, a list is defined twice or holds a duplicate, a slot names nothing.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.words: dict[str, Words] = {}
+        self.rules: dict[str, Rule] = {}
+        lines: dict[str, list[str]] = {}
+        kinds: dict[str, str] = {}
+        for text in texts:
+            name = ""
+            for line in map(str.strip, text.splitlines()):
+                if line.startswith("@"):
+                    name, _, kind = line[1:].partition(" ")
+                    if name in lines:
+                        raise GrammarError(f"@{name} is defined twice")
+                    lines[name], kinds[name] = [], kind.strip()
+                elif line and not line.startswith("#"):
+                    lines[name].append(line)
+        for name, kind in kinds.items():
+            if kind:
+                self.words[name] = Words(name, english.entries(kind, lines[name]))
+                self._distinct(name, [entry[""] for entry in self.words[name].entries])
+            else:
+                self.rules[name] = Rule(name)
+        for name in self.words:
+            owner, slash, part = name.rpartition("/")
+            if slash:
+                self._own(owner, part, self.words[name])
+        for name, rule in self.rules.items():
+            self._compile(rule, lines[name])
+
+    def _own(self, owner: str, part: str, words: Words) -> None:
+        # "@farming/worker" belongs to every entry spelled "farming" in any list.
+        found = [e for w in self.words.values() for e in w.entries if e[""].replace(" ", "_") == owner]
+        if not found:
+            raise GrammarError(f"@{owner}/{part}: no list holds the word {owner!r}")
+        for entry in found:
+            entry["/" + part] = words
+
+    def _compile(self, rule: Rule, lines: list[str]) -> None:
+        if not lines:
+            raise GrammarError(f"@{rule.name} is empty")
+        weights = []
+        for line in lines:
+            weight = re.match(r"(\d+)\*\s*", line)
+            weights.append(int(weight[1]) if weight else 1)
+            text = re.sub(r"\s*¶\s*", "\n\n", line[weight.end() :] if weight else line)
+            rule.alternatives.append(self._parse(rule.name, text))
+        self._distinct(rule.name, rule.alternatives)
+        rule.size = len(lines)
+        if set(weights) != {1}:
+            rule.weights, rule.bounds = weights, list(itertools.accumulate(weights))
+
+    def _parse(self, name: str, text: str) -> tuple:
+        # A stack of open choices, each a list of sequences; the bottom holds the line itself.
+        stack: list[list[list]] = [[[]]]
+        position = 0
+        for match in _PARTS.finditer(text):
+            if match.start() > position:
+                stack[-1][-1].append(text[position : match.start()])
+            position = match.end()
+            token = match[0]
+            if token == "[":
+                stack.append([[]])
+            elif token == "|":
+                stack[-1].append([])
+            elif token == "]":
+                choices = tuple(tuple(sequence) for sequence in stack.pop())
+                self._distinct(name, choices)
+                stack[-1][-1].append((ALT, choices))
+            else:
+                stack[-1][-1].append(self._slot(name, match[1]))
+        if position < len(text):
+            stack[-1][-1].append(text[position:])
+        if len(stack) != 1 or len(stack[0]) != 1:
+            raise GrammarError(f"@{name}: unbalanced brackets in {text!r}")
+        return tuple(stack[0][0])
+
+    def _slot(self, name: str, text: str) -> tuple:
+        if text in self.rules:
+            return (SUB, self.rules[text])
+        match = _SLOT.fullmatch(text)
+        if not match:
+            raise GrammarError(f"@{name}: cannot read the slot {{{text}}}")
+        variable, source, part, form = match[1], match[2], match[3], match[4] or ""
+        if variable in self.words or variable in self.rules:
+            raise GrammarError(f"@{name}: {{{text}}} binds {variable!r}, which is the name of a list")
+        if part:
+            return (OWN, (source, "/" + part), variable, form)
+        if source in self.words:
+            for entry in self.words[source].entries:
+                if form not in entry:
+                    raise GrammarError(f"@{name}: {entry['']!r} of @{source} has no form {form!r}")
+            return (DRAW, self.words[source], variable, form)
+        if variable:
+            raise GrammarError(f"@{name}: {{{text}}} draws from {source!r}, which is no list")
+        return (SAY, source, form)
+
+    @staticmethod
+    def _distinct(name: str, items: Iterable[Any]) -> None:
+        seen = set()
+        for item in items:
+            if item in seen:
+                raise GrammarError(f"@{name} holds {item!r} twice")
+            seen.add(item)
+
+    def write(self, start: str, random: Callable[[], float]) -> Draft:
+        """A document of the rule `start`; `random` gives uniform numbers in [0, 1)."""
+        draft = Draft(random)
+        draft.write(((SUB, self.rules[start]),))
+        return draft
+
+    def derivations(self, start: str, text: str | None) -> list[tuple[str, float]]:
+        """Every way in which `start` can produce `text`, as (text, bits); the whole language where text is None.
+
+        Exhaustive: each choice is tried with every alternative that it could have given, and a branch is left only
+        when what it wrote differs from the text. One item means that the text's probability is 2**-bits.
+        """
+        found = []
+        # (what is left to write as a linked list, text so far or position, bound words, what was taken, bits)
+        stack: list[tuple] = [(((SUB, self.rules[start]), None), "", {}, {}, 0.0)]
+        while stack:
+            agenda, done, bound, taken, bits = stack.pop()
+            if agenda is None:
+                if text is None or done == text:
+                    found.append((done, bits))
+                continue
+            part, rest = agenda
+            if isinstance(part, str) or part[0] == SAY:
+                said = done + (part if isinstance(part, str) else bound[part[1]][part[2]])
+                if text is None or text.startswith(said):
+                    stack.append((rest, said, bound, taken, bits))
+            elif part[0] == ALT:
+                cost = bits + math.log2(len(part[1]))
+                stack.extend((_chain(choice, rest), done, bound, taken, cost) for choice in part[1])
+            elif part[0] == SUB and part[1].weights is not None:
+                for choice, weight in zip(part[1].alternatives, part[1].weights, strict=True):
+                    cost = -math.log2(weight / part[1].bounds[-1])
+                    stack.append((_chain(choice, rest), done, bound, taken, bits + cost))
+            else:
+                source = bound[part[1][0]][part[1][1]] if part[0] == OWN else part[1]
+                given = taken.get(source, ())
+                given = () if len(given) >= source.size else given
+                cost = bits + math.log2(source.size - len(given))
+                for index in range(source.size):
+                    if index in given:
+                        continue
+                    now = {**taken, source: (*given, index)}
+                    if part[0] == SUB:
+                        stack.append((_chain(source.alternatives[index], rest), done, bound, now, cost))
+                        continue
+                    entry = source.entries[index]
+                    said = done + entry[part[3]]
+                    if text is None or text.startswith(said):
+                        names = {**bound, part[2]: entry} if part[2] else bound
+                        stack.append((rest, said, names, now, cost))
+        return found
+
+
+def _chain(parts: tuple, rest: Any) -> Any:
+    return functools.reduce(lambda tail, part: (part, tail), reversed(parts), rest)

@@ -1,0 +1,138 @@
+"""How well a model predicts text: loss, perplexity, and bits per byte on a frozen slice of documents.
+
+Documents are joined by EOS and cut into windows that overlap by one token, so each token is predicted exactly once.
+Bits per byte count everything that is predicted, the ends of documents included, over the UTF-8 bytes of the text:
+models with different tokenizers, and a source's own entropy, can be compared by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from smolforge.distributed import Ranks
+from smolforge.errors import DataError
+from smolforge.model.llama import LlamaForCausalLM
+from smolforge.model.loss import IGNORE, summed_loss
+from smolforge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A frozen piece of text, tokenized.
+
+    Attributes:
+        tokens: int32 (n,), beginning with an EOS that is only context.
+        n_bytes: UTF-8 bytes of the text behind the predicted tokens.
+        documents: how many documents, the last one perhaps cut.
+    """
+
+    tokens: np.ndarray
+    n_bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model made of a slice. loss is in nats per token."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    n_bytes: int
+    documents: int
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def freeze(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Slice:
+    """Tokenize texts until `max_tokens` are reached; the last document is cut there.
+
+    Raises:
+        DataError: there is no text at all.
+    """
+    pieces: list[list[int]] = [[tokenizer.eos_id]]
+    count = n_bytes = documents = 0
+    for text in texts:
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        whole = max_tokens is None or count + len(ids) <= max_tokens
+        if not whole:
+            ids = ids[: max_tokens - count]  # type: ignore[operator]
+        pieces.append(ids)
+        count += len(ids)
+        documents += 1
+        n_bytes += len(text.encode()) if whole else sum(len(tokenizer.token_bytes(i)) for i in ids)
+        if max_tokens is not None and count >= max_tokens:
+            break
+    if not n_bytes:
+        raise DataError("there is no text to evaluate on", hint="The source is empty, or no document is held out.")
+    return Slice(np.concatenate([np.asarray(p, dtype=np.int32) for p in pieces]), n_bytes, documents)
+
+
+def evaluate(
+    model: LlamaForCausalLM,
+    piece: Slice,
+    *,
+    length: int,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Score:
+    """Score `model` on a slice, the windows shared out over the ranks.
+
+    Args:
+        length: positions in a window; context is never longer.
+        batch: windows at a time, always the same shape, so that nothing is compiled again.
+        context: what the forward pass runs in, such as autocast.
+        between: called between batches; it may raise to stop.
+    """
+    ranks = ranks or Ranks()
+    inputs, targets = _windows(piece.tokens, length)
+    mine = range(ranks.rank, len(inputs), ranks.world)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(mine), batch):
+                between()
+                rows = list(mine[start : start + batch])
+                x = np.zeros((batch, length), dtype=np.int64)
+                y = np.full((batch, length), IGNORE, dtype=np.int64)
+                x[: len(rows)], y[: len(rows)] = inputs[rows], targets[rows]
+                with context():
+                    hidden = model.model(torch.from_numpy(x).to(device))
+                nats += summed_loss(hidden.flatten(0, 1), model.output_weight, torch.from_numpy(y).to(device).flatten())
+    finally:
+        model.train(was_training)
+    total = sum(ranks.gather(float(nats)))
+    predicted = len(piece.tokens) - 1
+    loss = total / predicted
+    return Score(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=total / math.log(2) / piece.n_bytes,
+        tokens=predicted,
+        n_bytes=piece.n_bytes,
+        documents=piece.documents,
+    )
+
+
+def _windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (W, length); what is missing in the last window is `IGNORE` in the targets."""
+    predicted = len(tokens) - 1
+    count = -(-predicted // length)
+    inputs = np.zeros((count, length), dtype=np.int64)
+    targets = np.full((count, length), IGNORE, dtype=np.int64)
+    inputs.reshape(-1)[:predicted] = tokens[:-1]
+    targets.reshape(-1)[:predicted] = tokens[1:]
+    return inputs, targets

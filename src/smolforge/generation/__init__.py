@@ -1,0 +1,30 @@
+"""Text from a model: the engine, what a request asks for, and the fast ways of running one step.
+
+    prompt → Engine.add → Scheduler.plan → Runner.forward → Sampler.pick → TextStream.push → Step
+
+`engine` holds the loop; `scheduler` decides who runs, `cache` owns the memory, a runner (`runner`, `stock`,
+`native`, picked by `choose`) does the arithmetic, `sampler` and
+`processors` draw, `text` shows. Each knows only its own noun.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smolforge.generation.build import build_native as build_native
+    from smolforge.generation.engine import Engine as Engine
+    from smolforge.generation.request import Request as Request
+    from smolforge.generation.request import Step as Step
+    from smolforge.generation.sampling import Sampling as Sampling
+
+_HOMES = {
+    "Engine": "engine", "Request": "request", "Step": "request", "Sampling": "sampling", "build_native": "build",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

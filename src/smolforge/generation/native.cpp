@@ -1,0 +1,609 @@
+// One step of a Llama on a CPU, the whole of it in one call: embedding, every layer, the head.
+//
+// A step runs a list of rows. A row is one token of one sequence at one position: a batch of streams that each
+// want their next token, the tokens of a prompt, or both together. All rows meet each weight once.
+//
+// Everything heavy is one operation, `product`: rows times a matrix that was packed for it. A packed matrix is
+// cut into units of 32 output rows, and inside a unit the inputs come first, so that one 64-byte vector holds the
+// same few inputs of 16 outputs. One multiply-add against a broadcast input then feeds 16 outputs, nothing is ever
+// summed across a vector, and memory is read strictly forward. Keys and values are kept in the same layout, so
+// attention is two more products: scores = keys x query, output = values x probabilities.
+//
+// Each output is accumulated in one order, from the first input to the last, whatever the number of rows or
+// threads: a row's result is bitwise the same alone and in any company.
+//
+//   kind  unit layout                                       inputs
+//   F32   [k][32] float                                     float
+//   BF16  [k/2][32][2] bfloat16                             bfloat16, sums in fp32
+//   I8    [k/4][32][4] value + 128; a scale per output      int8 with a scale per 64 inputs
+//   I4    [k/8][32][4] bytes of two nibbles, value + 8;     the same
+//         a scale per output and 32 or 64 inputs
+//
+// GCC and clang lower the 64-byte vectors to whatever the machine has; only the two dot products that have
+// instructions of their own (bfloat16 pairs, int8 quads) are spelled out.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+enum Kind { F32, BF16, I8, I4 };
+constexpr int UNIT = 32;     // outputs of one unit
+constexpr int GROUP = 64;    // inputs that share one activation scale
+#if defined(__AVX512F__)
+constexpr int TILE = 12;     // rows of one tile: 24 accumulators of 32 registers
+#else
+constexpr int TILE = 3;
+#endif
+
+template <class T> T load(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
+template <class T> void store(void* p, T v) { memcpy(p, &v, sizeof v); }
+F splat(float x) { return F{} + x; }
+I splat(int32_t x) { return I{} + x; }
+
+// acc + the dot products of 16 pairs of bfloat16 with one broadcast pair.
+inline F dot_pairs(F acc, I w, int32_t x) {
+#if defined(__AVX512BF16__)
+  return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(x));
+#else
+  const int32_t high = x & (int32_t)0xffff0000, low = (int32_t)((uint32_t)x << 16);
+  acc += (F)((U)w << 16) * load<float>(&low);
+  return acc + (F)(w & (int32_t)0xffff0000) * load<float>(&high);
+#endif
+}
+
+// acc + the dot products of 16 quads of unsigned bytes with one broadcast quad of signed bytes; exact.
+inline I dot_quads(I acc, I w, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)splat(x));
+#elif defined(__AVX2__)
+  // Bytes 0 and 2, then 1 and 3, widened to 16 bits: pmaddwd cannot overflow there, pmaddubsw could.
+  const int32_t even = (uint16_t)(int8_t)x | ((uint32_t)(uint16_t)(int8_t)(x >> 16) << 16);
+  const int32_t odd = (uint16_t)(int8_t)(x >> 8) | ((uint32_t)(uint16_t)(int8_t)(x >> 24) << 16);
+  const I low = w & 0x00ff00ff, high = (I)((U)w >> 8) & 0x00ff00ff;
+  __m256i part[2];
+  for (int i = 0; i < 2; i++)
+    part[i] = _mm256_add_epi32(
+        _mm256_madd_epi16(load<__m256i>((const char*)&low + 32 * i), _mm256_set1_epi32(even)),
+        _mm256_madd_epi16(load<__m256i>((const char*)&high + 32 * i), _mm256_set1_epi32(odd)));
+  return acc + load<I>(part);
+#else
+  const U u = (U)w;
+  acc += (I)(u & 255) * (int32_t)(int8_t)x + (I)((u >> 8) & 255) * (int32_t)(int8_t)(x >> 8);
+  return acc + (I)((u >> 16) & 255) * (int32_t)(int8_t)(x >> 16) + (I)(u >> 24) * (int32_t)(int8_t)(x >> 24);
+#endif
+}
+
+// 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 it is 0 for our purposes.
+inline F exp2_(F x) {
+  x = x < -126.f ? splat(-126.f) : x;
+  const F magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+  const F whole = (x + magic) - magic, f = x - whole;
+  F p = splat(1.5403530e-4f);  // Taylor series of 2^f, |f| <= 1/2
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  return (F)((I)p + (__builtin_convertvector(whole, I) << 23));
+}
+constexpr float LOG2E = 1.44269504f;
+
+inline float sum(F v) { float s[16]; store(s, v); for (int w = 8; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w]; return s[0]; }
+inline float greatest(F v) { float s[16]; store(s, v); for (int i = 1; i < 16; i++) s[0] = std::max(s[0], s[i]); return s[0]; }
+
+inline U to_bf16(F v) { const U u = (U)v; return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }  // nearest even
+inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
+inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
+
+int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+extern "C" {
+struct Matrix {        // as packed by native.py
+  int32_t kind, n, k;  // outputs and inputs, before padding
+  int32_t group;       // I4: inputs that share a weight scale
+  const uint8_t* data;
+  const void* scales;  // I8: float [units][32]; I4: bfloat16 [units][k / group][32]
+};
+struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2; };
+struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, cache_kind; float eps; };
+}
+
+namespace {
+
+int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+size_t unit_bytes(const Matrix& w) {
+  const size_t k = round_up(w.k, GROUP);
+  return w.kind == I4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
+}
+
+// Rows of inputs in the form that a kind of matrix wants. `stride` counts inputs.
+struct Inputs {
+  void* data;
+  int stride;
+  float* scales;         // I8, I4: [row][stride / GROUP]
+  int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs)
+};
+
+// M rows times one unit; out[m][0] holds outputs 0..15, out[m][1] outputs 16..31.
+template <int KIND, int M>
+void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int row, F (*out)[2]) {
+  const uint8_t* p = w.data + bytes * unit;
+  if constexpr (KIND == F32) {
+    const float* x = (const float*)in.data + (size_t)row * in.stride;
+    F acc[M][2] = {};
+    for (int i = 0; i < k; i++, p += 128) {
+      const F w0 = load<F>(p), w1 = load<F>(p + 64);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) {
+        const float xm = x[(size_t)m * in.stride + i];
+        acc[m][0] += w0 * xm, acc[m][1] += w1 * xm;
+      }
+    }
+    memcpy(out, acc, sizeof acc);
+  } else if constexpr (KIND == BF16) {
+    const uint16_t* x = (const uint16_t*)in.data + (size_t)row * in.stride;
+    F acc[M][2] = {};
+    for (int i = 0; i < k; i += 2, p += 128) {
+      const I w0 = load<I>(p), w1 = load<I>(p + 64);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) {
+        const int32_t xm = load<int32_t>(x + (size_t)m * in.stride + i);
+        acc[m][0] = dot_pairs(acc[m][0], w0, xm), acc[m][1] = dot_pairs(acc[m][1], w1, xm);
+      }
+    }
+    memcpy(out, acc, sizeof acc);
+  } else {
+    const int8_t* x = (const int8_t*)in.data + (size_t)row * in.stride;
+    const int groups = in.stride / GROUP, step = KIND == I4 ? w.group : GROUP;
+    const uint16_t* fine = KIND == I4 ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * UNIT : nullptr;
+    for (int m = 0; m < M; m++) out[m][0] = out[m][1] = F{};
+    for (int g = 0; g < k; g += step) {
+      I acc[M][2];
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++)
+        acc[m][0] = acc[m][1] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]);
+      if constexpr (KIND == I8) {
+        for (int i = g; i < g + GROUP; i += 4, p += 128) {
+          const I w0 = load<I>(p), w1 = load<I>(p + 64);
+#pragma GCC unroll 12
+          for (int m = 0; m < M; m++) {
+            const int32_t xm = load<int32_t>(x + (size_t)m * in.stride + i);
+            acc[m][0] = dot_quads(acc[m][0], w0, xm), acc[m][1] = dot_quads(acc[m][1], w1, xm);
+          }
+        }
+      } else {
+        for (int i = g; i < g + step; i += 8, p += 128) {
+          const I v0 = load<I>(p), v1 = load<I>(p + 64);
+          const I a0 = v0 & 0x0f0f0f0f, a1 = v1 & 0x0f0f0f0f;
+          const I b0 = (I)((U)v0 >> 4) & 0x0f0f0f0f, b1 = (I)((U)v1 >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 12
+          for (int m = 0; m < M; m++) {
+            const int32_t xa = load<int32_t>(x + (size_t)m * in.stride + i), xb = load<int32_t>(x + (size_t)m * in.stride + i + 4);
+            acc[m][0] = dot_quads(dot_quads(acc[m][0], a0, xa), b0, xb);
+            acc[m][1] = dot_quads(dot_quads(acc[m][1], a1, xa), b1, xb);
+          }
+        }
+      }
+      F s0 = splat(1.f), s1 = s0;
+      if constexpr (KIND == I4) {
+        s0 = (F)(__builtin_convertvector(load<Halves>(fine), U) << 16);
+        s1 = (F)(__builtin_convertvector(load<Halves>(fine + 16), U) << 16);
+        fine += UNIT;
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) {
+        const float sx = in.scales[(size_t)(row + m) * groups + g / GROUP];
+        out[m][0] += __builtin_convertvector(acc[m][0], F) * (s0 * sx);
+        out[m][1] += __builtin_convertvector(acc[m][1], F) * (s1 * sx);
+      }
+    }
+    if constexpr (KIND == I8) {
+      const float* s = (const float*)w.scales + (size_t)unit * UNIT;
+      const F s0 = load<F>(s), s1 = load<F>(s + 16);
+      for (int m = 0; m < M; m++) out[m][0] *= s0, out[m][1] *= s1;
+    }
+  }
+}
+
+using Tile = void (*)(const Matrix&, int, size_t, int, const Inputs&, int, F (*)[2]);
+template <int KIND, int... M> Tile pick(int rows, std::integer_sequence<int, M...>) {
+  static const Tile table[] = {tile<KIND, M + 1>...};
+  return table[rows - 1];
+}
+Tile pick(int kind, int rows) {
+  constexpr auto all = std::make_integer_sequence<int, TILE>();
+  return kind == F32 ? pick<F32>(rows, all) : kind == BF16 ? pick<BF16>(rows, all)
+       : kind == I8  ? pick<I8>(rows, all)  : pick<I4>(rows, all);
+}
+
+// rows x w for the units first..last; each tile goes to done(unit, row, rows, out).
+template <class Done>
+void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, int first, int last, Done done) {
+  alignas(64) F out[TILE][2];
+  for (int unit = first; unit < last; unit++)
+    for (int row = 0; row < rows; row += TILE) {
+      const int n = std::min(TILE, rows - row);
+      pick(w.kind, n)(w, unit, bytes, k, in, row, out);
+      done(unit, row, n, out);
+    }
+}
+
+// Threads that sleep between steps and spin, then yield, inside one.
+struct Team {
+  explicit Team(int n) : size(n) {
+    for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
+  }
+  ~Team() {
+    { std::lock_guard<std::mutex> hold(lock); leaving = true; round++; }
+    wake.notify_all();
+    for (auto& t : workers) t.join();
+  }
+  void run(const std::function<void(int)>& f) {
+    if (size == 1) return f(0);
+    { std::lock_guard<std::mutex> hold(lock); job = &f; round++; }
+    wake.notify_all();
+    f(0);
+    barrier();
+  }
+  void barrier() {
+    if (size == 1) return;
+    const unsigned mine = phase.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.store(mine + 1, std::memory_order_release);
+      return;
+    }
+    // A core that is busy elsewhere must not be kept from our own thread by our own spinning.
+    for (int spins = 0; phase.load(std::memory_order_acquire) == mine; spins++) {
+      if (spins > 4000) std::this_thread::yield();
+#if defined(__x86_64__)
+      else _mm_pause();
+#endif
+    }
+  }
+  const int size;
+
+ private:
+  void work(int id) {
+    for (unsigned seen = 0;;) {
+      const std::function<void(int)>* f;
+      {
+        std::unique_lock<std::mutex> hold(lock);
+        wake.wait(hold, [&] { return round != seen; });
+        seen = round;
+        if (leaving) return;
+        f = job;
+      }
+      (*f)(id);
+      barrier();
+    }
+  }
+  std::vector<std::thread> workers;
+  std::mutex lock;
+  std::condition_variable wake;
+  const std::function<void(int)>* job = nullptr;
+  unsigned round = 0;
+  bool leaving = false;
+  std::atomic<int> arrived{0};
+  std::atomic<unsigned> phase{0};
+};
+
+// 64-byte aligned memory that grows and never shrinks; zeroed, so that padding is 0.
+struct Buffer {
+  char* p = nullptr;
+  size_t size = 0;
+  ~Buffer() { free(p); }
+  template <class T> T* get(size_t n) {
+    const size_t need = (n * sizeof(T) + 63) / 64 * 64;
+    if (need > size) {
+      free(p);
+      p = (char*)aligned_alloc(64, need);
+      memset(p, 0, need);
+      size = need;
+    }
+    return (T*)p;
+  }
+};
+
+struct Prepared { Buffer data, scales, corrections; };
+
+struct Span { int first, last; };
+Span share(int n, int id, int of) { return {(int)((int64_t)n * id / of), (int)((int64_t)n * (id + 1) / of)}; }
+
+struct Model {
+  Shape s;
+  std::vector<Layer> layers;
+  Matrix embedding, head;
+  const float *final_norm, *cos, *sin;  // cos, sin: [position][head_dim / 2]
+  Team team;
+  Buffer x, qkv, y, h;                  // residual stream, q|k|v, attention's output, SwiGLU's output: float rows
+  Buffer queries;                       // rotated and scaled, in the cache's precision
+  Prepared shared;                      // prepared inputs of all rows
+  std::vector<Prepared> own;            // the same for one row, one per thread: cheaper than a barrier
+  std::vector<Buffer> scores, weights;  // of attention, one per thread
+  std::atomic<int> next{0};
+  int width_, q_, inner_;               // row strides, padded
+
+  Model(const Shape& s, int threads) : s(s), team(threads), own(threads), scores(threads), weights(threads) {
+    width_ = round_up(s.width, GROUP);
+    q_ = round_up((s.heads + 2 * s.kv_heads) * s.head_dim, GROUP);
+    inner_ = round_up(s.inner, GROUP);
+  }
+
+  // Bring row `r` of `from` (k floats) into the form that `w` wants, normed where `norm` is given.
+  void prepare_row(const Matrix& w, const Inputs& to, int r, const float* from, const float* norm) const {
+    const int k = to.stride;
+    F scale = splat(1.f);
+    if (norm) {
+      F squares = {};
+      for (int i = 0; i < k; i += 16) { const F v = load<F>(from + i); squares += v * v; }
+      scale = splat(1.f / std::sqrt(sum(squares) / s.width + s.eps));
+    }
+    const auto value = [&](int i) { F v = load<F>(from + i); return norm ? v * scale * load<F>(norm + i) : v; };
+    if (w.kind == F32) {
+      for (int i = 0; i < k; i += 16) store((float*)to.data + (size_t)r * k + i, value(i));
+    } else if (w.kind == BF16) {
+      for (int i = 0; i < k; i += 16)
+        store((uint16_t*)to.data + (size_t)r * k + i, __builtin_convertvector(to_bf16(value(i)), Halves));
+    } else {
+      const int step = w.kind == I4 ? w.group : GROUP, offset = w.kind == I4 ? 8 : 128;
+      for (int g = 0; g < k; g += GROUP) {
+        F v[4], most = {};
+        for (int j = 0; j < 4; j++) { v[j] = value(g + 16 * j); const F a = v[j] < 0 ? -v[j] : v[j]; most = a > most ? a : most; }
+        const float peak = greatest(most), inverse = peak > 0 ? 127.f / peak : 0.f;
+        to.scales[(size_t)r * (k / GROUP) + g / GROUP] = peak / 127.f;
+        int32_t part[4];
+        for (int j = 0; j < 4; j++) {
+          const F magic = splat(12582912.f);
+          const I q = __builtin_convertvector((v[j] * inverse + magic) - magic, I);
+          store((int8_t*)to.data + (size_t)r * k + g + 16 * j, __builtin_convertvector(q, Bytes));
+          part[j] = 0;
+          for (int l = 0; l < 16; l++) part[j] += q[l];
+        }
+        for (int j = 0; j < GROUP / step; j++) {
+          int32_t total = 0;
+          for (int i = 0; i < step / 16; i++) total += part[j * step / 16 + i];
+          to.corrections[(size_t)r * (k / step) + g / step + j] = -offset * total;
+        }
+      }
+    }
+  }
+
+  // Inputs for `w` from float rows. With one row each thread makes its own; with more they share the work.
+  Inputs prepare(const Matrix& w, int id, int rows, const float* from, int stride, const float* norm, const int32_t* pick = nullptr) {
+    Prepared& p = rows == 1 ? own[id] : shared;
+    const Inputs to = inputs_of(p, rows, stride);
+    const Span mine = rows == 1 ? Span{0, 1} : share(rows, id, team.size);
+    for (int r = mine.first; r < mine.last; r++)
+      prepare_row(w, to, r, from + (size_t)(pick ? pick[r] : r) * stride, norm);
+    if (rows > 1) team.barrier();
+    return to;
+  }
+  Inputs inputs_of(Prepared& p, int rows, int stride) {
+    return {p.data.get<float>((size_t)rows * stride), stride, p.scales.get<float>((size_t)rows * stride / GROUP),
+            p.corrections.get<int32_t>((size_t)rows * stride / UNIT)};
+  }
+
+  template <class Done> void rows_times(const Matrix& w, const Inputs& in, int id, int rows, Done done) {
+    const Span mine = share((w.n + UNIT - 1) / UNIT, id, team.size);
+    product(w, unit_bytes(w), in.stride, in, rows, mine.first, mine.last, done);
+  }
+
+  void embed(int token, float* to) const {
+    const Matrix& w = embedding;
+    const int lane = token % UNIT, unit = token / UNIT;
+    const uint8_t* p = w.data + unit_bytes(w) * unit;
+    for (int i = 0; i < w.k; i++) {
+      if (w.kind == F32) to[i] = load<float>(p + ((size_t)i * UNIT + lane) * 4);
+      else if (w.kind == BF16) to[i] = from_bf16(load<uint16_t>(p + ((size_t)(i / 2) * UNIT + lane) * 4 + i % 2 * 2));
+      else to[i] = (p[((size_t)(i / 4) * UNIT + lane) * 4 + i % 4] - 128) * ((const float*)w.scales)[unit * UNIT + lane];
+    }
+  }
+
+  // Where a sequence's cache keeps a layer's keys [unit of 32 positions] and values [unit of 32 columns].
+  Matrix keys(uint8_t* cache, int capacity, int layer, int kv) const {
+    const size_t e = bytes_per_input(s.cache_kind), per = e * capacity * s.head_dim;
+    return {s.cache_kind, capacity, s.head_dim, 0, cache + per * ((size_t)layer * s.kv_heads + kv), nullptr};
+  }
+  Matrix values(uint8_t* cache, int capacity, int layer, int kv) const {
+    const size_t e = bytes_per_input(s.cache_kind), columns = round_up(s.head_dim, UNIT);
+    uint8_t* base = cache + e * capacity * s.head_dim * s.layers * s.kv_heads;
+    return {s.cache_kind, s.head_dim, capacity, 0, base + e * capacity * columns * ((size_t)layer * s.kv_heads + kv), nullptr};
+  }
+  void put(const Matrix& m, size_t bytes, int output, int input, float value) const {
+    uint8_t* p = (uint8_t*)m.data + bytes * (output / UNIT);
+    const int lane = output % UNIT;
+    if (m.kind == F32) store(p + ((size_t)input * UNIT + lane) * 4, value);
+    else store(p + ((size_t)(input / 2) * UNIT + lane) * 4 + input % 2 * 2, to_bf16(value));
+  }
+  void put_query(int index, float value) {
+    if (s.cache_kind == F32) ((float*)queries.p)[index] = value;
+    else ((uint16_t*)queries.p)[index] = to_bf16(value);
+  }
+
+  // Rotate row r's query head (or key head, which goes to the cache with its value); half-rotation layout.
+  void rotate(int r, int head, int position, uint8_t* cache, int capacity, int layer) {
+    const int d = s.head_dim, half = d / 2;
+    const float* from = (const float*)qkv.p + (size_t)r * q_ + (size_t)head * d;
+    const float *c = cos + (size_t)position * half, *n = sin + (size_t)position * half;
+    if (head < s.heads) {
+      const float scale = LOG2E / std::sqrt((float)d);  // softmax is taken in powers of two
+      const int at = (r * s.heads + head) * d;
+      for (int i = 0; i < half; i++) {
+        put_query(at + i, (from[i] * c[i] - from[i + half] * n[i]) * scale);
+        put_query(at + i + half, (from[i + half] * c[i] + from[i] * n[i]) * scale);
+      }
+      return;
+    }
+    const int kv = head - s.heads;
+    const size_t e = bytes_per_input(s.cache_kind);
+    const Matrix k = keys(cache, capacity, layer, kv), v = values(cache, capacity, layer, kv);
+    const size_t kb = e * UNIT * d, vb = e * UNIT * capacity;
+    for (int i = 0; i < half; i++) {
+      put(k, kb, position, i, from[i] * c[i] - from[i + half] * n[i]);
+      put(k, kb, position, i + half, from[i + half] * c[i] + from[i] * n[i]);
+    }
+    for (int i = 0; i < d; i++) put(v, vb, i, position, from[(size_t)s.kv_heads * d + i]);
+  }
+
+  // Attention of `n` query vectors (rows of one head, or heads of one row) over one key/value head.
+  void attend(int id, int row, int n_rows, int head, int n_heads, int position, uint8_t* cache, int capacity, int layer) {
+    const int d = s.head_dim, n = n_rows * n_heads, seen = position + n_rows, padded = round_up(seen, UNIT);
+    const int kv = head / (s.heads / s.kv_heads);
+    const size_t e = bytes_per_input(s.cache_kind);
+    const Matrix k = keys(cache, capacity, layer, kv), v = values(cache, capacity, layer, kv);
+    float* score = scores[id].get<float>((size_t)n * padded);
+    char* weight = weights[id].get<char>((size_t)n * padded * e);
+    const Inputs q = {(char*)queries.p + e * ((size_t)row * s.heads + head) * d, n_heads > 1 ? d : s.heads * d, nullptr, nullptr};
+    product(k, e * UNIT * d, d, q, n, 0, padded / UNIT, [&](int unit, int m, int count, F(*out)[2]) {
+      for (int i = 0; i < count; i++) memcpy(score + (size_t)(m + i) * padded + unit * UNIT, out[i], 128);
+    });
+    float inverse[TILE];
+    for (int i = 0; i < n; i++) {
+      float* t = score + (size_t)i * padded;
+      const int length = position + 1 + (n_heads > 1 ? 0 : i);
+      for (int j = length; j < padded; j++) t[j] = -INFINITY;
+      F most = splat(-INFINITY), total = {};
+      for (int j = 0; j < padded; j += 16) { const F a = load<F>(t + j); most = a > most ? a : most; }
+      const F peak = splat(greatest(most));
+      for (int j = 0; j < padded; j += 16) {
+        const F a = load<F>(t + j);
+        const F p = a == -INFINITY ? F{} : exp2_(a - peak);
+        total += p;
+        if (s.cache_kind == F32) store(weight + ((size_t)i * padded + j) * 4, p);
+        else store(weight + ((size_t)i * padded + j) * 2, __builtin_convertvector(to_bf16(p), Halves));
+      }
+      inverse[i] = 1.f / sum(total);
+    }
+    const Inputs w = {weight, padded, nullptr, nullptr};
+    product(v, e * UNIT * capacity, round_up(seen, 2), w, n, 0, (d + UNIT - 1) / UNIT, [&](int unit, int m, int count, F(*out)[2]) {
+      for (int i = 0; i < count; i++) {
+        const int r = n_heads > 1 ? row : row + m + i, h_ = n_heads > 1 ? head + m + i : head;
+        float* to = (float*)y.p + (size_t)r * y_stride() + (size_t)h_ * d + unit * UNIT;
+        const F lo = out[i][0] * inverse[m + i], hi = out[i][1] * inverse[m + i];
+        float both[UNIT];
+        store(both, lo), store(both + 16, hi);
+        memcpy(to, both, sizeof(float) * std::min(UNIT, d - unit * UNIT));
+      }
+    });
+  }
+  int y_stride() const { return round_up(s.heads * s.head_dim, GROUP); }
+
+  void step(int rows, const int32_t* tokens, const int32_t* positions, uint8_t* const* caches, const int32_t* capacities,
+            int wanted, const int32_t* wanted_rows, float* logits) {
+    const int per_kv = s.heads / s.kv_heads, all_heads = s.heads + s.kv_heads;
+    float* stream = x.get<float>((size_t)rows * width_);
+    float* mixed = y.get<float>((size_t)rows * y_stride());
+    float* projected = qkv.get<float>((size_t)rows * q_);
+    float* hidden = h.get<float>((size_t)rows * inner_);
+    queries.get<float>((size_t)rows * s.heads * s.head_dim);
+    inputs_of(shared, std::max(rows, wanted), std::max({width_, inner_, y_stride()}));
+    // Rows of one sequence that follow each other share their reading of its keys: blocks of at most TILE rows.
+    std::vector<Span> blocks;
+    for (int r = 0; r < rows; r++) {
+      const bool follows = !blocks.empty() && r - blocks.back().first < TILE && caches[r] == caches[r - 1] && positions[r] == positions[r - 1] + 1;
+      if (follows) blocks.back().last = r + 1;
+      else blocks.push_back({r, r + 1});
+    }
+    const auto job = [&](int id) {
+      const Span mine = share(rows, id, team.size);
+      for (int r = mine.first; r < mine.last; r++) embed(tokens[r], stream + (size_t)r * width_);
+      team.barrier();
+      const auto add = [&](int unit, int m, int n, F(*out)[2]) {
+        for (int i = 0; i < n; i++) {
+          float* to = stream + (size_t)(m + i) * width_ + unit * UNIT;
+          store(to, load<F>(to) + out[i][0]), store(to + 16, load<F>(to + 16) + out[i][1]);
+        }
+      };
+      for (int l = 0; l < s.layers; l++) {
+        const Layer& layer = layers[l];
+        rows_times(layer.qkv, prepare(layer.qkv, id, rows, stream, width_, layer.norm1), id, rows, [&](int unit, int m, int n, F(*out)[2]) {
+          for (int i = 0; i < n; i++) memcpy(projected + (size_t)(m + i) * q_ + unit * UNIT, out[i], 128);
+        });
+        team.barrier();
+        if (id == 0) next.store(0, std::memory_order_relaxed);
+        const Span turns = share(rows * all_heads, id, team.size);
+        for (int i = turns.first; i < turns.last; i++) {
+          const int r = i / all_heads;
+          rotate(r, i % all_heads, positions[r], caches[r], capacities[r], l);
+        }
+        team.barrier();
+        if (rows == 1) {  // the heads are shared out evenly, even where that splits the heads of one key/value head
+          const Span heads = share(s.heads, id, team.size);
+          for (int a = heads.first, b; a < heads.last; a = b) {
+            b = std::min({heads.last, (a / per_kv + 1) * per_kv, a + TILE});
+            attend(id, 0, 1, a, b - a, positions[0], caches[0], capacities[0], l);
+          }
+        } else {  // later blocks see more keys: take them in turns, the longest first
+          const int items = (int)blocks.size() * s.heads;
+          for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+            const Span b = blocks[blocks.size() - 1 - i / s.heads];
+            const int head = i % s.heads, n = b.last - b.first;
+            if (n > 1) attend(id, b.first, n, head, 1, positions[b.first], caches[b.first], capacities[b.first], l);
+            else if (head % per_kv % TILE == 0)
+              attend(id, b.first, 1, head, std::min(TILE, per_kv - head % per_kv), positions[b.first], caches[b.first], capacities[b.first], l);
+          }
+        }
+        team.barrier();
+        rows_times(layer.o, prepare(layer.o, id, rows, mixed, y_stride(), nullptr), id, rows, add);
+        team.barrier();
+        rows_times(layer.gate_up, prepare(layer.gate_up, id, rows, stream, width_, layer.norm2), id, rows, [&](int unit, int m, int n, F(*out)[2]) {
+          for (int i = 0; i < n; i++) {  // a unit holds 16 gates and their 16 ups
+            const F gate = out[i][0], silu = gate / (1.f + exp2_(gate < -80.f ? splat(80.f * LOG2E) : gate * -LOG2E));
+            store(hidden + (size_t)(m + i) * inner_ + unit * 16, silu * out[i][1]);
+          }
+        });
+        team.barrier();
+        rows_times(layer.down, prepare(layer.down, id, rows, hidden, inner_, nullptr), id, rows, add);
+        team.barrier();
+      }
+      if (!wanted) return;
+      rows_times(head, prepare(head, id, wanted, stream, width_, final_norm, wanted_rows), id, wanted, [&](int unit, int m, int n, F(*out)[2]) {
+        const int width = std::min(UNIT, s.vocab - unit * UNIT);
+        for (int i = 0; i < n; i++) memcpy(logits + (size_t)(m + i) * s.vocab + unit * UNIT, out[i], sizeof(float) * width);
+      });
+    };
+    team.run(job);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+// Pointers must outlive the model; norms and rows are padded to a multiple of 64 with zeros.
+void* smolforge_open(const Shape* shape, const Layer* layers, const Matrix* embedding, const Matrix* head,
+                     const float* final_norm, const float* cos, const float* sin, int threads) {
+  auto* m = new Model(*shape, threads);
+  m->layers.assign(layers, layers + shape->layers);
+  m->embedding = *embedding, m->head = *head;
+  m->final_norm = final_norm, m->cos = cos, m->sin = sin;
+  return m;
+}
+void smolforge_close(void* model) { delete (Model*)model; }
+void smolforge_step(void* model, int rows, const int32_t* tokens, const int32_t* positions, uint8_t* const* caches,
+                    const int32_t* capacities, int wanted, const int32_t* wanted_rows, float* logits) {
+  ((Model*)model)->step(rows, tokens, positions, caches, capacities, wanted, wanted_rows, logits);
+}
+}

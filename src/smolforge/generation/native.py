@@ -1,0 +1,209 @@
+"""Running the native step: weights packed once, and a whole step handed to the library in one call.
+
+The layout of weights and caches is told at the head of native.cpp; `build.py` makes the library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolforge.config import ModelConfig
+from smolforge.generation.build import NativeUnavailable, library
+from smolforge.generation.cache import Cache
+from smolforge.generation.quantize import INT4_GROUP, Precision
+from smolforge.generation.scheduler import Piece
+from smolforge.model.llama import rotary_angles
+
+UNIT, GROUP = 32, 64  # as in native.cpp
+F32, BF16, I8, I4 = range(4)
+_BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_int32), ("n", ctypes.c_int32), ("k", ctypes.c_int32), ("group", ctypes.c_int32),
+        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", _Matrix), ("o", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
+        ("norm1", ctypes.c_void_p), ("norm2", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in
+          ("layers", "width", "heads", "kv_heads", "head_dim", "inner", "vocab", "cache_kind")),
+        ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class NativeCache:
+    """Keys and values of one sequence in the packed layout: (layers, K, capacity / 32, d * 32) and values alike."""
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype) -> None:
+        heads = config.num_hidden_layers, config.num_key_value_heads
+        self.capacity = _up(capacity, UNIT)
+        columns = _up(config.dim, UNIT)
+        keys = heads[0] * heads[1] * self.capacity * config.dim
+        # Zeros: rows that were never written are multiplied by 0, which must not meet an infinity.
+        self.memory = torch.zeros(keys + heads[0] * heads[1] * self.capacity * columns, dtype=dtype)
+        self.keys = self.memory[:keys].view(*heads, self.capacity // UNIT, config.dim * UNIT)
+        self.values = self.memory[keys:].view(*heads, columns // UNIT, self.capacity // 2, 2 * UNIT)
+        self.nbytes = self.memory.nbytes
+
+    def copy_prefix(self, other: Cache, length: int) -> None:
+        """Take over the first `length` positions of another cache; whole units, the surplus is overwritten later."""
+        assert isinstance(other, NativeCache)
+        units, pairs = -(-length // UNIT), -(-length // 2)
+        self.keys[:, :, :units] = other.keys[:, :, :units]
+        self.values[..., :pairs, :] = other.values[..., :pairs, :]
+
+
+class NativeRunner:
+    """Runs pieces through the native step.
+
+    Args:
+        module: a Llama of `model/llama.py` on the CPU; its weights are packed and not kept.
+        precision: of the weights. Keys and values are fp32 with fp32 weights, bf16 otherwise.
+        threads: of one step; torch's own number unless given.
+
+    Raises:
+        NativeUnavailable: no compiler, or a shape that the native step does not have.
+    """
+
+    batch_invariant = True
+
+    def __init__(self, module: Any, precision: Precision, *, threads: int | None = None) -> None:
+        config: ModelConfig = module.config
+        if config.architecture != "llama":
+            raise NativeUnavailable(f"the native step runs Llama, not {config.architecture!r}")
+        self._library = library()
+        self.config, self.threads = config, threads or torch.get_num_threads()
+        self.name = f"native step, {precision}, {self.threads} threads"
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self._held: list[Tensor] = []  # what the library points into
+        self._handle = None
+        layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer, precision) for layer in module.model.layers))
+        head = embedding = self._matrix(self._rows(module.output_weight), module.output_weight, precision, head=True)
+        if not config.tie_word_embeddings:
+            table = module.model.embed_tokens.weight
+            embedding = self._matrix(self._rows(table), table, precision, head=True)
+        positions = torch.arange(config.max_position_embeddings)
+        cos, sin = (
+            self._hold(angle[:, : config.dim // 2].contiguous())
+            for angle in rotary_angles(positions, config.dim, config.rope_theta)
+        )
+        norm = self._vector(module.model.norm.weight)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self._held)
+        shape = _Shape(
+            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+            config.dim, config.intermediate_size, config.vocab_size, F32 if precision == "fp32" else BF16,
+            config.rms_norm_eps,
+        )  # fmt: skip
+        self._handle = ctypes.c_void_p(
+            self._library.smolforge_open(
+                ctypes.byref(shape), layers, ctypes.byref(embedding), ctypes.byref(head), norm,
+                ctypes.c_void_p(cos.data_ptr()), ctypes.c_void_p(sin.data_ptr()), self.threads,
+            )
+        )  # fmt: skip
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.smolforge_close(self._handle)
+            self._handle = None
+
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes of a cache for `capacity` positions."""
+        c = self.config
+        rows = c.num_hidden_layers * c.num_key_value_heads * _up(capacity, UNIT)
+        return rows * (c.dim + _up(c.dim, UNIT)) * self._dtype.itemsize
+
+    def new_cache(self, capacity: int) -> NativeCache:
+        """An empty cache."""
+        return NativeCache(self.config, capacity, self._dtype)
+
+    def forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run all pieces in one step of the library."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        caches: list[int] = []
+        capacities: list[int] = []
+        wanted: list[int] = []
+        for piece in pieces:
+            count, cache = len(piece.tokens), piece.cache
+            assert isinstance(cache, NativeCache) and piece.start + count <= cache.capacity, "a piece outgrew its cache"
+            tokens += piece.tokens
+            positions += range(piece.start, piece.start + count)
+            caches += [cache.memory.data_ptr()] * count
+            capacities += [cache.capacity] * count
+            wanted += range(len(tokens) - piece.logits, len(tokens))
+        logits = torch.empty(len(wanted), self.config.vocab_size)
+        self._library.smolforge_step(
+            self._handle, len(tokens), _ints(tokens), _ints(positions), (ctypes.c_void_p * len(caches))(*caches),
+            _ints(capacities), len(wanted), _ints(wanted), ctypes.c_void_p(logits.data_ptr()),
+        )  # fmt: skip
+        return logits
+
+    def _layer(self, layer: Any, precision: Precision) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [row for p in (attention.q_proj, attention.k_proj, attention.v_proj) for row in self._rows(p.weight)]
+        # 16 gates and their 16 ups share a unit, so that SwiGLU is taken where the product leaves it.
+        gates, ups = self._rows(mlp.gate_proj.weight, 16), self._rows(mlp.up_proj.weight, 16)
+        gate_up = [row for i in range(0, len(gates), 16) for row in (*gates[i : i + 16], *ups[i : i + 16])]
+        matrices = (
+            self._matrix(rows, like, precision)
+            for rows, like in (
+                (qkv, attention.q_proj.weight), (self._rows(attention.o_proj.weight), attention.o_proj.weight),
+                (gate_up, mlp.gate_proj.weight), (self._rows(mlp.down_proj.weight), mlp.down_proj.weight),
+            )
+        )  # fmt: skip
+        norms = self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight)
+        return _Layer(*matrices, *norms)
+
+    def _rows(self, weight: Tensor, multiple: int = 1) -> list[int | None]:
+        """Addresses of the rows of a matrix, with nothing (None) up to a multiple."""
+        if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+            raise NativeUnavailable(f"the native step packs contiguous fp32 or bf16 weights, not {weight.dtype}")
+        start, stride, n = weight.data_ptr(), weight.stride(0) * weight.itemsize, weight.shape[0]
+        return [start + i * stride for i in range(n)] + [None] * (-n % multiple)
+
+    def _matrix(self, rows: list[int | None], like: Tensor, precision: Precision, *, head: bool = False) -> _Matrix:
+        """Pack rows of the width and type of `like`."""
+        kind = {"fp32": F32, "bf16": BF16, "int8": I8, "int4": I8 if head else I4}[precision]
+        n, k = len(rows), like.shape[1]
+        units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), INT4_GROUP if kind == I4 else 0
+        data = self._hold(torch.empty(units * UNIT * padded * _BITS[kind] // 8, dtype=torch.uint8))
+        scale_bytes = units * UNIT * {I8: 4, I4: 2 * (padded // INT4_GROUP)}.get(kind, 0)
+        scales = self._hold(torch.empty(scale_bytes, dtype=torch.uint8))
+        addresses = (ctypes.c_void_p * (units * UNIT))(*rows)
+        self._library.smolforge_pack(
+            kind, group, units, k, padded, addresses, int(like.dtype == torch.bfloat16),
+            ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(scales.data_ptr()), self.threads,
+        )  # fmt: skip
+        return _Matrix(kind, n, k, group, data.data_ptr(), scales.data_ptr())
+
+    def _vector(self, weight: Tensor) -> ctypes.c_void_p:
+        vector = weight.detach().float()
+        padded = torch.nn.functional.pad(vector, (0, -len(vector) % GROUP)).clone()
+        return ctypes.c_void_p(self._hold(padded).data_ptr())
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        self._held.append(tensor)
+        return tensor
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _ints(values: Sequence[int]) -> Any:
+    return (ctypes.c_int32 * len(values))(*values)

@@ -1,0 +1,103 @@
+"""The nouns of generation: a request, its choices while they grow, and the steps that everyone reads.
+
+`Step` is the one typed object that the command line, the page, the API and training share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from smolforge.generation.echo import Echo
+from smolforge.generation.sampler import NO_TOP, Sampler
+from smolforge.generation.sampling import Sampling
+from smolforge.generation.text import TextStream
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One token of one choice, or its end.
+
+    Attributes:
+        request: id of the request; in `Engine.stream` the index of the prompt.
+        choice: index of the continuation, 0 <= choice < n.
+        token_id: the token, or None in a last step that brings only text or the end.
+        text: what may now be shown. Joined over the steps of a choice it is the whole text; it may lag behind
+            the tokens (half characters, possible stop strings) and catches up.
+        logprob: natural log of the token's probability under the model, where asked for.
+        top_logprobs: the likeliest tokens, (id, logprob) each, best first.
+        finish_reason: set on the last step of a choice: "stop" (end of text, stop string or id) or "length"
+            (max_tokens or the context's end).
+        prompt: the token belongs to the prompt (`echo`).
+    """
+
+    request: int
+    choice: int
+    token_id: int | None
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = NO_TOP
+    finish_reason: FinishReason | None = None
+    prompt: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """One continuation: its tokens, how many of them the cache holds, and how it is drawn and shown."""
+
+    request: Request
+    index: int
+    tokens: list[int]  # prompt and what was written
+    sampler: Sampler
+    text: TextStream
+    limit: int  # most tokens, prompt included: max_tokens or the context
+    computed: int = 0  # tokens whose keys and values are in the cache
+    cache: Any = None
+    finish_reason: FinishReason | None = None
+    echo: Echo | None = None
+
+    @property
+    def written(self) -> int:
+        """Tokens written so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that still have to go through the model before the next can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return self.request.sampling.echo and self.request.sampling.logprobs is not None
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt and what is wanted of it, as the engine took it.
+
+    Attributes:
+        id: counts up from 0 in one engine.
+        prompt: token ids.
+        seed: the request's own, or the one drawn for it; the same seed gives the same text.
+        cancelled: nothing more will come.
+    """
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    choices: list[Choice] = dataclasses.field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended, or the request was cancelled."""
+        return self.cancelled or all(choice.finish_reason for choice in self.choices)
+
+    @property
+    def written(self) -> int:
+        """Tokens written so far, over all choices; the end-of-text token counts."""
+        return sum(choice.written for choice in self.choices)

@@ -1,0 +1,174 @@
+"""The loss of the next token, which never holds the logits.
+
+Full fp32 logits of 65,536 tokens over 49,152 words are 12.9 GB. Here tokens go through the head in chunks, and the
+gradients of hidden states and head are made in the forward pass of each chunk, so nothing is kept and nothing is
+computed twice: three matrix products in all, as many as plain cross-entropy needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolforge.errors import BadInput
+
+IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of one chunk, and its gradient by the logits.
+
+    Args:
+        logits: (n, V), any precision.
+        targets: (n,), `IGNORE` where a position does not count.
+        scale: (), factor of the gradient.
+        z_weight: weight of the squared log normaliser (z-loss; Chowdhery et al. 2022, arXiv:2204.02311).
+
+    Returns:
+        Sum of cross-entropies, weighted sum of z-losses, both () in the wider of fp32 and the input's precision;
+        gradient (n, V) in the precision of the logits.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = wide.amax(-1, keepdim=True)
+    exp = torch.exp(wide - top)
+    total = exp.sum(-1, keepdim=True)
+    log_z = total.log() + top  # (n, 1)
+    counts = (targets != IGNORE)[:, None]
+    index = targets.clamp(min=0)[:, None]
+    cross_entropy = torch.where(counts, log_z - wide.gather(1, index), 0.0).sum()
+    z_loss = z_weight * torch.where(counts, log_z.square(), 0.0).sum()
+    # d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [column = target].
+    factor = torch.where(counts, scale, 0.0)
+    gradient = exp * (factor * (1 + 2 * z_weight * log_z) / total)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    gradient = torch.where(columns == index, gradient - factor, gradient)
+    return cross_entropy, z_loss, gradient.to(logits.dtype)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        count = hidden.shape[0]
+        # Once per micro-batch; a weight in the precision of the hidden states is used as it is.
+        used = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden_gradient = torch.empty_like(hidden)
+        # The head's gradient is a sum over all tokens: kept in fp32 unless the weights themselves are narrower.
+        weight_gradient = torch.zeros_like(weight)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        extra = torch.zeros((), dtype=wide, device=hidden.device)
+        factor = torch.tensor(scale, dtype=wide, device=hidden.device)
+        for start in range(0, count, chunk):
+            rows = hidden[start : start + chunk]
+            logits = rows @ used.t()
+            cross_entropy, z_loss, gradient = chunk_loss(logits, targets[start : start + chunk], factor, z_weight)
+            loss, extra = loss + cross_entropy, extra + z_loss
+            torch.mm(gradient, used, out=hidden_gradient[start : start + chunk])
+            if weight_gradient.dtype == gradient.dtype:
+                weight_gradient.addmm_(gradient.t(), rows)
+            else:
+                weight_gradient += gradient.t() @ rows
+        ctx.gradients = hidden_gradient, weight_gradient
+        ctx.mark_non_differentiable(loss)
+        return (loss + extra) * scale, loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("backward through the chunked loss a second time needs retain_graph=True")
+        made = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+            scaled = [each * gradient.to(each.dtype) for each in made]
+        else:
+            # The gradient of the head is as large as the head: scaled where it lies, and given away.
+            ctx.gradients = None
+            scaled = [each.mul_(gradient.to(each.dtype)) for each in made]
+        return scaled[0], scaled[1], None, None, None, None
+
+
+chunk_loss = _chunk_loss  # training replaces it by its compiled form
+
+
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`scale` times the summed next-token loss, and the plain sum of cross-entropies for the log.
+
+    Args:
+        hidden: (N, D) hidden states; their precision is the head's.
+        weight: (V, D) of the head; may be in another precision than `hidden`.
+        targets: (N,), `IGNORE` where a position does not count.
+        scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
+        chunk: tokens whose logits exist at a time.
+        z_weight: weight of the z-loss.
+
+    Returns:
+        The differentiable loss (), and the sum in nats () which has no gradient.
+    """
+    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight)  # type: ignore[return-value]
+
+
+def full_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 0, z_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `chunked_loss`, with all logits at once and autograd's own backward pass; `chunk` is not used."""
+    logits = hidden @ weight.to(hidden.dtype).t()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
+    loss = total * scale
+    if z_weight:
+        log_z = torch.where(targets != IGNORE, wide.logsumexp(-1), 0.0)
+        loss = loss + scale * z_weight * log_z.square().sum()
+    return loss, total.detach()
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `chunked_loss`, by torch's own `linear_cross_entropy` (2.13 and later), which has no z-loss and chooses its
+    own chunks.
+
+    Raises:
+        BadInput: this torch does not have it, or a z-loss is wanted.
+    """
+    function, options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        raise BadInput(
+            f"torch {torch.__version__} has no linear_cross_entropy", field="training.loss", hint="Use chunked."
+        )
+    if z_weight:
+        raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
+    total = function(hidden, weight.to(hidden.dtype), targets, reduction="sum", ignore_index=IGNORE, options=options())
+    # Under 16 bits its sum comes back in 16 bits.
+    return total.to(torch.promote_types(total.dtype, torch.float32)) * scale, total.detach()
+
+
+WAYS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "chunked": chunked_loss,
+    "linear": linear_loss,
+    "full": full_loss,
+}
+
+
+@torch.no_grad()
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Sum of the next-token losses in nats, (), without gradients and without the whole logits.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D) of the head.
+        targets: (N,), `IGNORE` where a position does not count.
+    """
+    used = weight.to(hidden.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        logits = (hidden[start : start + chunk] @ used.t()).float()
+        part = targets[start : start + chunk]
+        total += torch.nn.functional.cross_entropy(logits, part, ignore_index=IGNORE, reduction="sum")
+    return total

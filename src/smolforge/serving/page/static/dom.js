@@ -1,0 +1,61 @@
+// Small helpers: elements without string templates, so that no text of a model or a file is ever read as HTML.
+
+export function make(tag, attributes = {}, ...children) {
+  const svg = ["svg", "path", "line", "text", "circle", "g", "rect", "polyline"].includes(tag);
+  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export const number = (value, digits = 0) =>
+  Number(value).toLocaleString("en-US", { maximumFractionDigits: digits, minimumFractionDigits: digits });
+
+// Copies text, also where the page is not served securely and the clipboard API does not exist.
+export async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make("textarea", { style: "position:fixed;opacity:0" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  const before = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = before), 1200);
+}
+
+// Reads server-sent events of a POST and hands each one on. Throws an Error with the server's own words.
+export async function events(path, body, signal, take) {
+  const answer = await fetch(path, {
+    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  if (!answer.ok) {
+    if (answer.status === 401) window.location = "/login";
+    let message = `the server answered ${answer.status}`;
+    try { message = (await answer.json()).error.message; } catch { /* not JSON: the status has to do */ }
+    throw new Error(message);
+  }
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {
+      const line = text.slice(0, end);
+      text = text.slice(end + 2);
+      if (!line.startsWith("data: ")) continue;
+      const news = JSON.parse(line.slice(6));
+      if (news.error) throw new Error(news.error.message);
+      take(news);
+    }
+  }
+}

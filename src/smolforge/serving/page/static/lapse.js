@@ -1,0 +1,64 @@
+// The time-lapse: one card for each checkpoint, filled one after the other under the same prompt and seed.
+
+import { events, make, number } from "./dom.js";
+import * as settings from "./settings.js";
+
+export function lapse(place, state, watchers) {
+  const button = make("button", { type: "button", id: "sf-lapse-start", class: "sf-big" }, "Watch it learn");
+  const stop = make("button", { type: "button", id: "sf-lapse-stop", class: "sf-tool", disabled: true }, "Stop");
+  const note = make("p", { class: "sf-note", role: "status" });
+  const prompt = make("input", {
+    type: "text", id: "sf-lapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
+  });
+  const cards = make("div", { class: "sf-cards", id: "sf-cards" });
+  let running = null;
+
+  async function start() {
+    running?.abort();
+    running = new AbortController();
+    const seed = settings.current.seed ?? settings.drawSeed();
+    const knobs = { ...settings.forPage(settings.current), prompt: prompt.value || settings.current.prompt || "Once upon a time", seed };
+    const found = new Map();
+    button.disabled = true;
+    stop.disabled = false;
+    note.textContent = `the same prompt, the same seed (${seed}), at each step of training`;
+    cards.replaceChildren();
+    try {
+      await events("/page/lapse", { ...knobs, steps: [] }, running.signal, (news) => {
+        if (news.steps) {
+          for (const step of news.steps) {
+            const text = make("p", { class: "sf-lapse-text" }, make("span", { class: "sf-said" }, knobs.prompt));
+            const card = make("article", { class: "sf-card", "data-step": step }, make("h3", {}, `step ${number(step)}`), text);
+            found.set(step, { card, text });
+            cards.append(card);
+          }
+          return;
+        }
+        const entry = found.get(news.step);
+        if (!entry) return;
+        if (news.text) entry.text.append(news.text);
+        if (news.state) entry.card.dataset.state = news.state;
+        if (news.message) entry.text.append(make("span", { class: "sf-end sf-bad" }, news.message));
+      });
+    } catch (error) {
+      note.textContent = error.name === "AbortError" ? "stopped" : error.message;
+      note.classList.toggle("sf-bad", error.name !== "AbortError");
+    }
+    button.disabled = false;
+    stop.disabled = true;
+  }
+
+  button.addEventListener("click", start);
+  stop.addEventListener("click", () => running?.abort());
+  prompt.addEventListener("keydown", (key) => { if (key.key === "Enter") start(); });
+  place.replaceChildren(make("section", { class: "sf-panel" },
+    make("p", {}, "The same prompt through the run's checkpoints, oldest first: watch the model learn to write. Settings are those of the first tab."),
+    make("div", { class: "sf-line" }, prompt, button, stop), note, cards));
+  watchers.add(() => {
+    const steps = state().steps ?? [];
+    if (running && !stop.disabled) return;
+    button.disabled = !steps.length;
+    if (!steps.length) note.textContent = "This model belongs to no run with checkpoints. Serve a run to see a time-lapse.";
+    else if (!cards.childElementCount) note.textContent = `${steps.length} checkpoints, step ${number(steps[0])} to ${number(steps.at(-1))}`;
+  });
+}

@@ -1,0 +1,91 @@
+"""What a server is told, checked before anything starts. The defaults are safe on a shared machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+
+from smolforge.errors import BadInput
+
+KEY_VARIABLE = "SMOLFORGE_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings:
+    """Settings of one server.
+
+    Attributes:
+        model: a run, a checkpoint, a Hugging Face directory or a Hub id.
+        host: address to bind. Anything but loopback needs `api_key` or `allow_public`.
+        port: port to bind; 0 takes a free one.
+        api_key: clients must show it; the page asks for it.
+        allow_public: serve a public address without a key.
+        cors_origins: other web origins whose scripts may call the API; none unless given.
+        frame_origins: web origins whose pages may show this one in a frame, such as a Space's; none unless given.
+        name: id of the model in the API; the directory's or the Hub's name unless given.
+        quantize: as of `Engine.load`.
+        max_batch: sequences that run at once.
+        max_queue: sequences that may wait; further ones get 429.
+        max_per_client: unfinished requests of one client (key and address); further ones get 429.
+        max_sequences: prompts x n of one request.
+        max_n: most choices of one prompt.
+        max_body: bytes of a request body.
+        request_seconds: a request that takes longer is ended with an error.
+        body_seconds: a body that takes longer to arrive is refused.
+        drain_seconds: what runs may finish in this time after SIGTERM.
+        follow_seconds: how often a live run is looked at; 0 stays with the first checkpoint.
+        page: whether the page is mounted at /.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    allow_public: bool = False
+    cors_origins: tuple[str, ...] = ()
+    frame_origins: tuple[str, ...] = ()
+    name: str | None = None
+    quantize: str = "auto"
+    max_batch: int = 16
+    max_queue: int = 256
+    max_per_client: int = 64
+    max_sequences: int = 128
+    max_n: int = 16
+    max_body: int = 512 << 10
+    request_seconds: float = 600.0
+    body_seconds: float = 30.0
+    drain_seconds: float = 10.0
+    follow_seconds: float = 2.0
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise BadInput(f"{self.port} is no port", field="port", hint="Ports go from 0 (any free one) to 65535.")
+        for name in ("max_batch", "max_queue", "max_per_client", "max_sequences", "max_n", "max_body"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"must be at least 1, not {getattr(self, name)}", field=name)
+        for name in ("request_seconds", "body_seconds"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"must be above 0, not {getattr(self, name)}", field=name)
+        if self.api_key is not None and not self.api_key.strip():
+            raise BadInput("is empty", field="api-key", hint=f"Give a key, in {KEY_VARIABLE} or with --api-key.")
+        if "*" in self.cors_origins and self.api_key is None:
+            raise BadInput(
+                "'*' lets every web page use this server",
+                field="cors-origin",
+                hint="Name the origins, or protect the server with --api-key.",
+            )
+        if not self.loopback and not self.api_key and not self.allow_public:
+            raise BadInput(
+                f"{self.host} can be reached from other machines, and there is no key",
+                field="host",
+                hint=f"Give --api-key KEY (or {KEY_VARIABLE}), or --allow-public to serve everyone.",
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -1,0 +1,295 @@
+"""Text to tokens and back: load, train, and decode as a stream.
+
+A thin face over the `tokenizers` library. The files are those that transformers reads
+(tokenizer.json, tokenizer_config.json, special_tokens_map.json), so a checkpoint's tokenizer needs no
+conversion. A tokenizer trained here has the shape of SmolLM2's: byte-level BPE, single digits,
+`<|endoftext|>` = 0 and the same seventeen special tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolforge import hub
+from smolforge.errors import BadInput, CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+END_OF_TEXT = "<|endoftext|>"
+# The special tokens of HuggingFaceTB/cosmo2-tokenizer, in the order of their ids.
+SPECIAL_TOKENS = (
+    END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>",
+    "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>",
+    "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>",
+)  # fmt: skip
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MAX_FILE_BYTES = 256 << 20  # a tokenizer.json of the largest public vocabularies is about 35 MB
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+class Tokenizer:
+    """A loaded tokenizer. Plain `encode` reads special tokens in text as text, never as commands.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer` that does the work.
+        config: the contents of tokenizer_config.json.
+        eos_id: the id that ends a document.
+        chat_template: Jinja source of the chat template, or None for a base model.
+    """
+
+    def __init__(self, backend: Backend, config: dict[str, Any] | None = None) -> None:
+        self.backend = backend
+        # A document that quotes "<|endoftext|>" must not end there: text is only ever text.
+        self.backend.encode_special_tokens = True
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.config = config or {}
+        self.eos_id = self._special_id("eos_token", END_OF_TEXT)
+        self.chat_template: str | None = _template(self.config.get("chat_template"))
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included: the least vocabulary a model needs."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; nothing is added at either end."""
+        return self.backend.encode(_unicode(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts at once, in parallel threads."""
+        return [
+            e.ids for e in self.backend.encode_batch_fast([_unicode(text) for text in texts], add_special_tokens=False)
+        ]
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Token ids of a trusted text, such as a filled chat template, whose special tokens are commands."""
+        return self._commanding.encode(_unicode(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _commanding(self) -> Backend:
+        # A second backend: a flag that is turned to and fro would change what other threads encode meanwhile.
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Bytes that form no character become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The token as its vocabulary spells it (byte-level: `Ġ` is a space), or '' for an unused id."""
+        return self.backend.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for; a character may be spread over several tokens."""
+        return self._bytes_of_tokens[token_id] if 0 <= token_id < len(self._bytes_of_tokens) else b""
+
+    @functools.cached_property
+    def _bytes_of_tokens(self) -> list[bytes]:
+        added = {i: t.content.encode() for i, t in self.backend.get_added_tokens_decoder().items()}
+        spell = _byte_level_bytes if self._is_byte_level else _sentencepiece_bytes
+        return [added.get(i) or spell(self.token_text(i)) for i in range(self.vocab_size)]
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in str(self.backend.decoder)
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for tokens that arrive one at a time."""
+        return StreamDecoder(self)
+
+    def save(self, directory: Path) -> None:
+        """Write the three files that transformers' `PreTrainedTokenizerFast` reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        # `encode_special_tokens` is no part of the file: transformers sees its usual default.
+        self.backend.save(str(directory / "tokenizer.json"))
+        eos = self.token_text(self.eos_id)
+        config = {
+            "add_prefix_space": False,
+            "bos_token": eos,
+            "eos_token": eos,
+            "unk_token": eos,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 8192,
+            **self.config,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        specials = {key: config[key] for key in ("bos_token", "eos_token", "unk_token")}
+        _write_json(directory / "tokenizer_config.json", config)
+        _write_json(directory / "special_tokens_map.json", specials)
+
+    def _special_id(self, key: str, default: str) -> int:
+        token = self.config.get(key) or default
+        text = _unicode(str(token.get("content") if isinstance(token, dict) else token))
+        found = self.backend.token_to_id(text)
+        if found is None:
+            raise BadInput(
+                f"{key} {text!r} is not in the vocabulary",
+                field="tokenizer",
+                hint="tokenizer_config.json must name a token of tokenizer.json.",
+            )
+        return found
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come, without ever showing half a character.
+
+    Works on bytes: a token's bytes go through Python's incremental UTF-8 decoder, which holds back an
+    unfinished character and replaces bytes that can no longer become one. Constant cost per token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that became whole with this token; '' while a character is still open or for a special token."""
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that never became a character show as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load(source: str | Path) -> Tokenizer:
+    """Load a tokenizer from a directory or a Hub id (`OWNER/NAME[@REVISION]`).
+
+    Raises:
+        CheckpointError: the directory has no tokenizer.json, or it cannot be read.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        if not hub.is_model_id(str(source)):
+            raise CheckpointError(
+                f"no such directory: {source}",
+                field="tokenizer",
+                hint="Give a directory with tokenizer.json, a Hub id such as HuggingFaceTB/cosmo2-tokenizer, "
+                "or {train: {vocab_size: 4096}}.",
+            )
+        directory = hub.fetch_model(str(source), patterns=list(FILES))
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no tokenizer.json", field="tokenizer")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
+    config = _read_json(directory / "tokenizer_config.json")
+    template = directory / "chat_template.jinja"  # where transformers 5 keeps it
+    if "chat_template" not in config and template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
+        config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+    return Tokenizer(backend, config)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of SmolLM2's shape on `texts`.
+
+    Raises:
+        BadInput: `vocab_size` leaves no room for the 256 bytes and 17 special tokens.
+    """
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise BadInput(
+            f"{vocab_size} is too small",
+            field="tokenizer.train.vocab_size",
+            hint=f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}.",
+        )
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The pieces of text of a stream of tokens; joined they are the text of all of them."""
+    decoder = tokenizer.stream()
+    for token_id in ids:
+        yield decoder.push(token_id)
+    yield decoder.flush()
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    # The byte-level alphabet of GPT-2 (openai/gpt-2, encoder.py, bytes_to_unicode): printable bytes stand for
+    # themselves, the others take the characters from U+0100 on, in order.
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    table = _byte_of_char()
+    # A token with a character outside the alphabet stands for itself, as in the library's decoder.
+    return bytes(table[char] for char in token) if all(char in table for char in token) else token.encode()
+
+
+def _template(value: Any) -> str | None:
+    # Some files hold several templates, each with a name.
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _unicode(text: str) -> str:
+    """`text` without lone surrogates, which JSON can carry and no encoding can: each becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    # Byte fallback spells a lone byte as <0xE2>; U+2581 is a space.
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", field="tokenizer") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold an object", field="tokenizer")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,467 @@
+"""The steps of a run.
+
+Order within a step: wait for the batch (polling for signals), agree with the other ranks whether to stop, run the
+micro-batches, update, log. Then, where due: save, validate, write samples. Saving comes first, so that a crash in
+evaluation loses nothing. Figures are read from the device one step late where reading would make it wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from smolforge.checkpoint import commit
+from smolforge.checkpoint.background import Committer
+from smolforge.data import Batch, Loader, data_digest
+from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
+from smolforge.evaluation import evaluate
+from smolforge.generation.engine import Engine
+from smolforge.generation.sampling import Sampling
+from smolforge.model.loss import chunked_loss
+from smolforge.model.summary import flops_per_token
+from smolforge.run import MetricsLog, read_rows
+from smolforge.training import compiling, plan, saving, schedules
+from smolforge.training.profiling import Profiler
+from smolforge.training.progress import Console, Pace
+from smolforge.training.saving import Position
+from smolforge.training.setup import Session
+from smolforge.training.signals import Stop, StopRequested
+from smolforge.training.trackers import Trackers, open_trackers
+from smolforge.training.update import Updater
+
+BAD_STEPS = 3  # non-finite steps in a row after which a run goes back
+
+
+@dataclass
+class Figures:
+    """Of one step, still on the device."""
+
+    batch: Batch
+    step: int
+    loss: torch.Tensor
+    norm: torch.Tensor
+    skipped: torch.Tensor
+    lr: float
+
+
+class RollBack(Exception):
+    """Three steps in a row were not finite; `first` is the first of them, `ranges` their addresses in the stream."""
+
+    def __init__(self, first: int, addresses: list[int]) -> None:
+        super().__init__(first)
+        self.first, self.addresses = first, addresses
+
+
+class Loop:
+    """Runs a session from where it stands to its end, or until it is asked to stop."""
+
+    def __init__(self, session: Session, position: Position, stop: Stop, console: Console) -> None:
+        self.session, self.position, self.stop, self.console = session, position, stop, console
+        self.config, self.plan, self.ranks = session.config, session.plan, session.ranks
+        self.total = self.config.total_steps
+        self.updater = Updater(
+            session.model, session.optimizer,
+            clip=self.config.training.grad_clip, ranks=self.ranks, scaler=session.scaler,
+        )  # fmt: skip
+        self.pace = Pace(self.config.tokens_per_step)
+        self.pending: deque[Figures] = deque()
+        self.bad: list[Figures] = []
+        self.data_seconds = 0.0
+        self.save_seconds = 0.0
+        self.saved_step = position.step if position.cursor else -1
+        self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
+        self.peak_flops = plan.known_peak_flops(self.plan.device)
+        self.metrics: MetricsLog | None = None
+        self.samples: MetricsLog | None = None
+        self.trackers: Trackers | None = None
+        self.profiler: Profiler | None = None
+        self.committer = Committer(
+            session.run.checkpoints,
+            asynchronous=self.config.checkpoint.asynchronous,
+            after=lambda path: saving.prune(session),
+        )
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            StopRequested: a signal or the time limit; the state was saved.
+            SmolforgeError: the run failed; what could be saved was saved.
+        """
+        if self.ranks.is_main:
+            self._open_logs()
+        self.console.start(self.total, self.position.step)
+        if self.profiler:
+            self.profiler.start()
+        try:
+            self._catch_up()
+            while self.position.step < self.total:
+                try:
+                    self._steps()
+                except RollBack as trouble:
+                    self._roll_back(trouble)
+        except StopRequested:
+            self._save()
+            raise
+        finally:
+            self.console.stop()
+            # What is being written is finished or fails here; a failure must not hide the first error.
+            failing = sys.exc_info()[0] is not None
+            with contextlib.suppress(SmolforgeError) if failing else contextlib.nullcontext():
+                self.committer.close()
+            for log in (self.metrics, self.samples):
+                if log:
+                    log.close()
+            if self.trackers:
+                self.trackers.close()
+            if self.profiler:
+                self.profiler.close()
+
+    def _open_logs(self) -> None:
+        run, config = self.session.run, self.config
+        self.metrics, self.samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+        for log in (self.metrics, self.samples):
+            log.truncate_after(self.position.step)
+        if 0 < self.position.step < self.total:
+            self._event(self.position.step, "resume", ranks=self.ranks.world)
+        self.trackers = open_trackers(
+            config.logging.trackers, run, config.model_dump(mode="json"), self.session.say,
+            resume_step=self.position.step or None,
+        )  # fmt: skip
+
+    def _steps(self) -> None:
+        """Step until the end, a stop, or a roll-back."""
+        session, config = self.session, self.config
+        with Loader(
+            session.corpus,
+            session.tokenizer,
+            sequences_per_step=config.sequences_per_step,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            cursor=self.position.cursor,
+            skip_steps=self.position.skip,
+        ) as loader:
+            self.pace = Pace(config.tokens_per_step)
+            first = True
+            while self.position.step < self.total:
+                with record_function("wait for data"):
+                    batch = self._next_batch(loader)
+                if first and self.plan.compile:
+                    compiling.with_fallback(lambda b=batch: self._train(b), session.model, session.say)
+                else:
+                    self._train(batch)
+                first = False
+                self._settle(keep=0 if self.plan.device.type == "cpu" else 1)
+                if self.profiler:
+                    self.profiler.step(self.position.step)
+                self.pace.tick()
+                self._after_step()
+                self.committer.poll()
+
+    def _next_batch(self, loader: Loader) -> Batch:
+        """The next batch, unless any rank is asked to stop or has lost its source."""
+        began = time.perf_counter()
+        batch, trouble = None, None
+        while not self.stop.requested(margin=self.save_seconds + 2 * self.pace.seconds_per_step):
+            try:
+                if loader.wait(0.2):
+                    batch = next(loader)
+                    break
+            except SourceUnavailable as error:
+                trouble = error
+                break
+        self.data_seconds += time.perf_counter() - began
+        if self.ranks.any(batch is None):
+            self._settle(keep=0)
+            if trouble or self.ranks.any(trouble is not None):
+                self._save()
+                raise trouble or SourceUnavailable("another rank lost its source; the run was saved")
+            raise StopRequested
+        assert batch is not None
+        return batch
+
+    def _train(self, batch: Batch) -> None:
+        """One step: gradients of the whole global batch, one update."""
+        config, device, model = self.config, self.plan.device, self.session.model
+        tokens = torch.from_numpy(batch.tokens)
+        documents = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+            documents = documents.pin_memory().to(device, non_blocking=True) if documents is not None else None
+        tokens = tokens.long()
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for start in range(0, len(tokens), self.plan.micro_batch):
+            rows = slice(start, start + self.plan.micro_batch)
+            ids = None if documents is None else documents[rows, :-1].contiguous()
+            inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
+            with record_function("forward"), self.plan.precision.context(device):
+                hidden = model.model(inputs, _positions(ids), ids)
+                loss, nats = chunked_loss(
+                    hidden.flatten(0, 1), model.output_weight, targets.flatten(),
+                    scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
+                )  # fmt: skip
+            with record_function("backward"):
+                self.updater.backward(loss)
+            total += nats.float()
+        lr = config.optimizer.lr * schedules.rate(config.schedule, self.position.step, self.total)
+        with record_function("update"):
+            norm, skipped = self.updater.step(lr, total)
+        self.position.step += 1
+        self.position.cursor = batch.cursor
+        self.pending.append(Figures(batch, self.position.step, total, norm, skipped, lr))
+
+    def _settle(self, keep: int) -> None:
+        """Read the figures of all but the newest `keep` steps; log them, and look for trouble."""
+        while len(self.pending) > keep:
+            figures = self.pending.popleft()
+            if bool(figures.skipped):
+                self._skipped(figures)
+            else:
+                self.bad.clear()
+            every = self.config.logging.every
+            if figures.step % every == 0 or figures.step in (1, self.total):
+                self._log(figures)
+            self.console.advance(figures.step)
+
+    def _skipped(self, figures: Figures) -> None:
+        """A step whose loss or gradient was not finite: its update did not happen."""
+        self.bad.append(figures)
+        documents = [str(address) for address in figures.batch.documents]
+        gathered = [name for part in self.ranks.gather(documents) for name in part]
+        self._event(figures.step, "skipped", documents=gathered, address=figures.batch.step)
+        shown = ", ".join(gathered[:3]) + (f" and {len(gathered) - 3} more" if len(gathered) > 3 else "")
+        self.session.say(f"step {figures.step}: loss or gradient not finite, update skipped; its documents: {shown}")
+        if len(self.bad) >= BAD_STEPS:
+            raise RollBack(self.bad[0].step, [f.batch.step for f in self.bad])
+
+    def _roll_back(self, trouble: RollBack) -> None:
+        """Go back to the newest checkpoint before the trouble and leave its data out."""
+        self.pending.clear()
+        self.bad.clear()
+        self.session.optimizer.zero_grad(set_to_none=True)
+        limit = self.config.training.rollbacks
+        if self.position.rollbacks >= limit:
+            raise RunFailed(
+                f"three steps in a row were not finite from step {trouble.first} on, after {limit} roll-backs",
+                hint="metrics.jsonl names the documents of each skipped step. Try a lower optimizer.lr, a longer "
+                "schedule.warmup or training.precision=fp32, and resume.",
+            )
+        self.committer.wait()
+        self.ranks.barrier()
+        good = [s for s in commit.steps(self.session.run.checkpoints) if s < trouble.first]
+        directory = next(
+            (d for s in reversed(good) if not commit.verify(d := self.session.run.checkpoints / commit.step_name(s))),
+            None,
+        )
+        if directory is None:
+            raise RunFailed(
+                f"three steps in a row were not finite from step {trouble.first} on, before the first checkpoint",
+                hint="Try a lower optimizer.lr or a longer schedule.warmup.",
+            )
+        rollbacks = self.position.rollbacks + 1
+        position = saving.restore(self.session, directory)
+        first, last = min(trouble.addresses), max(trouble.addresses)
+        position.skip = [*position.skip, (first, last + 1)]
+        position.rollbacks = rollbacks
+        self.position = position
+        if self.ranks.is_main:
+            for log in (self.metrics, self.samples):
+                if log:
+                    log.truncate_after(position.step)
+        self._event(position.step, "rollback", skipped=[first, last + 1], count=rollbacks)
+        self.session.say(
+            f"rolled back to step {position.step}; batches {first}..{last} of the stream are left out "
+            f"({rollbacks} of at most {limit} roll-backs)"
+        )
+
+    def _log(self, figures: Figures) -> None:
+        digests = [pair for part in self.ranks.gather(figures.batch.digests) for pair in part]
+        if not self.ranks.is_main:
+            self.data_seconds = 0.0
+            return
+        speed = self.pace.tokens_per_second
+        row: dict[str, Any] = {
+            "step": figures.step,
+            "tokens": figures.step * self.config.tokens_per_step,
+            "loss": float(figures.loss) / self.config.tokens_per_step,
+            "lr": figures.lr,
+            "grad_norm": float(figures.norm),
+            "tokens_per_second": round(speed, 1),
+            "memory_bytes": memory_in_use(self.plan.device),
+            "data_seconds": round(self.data_seconds, 4),
+            "data_digest": data_digest(digests),
+            "time": time.time(),
+        }
+        if self.peak_flops:
+            row["mfu"] = round(speed * self.flops / self.peak_flops / self.ranks.world, 4)
+        self.data_seconds = 0.0
+        assert self.metrics and self.trackers
+        self.metrics.append(row)
+        shown = {**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None}
+        self.console.figures(shown, self.total, (self.total - figures.step) * self.pace.seconds_per_step)
+        names = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data_seconds", "mfu")
+        self.trackers.scalars(figures.step, {f"train/{k}": row[k] for k in names if row.get(k) is not None})
+
+    def _event(self, step: int, event: str, **details: Any) -> None:
+        if self.metrics:
+            self.metrics.append({"step": step, "event": event, **details, "time": time.time()})
+
+    def _after_step(self) -> None:
+        """Save, validate and sample where due."""
+        step = self.position.step
+        save, validate, sample = (self._due(kind, step) for kind in ("checkpoint", "evaluation", "samples"))
+        if not (save or validate or sample):
+            return
+        self._settle(keep=0)
+        began = time.perf_counter()
+        # A state in the middle of trouble is no state to come back to.
+        if save and (not self.bad or step == self.total):
+            self._save()
+        if validate:
+            self._validate()
+        if sample:
+            self._sample()
+        if validate and save and self.ranks.is_main:
+            self.committer.wait()
+            saving.prune(self.session)
+        self.pace.pause(time.perf_counter() - began)
+
+    def _catch_up(self) -> None:
+        """Evaluations that a killed process still owed the step it had saved."""
+        validation, samples = self.owed()
+        if validation:
+            self._validate()
+        if samples:
+            if self.samples:
+                self.samples.truncate_after(self.position.step - 1)
+            self._sample()
+
+    def owed(self) -> tuple[bool, bool]:
+        """Whether the step the run stands at still lacks its validation, and its samples."""
+        step, found = self.position.step, (False, False)
+        if self.ranks.is_main and step:
+            rows, texts = read_rows(self.session.run.metrics), read_rows(self.session.run.samples)
+            validated = any("validation" in row and row["step"] == step for row in rows)
+            sampled = sum(row["step"] == step for row in texts) >= len(self.config.samples.prompts)
+            can_validate = self.session.slice is not None and self._due("evaluation", step)
+            found = (can_validate and not validated, self._due("samples", step) and not sampled)
+        return self.ranks.broadcast(found)
+
+    def _due(self, kind: str, step: int) -> bool:
+        every = getattr(self.config, kind).every or max(1, min(self.total // 10, 1000))
+        return step % every == 0 or step == self.total
+
+    def _save(self) -> None:
+        """Begin the checkpoint of where the run stands, and wait for it unless saving is asynchronous."""
+        step = self.position.step
+        if step == self.saved_step or step == 0:
+            self.committer.wait()
+            return
+        began = time.perf_counter()
+        self._settle(keep=0)
+        tree = saving.state_tree(self.session, self.position)
+        if self.ranks.is_main:
+            self.committer.save(step, tree, saving.writer(self.session, step))
+            if step == self.total or self.stop.requested():
+                self.committer.wait()
+        self.saved_step = step
+        self.save_seconds = max(self.save_seconds, time.perf_counter() - began)
+        self.ranks.barrier()
+
+    def _validate(self) -> None:
+        piece = self.session.slice
+        if piece is None:
+            return
+        length = self.config.data.sequence_length
+        score = evaluate(
+            self.session.model,
+            piece,
+            length=length,
+            batch=self.plan.micro_batch,
+            device=self.plan.device,
+            context=lambda: self.plan.precision.context(self.plan.device),
+            ranks=self.ranks,
+            between=self._poll_alone,
+        )
+        if not (self.metrics and self.trackers):
+            return
+        step = self.position.step
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "validation": {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")},
+        }
+        text = f"step {step:,}  held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+        text += f"bits per byte {score.bits_per_byte:.4f}"
+        floor = self.session.corpus.entropy_bits_per_byte
+        if floor:
+            row["entropy_bits_per_byte"] = floor
+            text += f"  (the source's own entropy {floor:.4f}, {score.bits_per_byte / floor - 1:.1%} above it)"
+        self.metrics.append({**row, "time": time.time()})
+        self.session.say(text)
+        self.trackers.scalars(step, {f"validation/{k}": v for k, v in row["validation"].items()})
+
+    def _sample(self) -> None:
+        """Continuations of the fixed prompts; the seed is the step's, so a resumed run writes the same."""
+        if not (self.samples and self.trackers):
+            return
+        wanted, step = self.config.samples, self.position.step
+        self.session.model.eval()
+        try:
+            engine = Engine.of(self.session.model, self.session.tokenizer)
+            room = engine.context - 1
+            prompts = [p for p in wanted.prompts if 0 < len(self.session.tokenizer.encode(p)) <= room]
+            texts, reasons = [""] * len(prompts), [""] * len(prompts)
+            sampling = Sampling(
+                max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=step
+            )
+            with torch.no_grad():
+                for piece in engine.stream(prompts, sampling):
+                    self._poll_alone()
+                    texts[piece.request] += piece.text
+                    reasons[piece.request] = piece.finish_reason or reasons[piece.request]
+        finally:
+            self.session.model.train()
+        for prompt, text, reason in zip(prompts, texts, reasons, strict=True):
+            row = {"step": step, "prompt": prompt, "text": text, "finish_reason": reason, "seed": step}
+            self.samples.append(row)
+            self.trackers.text(step, f"samples/{prompt}", prompt + text)
+        if prompts:
+            shown = " ".join((prompts[0] + texts[0]).split())
+            self.session.say(f"step {step:,}  writes: {shown[:160]}")
+
+    def _poll_alone(self) -> None:
+        # With several ranks a lone exception would leave the others waiting; they stop at the next step.
+        if self.ranks.world == 1:
+            self.stop.poll()
+
+
+def _positions(document_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions that start anew with each document, (B, T); None where attention crosses borders."""
+    if document_ids is None:
+        return None
+    length = document_ids.shape[1]
+    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return place - torch.where(starts, place, 0).cummax(dim=1).values
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most allocated on a GPU, the resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,162 @@
+"""AdamW for weights and moments in bf16, whose updates are rounded stochastically.
+
+bf16 keeps 8 bits: an update below 1/256 of a weight is lost when rounded to nearest, and late in a run nearly all are.
+Rounded up or down at random, with the odds of where it lies between, every update counts on average (Gupta et al.
+2015, arXiv:1502.02551). The second moment, which moves by 1 - beta2 of itself, needs the same; the first moves enough.
+
+The random bits are a hash of (seed, step, parameter, element), so an update is a pure function of the saved state and
+a resumed run goes on bit for bit. `found_inf` skips an update on the device, as in torch's fused optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Odd multipliers of the hash and the shifts between them: "lowbias32" of Hash Prospector (Wellons 2018), as signed
+# 32-bit numbers, for torch has no unsigned shifts.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+_PIECE = 1 << 16  # elements of one piece
+_STRIDE = 0x9E3779B9 - (1 << 32)  # 2**32 / golden ratio, spreads steps and parameters
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift of int32; torch's own carries the sign along."""
+    return (bits >> count) & ((1 << (32 - count)) - 1)
+
+
+def random_bits(key: Tensor, count: int) -> Tensor:
+    """`count` int32 random numbers that depend on `key` (int32, 1 element) and their place only."""
+    bits = torch.arange(count, dtype=torch.int32, device=key.device) + key
+    bits = (bits ^ _shift_right(bits, 16)) * _FIRST
+    bits = (bits ^ _shift_right(bits, 15)) * _SECOND
+    return bits ^ _shift_right(bits, 16)
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
+    """fp32 → bf16, up with the probability of the part that is cut off.
+
+    Args:
+        values: fp32.
+        bits: int32 of the same shape, of which the low 16 bits are used.
+    """
+    # bf16 is the upper half of an fp32: adding 16 random bits to the lower half carries with just those odds.
+    # An infinity has no lower bits and stays; a NaN may become another NaN.
+    kept = (values.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return kept.view(torch.float32).to(torch.bfloat16)
+
+
+def _update(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
+    beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """One AdamW update of a flat parameter, in place; fp32 inside. `rates` are those of `_rates`."""
+    g = gradient.float()
+    m = beta1 * first.float() + (1 - beta1) * g
+    v = beta2 * second.float() + (1 - beta2) * g * g
+    w = weight.float() * rates[0] - rates[1] * m / (v.sqrt() * rates[2] + rates[3])
+    bits = random_bits(key, weight.numel())
+    weight.copy_(torch.where(skip, weight, round_stochastically(w, bits)))
+    first.copy_(torch.where(skip, first, m.to(torch.bfloat16)))
+    second.copy_(torch.where(skip, second, round_stochastically(v, _shift_right(bits, 16))))
+
+
+def _in_pieces(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
+    beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """`_update` without a compiler: piece by piece, so that the intermediates stay in the cache."""
+    for start in range(0, weight.numel(), _PIECE):
+        w, g, m, v = (t[start : start + _PIECE] for t in (weight, gradient, first, second))
+        _update(w, g, m, v, key + start, skip, rates, beta1, beta2)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over bf16 parameters.
+
+    Args:
+        params: parameter groups as `parameter_groups` makes them.
+        seed: of the random bits.
+
+    Attributes:
+        found_inf: (), not 0 where the next update is to be skipped; None for never.
+        compiled: whether updates run as one compiled kernel.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+        self.found_inf: Tensor | None = None
+        self.compiled = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None, "the gradients are made before"
+        run = _compiled() if self.compiled else _in_pieces
+        number = 0
+        skips: dict[torch.device, Tensor] = {}
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state, device = self.state[parameter], parameter.device
+                if not state:
+                    state["step"] = torch.zeros((), device=device)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                if device not in skips:
+                    flag = self.found_inf
+                    skips[device] = (torch.zeros((), device=device) if flag is None else flag.to(device)) != 0
+                skip = skips[device]
+                state["step"] += (~skip).float()
+                key = _key(self.seed, number, state["step"])
+                run(
+                    parameter.view(-1), parameter.grad.contiguous().view(-1), state["exp_avg"].view(-1),
+                    state["exp_avg_sq"].view(-1), key, skip, _rates(group, state["step"]), beta1, beta2,
+                )  # fmt: skip
+        return None
+
+
+def _rates(group: dict[str, Any], step: Tensor) -> Tensor:
+    """Factor of the weight, of m, of sqrt(v), and epsilon: the bias corrections are in them, fp32 (4,)."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    size = lr / (1 - torch.pow(beta1, step))
+    root = (1 - torch.pow(beta2, step)).rsqrt()
+    return torch.stack([torch.full_like(size, 1 - lr * group["weight_decay"]), size, root,
+                        torch.full_like(size, group["eps"])])  # fmt: skip
+
+
+def _key(seed: int, number: int, step: Tensor) -> Tensor:
+    """The starting point of a parameter's random bits at a step, int32 (1,), scrambled."""
+    start = (seed * 0x85EBCA6B + number * 0xC2B2AE35) & 0xFFFFFFFF
+    start = start - (1 << 32) if start >= 1 << 31 else start
+    key = step.to(torch.int32).reshape(1) * _STRIDE + start
+    key = (key ^ _shift_right(key, 16)) * _FIRST
+    key = (key ^ _shift_right(key, 15)) * _SECOND
+    return key ^ _shift_right(key, 16)
+
+
+_kernel: Callable[..., None] | None = None
+
+
+def _compiled() -> Callable[..., None]:
+    """`_update` as one kernel for flat parameters of any size."""
+    global _kernel
+    if _kernel is None:
+        _kernel = torch.compile(_update, dynamic=True)
+    return _kernel

@@ -1,0 +1,293 @@
+"""The page in a real browser: what a visitor does, and that nothing of it leaves the machine.
+
+`test_screenshots` writes each state into /screenshots (kept out of git) for people to look at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from urllib.parse import parse_qs
+
+import pytest
+
+from conftest import SHOTS, Visit
+from serving_fixtures import STEPS
+
+ONCE = "Once upon a time"
+DONE = "#sf-text[aria-busy=false] .sf-token"
+
+
+def submit(visit: Visit, prompt: str = ONCE, tokens: int | None = None) -> None:
+    page = visit.page
+    page.fill("#sf-prompt textarea", prompt)
+    if tokens is not None:
+        page.fill("#sf-tokens input[type=number]", str(tokens))
+        page.press("#sf-tokens input[type=number]", "Tab")
+    page.click("#sf-submit")
+
+
+def finished(visit: Visit) -> str:
+    """The text, once it is written."""
+    visit.page.wait_for_function("document.querySelector('.sf-takes').textContent !== ''")
+    visit.page.wait_for_selector("#sf-text[aria-busy=false]")
+    return written(visit)
+
+
+def written(visit: Visit) -> str:
+    """Prompt and tokens, without the word at the end."""
+    return visit.page.evaluate(
+        "[...document.querySelectorAll('#sf-text .sf-said, #sf-text .sf-token')].map((e) => e.textContent).join('')"
+    )
+
+
+def keep_seed(visit: Visit, seed: int) -> None:
+    visit.page.fill("#sf-seed input", str(seed))
+    visit.page.press("#sf-seed input", "Tab")
+    visit.page.check("#sf-keep input")
+
+
+def open_tab(visit: Visit, name: str) -> None:
+    visit.page.get_by_role("tab", name=name).click()
+
+
+def test_text_grows_and_shows_its_figures(visit):
+    one = visit()
+    keep_seed(one, 5)
+    submit(one, tokens=400)
+    one.page.wait_for_selector(".sf-token >> nth=3")
+    lengths = []
+    for _ in range(4):
+        lengths.append(len(written(one)))
+        one.page.wait_for_function("n => document.querySelectorAll('.sf-token').length > n", arg=len(lengths) * 5)
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    text = finished(one)
+    assert text.startswith(ONCE) and len(text) > lengths[-1]
+    figures = one.page.inner_text(".sf-figures")
+    assert re.search(r"\d+ tokens · [\d.,]+ tokens/s · \d+ of 1,024 context · seed 5 · step 160", figures), figures
+
+
+def test_stop_ends_the_writing_and_frees_the_slot(visit, page_server):
+    one = visit()
+    # Without an end of the text in sight: a hot model rambles.
+    submit(one, "", tokens=1000)
+    one.page.wait_for_selector(".sf-token >> nth=2")
+    one.page.click("#sf-stop")
+    one.page.wait_for_selector("#sf-text[aria-busy=false]")
+    count = one.page.locator(".sf-token").count()
+    assert 0 < count < 1000
+    assert page_server.idle(5)
+    one.page.wait_for_timeout(300)
+    assert one.page.locator(".sf-token").count() == count
+    assert one.page.inner_text(".sf-end") in ("stopped", "the end")
+
+
+def test_the_same_seed_writes_the_same_text(visit):
+    one = visit()
+    submit(one)
+    first = finished(one)
+    seed = one.page.input_value("#sf-seed input")
+    assert seed.isdigit(), "the drawn seed is shown"
+    one.page.check("#sf-keep input")
+    one.page.click("#sf-regenerate")
+    one.page.wait_for_function("document.querySelector('.sf-takes').textContent === '2 of 2'")
+    assert finished(one) == first
+    one.page.uncheck("#sf-keep input")
+    one.page.click("#sf-regenerate")
+    one.page.wait_for_function("document.querySelector('.sf-takes').textContent === '3 of 3'")
+    finished(one)
+    assert one.page.input_value("#sf-seed input") != seed
+    one.page.click("#sf-back")
+    assert written(one) == first
+
+
+def test_alternatives_show_on_hover_and_branch_on_click(visit):
+    one = visit()
+    keep_seed(one, 7)
+    submit(one)
+    text = finished(one)
+    tokens = one.page.locator(".sf-token").all_text_contents()
+    at = next(i for i, token in enumerate(tokens) if token.strip() in ("little", "brave", "sleepy", "clever"))
+    one.page.hover(f".sf-token >> nth={at}")
+    choices = one.page.locator("#sf-popover .sf-choice")
+    choices.first.wait_for()
+    assert choices.count() == 5
+    shares = [float(share.rstrip("%")) for share in one.page.locator("#sf-popover .sf-share").all_text_contents()]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5
+    other = one.page.locator("#sf-popover .sf-choice:not(:disabled)").first
+    word = other.locator(".sf-word").inner_text().replace("\u2423", " ")
+    other.click()
+    branch = finished(one)
+    kept = ONCE + "".join(tokens[:at])
+    assert branch.startswith(kept + word) and branch != text
+    assert one.page.locator(".sf-chosen").text_content() == word
+    assert one.page.inner_text(".sf-takes") == "2 of 2"
+
+
+def test_branching_by_keyboard_alone(visit):
+    one = visit()
+    page = one.page
+    page.focus("#sf-prompt textarea")
+    page.keyboard.type(ONCE)
+    page.keyboard.press("Control+Enter")
+    finished(one)
+    page.focus("#sf-text")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.className") == "sf-choice"
+    page.keyboard.press("Escape")
+    assert page.locator("#sf-popover").is_hidden()
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.sf-takes').textContent === '2 of 2'")
+    finished(one)
+
+
+def test_continue_copy_clear_and_examples(visit):
+    one = visit()
+    one.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = one.page
+    page.get_by_role("button", name="In the distant galaxy").click()
+    page.wait_for_function("document.querySelector('#sf-prompt textarea').value === 'In the distant galaxy'")
+    page.get_by_role("button", name=ONCE).click()
+    page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{ONCE}'")
+    submit(one, tokens=6)
+    short = finished(one)
+    page.click("#sf-continue")
+    page.wait_for_function("n => document.querySelectorAll('.sf-token').length > n", arg=6)
+    longer = finished(one)
+    assert longer.startswith(short) and len(longer) > len(short)
+    page.click("#sf-copy")
+    page.wait_for_function("document.querySelector('#sf-copy').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == longer
+    page.click("#sf-clear")
+    page.wait_for_selector(".sf-welcome")
+    assert page.input_value("#sf-prompt textarea") == ""
+
+
+def test_a_link_carries_prompt_and_settings(visit):
+    one = visit("/#prompt=The+red+balloon&max_tokens=33&temperature=0.35&top_p=0.5&seed=12&keep=true&top_k=7")
+    one.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = one.page
+    page.wait_for_function("document.querySelector('#sf-prompt textarea').value === 'The red balloon'")
+    assert page.input_value("#sf-tokens input[type=number]") == "33"
+    assert page.input_value("#sf-temperature input[type=number]") == "0.35"
+    assert page.input_value("#sf-seed input") == "12" and page.is_checked("#sf-keep input")
+    page.click("#sf-link")
+    page.wait_for_function("document.querySelector('#sf-link').textContent === 'Copied'")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert parse_qs(link.partition("#")[2]) == parse_qs(page.url.partition("#")[2])
+    assert "#" in link and "prompt" not in link.partition("#")[0], "a prompt must not reach a server's log"
+    page.click("#sf-submit")
+    text = finished(one)
+    two = visit("/#" + link.partition("#")[2])
+    two.page.wait_for_function("document.querySelector('#sf-prompt textarea').value === 'The red balloon'")
+    two.page.click("#sf-submit")
+    assert finished(two) == text
+    open_tab(one, "API")
+    snippet = page.text_content("#sf-snippet")
+    for part in ('prompt="The red balloon"', "max_tokens=33", "temperature=0.35", "top_p=0.5", "seed=12", '"top_k": 7'):
+        assert part in snippet, part
+
+
+def test_the_snippet_runs_and_writes_what_the_page_wrote(visit):
+    one = visit("/#prompt=Once+upon+a+time&max_tokens=9&seed=3&keep=true")
+    one.page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{ONCE}'")
+    one.page.click("#sf-submit")
+    text = finished(one)
+    open_tab(one, "API")
+    code = one.page.text_content("#sf-snippet")
+    assert (
+        ONCE + subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == text
+    )
+    one.page.get_by_role("button", name="curl").click()
+    shell = subprocess.run(
+        ["bash", "-c", one.page.text_content("#sf-snippet")], capture_output=True, text=True, timeout=60
+    )
+    assert ONCE + json.loads(shell.stdout)["choices"][0]["text"] == text
+
+
+def test_time_lapse_over_three_checkpoints(visit):
+    one = visit()
+    open_tab(one, "Time-lapse")
+    one.page.wait_for_selector("#sf-lapse-start:not(:disabled)")
+    one.page.click("#sf-lapse-start")
+    one.page.wait_for_selector(f".sf-card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
+    cards = one.page.locator("#sf-cards .sf-card")
+    assert cards.count() == 3
+    texts = cards.locator("p").all_text_contents()
+    assert len(set(texts)) == 3 and all(text.startswith(ONCE) for text in texts)
+    assert cards.locator("h3").all_text_contents() == [f"step {step}" for step in STEPS]
+
+
+def test_training_tab_draws(visit):
+    one = visit()
+    open_tab(one, "Training")
+    one.page.wait_for_selector("#sf-charts svg")
+    titles = one.page.locator("#sf-charts figcaption b").all_text_contents()
+    assert titles == ["Loss", "Learning rate", "Tokens per second", "Gradient norm"]
+    assert one.page.locator("#sf-charts .sf-dot").count() == 3, "the validations"
+    line = one.page.get_attribute("#sf-charts .sf-curve >> nth=0", "d")
+    assert line.count("L") > 100 and "NaN" not in line
+    one.page.hover("#sf-charts svg >> nth=0")
+    assert re.match(r"step \d+: ", one.page.inner_text("#sf-charts .sf-value >> nth=0"))
+    assert one.page.locator("#sf-samples .sf-card").count() == 3
+    assert "step 160" in one.page.inner_text("#sf-run")
+
+
+def test_errors_are_told_in_words(visit):
+    one = visit()
+    submit(one, "word " * 3000)
+    one.page.wait_for_selector(".sf-end.sf-bad")
+    assert "1024" in one.page.inner_text(".sf-end.sf-bad")
+    one.errors.clear()  # the browser reports the 400 on its console, as it should
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("device", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
+def test_screenshots(visit, scheme, device, width, height):
+    """Each state at both widths and in both schemes; nothing is wider than the window."""
+    SHOTS.mkdir(exist_ok=True)
+    touch = {"has_touch": True, "is_mobile": True, "device_scale_factor": 2} if device == "phone" else {}
+    one = visit(
+        "/#prompt=Once+upon+a+time&seed=7&keep=true",
+        viewport={"width": width, "height": height},
+        color_scheme=scheme,
+        **touch,
+    )
+    page = one.page
+
+    def shot(name: str) -> None:
+        page.wait_for_timeout(250)
+        wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert wide <= 0, f"{name} is {wide} px too wide"
+        page.screenshot(path=SHOTS / f"{device}-{scheme}-{name}.png", full_page=name not in ("alternatives",))
+
+    page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{ONCE}'")
+    shot("start")
+    page.click("#sf-submit")
+    page.wait_for_selector(".sf-token >> nth=4")
+    finished(one)
+    shot("written")
+    target = page.locator(".sf-token >> nth=3")
+    target.scroll_into_view_if_needed()
+    if touch:
+        target.tap()
+    else:
+        target.hover()
+    page.wait_for_selector("#sf-popover:not([hidden])")
+    shot("alternatives")
+    page.keyboard.press("Escape")
+    open_tab(one, "Time-lapse")
+    page.click("#sf-lapse-start")
+    page.wait_for_selector(f".sf-card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
+    shot("lapse")
+    open_tab(one, "Training")
+    page.wait_for_selector("#sf-charts svg")
+    shot("training")
+    open_tab(one, "API")
+    shot("api")

@@ -1,0 +1,128 @@
+"""Each wrong word gets one clear error, exit code 2, and changes nothing on disk."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import tiny_file
+
+from smolforge import cli
+from smolforge.data import tales
+
+
+@pytest.fixture
+def fail(tmp_path: Path, capsys, monkeypatch):
+    """Runs a command line that must fail; its message, after checking that it is one and nothing was written."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny_file(tmp_path)
+
+    def run(*words: str, code: int = 2) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        words = tuple(base if word == "TINY" else word for word in words)
+        try:
+            found = cli.run(words)
+        except SystemExit as error:
+            found = error.code
+        message = capsys.readouterr().err
+        assert found == code, message
+        assert "Traceback" not in message
+        assert message.count("error: ") == 1
+        made = [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file() and p.name != "lock"]
+        assert not [p for p in made if "cache" not in p.parts], made
+        return message[message.index("error: ") :]
+
+    return run
+
+
+def test_unknown_preset(fail) -> None:
+    assert "smollm2-135m" in fail("train", "smolm2-135m")
+
+
+def test_unknown_verb_and_option(fail) -> None:
+    assert "generate" in fail("generat", "x")
+    assert "--tokens" in fail("train", "--token", "5")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optimiser.lr=1", ("optimiser", "optimizer")),
+        ("model.hiden_size=32", ("model.hiden_size", "hidden_size")),
+        ("lr=1", ("lr", "optimizer.lr")),
+        ("optimizer.lr=fast", ("optimizer.lr", "fast")),
+        ("optimizer.lr=-1", ("optimizer.lr", "greater than 0", "-1")),
+        ("data.holdout=0.9", ("data.holdout", "less than 0.5")),
+        ("training.precision=fp8", ("training.precision", "bf16", "fp8")),
+        ("model.num_key_value_heads=3", ("num_attention_heads", "multiple")),
+        ("model.hidden_size=33", ("hidden_size", "33", "num_attention_heads")),
+        ("data.sequence_length=256", ("data.sequence_length", "256", "128")),
+        ("training.tokens_per_step=100", ("training.tokens_per_step", "100", "32")),
+        ("training.micro_batch=3", ("training.micro_batch", "1, 2, 4, 8")),
+        ("training.steps=many", ("training.steps", "many")),
+        ("nonsense", ("--set", "=")),
+    ],
+)
+def test_configuration(fail, override, words) -> None:
+    message = fail("train", "TINY", "--out", "run", "--set", override)
+    for word in words:
+        assert word in message
+
+
+def test_several_problems_are_told_together(fail) -> None:
+    message = fail("train", "TINY", "--set", "optimizer.lr=-1", "--set", "data.holdout=2", "--set", "modle.x=1")
+    for word in ("3 problems", "optimizer.lr", "data.holdout", "modle", "model"):
+        assert word in message
+
+
+def test_options_of_train(fail) -> None:
+    assert "--skip-steps" in fail("train", "TINY", "--skip-steps", "9:3")
+    assert "--time-limit" in fail("train", "TINY", "--time-limit", "soon")
+    assert "--steps" in fail("train", "TINY", "--steps", "ten")
+    assert "--steps" in fail("train", "TINY", "--steps", "0")
+    assert "twice" in fail("train", "TINY", "--data", "a.txt", "a.txt")
+    assert "not allowed" in fail("train", "TINY", "--steps", "5", "--tokens", "5k")
+
+
+def test_data_files(fail, tmp_path) -> None:
+    def message(name: str, content: bytes | None) -> str:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        return fail("train", "TINY", "--out", "run", "--data", name)
+
+    assert "missing.txt" in message("missing.txt", None)
+    assert "empty.txt" in message("empty.txt", b"")
+    assert "latin.txt" in message("latin.txt", b"caf\xe9 " * 1000)
+    assert "bad.jsonl" in message("bad.jsonl", b'{"text": "one"}\n{"text": \n')
+    assert "body" in message("column.jsonl", b'{"body": "one"}\n' * 50)
+    assert "strange.xyz" in message("strange.xyz", b"text")
+    table = pa.table({"content": ["a", "b"], "id": [1, 2]})
+    pq.write_table(table, tmp_path / "columns.parquet")
+    said = message("columns.parquet", None)
+    assert "content" in said and "id" in said and "text" in said
+    whole = tales.write(tmp_path / "whole.parquet", documents=range(50)).read_bytes()
+    assert "cut.parquet" in message("cut.parquet", whole[: len(whole) // 2])
+
+
+def test_generate(fail, tmp_path, capsys) -> None:
+    assert cli.run(["train", tiny_file(tmp_path), "--out", "run", "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert "empty" in fail("generate", "run", "")
+    message = fail("generate", "run", "word " * 400)
+    assert "128" in message
+    assert "temperature" in fail("generate", "run", "--temperature", "-1")
+    assert "top_p" in fail("generate", "run", "--top-p", "0")
+    assert "top_p" in fail("generate", "run", "--top-p", "1.5")
+    assert "nowhere" in fail("generate", "nowhere")
+    assert "missing.txt" in fail("eval", "run", "--data", "missing.txt")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "gpt2" in fail("generate", "other")
+
+
+def test_output_directory_of_another_run(fail, tmp_path, capsys) -> None:
+    assert cli.run(["train", tiny_file(tmp_path), "--out", "run", "--steps", "1"]) == 0
+    capsys.readouterr()
+    message = fail("train", "smollm2-135m", "--out", "run")
+    assert "another run" in message and "--fresh" in message

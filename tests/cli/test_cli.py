@@ -1,0 +1,93 @@
+"""The command line from outside: quick help, JSON that parses, codes that mean something."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_file
+
+from smolforge import cli
+
+HEAVY = ("torch", "transformers", "pyarrow", "gradio", "numpy", "pydantic", "rich")
+
+
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in cli.VERBS)], ids=" ".join)
+def test_help_is_quick_and_imports_nothing_heavy(words: list[str]) -> None:
+    program = (
+        "import sys, runpy\nsys.argv[1:] = " + repr(words) + "\n"
+        "try:\n    runpy.run_module('smolforge', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip() == "[]"
+    assert "usage: smolforge" in done.stdout
+    # CPU time, not wall-clock: what a busy machine does to others is no fault of ours.
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("cli")
+    assert cli.run(["train", tiny_file(place), "--out", str(place / "run"), "--steps", "4"]) == 0
+    return place / "run"
+
+
+def test_json_outputs_parse(run: Path, capsys) -> None:
+    def output(*words: str) -> dict:
+        capsys.readouterr()
+        assert cli.run(words) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert output("train", "--out", str(run), "--steps", "+1", "--json")["step"] == 5
+    assert output("summary", "smollm2-135m", "--json")["parameters"] == 134_515_008
+    assert output("summary", str(run), "--json")["sequence_length"] == 2048
+    assert output("verify", str(run), "--json")["whole"]
+    scores = output("eval", str(run), "--data", "tales", "--tokens", "2k", "--json")
+    assert 0 < scores["entropy_bits_per_byte"] < scores["bits_per_byte"]
+    texts = output("generate", str(run), "One", "Two", "--n", "2", "--max-tokens", "5", "--seed", "3", "--json")
+    assert [(c["prompt"], c["choice"]) for c in texts["completions"]] == [
+        ("One", 0),
+        ("One", 1),
+        ("Two", 0),
+        ("Two", 1),
+    ]
+    documents = output("data", "which", str(run), "--step", "2", "--json")["documents"]
+    assert documents and {"source", "file", "row_group", "row"} == set(documents[0])
+
+
+def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
+    assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    for prompt in ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy"):
+        assert prompt in first
+    assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_summary_shows_the_tree(capsys) -> None:
+    assert cli.run(["summary", "smollm2-135m"]) == 0
+    text = capsys.readouterr().out
+    assert "(0-29): 30 x LlamaDecoderLayer(" in text
+    assert "Total model parameters: 134,515,008" in text and "Tensors: 272" in text
+
+
+def test_verify_names_the_damaged_file(run: Path, capsys) -> None:
+    path = run / "checkpoints" / "last" / "tokenizer.json"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"]")
+    try:
+        assert cli.run(["verify", str(run)]) == 2
+        assert "tokenizer.json" in capsys.readouterr().out
+    finally:
+        path.write_bytes(good)
+
+
+def test_compare(run: Path, capsys, tmp_path) -> None:
+    assert cli.run(["compare", str(run), str(run), "--html", str(tmp_path / "page.html")]) == 0
+    assert "loss" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 1000

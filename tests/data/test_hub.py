@@ -1,0 +1,279 @@
+"""Datasets of the Hub, through the real client against a server that speaks its API."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from data.conftest import Heard, batches, digests, jsonl, named, parquet
+from faults.server import Drop, FaultServer, Status, every, first
+from smolforge.data import Corpus, Network
+from smolforge.data.cards import inside, pattern_regex, training_patterns
+from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
+
+CARD = b"""---
+license: apache-2.0
+configs:
+- config_name: cosmo
+  data_files:
+  - split: train
+    path: cosmo/train-*
+  - split: test
+    path: ["cosmo/test-*"]
+- config_name: one
+  data_files: plain/b.parquet
+- config_name: escape
+  data_files: ../../etc/passwd
+- config_name: dir
+  data_dir: plain
+---
+# A dataset
+"""
+
+
+@pytest.fixture
+def hub(server: FaultServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FaultServer:
+    """The server as the Hub of this process."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.root)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.root + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    server.push("owner/set", dataset(tmp_path))
+    return server
+
+
+def dataset(folder: Path, more: int = 0) -> dict[str, bytes]:
+    """The files of a dataset; `more` documents make another commit."""
+    files = {"README.md": CARD, "plain/notes.md": b"no data"}
+    for name, count in (("cosmo/train-0", 60), ("cosmo/train-1", 30 + more), ("cosmo/test-0", 10), ("plain/b", 20)):
+        path = folder / name.replace("/", "-")
+        files[f"{name}.parquet"] = parquet(path, named(count, name), 10).read_bytes()
+    files["lines/train.jsonl"] = jsonl(folder / "x.jsonl", named(25, "line")).read_bytes()
+    files["lines/test.jsonl"] = files["lines/train.jsonl"]
+    return files
+
+
+def files_of(corpus: Corpus) -> list[str]:
+    """Names of the shards."""
+    return [shard["file"] for shard in corpus.index["sources"][0]["shards"]]
+
+
+TRAIN = ["cosmo/train-0.parquet", "cosmo/train-1.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("owner/set:cosmo", TRAIN),
+        ("owner/set:one", ["plain/b.parquet"]),
+        ("owner/set:dir", ["plain/b.parquet"]),
+        ("owner/set:plain", ["plain/b.parquet"]),
+        ("owner/set:lines", ["lines/train.jsonl"]),
+        ("owner/set@main:cosmo", TRAIN),
+        ("hf://datasets/owner/set/cosmo", ["cosmo/test-0.parquet", *TRAIN]),
+        ("hf://datasets/owner/set@main/plain/b.parquet", ["plain/b.parquet"]),
+        ("hf://datasets/owner/set/*/train-*.parquet", TRAIN),
+        ("hf://datasets/owner/set/**.jsonl", ["lines/test.jsonl", "lines/train.jsonl"]),
+    ],
+)
+def test_a_dataset_is_resolved_to_the_files_of_a_commit(
+    opened: Any, network: Network, hub: FaultServer, spec: str, expected: list[str]
+) -> None:
+    corpus = opened(spec, network=network)
+    assert files_of(corpus) == expected
+    entry = corpus.index["sources"][0]
+    assert entry["revision"] == hub.branches["owner/set"]["main"]
+    assert len(list(corpus.documents())) == entry["rows"]
+    assert all(len(shard["identity"]["oid"]) == 64 for shard in entry["shards"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("owner/set:nothing", "no configuration and no folder 'nothing'(.|\n)*cosmo, one"),
+        ("owner/set:escape", "no path inside it"),
+        ("owner/none:cosmo", "no dataset 'owner/none'(.|\n)*HF_TOKEN"),
+        ("owner/set@nix:cosmo", "no revision 'nix'"),
+        ("hf://datasets/owner/set/nix.parquet", "has no 'nix.parquet'"),
+        ("hf://datasets/owner/set/README.md", "unknown ending"),
+        ("hf://datasets/owner/set/nix/*.parquet", "matches no file"),
+        ("hf://models/owner/set", "names no dataset"),
+        ("hf://datasets/-owner-/set--x/a.parquet", "names no dataset"),
+    ],
+)
+def test_what_is_not_there_is_said(opened: Any, network: Network, hub: FaultServer, spec: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        opened(spec, network=network)
+
+
+def test_a_faulty_hub_gives_the_same_stream(
+    opened: Any, network: Network, hub: FaultServer, heard: Heard, tmp_path: Path
+) -> None:
+    truth = digests(batches(opened("owner/set:cosmo", network=network, cache=0), 20))
+    for fault in (
+        every(3, Drop(after=50), of="store"),
+        every(2, Status(503), of="store"),
+        every(4, Status(500), of="resolve"),
+        first(2, Status(429, {"Retry-After": "1"}), of="store"),
+    ):
+        hub.fault = fault
+        for workers in (0, 2):
+            assert digests(batches(opened("owner/set:cosmo", network=network, cache=0, workers=workers), 20)) == truth
+    assert any("503" in line for line in heard)
+
+
+def test_redirects_are_kept_while_they_last_and_renewed_when_expired(
+    opened: Any, network: Network, hub: FaultServer
+) -> None:
+    truth = digests(batches(opened("owner/set:cosmo", network=network, cache=0), 20))
+    resolves = sum("/resolve/" in request.path for request in hub.requests)
+    assert resolves == 2  # one per file
+    hub.redirect_uses = 2
+    assert digests(batches(opened("owner/set:cosmo", network=network, cache=0), 20)) == truth
+    assert sum("/resolve/" in request.path for request in hub.requests) > 4
+    hub.redirect_uses = 0  # refused even when fresh: that is no passing trouble
+    with pytest.raises(DataError, match="403"):
+        opened("owner/set:cosmo", network=network, cache=0)
+
+
+def test_a_run_stays_with_its_commit_when_the_branch_moves(
+    opened: Any, network: Network, hub: FaultServer, tmp_path: Path
+) -> None:
+    corpus = opened("owner/set:cosmo", network=network, cache=0)
+    truth = digests(batches(corpus, 20))
+    old = corpus.index["sources"][0]["revision"]
+    new = hub.push("owner/set", dataset(tmp_path, more=7))
+    again = opened("owner/set:cosmo", network=network, cache=0, index=corpus.index)
+    assert digests(batches(again, 20)) == truth
+    fresh = opened("owner/set:cosmo", network=network, cache=0)
+    assert fresh.index["sources"][0]["revision"] == new != old
+    assert fresh.index_hash != corpus.index_hash
+    del hub.commits["owner/set"][old]
+    with pytest.raises(SourceChanged, match=old):
+        opened("owner/set:cosmo", network=network, cache=0, index=corpus.index)
+
+
+def test_a_hub_that_stays_away(opened: Any, network: Network, hub: FaultServer) -> None:
+    hub.fault = lambda _: Status(503)
+    network.patience = 5
+    with pytest.raises(SourceUnavailable, match="503"):
+        opened("owner/set:cosmo", network=network)
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_store(
+    opened: Any, network: Network, hub: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "secret"
+    with pytest.raises(DataError, match="HF_TOKEN"):
+        opened("owner/set:cosmo", network=network)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub.reset()
+    batches(opened("owner/set:cosmo", network=network, cache=0), 5)
+    for request in hub.requests:
+        assert ("/store/" in request.path) != ("secret" in str(request.headers)), request
+    assert sum("/store/" in request.path for request in hub.requests) > 4
+
+
+def test_offline_reads_what_the_client_has_downloaded(
+    opened: Any, network: Network, hub: FaultServer, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"owner/set at main is not on this machine(.|\n)*hf download"):
+        opened("owner/set:cosmo", network=network, offline=True)
+    online = opened("owner/set:cosmo", network=network, cache=0)
+    truth = digests(batches(online, 20))
+    snapshot(hub, tmp_path / "hf")
+    hub.reset()
+    hub.fault = lambda _: Status(500)
+    for index in (None, online.index):
+        offline = opened("owner/set:cosmo", network=network, cache=0, offline=True, index=index)
+        assert offline.index["hash"] == online.index_hash
+        assert digests(batches(offline, 20)) == truth
+    assert hub.requests == []
+    with pytest.raises(DataError, match="not on this machine"):
+        opened("owner/set:nothing", network=network, offline=True)
+
+
+def test_offline_goes_on_from_our_own_cache(opened: Any, network: Network, hub: FaultServer) -> None:
+    online = opened("owner/set:cosmo", network=network)
+    truth = digests(batches(online, 20))
+    hub.reset()
+    offline = opened("owner/set:cosmo", network=network, offline=True, index=online.index)
+    assert digests(batches(offline, 20)) == truth
+    assert hub.requests == []
+
+
+def snapshot(hub: FaultServer, root: Path) -> None:
+    """The client's cache as `hf download` leaves it (huggingface_hub's documented layout)."""
+    import hashlib
+
+    sha = hub.branches["owner/set"]["main"]
+    base = root / "datasets--owner--set"
+    (base / "refs").mkdir(parents=True)
+    (base / "refs" / "main").write_text(sha)
+    (base / "blobs").mkdir()
+    for name, data in hub.commits["owner/set"][sha].items():
+        blob = base / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.write_bytes(data)
+        link = base / "snapshots" / sha / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def test_the_client_honours_its_environment(hub: FaultServer, tmp_path: Path) -> None:
+    hub.token = "secret"
+    code = (
+        "from smolforge.config import DataConfig\nfrom smolforge.data import Corpus\n"
+        "with Corpus.open(DataConfig(sources={'owner/set:cosmo': 1}, cache=0)) as corpus:\n"
+        "    print(sum(1 for _ in corpus.documents()))\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.root, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (run.stdout.strip(), run.returncode) == ("90", 0), run.stderr
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a\\b", "a\nb", "http://evil/x", "a/.."])
+def test_paths_that_leave_the_dataset_are_refused(path: str) -> None:
+    with pytest.raises(DataError, match="no path inside"):
+        inside(path)
+
+
+def test_a_listing_with_a_path_that_leaves_is_refused(opened: Any, network: Network, hub: FaultServer) -> None:
+    hub.push("owner/evil", {"cosmo/../../train.parquet": b"x"})
+    with pytest.raises(DataError, match="no path inside"):
+        opened("owner/evil:cosmo", network=network)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("a/*.parquet", "a/b.parquet", "a/b/c.parquet"),
+        ("**/x", "a/b/x", "a/b/y"),
+        ("**/x", "x", "xx"),
+        ("a/**", "a/b/c", "b/a"),
+        ("t-?[0-9].x", "t-a3.x", "t-ab.x"),
+        ("t[!a]", "tb", "ta"),
+        ("a.b", "a.b", "aXb"),
+        ("[", "[", "a"),
+        ("[z-a]", "[z-a]", "z"),
+    ],
+)
+def test_patterns_of_cards(pattern: str, yes: str, no: str) -> None:
+    assert pattern_regex(pattern).match(yes)
+    assert not pattern_regex(pattern).match(no)
+
+
+@pytest.mark.parametrize("configs", [None, 3, "x", [3], [{"config_name": "a"}], [{"config_name": "a", "data_files": 3}],
+                                     [{"config_name": "a", "data_files": [{"split": "train", "path": 3}]}]])  # fmt: skip
+def test_a_card_that_makes_no_sense_names_nothing(configs: Any) -> None:
+    with contextlib.suppress(SmolforgeError):
+        assert training_patterns({"configs": configs}, "a", lambda _: None, "spec") == []

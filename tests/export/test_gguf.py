@@ -1,0 +1,253 @@
+"""GGUF: read back by the library and by transformers, equal logits; what llama.cpp does not have is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smolforge import tokenizer as tokenizers
+from smolforge.checkpoint.format import write_model
+from smolforge.config import ModelConfig
+from smolforge.errors import BadInput, RunFailed
+from smolforge.export.gguf import KINDS, export_gguf, permute
+from smolforge.export.gguf_vocabulary import Vocabulary
+from smolforge.model.registry import build
+
+gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+
+TEXTS = ["the cat sat on the mat and saw 12 other cats, naïvely 🙂 " * 20]
+
+
+def make(directory: Path, **changes: Any) -> tuple[torch.nn.Module, tokenizers.Tokenizer]:
+    """A model directory whose widths are multiples of 32, so that everything can be quantized."""
+    shape: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 4321.0,
+        "rms_norm_eps": 3e-5,
+    }  # fmt: skip
+    config = ModelConfig(**{**shape, **changes})
+    module, tokenizer = build(config, seed=5), tokenizers.train(TEXTS, 300)
+    write_model(directory, config, module.state_dict(), tokenizer)
+    return module, tokenizer
+
+
+def value(reader: Any, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_the_file_says(tmp_path: Path, tied: bool) -> None:
+    module, _ = make(tmp_path / "m", tie_word_embeddings=tied)
+    done = export_gguf(tmp_path / "m", tmp_path / "sub" / "x.gguf", kind="f32", name="cat")
+    reader = gguf.GGUFReader(done.path)
+    expected = {
+        "general.architecture": "llama", "general.name": "cat", "llama.block_count": 2, "llama.context_length": 128,
+        "llama.embedding_length": 96, "llama.feed_forward_length": 128, "llama.attention.head_count": 6,
+        "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 16, "llama.vocab_size": 320,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.add_bos_token": False,
+    }  # fmt: skip
+    assert {key: value(reader, key) for key in expected} == expected
+    assert value(reader, "llama.rope.freq_base") == pytest.approx(4321.0)
+    assert value(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(3e-5)
+    names = {tensor.name for tensor in reader.tensors}
+    assert ("output.weight" in names) is not tied
+    assert len(names) == done.tensors == len(module.state_dict())
+    assert done.bytes == done.path.stat().st_size
+    assert [entry.name for entry in (tmp_path / "sub").iterdir()] == ["x.gguf"]
+
+
+def test_the_vocabulary(tmp_path: Path) -> None:
+    _, tokenizer = make(tmp_path / "m")
+    reader = gguf.GGUFReader(export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f16").path)
+    tokens, kinds = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
+    assert len(tokens) == len(kinds) == len(set(tokens)) == 320
+    used = tokenizer.vocab_size
+    assert tokens[:used] == [tokenizer.token_text(i) for i in range(used)]
+    assert set(kinds[:17]) == {gguf.TokenType.CONTROL}
+    assert set(kinds[17:used]) == {gguf.TokenType.NORMAL}
+    assert set(kinds[used:]) == {gguf.TokenType.UNUSED}
+    assert "tokenizer.ggml.padding_token_id" not in reader.fields, "this tokenizer has none"
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.backend.to_str())["model"]["merges"]]
+    assert value(reader, "tokenizer.ggml.merges") == merges and len(merges) == used - 273
+
+
+def test_every_weight_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    module, _ = make(tmp_path / "m", tie_word_embeddings=False)
+    reader = gguf.GGUFReader(export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f32").path)
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, array in state.items():
+        heads = {"q_proj": 6, "k_proj": 2}.get(name.split(".")[-2])
+        if heads:  # undone by its inverse: neighbouring pairs back to halves
+            pairs = found[names.get_name(name, try_suffixes=(".weight",))]
+            back = pairs.reshape(heads, 8, 2, 96).swapaxes(1, 2).reshape(array.shape)
+            assert not np.array_equal(pairs, array)
+        else:
+            back = found[names.get_name(name, try_suffixes=(".weight",))]
+        assert np.array_equal(back, array), name
+
+
+def test_the_order_of_rows() -> None:
+    rows = np.arange(16)[:, None]
+    assert permute(rows, 2).ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+# Largest difference of logits, relative to the largest logit: exact, 11 and 8 bits, 8 and 4 bits per weight.
+TOLERANCE = {"f32": 1e-5, "f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2, "q4_0": 0.6}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_transformers_reads_it_with_our_logits(tmp_path: Path, kind: str, tied: bool) -> None:
+    # The loader itself; `from_pretrained(gguf_file=...)` is this and, for placing weights, the package accelerate.
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    module, _ = make(tmp_path / "m", tie_word_embeddings=tied)
+    path = str(export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind=kind).path)
+    shape = load_gguf_checkpoint(path)["config"]
+    theirs = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)["tensors"]
+    found = theirs.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+    assert found.unexpected_keys == [] and set(found.missing_keys) <= ({"lm_head.weight"} if tied else set())
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, read = module(ids), theirs(ids).logits
+    error = (ours - read).abs().max().item()
+    assert error < TOLERANCE[kind] * max(1.0, ours.abs().max().item())
+    assert theirs.config.tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("q8_0", 8.5), ("q4_0", 4.5)])
+def test_quantized_files_are_as_small_and_as_close_as_their_kind(tmp_path: Path, kind: str, bits: float) -> None:
+    module, _ = make(tmp_path / "m")
+    done = export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind=kind)
+    state = {t.name: t for t in gguf.GGUFReader(done.path).tensors}
+    types = {name: tensor.tensor_type.name for name, tensor in state.items()}
+    assert types["token_embd.weight"] == "Q8_0", "the tied embedding is the head"
+    assert {types[name] for name in types if "norm" in name} == {"F32"}
+    up = state["blk.0.ffn_up.weight"]
+    assert up.tensor_type.name == kind.upper()
+    assert up.n_bytes * 8 / up.n_elements == bits
+    weight = module.state_dict()["model.layers.0.mlp.up_proj.weight"].numpy()
+    error = np.abs(gguf.quants.dequantize(up.data, up.tensor_type) - weight)
+    # q8_0: half a step, and at the largest weight (127 steps) the rounding of the scale to f16, 127 * 2**-11 steps.
+    # q4_0: the side of the sign that the scale was not taken from ends at 7 of 8 steps, so up to a whole one.
+    largest = np.abs(weight.reshape(-1, 32)).max(axis=1, keepdims=True)
+    bound = largest / 127 * (0.5 + 127 / 2**11) if kind == "q8_0" else largest / 8 * 1.01
+    assert (error.reshape(-1, 32) <= bound + 1e-7).all()
+    assert done.kept_f16 == []
+
+
+def test_rows_that_are_no_multiple_of_a_block_stay_f16_and_it_is_said(tmp_path: Path) -> None:
+    make(tmp_path / "m", intermediate_size=40)
+    said: list[str] = []
+    done = export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="q8_0", say=said.append)
+    assert done.kept_f16 == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    assert "2 tensors stay f16" in said[0]
+    assert {t.tensor_type.name for t in gguf.GGUFReader(done.path).tensors if "ffn_down" in t.name} == {"F16"}
+
+
+def test_a_head_dim_of_its_own(tmp_path: Path) -> None:
+    make(tmp_path / "m", head_dim=32)
+    reader = gguf.GGUFReader(export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f32").path)
+    assert value(reader, "llama.attention.key_length") == value(reader, "llama.rope.dimension_count") == 32
+
+
+def test_refusals(tmp_path: Path) -> None:
+    make(tmp_path / "m")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(BadInput, match="q4_0"):
+        export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="q4_1")
+    with pytest.raises(BadInput, match="is a directory"):
+        export_gguf(tmp_path / "m", tmp_path / "d")
+    with pytest.raises(BadInput, match="cannot make"):
+        export_gguf(tmp_path / "m", tmp_path / "m" / "config.json" / "x.gguf")
+    config = ModelConfig(
+        architecture="recreation", vocab_size=320, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
+        num_hidden_layers=1, intermediate_size=64,
+    )  # fmt: skip
+    write_model(tmp_path / "r", config, build(config).state_dict(), tokenizers.train(TEXTS, 300))
+    with pytest.raises(BadInput, match="recreation"):
+        export_gguf(tmp_path / "r", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "NFC"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "ByteLevel"),
+        ({"pre_tokenizer": None}, "None"),
+        ({"decoder": {"type": "Fuse"}}, "Fuse"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change: dict[str, Any], words: str) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    file = json.loads(tokenizers.train(TEXTS, 300).backend.to_str())
+    tokenizer = tokenizers.Tokenizer(Backend.from_str(json.dumps({**file, **change})))
+    with pytest.raises(BadInput, match=words):
+        Vocabulary.of(tokenizer, 320)
+
+
+def test_the_plain_gpt2_rule_has_its_name() -> None:
+    from tokenizers import Tokenizer as Backend
+
+    file = json.loads(tokenizers.train(TEXTS, 300).backend.to_str())
+    file["pre_tokenizer"] = file["pre_tokenizer"]["pretokenizers"][1]
+    assert Vocabulary.of(tokenizers.Tokenizer(Backend.from_str(json.dumps(file))), 320).rule == "gpt-2"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e5])
+def test_weights_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path: Path, bad: float) -> None:
+    module, tokenizer = make(tmp_path / "m")
+    done = export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f16")
+    before = done.path.read_bytes()
+    state = dict(module.state_dict())
+    state["model.layers.0.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"].clone()
+    state["model.layers.0.mlp.up_proj.weight"][3, 3] = bad
+    write_model(tmp_path / "m", module.config, state, tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="up_proj"):
+        export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f16")
+    assert done.path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "x.gguf"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "m")
+
+    def sync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(RunFailed, match="bytes are needed"):
+        export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="f32")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_bf16_checkpoints_export_unchanged(tmp_path: Path) -> None:
+    module, tokenizer = make(tmp_path / "m")
+    write_model(tmp_path / "b", module.config, module.state_dict(), tokenizer, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    reader = gguf.GGUFReader(export_gguf(tmp_path / "b", tmp_path / "x.gguf", kind="bf16").path)
+    up = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight")
+    stored = module.state_dict()["model.layers.1.mlp.up_proj.weight"].bfloat16().view(torch.uint8).numpy()
+    assert np.array_equal(up.data.view(np.uint8).reshape(stored.shape), stored)
+
+
+def test_the_genuine_tokenizer_goes_in_whole(real_data: Path) -> None:
+    tokenizer = tokenizers.load(real_data / "tokenizer" / "smollm2-135m-instruct")
+    vocabulary = Vocabulary.of(tokenizer, 49_152)
+    assert (len(vocabulary.tokens), vocabulary.rule, len(vocabulary.unused)) == (49_152, "smollm", 0)
+    assert len(vocabulary.merges) > 48_000 and vocabulary.special == frozenset(range(17))
+    assert vocabulary.ids == {"bos": 1, "eos": 2, "pad": 2, "unk": 0} and vocabulary.chat_template

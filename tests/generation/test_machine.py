@@ -1,0 +1,110 @@
+"""Random requests through one engine: nothing leaks, nothing mixes, the books balance after every step."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tiny_llama import make_model
+
+from smolforge import tokenizer as tokenizers
+from smolforge.generation import Engine, Sampling
+
+MODEL = make_model(context=64)
+TOKENIZER = tokenizers.train(["the quick brown fox"] * 5, 400)
+MAX_BATCH, BUDGET_POSITIONS = 4, 160
+
+
+class Requests(RuleBasedStateMachine):
+    """Adds, cancels and steps; knows what every seeded request must write from running it alone."""
+
+    alone: ClassVar[dict] = {}
+
+    @initialize(quantize=st.sampled_from(["fp32", None]))
+    def start(self, quantize):
+        self.quantize = quantize
+        self.engine = Engine.of(MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40)
+        pool = self.engine.scheduler.pool
+        pool.budget = pool.bytes_for(BUDGET_POSITIONS)
+        self.requests, self.seen = {}, {}
+
+    @rule(
+        length=st.integers(1, 40), token=st.integers(0, 5), max_tokens=st.integers(0, 20), n=st.integers(1, 3),
+        seed=st.integers(0, 2), echo=st.booleans(), logprobs=st.sampled_from([None, 0, 2]),
+    )  # fmt: skip
+    def add(self, length, token, max_tokens, n, seed, echo, logprobs):
+        sampling = Sampling(max_tokens=max_tokens, n=n, seed=seed, echo=echo, logprobs=logprobs, temperature=1.0)
+        prompt = [token] * (length // 2) + [token + 1] * (length - length // 2)
+        request = self.engine.add(prompt, sampling)
+        self.requests[request.id] = request
+        self.seen[request.id] = []
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        live = [request for request in self.requests.values() if not request.finished]
+        if live:
+            request = data.draw(st.sampled_from(live))
+            self.engine.cancel(request)
+            assert request.finished and all(choice.cache is None for choice in request.choices)
+
+    @rule(count=st.integers(1, 8))
+    def run(self, count):
+        for _ in range(count):
+            for step in self.engine.step():
+                assert not self.requests[step.request].cancelled, "a cancelled request spoke"
+                self.seen[step.request].append(step)
+
+    @invariant()
+    def books_balance(self):
+        if not hasattr(self, "engine"):
+            return
+        scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
+        assert len(scheduler.running) <= MAX_BATCH
+        assert pool.reserved == sum(choice.cache.nbytes for choice in scheduler.running)
+        assert pool.kept == sum(cache.nbytes for _, cache in pool._old)
+        assert pool.reserved + pool.kept <= pool.budget
+        live = {id(choice) for r in self.requests.values() if not r.finished for choice in r.choices}
+        assert {id(choice) for choice in [*scheduler.running, *scheduler.waiting]} <= live
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(3000):
+            if not self.engine.busy:
+                break
+            self.run(1)
+        assert not self.engine.busy, "the engine never came to rest"
+        assert self.engine.scheduler.pool.reserved == 0
+        for request in self.requests.values():
+            if not request.cancelled:
+                assert self.seen_of(request) == self.expected(request)
+
+    def seen_of(self, request):
+        steps = self.seen[request.id]
+        return [
+            [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.choice == index]
+            for index in range(request.sampling.n)
+        ]
+
+    def expected(self, request):
+        key = self.quantize, tuple(request.prompt), repr(request.sampling)
+        if key not in self.alone:
+            engine = Engine.of(MODEL, TOKENIZER, quantize=self.quantize)
+            steps = list(engine.stream([request.prompt], request.sampling))
+            self.alone[key] = [
+                [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.choice == index]
+                for index in range(request.sampling.n)
+            ]
+        return self.alone[key]
+
+
+Requests.TestCase.settings = settings(
+    max_examples=int(os.environ.get("SMOLFORGE_MACHINE_EXAMPLES", "60")),
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestRequests = Requests.TestCase

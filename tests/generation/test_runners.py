@@ -1,0 +1,211 @@
+"""Every runner computes the same model, and the native one the same bits in any company."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_llama import SHAPES, make_model
+
+from smolforge.errors import BadInput
+from smolforge.generation import build, choose
+from smolforge.generation.build import NativeUnavailable
+from smolforge.generation.native import NativeRunner
+from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
+from smolforge.generation.runner import ModuleRunner
+from smolforge.generation.scheduler import Piece
+from smolforge.generation.stock import StockRunner
+
+LENGTH = 90
+# Relative error of the logits against the same rounded weights in fp32: what rounding of activations may cost.
+TOLERANCE = {"fp32": 3e-6, "bf16": 0.015, "int8": 0.04, "int4": 0.04}
+
+
+def calm(shape):
+    """A model whose logits do not amplify rounding more than a trained one's do."""
+    return make_model(shape, gain=0.1)
+
+
+def rounded(model, precision):
+    """A copy of a model whose matrices hold what `precision` can hold."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                weight = quantize(parameter, precision, head="embed" in name or "lm_head" in name)
+                whole = weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
+                parameter.copy_(whole[:, : parameter.shape[1]])
+    return model
+
+
+def tokens(model, count=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (count,), generator=generator).tolist()
+
+
+def one_by_one(runner, ids, prompt=37):
+    """Logits of all positions: a prompt in two pieces, then single tokens."""
+    cache = runner.new_cache(len(ids))
+    cut = prompt // 2 + 1
+    parts = [runner.forward([Piece(cache, ids[:cut], 0, cut)])]
+    parts.append(runner.forward([Piece(cache, ids[cut:prompt], cut, prompt - cut)]))
+    parts += [runner.forward([Piece(cache, [ids[i]], i, 1)]) for i in range(prompt, len(ids))]
+    return torch.cat(parts)
+
+
+def whole(runner, ids):
+    return runner.forward([Piece(runner.new_cache(len(ids)), ids, 0, len(ids))])
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", [NativeRunner, StockRunner])
+def test_logits_are_those_of_the_rounded_weights(kind, shape, precision):
+    model = calm(shape)
+    ids = tokens(model)
+    with torch.no_grad():
+        expected = rounded(model, precision)(torch.tensor([ids]))[0]
+    runner = kind(model, precision)
+    assert distance(one_by_one(runner, ids), expected) < TOLERANCE[precision]
+    assert distance(whole(runner, ids), expected) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_more_bits_are_nearer_the_model(shape):
+    model = calm(shape)
+    ids = tokens(model)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    errors = [distance(whole(NativeRunner(model, precision), ids), expected) for precision in PRECISIONS]
+    assert errors == sorted(errors) and errors[0] < 3e-6 and errors[-1] < 0.5
+
+
+def test_module_runner_in_pieces():
+    model = make_model("odd")
+    ids = tokens(model)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    assert distance(one_by_one(ModuleRunner(model), ids), expected) < 1e-5
+
+
+def test_module_runner_sees_changed_weights_and_keeps_training_mode():
+    model = make_model()
+    runner = ModuleRunner(model.train())
+    ids = tokens(model, 5)
+    before = whole(runner, ids)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert model.training and torch.allclose(whole(runner, ids), 2 * before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_rows_are_bitwise_the_same_however_they_are_run(shape, precision):
+    model = make_model(shape)
+    ids, mates = tokens(model), [tokens(model, 60, seed) for seed in range(1, 16)]
+    alone = whole(NativeRunner(model, precision, threads=1), ids)
+    runner = NativeRunner(model, precision, threads=2)
+    assert torch.equal(one_by_one(runner, ids), alone)
+    cache, others = runner.new_cache(LENGTH), [runner.new_cache(60) for _ in mates]
+    rows = []
+    for start in range(0, LENGTH, 6):  # the mates' prompts and tokens run in the same steps
+        company = [
+            Piece(c, m[start : start + 1 + i % 3], start, 1)
+            for i, (c, m) in enumerate(zip(others, mates, strict=True)) if start + 3 < 60 and (start // 6 + i) % 4
+        ]  # fmt: skip
+        half = len(company) // 2
+        pieces = [*company[:half], Piece(cache, ids[start : start + 6], start, 6), *company[half:]]
+        rows.append(runner.forward(pieces)[half : half + 6])
+    assert torch.equal(torch.cat(rows), alone)
+
+
+@pytest.mark.parametrize(
+    "runner_of", [lambda m: NativeRunner(m, "int8"), lambda m: StockRunner(m, "fp32"), ModuleRunner]
+)
+def test_a_copied_prefix_continues_as_the_original(runner_of):
+    model = make_model()
+    runner, ids = runner_of(model), tokens(model)
+    first, second = runner.new_cache(LENGTH), runner.new_cache(200)
+    runner.forward([Piece(first, ids[:50], 0, 0)])
+    second.copy_prefix(first, 41)
+    expected = torch.cat([runner.forward([Piece(first, [ids[i]], i, 1)]) for i in range(41, 60)])
+    copied = torch.cat([runner.forward([Piece(second, [ids[i]], i, 1)]) for i in range(41, 60)])
+    assert torch.equal(copied, expected)
+
+
+@pytest.mark.parametrize("capacity", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_caches_take_what_was_said(shape, capacity):
+    model = make_model(shape)
+    for runner in (NativeRunner(model, "int8"), StockRunner(model, "int8"), ModuleRunner(model)):
+        assert runner.new_cache(capacity).nbytes == runner.cache_bytes(capacity)
+
+
+def test_weights_are_held_once():
+    model = make_model("one-kv", vocab_size=1024)
+    numbers = sum(p.numel() for p in model.parameters())
+    tables = 2 * 256 * model.config.dim * 4
+    for precision, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
+        held = NativeRunner(model, precision).weight_bytes
+        assert held <= numbers * size * 1.08 + tables, precision
+
+
+def test_int8_rounds_to_the_nearest_of_255_steps():
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    packed = to_int8(weight)
+    assert ((packed.dequantize() - weight).abs() <= packed.scales[:, None] / 2 * 1.0001).all()
+    assert packed.dequantize()[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_is_better_than_plain_rounding(group):
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    packed = to_int4(weight, group)
+    groups = weight.unflatten(1, (-1, group))
+    scale = groups.abs().amax(2, keepdim=True) / 7
+    plain = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+    assert (packed.dequantize() - weight).norm() < 0.95 * (plain - weight).norm()
+
+
+def test_int4_leaves_the_head_at_int8():
+    assert isinstance(quantize(torch.ones(32, 32), "int4", head=True), Int8)
+    assert isinstance(quantize(torch.ones(32, 32), "int4"), Int4)
+
+
+def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
+    monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
+    build.library.cache_clear()
+    try:
+        runner, decisions = choose.choose_runner(make_model(), "int8")
+    finally:
+        build.library.cache_clear()
+    assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
+    bad = tmp_path / "c++"
+    bad.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CXX", str(bad))
+    with pytest.raises(NativeUnavailable, match="no such flag"):
+        build.build_native(tmp_path)
+
+
+def test_the_library_is_built_once(tmp_path):
+    path = build.build_native(tmp_path)
+    made = path.stat().st_mtime_ns
+    assert build.build_native(tmp_path) == path and path.stat().st_mtime_ns == made
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing half-built stays behind"
+
+
+def test_choices_are_explained():
+    runner, decisions = choose.choose_runner(make_model(), "auto")
+    assert "fp32" in runner.name and "cache" in decisions[0]
+    with pytest.raises(BadInput, match="int3"):
+        choose.choose_runner(make_model(), "int3")

@@ -1,0 +1,93 @@
+"""The blocked attention against torch's, forward and backward, and what it keeps."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolforge.model import attention
+from smolforge.model.attention import blocked, causal_mask, sdpa, sdpa_fp32
+
+
+def inputs(batch, heads, kv_heads, length, width, dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(length)
+    shapes = [(batch, heads, length, width), *[(batch, kv_heads, length, width)] * 2]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def both(attend, tensors, mask=None) -> list[torch.Tensor]:
+    """Output and gradients under a loss that weighs every element differently."""
+    out = attend(*tensors, mask)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+# Lengths below, at, just above and far above a block (BLOCK_ROWS / group positions), grouped and not.
+@pytest.mark.parametrize("heads, kv_heads", [(9, 3), (4, 4), (6, 1)])
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 257])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_equals_sdpa(heads, kv_heads, length, dtype, tolerance) -> None:
+    tensors = inputs(2, heads, kv_heads, length, 16, dtype)
+    for ours, theirs in zip(both(blocked, tensors), both(sdpa, tensors), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
+
+
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 17))
+@settings(max_examples=30, deadline=None)
+def test_any_shape_and_block(batch, kv_heads, group, length, block) -> None:
+    q, k, v = inputs(batch, kv_heads * group, kv_heads, length, 8, torch.float64)
+    rows = q.view(batch, kv_heads, group, length, 8).transpose(2, 3).reshape(batch * kv_heads, length * group, 8)
+    flat = [x.flatten(0, 1) for x in (k, v)]
+    out = attention.blocked_rows(rows * 8**-0.5, *flat, group, block)
+    out = out.view(batch, kv_heads, length, group, 8).transpose(2, 3).reshape(q.shape)
+    assert torch.allclose(out, sdpa(q, k, v, None), atol=1e-12)
+
+
+def test_gradcheck(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 6)
+    tensors = inputs(1, 4, 2, 7, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k, v: blocked(q, k, v, None), tensors)
+    torch.library.opcheck(
+        attention.blocked_rows, (*tuple(x.flatten(0, 1) for x in inputs(1, 2, 2, 5, 4, torch.float32)), 1, 2)
+    )
+
+
+def test_bf16_is_as_near_to_the_truth_as_sdpa() -> None:
+    exact = both(sdpa, inputs(2, 9, 3, 200, 64, torch.float64))
+    tensors = inputs(2, 9, 3, 200, 64, torch.bfloat16)
+    ours, theirs = both(blocked, tensors), both(sdpa, tensors)
+    for a, b, truth in zip(ours, theirs, exact, strict=True):
+        assert (a - truth).norm() < 2 * (b - truth).norm()
+
+
+def test_masks_and_caches_go_to_sdpa() -> None:
+    tensors = inputs(2, 4, 2, 12, 8, torch.float32)
+    mask = causal_mask(torch.tensor([[0] * 5 + [1] * 7, [0] * 12]))
+    assert torch.equal(blocked(*tensors, mask), sdpa(*tensors, mask))
+    q, k, v = tensors
+    assert torch.equal(blocked(q[:, :, -3:], k, v, None), sdpa(q[:, :, -3:], k, v, None))
+
+
+def test_fp32_inside_bf16() -> None:
+    tensors = inputs(1, 4, 2, 12, 8, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sdpa_fp32(*tensors, None)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, sdpa(*(x.float() for x in tensors), None).bfloat16())
+
+
+def test_flex_equals_sdpa() -> None:
+    tensors = [x.detach() for x in inputs(1, 4, 2, 20, 16, torch.float32)]
+    mask = causal_mask(torch.tensor([[0] * 8 + [1] * 12]))
+    for m in (None, mask):
+        assert torch.allclose(attention.flex(*tensors, m), sdpa(*tensors, m), atol=1e-5)
+
+
+def test_scores_are_never_kept() -> None:
+    """Between forward and backward only tensors that grow with T are alive, none with T x T."""
+    tensors = inputs(1, 2, 2, 512, 8, torch.float32)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        blocked(*tensors, None)
+    assert kept and max(kept) <= 2 * 512 * 8

@@ -1,0 +1,46 @@
+"""What the pages say can be typed, and what they link to exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from smolforge import cli, config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(rf"(?:^|`|-m )(smolforge (?:{'|'.join(cli.VERBS)})\b[^`\n|#]*)", re.MULTILINE)
+
+
+def commands() -> list[tuple[str, str]]:
+    return [(page.name, match.strip()) for page in PAGES for match in COMMAND.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("page, command", commands())
+def test_every_command_parses_and_its_configuration_builds(page: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    if any(word.isupper() or "[" in word or "..." in word for word in words):
+        return  # a form with placeholders, not a command
+    args = cli.parser(words[0]).parse_args(words)
+    if args.verb == "train" and not (args.base or "").endswith(".yaml"):
+        config.build(args.base or "pocket", args.overrides)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len([c for c in commands() if c[0] == "README.md"]) >= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert config.reference() in (ROOT / "docs" / "configuration.md").read_text()
+
+
+def test_the_readme_opens_with_exactly_two_commands() -> None:
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block and [line.split("#")[0].strip() for line in block[1].splitlines()] == ["make demo", "make test"]

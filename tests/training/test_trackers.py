@@ -1,0 +1,230 @@
+"""Trackers are guests: missing, broken, slow or dead, they never stop a run, and each failure is said once."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from smolforge.errors import BadInput
+from smolforge.run import Run
+from smolforge.training.trackers import open_trackers
+
+CONFIG = {"logging": {"project": "tales"}, "optimizer": {"lr": 0.003}}
+
+
+class Fake:
+    """A stand-in for wandb and trackio, which does what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+        self.fail: dict[str, BaseException] = {}
+        self.hang: set[str] = set()
+        self.release = threading.Event()
+        self.hanging = threading.Event()
+
+    def _do(self, what: str) -> None:
+        if what in self.hang:
+            self.hanging.set()
+            self.release.wait(60)
+        if what in self.fail:
+            raise self.fail[what]
+
+    def init(self, **settings: Any) -> Fake:
+        self._do("init")
+        self.started.append(settings)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._do("log")
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self._do("finish")
+        self.finished += 1
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def fake(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    fake = Fake()
+    module = ModuleType(name)
+    module.__dict__.update(init=fake.init, Html=lambda text: ("html", text), Markdown=lambda text: ("markdown", text))
+    monkeypatch.setitem(sys.modules, name, module)
+    yield fake
+    fake.release.set()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "run").mkdir()
+    return Run(tmp_path / "run")
+
+
+class Said(list[str]):
+    """What was said, and in which threads."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+
+    def __call__(self, text: str) -> None:
+        self.append(text)
+        self.threads.add(threading.get_ident())
+
+
+def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run) -> None:
+    said = Said()
+    with open_trackers([name], run, CONFIG, said) as trackers:
+        for step in range(100):
+            trackers.scalars(step, {"loss": step / 2, "mfu": None, "grad_norm": float("nan"), "data_digest": "00"})
+        trackers.text(99, "samples/Once", "<b>a ```` b</b>")
+    assert fake.rows[:-1] == [(step, {"loss": step / 2}) for step in range(100)]
+    step, [(tag, (kind, text))] = fake.rows[-1][0], fake.rows[-1][1].items()
+    assert (step, tag) == (99, "samples/Once")
+    assert "<b>" not in text if kind == "html" else text.startswith("`````\n<b>a ```` b")
+    assert fake.finished == 1 and said == []
+    assert fake.started[0]["project"] == "tales" and fake.started[0]["config"] == CONFIG
+
+
+def test_a_resumed_run_goes_on_in_the_same_place(name: str, fake: Fake, run: Run) -> None:
+    for resume_step in (None, 40):
+        open_trackers([name], run, CONFIG, print, resume_step=resume_step).close()
+    first, second = fake.started
+    assert first["resume"] == second["resume"] == "allow"
+    assert (first.get("id"), first["name"]) == (second.get("id"), second["name"])
+
+
+def test_a_tracker_that_is_not_installed(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    said = Said()
+    with open_trackers([name], run, CONFIG, said) as trackers:
+        trackers.scalars(1, {"loss": 1.0})
+    assert len(said) == 1 and said[0].startswith(f"{name} is off") and "pip install" in said[0]
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("error", [RuntimeError("no\nnetwork"), SystemExit(1), ConnectionError("refused")], ids=repr)
+def test_a_tracker_that_raises(name: str, fake: Fake, run: Run, where: str, error: BaseException) -> None:
+    fake.fail[where] = error
+    said = Said()
+    trackers = open_trackers([name], run, CONFIG, said, queue_rows=10_000)
+    for step in range(200):
+        trackers.scalars(step, {"loss": 1.0})
+    trackers.close()
+    trackers.close()
+    assert len(said) == 1 and type(error).__name__ in said[0] and "\n" not in said[0]
+    assert said.threads == {threading.get_ident()}, "only the run's own thread may use its terminal"
+    assert trackers.names == []
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_a_tracker_that_hangs_is_dropped_when_its_queue_is_full(
+    name: str, fake: Fake, run: Run, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = queue.Queue.put
+
+    def never_wait(self: Any, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        assert not block, "the run would wait for its tracker"
+        put(self, item, block, timeout)
+
+    monkeypatch.setattr(queue.Queue, "put", never_wait)
+    fake.hang.add(where)
+    said = Said()
+    trackers = open_trackers([name], run, CONFIG, said, queue_rows=20)
+    trackers.scalars(0, {"loss": 1.0})
+    assert fake.hanging.wait(30)
+    for step in range(1, 100):
+        trackers.scalars(step, {"loss": 1.0})
+    assert trackers.names == [] and len(said) == 1 and "does not keep up" in said[0]
+    trackers.close()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_the_end_of_a_run_does_not_wait_for_ever(name: str, fake: Fake, run: Run, where: str) -> None:
+    fake.hang.add(where)
+    said = Said()
+    trackers = open_trackers([name], run, CONFIG, said, close_seconds=0.05)
+    trackers.scalars(0, {"loss": 1.0})
+    trackers.close()
+    assert len(said) == 1 and "did not finish in time" in said[0]
+
+
+def test_a_talkative_tracker_leaves_stdout_to_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("trackio")
+    module.__dict__["run"] = Fake()
+    exec("def init(**settings):\n    print('view the dashboard')\n    return run", module.__dict__)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    open_trackers(["trackio"], run, CONFIG, print).close()
+    assert capsys.readouterr() == ("", "view the dashboard\n")
+
+
+def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run) -> None:
+    fake.fail["log"] = ValueError("refused")
+    said = Said()
+    with open_trackers(["tensorboard", name], run, CONFIG, said) as trackers:
+        for step in range(10):
+            trackers.scalars(step, {"loss": float(step)})
+    assert len(said) == 1 and said[0].startswith(name)
+    assert read(run)["loss"] == {step: step for step in range(10)}
+
+
+def read(run: Run) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run) -> None:
+    said = Said()
+    with open_trackers(["tensorboard"], run, CONFIG, said) as trackers:
+        for step in range(1, 11):
+            trackers.scalars(step, {"loss": 100.0})
+    with open_trackers(["tensorboard"], run, CONFIG, said, resume_step=6) as trackers:
+        for step in range(7, 9):
+            trackers.scalars(step, {"loss": 1.0})
+        trackers.text(8, "samples", "two\nlines \ud800")
+    assert read(run)["loss"] == {**dict.fromkeys(range(1, 7), 100.0), 7: 1.0, 8: 1.0}
+    assert said == []
+
+
+def test_tensorboard_that_cannot_write_is_dropped(run: Run) -> None:
+    run.tensorboard.write_text("a file is in the way")
+    said = Said()
+    with open_trackers(["tensorboard"], run, CONFIG, said) as trackers:
+        trackers.scalars(1, {"loss": 1.0})
+    assert len(said) == 1 and said[0].startswith("tensorboard is off")
+
+
+def test_tensorboard_that_is_not_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = Said()
+    open_trackers(["tensorboard"], run, CONFIG, said).close()
+    assert len(said) == 1 and "pip install tensorboard" in said[0]
+
+
+def test_an_unknown_tracker_is_named(run: Run) -> None:
+    with pytest.raises(BadInput, match="wandb") as error:
+        open_trackers(["wandbb"], run, CONFIG, print)
+    assert "Did you mean 'wandb'" in str(error.value)
+
+
+def test_a_name_given_twice_is_opened_once(fake: Fake, name: str, run: Run) -> None:
+    open_trackers([name, name], run, CONFIG, print).close()
+    assert len(fake.started) == 1

@@ -1,0 +1,196 @@
+"""A run from its beginning to its end, gone on with, extended, and refused where it should be."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import steps_of, tiny_file, validations_of, weights_of
+
+from smolforge import config as configuration
+from smolforge.errors import BadInput, CheckpointError
+from smolforge.run import Run, read_metrics, read_samples
+from smolforge.training.setup import Request
+from smolforge.training.train import train
+
+
+def test_a_run_leaves_what_it_promises(make_run) -> None:
+    run = make_run()
+    rows = steps_of(run)
+    assert [step for step, _, _ in rows] == list(range(1, 21))
+    assert abs(rows[0][1] - math.log(320) - 0.5) < 0.5 and rows[-1][1] < rows[0][1] - 0.5
+    assert [step for step, _ in validations_of(run)] == [10, 20]
+    scores = validations_of(run)[-1][1]
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    floors = [row["entropy_bits_per_byte"] for row in read_metrics(run) if "validation" in row]
+    assert all(0 < floor < scores["bits_per_byte"] for floor in floors)
+    assert [(row["step"], row["prompt"]) for row in read_samples(run)] == [
+        (10, "Once upon a time"),
+        (20, "Once upon a time"),
+    ]
+    kept = sorted(path.name for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink())
+    assert kept == ["step-00000010", "step-00000015", "step-00000020"]
+    assert "http" not in [line[:4] for line in run.report.read_text().split('src="')[1:]]
+    saved = configuration.build(str(run.config))
+    assert saved.model.hidden_size == 32 and saved.training.steps == 20
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert any(line.startswith("precision: fp32") for line in environment["decisions"])
+
+
+def test_transformers_loads_the_checkpoint_and_writes_the_same(make_run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smolforge.generation import Engine, Sampling
+
+    run = make_run()
+    directory = run.checkpoints / "last"
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    expected = theirs.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
+    engine = Engine.load(run.path, quantize="fp32")
+    wanted = Sampling(temperature=0, max_tokens=100, ignore_eos=True)
+    ours = [step.token_id for step in engine.stream(["Once upon a time"], wanted) if step.token_id is not None]
+    assert ours == expected[0, ids.shape[1] :].tolist()
+
+
+def test_stopped_and_resumed_equals_uninterrupted(make_run) -> None:
+    whole = make_run("whole")
+    parts = make_run("parts", training={"steps": 20})
+    # The same length of run, cut in two by hand: what a kill after step 10 leaves behind.
+    for step in (15, 20):
+        for path in sorted((parts.checkpoints / f"step-{step:08d}").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (parts.checkpoints / f"step-{step:08d}").rmdir()
+    random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002 other draws in between change nothing
+    parts = make_run("parts")
+    assert steps_of(parts) == steps_of(whole)
+    assert validations_of(parts) == validations_of(whole)
+    assert read_samples(parts) == read_samples(whole)
+    assert weights_of(parts) == weights_of(whole)
+    assert sum(row.get("event") == "resume" for row in read_metrics(parts)) == 1
+
+
+def test_fifty_more_steps_are_trained(make_run) -> None:
+    run = make_run()
+    before = weights_of(run)
+    again = make_run(request={"more_steps": 50})
+    rows = steps_of(again)
+    assert [step for step, _, _ in rows] == list(range(1, 71))
+    assert weights_of(again) != before
+    # The data goes on where it stopped: no batch of the first twenty steps comes again.
+    assert len({digest for _, _, digest in rows}) == 70
+    assert np.mean([loss for _, loss, _ in rows[-10:]]) < np.mean([loss for _, loss, _ in rows[10:20]])
+
+
+def test_a_complete_run_says_so_and_changes_nothing(make_run, capsys) -> None:
+    run = make_run()
+    before = run.metrics.read_bytes()
+    _, code = train(Request(out=run.path))
+    assert code == 0 and run.metrics.read_bytes() == before
+    assert "--steps +50" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"model": {"hidden_size": 64}}, "model.hidden_size"),
+        ({"data": {"sequence_length": 64}}, "data.sequence_length"),
+        ({"training": {"tokens_per_step": 512}}, "training.tokens_per_step"),
+        ({"data": {"sources": {"tales": 2.0}}}, "data.sources.tales"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(make_run, change, field) -> None:
+    run = make_run(training={"steps": 5})
+    before = weights_of(run)
+    with pytest.raises(BadInput) as caught:
+        train(Request(out=run.path, layers=change), quiet=True)
+    assert field in str(caught.value) and "--fresh" in str(caught.value)
+    assert weights_of(run) == before
+
+
+def test_how_a_run_goes_on_may_change(make_run) -> None:
+    make_run(training={"steps": 5})
+    run = make_run(training={"steps": 8}, optimizer={"lr": 1e-3})
+    assert [row["lr"] for row in read_metrics(run) if row.get("step") == 6 and "lr" in row] == [1e-3]
+
+
+def test_fresh_keeps_the_earlier_run(make_run, tmp_path) -> None:
+    first = make_run(training={"steps": 5})
+    kept = weights_of(first)
+    make_run(training={"steps": 5, "seed": 1}, request={"fresh": True})
+    assert weights_of(Run(tmp_path / "run.before-1")) == kept
+    assert weights_of(first) != kept
+
+
+def test_starting_from_a_model(make_run) -> None:
+    first = make_run(training={"steps": 5})
+    second = make_run("second", init=str(first.path), training={"steps": 1}, optimizer={"lr": 1e-9})
+    assert steps_of(second)[0][1] < steps_of(first)[0][1] - 0.3
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(make_run) -> None:
+    with pytest.raises(BadInput, match="vocab_size"):
+        make_run(tokenizer={"train": {"vocab_size": 400, "documents": 40}})
+
+
+def test_resume_needs_a_run(make_run) -> None:
+    with pytest.raises(BadInput, match="no run to resume"):
+        make_run("nothing", request={"must_resume": True})
+
+
+def test_a_directory_of_something_else_is_left_alone(make_run, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(BadInput, match=r"thesis\.tex"):
+        make_run("mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_newest_checkpoint_falls_back(make_run, capsys) -> None:
+    whole = make_run("whole")
+    run = make_run()
+    path = run.checkpoints / "step-00000020" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    train(Request(out=run.path))
+    assert "step-00000020" in capsys.readouterr().err
+    assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
+
+
+def test_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(CheckpointError, match="gpt2"):
+        train(Request(tiny_file(tmp_path), out=tmp_path / "run", layers={"init": str(tmp_path)}), quiet=True)
+
+
+def test_masking_documents_trains(make_run, tmp_path) -> None:
+    rows = [json.dumps({"text": f"short text number {i} ends here"}) for i in range(400)]
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    data = {"sources": {str(tmp_path / "short.jsonl"): 1.0}}
+    plain = make_run("plain", training={"steps": 3}, data=data)
+    masked = make_run("masked", training={"steps": 3}, data={**data, "mask_documents": True})
+    assert [d for _, _, d in steps_of(plain)] == [d for _, _, d in steps_of(masked)]
+    assert steps_of(plain)[-1][1] != steps_of(masked)[-1][1]
+
+
+def test_micro_batches_add_up(make_run) -> None:
+    one = make_run("one", training={"steps": 5, "micro_batch": 8})
+    many = make_run("many", training={"steps": 5, "micro_batch": 2})
+    for (_, a, _), (_, b, _) in zip(steps_of(one), steps_of(many), strict=True):
+        assert a == pytest.approx(b, abs=2e-6)
+
+
+def test_a_validation_still_owed_at_the_end_is_made_up(make_run) -> None:
+    run = make_run(training={"steps": 10})
+    rows, texts = run.metrics.read_text(), run.samples.read_text()
+    # Killed after the last save and before the validation that follows it.
+    run.metrics.write_text("".join(line for line in rows.splitlines(keepends=True) if "validation" not in line))
+    run.samples.write_text("")
+    make_run(training={"steps": 10})
+    assert [step for step, _ in validations_of(run)] == [10]
+    assert run.samples.read_text() == texts
+    assert steps_of(run)[-1][0] == 10

@@ -1,0 +1,62 @@
+"""A run small enough to be made many times over."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smolforge.run import Run, read_metrics
+from smolforge.training.setup import Request
+from smolforge.training.train import train
+
+TINY = {
+    "model": {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0,
+    },
+    "tokenizer": {"train": {"vocab_size": 320, "documents": 40}},
+    "data": {"sequence_length": 32, "lanes": 4, "holdout": 0.05, "workers": 1},
+    "optimizer": {"lr": 3e-3},
+    "training": {"tokens_per_step": 256, "steps": 20, "precision": "fp32", "threads": 1},
+    "checkpoint": {"every": 5},
+    "evaluation": {"every": 10, "tokens": 2000},
+    "samples": {"every": 10, "max_tokens": 8, "prompts": ["Once upon a time"]},
+    "logging": {"every": 1, "trackers": []},
+}  # fmt: skip
+
+
+def tiny_file(directory: Path) -> str:
+    """The tiny configuration as a YAML file."""
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """Trains the tiny run into a directory of the given name; sections as keywords change its configuration."""
+    base = tiny_file(tmp_path)
+
+    def make(name: str = "run", *, request: dict[str, Any] | None = None, **changes: Any) -> Run:
+        run, code = train(Request(base, out=tmp_path / name, layers=changes, **(request or {})), quiet=True)
+        assert code == 0
+        return run
+
+    return make
+
+
+def steps_of(run: Run) -> list[tuple[int, float, str]]:
+    """(step, loss, data_digest) of all training rows."""
+    return [(r["step"], r["loss"], r["data_digest"]) for r in read_metrics(run) if "loss" in r]
+
+
+def validations_of(run: Run) -> list[tuple[int, dict[str, float]]]:
+    """(step, scores) of all validation rows."""
+    return [(r["step"], r["validation"]) for r in read_metrics(run) if "validation" in r]
+
+
+def weights_of(run: Run) -> bytes:
+    """The bytes of the newest checkpoint's weights."""
+    return (run.checkpoints / "last" / "model.safetensors").read_bytes()
