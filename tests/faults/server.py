@@ -242,9 +242,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(data, f'"store-{len(data)}"', fault)
         if self.owner.token and self.headers.get("Authorization") != f"Bearer {self.owner.token}":
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
-        if match := re.match(r"^/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)$", path):
+        if match := re.match(r"^/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)$", path):
             return self._resolve(match[1], match[2], match[3], fault)
-        pattern = r"^/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?$"
+        pattern = r"^/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?$"
         if match := re.match(pattern, path):
             return self._api(match[1], match[2] or "revision", match[3] or "main", match[4] or "")
         return self._send(404, b"")

@@ -200,32 +200,40 @@ def mixed_texts(corpus: Corpus, *, held_out: bool) -> Iterator[str]:
         yield document.text
 
 
-def new_model(config: RunConfig, chosen: Plan, say: Say) -> LlamaForCausalLM:
-    """The model with new weights, or with those of `init`."""
+def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> LlamaForCausalLM:
+    """The model with new weights, with those of `init`, or, where there is a checkpoint to restore, with none yet."""
+    fresh = newest is None
     model = registry.build(
         config.model,
         dtype=chosen.precision.weights,
         device=chosen.device,
-        seed=config.training.seed if config.init is None else None,
+        seed=config.training.seed if fresh and config.init is None else None,
     )
-    if config.init is None:
-        return model
-    directory = locate.resolve(config.init)
-    assign(model, directory)
-    say(f"weights: from {config.init}")
+    if fresh and config.init is not None:
+        assign(model, locate.resolve(config.init))
+        say(f"weights and tokenizer: from {config.init}")
     return model
 
 
-def adopt_init(config: RunConfig) -> RunConfig:
-    """Take shape and tokenizer from `init`, so that continuing a model needs no other option."""
-    if config.init is None:
+def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
+    """Take shape and tokenizer from `init`, so that continuing a model needs no other option.
+
+    The tokenizer is always the model's own: to another one its embedding means nothing. A run that has a checkpoint
+    has adopted both already, and goes on where `init` is gone.
+    """
+    if config.init is None or newest is not None:
         return config
     directory = locate.resolve(config.init)
     model = format.read_config(directory)
-    update: dict[str, Any] = {"model": model}
-    if not isinstance(config.tokenizer, str):
-        update["tokenizer"] = str(directory)
-    return RunConfig.model_validate({**config.model_dump(), **update})
+    positions = model.max_position_embeddings
+    if config.data.sequence_length > positions:
+        raise BadInput(
+            f"{config.data.sequence_length} is longer than the {positions} positions of {config.init}",
+            field="data.sequence_length",
+            hint=f"Add --set data.sequence_length={positions}.",
+        )
+    tokenizer = str(directory) if Path(config.init).expanduser().exists() else config.init
+    return config.model_copy(update={"model": model, "tokenizer": tokenizer})
 
 
 def open_session(
@@ -269,7 +277,7 @@ def _open_session(
         say(reason)
     torch.set_num_threads(chosen.threads)
     torch.set_float32_matmul_precision(chosen.precision.matmul)
-    model = new_model(config, chosen, say)
+    model = new_model(config, chosen, newest, say)
     count = sum(p.numel() for p in model.parameters())
     say(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
     optimizer = optimizers.build(model, config.optimizer, device)

@@ -76,7 +76,7 @@ def _open(
         run.check_place()
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints, console.say) if ranks.is_main else None)
-    config = setup.adopt_init(setup.settle_config(request, run, newest))
+    config = setup.adopt_init(setup.settle_config(request, run, newest), newest)
     config = plan.settle_batch(config, device)
     if ranks.is_main:
         run.prepare()
