@@ -135,3 +135,12 @@ def test_the_seeds_recipe(name: str) -> None:
 def test_both_seed_presets_differ_in_the_architecture_only() -> None:
     recipe, recreation = (configuration.build(name).model_dump() for name in ("seed-recipe", "seed-recreation"))
     assert {key for key in recipe if recipe[key] != recreation[key]} == {"preset", "model"}
+
+
+def test_settings_of_one_mapping_add_up() -> None:
+    base = configuration.build("pocket")
+    changed = configuration.build("pocket", ["tokenizer.train.vocab_size=512", "tokenizer.train.documents=200"])
+    assert changed.tokenizer.model_dump() == {"train": {"vocab_size": 512, "documents": 200}}  # type: ignore[union-attr]
+    one = configuration.build("pocket", ["tokenizer.train.documents=200"])
+    assert one.tokenizer.train.vocab_size == base.tokenizer.train.vocab_size  # type: ignore[union-attr]
+    assert configuration.build("pocket", ["tokenizer=here"]).tokenizer == "here"

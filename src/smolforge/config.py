@@ -459,7 +459,7 @@ def build(base: str | None = None, overrides: list[str] | None = None, **layers:
 # Choosing one of these keys drops what an earlier layer chose under the other name.
 _EXCLUSIVE = {"steps": "tokens", "tokens": "steps"}
 # These mappings are values of their own: a later layer replaces them whole.
-_WHOLE = {"sources", "groups", "tokenizer"}
+_WHOLE = {"sources", "groups"}
 
 
 def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:

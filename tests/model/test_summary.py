@@ -1,6 +1,8 @@
 """A model in numbers, against what really is allocated, stored and computed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +126,13 @@ def test_served_bytes_are_those_of_the_quantizer(precision: str) -> None:
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_summary_does_not_wait_for_torch_compile() -> None:
+    """Importing it takes as long as torch itself; first weights that nobody sees would do so."""
+    code = (
+        "import sys\nfrom smolforge.config import ModelConfig\nfrom smolforge.model.summary import summarise\n"
+        "print(summarise(ModelConfig()).parameters, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["134515008", "False"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from smolforge.config import ModelConfig
 from smolforge.errors import unknown
@@ -17,6 +19,20 @@ _BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "llama": LlamaForCausalLM,
     "recreation": SmollmV2Recreation,
 }
+
+
+class _Bare(TorchFunctionMode):
+    """Modules without their usual first weights, which come from `initialise` or a file.
+
+    Drawing numbers that are never seen costs more than time: on the meta device it imports all of torch.compile, two
+    seconds at the start of every command.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def build(
@@ -32,7 +48,7 @@ def build(
     """
     if config.architecture not in _BUILDERS:
         raise unknown("architecture", config.architecture, _BUILDERS, field="model.architecture")
-    with torch.device("meta"):
+    with torch.device("meta"), _Bare():
         model = _BUILDERS[config.architecture](config)
     model = model.to(dtype)
     if str(device) != "meta":
