@@ -1,6 +1,8 @@
 """How well a model predicts text: loss, perplexity, and bits per byte on a frozen slice of documents.
 
 Documents are joined by EOS and cut into windows that overlap by one token, so each token is predicted exactly once.
+Each document is read alone: positions begin anew after an EOS and attention stops there, so that a score does not
+depend on what happened to stand before, and a model that was trained either way is asked the same question.
 Bits per byte count everything that is predicted, the ends of documents included, over the UTF-8 bytes of the text:
 models with different tokenizers, and a source's own entropy, can be compared by it.
 """
@@ -17,6 +19,7 @@ import torch
 
 from smolforge.distributed import Ranks
 from smolforge.errors import DataError
+from smolforge.model.attention import positions_in_documents
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.model.loss import IGNORE, summed_loss
 from smolforge.tokenizer import Tokenizer
@@ -30,11 +33,13 @@ class Slice:
         tokens: int32 (n,), beginning with an EOS that is only context.
         n_bytes: UTF-8 bytes of the text behind the predicted tokens.
         documents: how many documents, the last one perhaps cut.
+        eos_id: what each document ends with.
     """
 
     tokens: np.ndarray
     n_bytes: int
     documents: int
+    eos_id: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ def freeze(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = 
             break
     if not n_bytes:
         raise DataError("there is no text to evaluate on", hint="The source is empty, or no document is held out.")
-    return Slice(np.concatenate([np.asarray(p, dtype=np.int32) for p in pieces]), n_bytes, documents)
+    tokens = np.concatenate([np.asarray(p, dtype=np.int32) for p in pieces])
+    return Slice(tokens, n_bytes, documents, tokenizer.eos_id)
 
 
 def evaluate(
@@ -97,6 +103,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     inputs, targets = _windows(piece.tokens, length)
+    documents = _documents(inputs, piece.eos_id)
     mine = range(ranks.rank, len(inputs), ranks.world)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -109,8 +116,11 @@ def evaluate(
                 x = np.zeros((batch, length), dtype=np.int64)
                 y = np.full((batch, length), IGNORE, dtype=np.int64)
                 x[: len(rows)], y[: len(rows)] = inputs[rows], targets[rows]
+                ids = np.zeros((batch, length), dtype=np.int64)
+                ids[: len(rows)] = documents[rows]
+                borders = torch.from_numpy(ids).to(device)
                 with context():
-                    hidden = model.model(torch.from_numpy(x).to(device))
+                    hidden = model.model(torch.from_numpy(x).to(device), positions_in_documents(borders), borders)
                 nats += summed_loss(hidden.flatten(0, 1), model.output_weight, torch.from_numpy(y).to(device).flatten())
     finally:
         model.train(was_training)
@@ -136,3 +146,9 @@ def _windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     inputs.reshape(-1)[:predicted] = tokens[:-1]
     targets.reshape(-1)[:predicted] = tokens[1:]
     return inputs, targets
+
+
+def _documents(inputs: np.ndarray, eos_id: int) -> np.ndarray:
+    """The document within its window that each position belongs to (W, length); an EOS ends its own."""
+    ended = (inputs == eos_id).cumsum(axis=1)
+    return ended - (inputs == eos_id)

@@ -24,6 +24,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 BLOCK_ROWS = 192
 
 
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Positions that start anew with each document, (B, T)."""
+    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return place - torch.where(starts, place, 0).cummax(dim=1).values
+
+
 def causal_mask(document_ids: Tensor) -> Tensor:
     """True where a query may look: not later, and in the same document. (B, T) → (B, 1, T, T)."""
     length = document_ids.shape[1]

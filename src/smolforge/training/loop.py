@@ -27,6 +27,7 @@ from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.evaluation import evaluate
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling import Sampling
+from smolforge.model.attention import positions_in_documents
 from smolforge.model.loss import chunked_loss
 from smolforge.model.summary import flops_per_token
 from smolforge.run import MetricsLog, read_rows
@@ -205,7 +206,7 @@ class Loop:
             ids = None if documents is None else documents[rows, :-1].contiguous()
             inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
             with record_function("forward"), self.plan.precision.context(device):
-                hidden = model.model(inputs, _positions(ids), ids)
+                hidden = model.model(inputs, None if ids is None else positions_in_documents(ids), ids)
                 loss, nats = chunked_loss(
                     hidden.flatten(0, 1), model.output_weight, targets.flatten(),
                     scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
@@ -444,17 +445,6 @@ class Loop:
         # With several ranks a lone exception would leave the others waiting; they stop at the next step.
         if self.ranks.world == 1:
             self.stop.poll()
-
-
-def _positions(document_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions that start anew with each document, (B, T); None where attention crosses borders."""
-    if document_ids is None:
-        return None
-    length = document_ids.shape[1]
-    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return place - torch.where(starts, place, 0).cummax(dim=1).values
 
 
 def memory_in_use(device: torch.device) -> int:
