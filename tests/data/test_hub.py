@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 from data.conftest import Heard, batches, digests, jsonl, named, parquet
-from faults.server import Drop, FaultServer, Status, every, first
+from faults.server import Drop, FaultServer, Status, as_hub, every, first
 from smolforge.data import Corpus, Network
 from smolforge.data.cards import inside, pattern_regex, training_patterns
 from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
@@ -41,13 +40,7 @@ configs:
 @pytest.fixture
 def hub(server: FaultServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FaultServer:
     """The server as the Hub of this process."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.root)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.root + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    as_hub(server, monkeypatch, tmp_path / "hf")
     server.push("owner/set", dataset(tmp_path))
     return server
 

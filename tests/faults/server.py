@@ -20,10 +20,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 
 @dataclass
@@ -200,6 +203,15 @@ class FaultServer:
         with self._lock:
             self._uses[key] = self._uses.get(key, 10**9) + 1
             return self._uses[key] <= self.redirect_uses
+
+
+def as_hub(server: FaultServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Make the server the Hub of this process, whose client has read its environment already."""
+    template = server.root + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.root)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from launch import finish, start
 from tiny import tiny_file
 
-from faults.server import FaultServer
+from faults.server import FaultServer, as_hub
 from smolforge import cli
 from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
@@ -66,6 +65,8 @@ def test_from_shards_in_bf16(theirs: Path, tmp_path: Path) -> None:
     run = train(tmp_path, theirs, *STILL)
     assert_same_model(run, theirs)
     assert "pretrained from the weights of" in (run.checkpoints / "last" / "README.md").read_text()
+    typed = json.loads((run.path / "environment.json").read_text())["command"]
+    assert typed.startswith("smolforge train ") and f"--init {theirs}" in typed
 
 
 def test_from_one_file_in_fp32_whatever_the_preset_says_of_shape_and_tokenizer(theirs: Path, tmp_path: Path) -> None:
@@ -92,20 +93,20 @@ def test_it_learns_from_there_and_resumes_when_the_model_is_gone(theirs: Path, t
     assert all(torch.isfinite(tensor).all() for tensor in locate.load(run.path)[0].state_dict().values())
 
 
-def test_from_a_hub_id(theirs: Path, tmp_path: Path) -> None:
+def test_from_a_hub_id(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through the real client: the weights in shards, the tokenizer, no pickle and nothing else."""
     files = {path.name: path.read_bytes() for path in theirs.iterdir()}
     with FaultServer() as hub:
+        as_hub(hub, monkeypatch, tmp_path / "hf")
         hub.push("owner/llama", {**files, "pytorch_model.bin": b"a pickle"})
-        words = [tiny_file(tmp_path), "--init", "owner/llama", "--out", str(tmp_path / "run"), *STILL]
-        home = {"HF_ENDPOINT": hub.root, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        said = finish(start(words, home))
+        run = train(tmp_path, "owner/llama", *STILL)
         asked = {request.path for request in hub.requests}
-    assert "weights and tokenizer: from owner/llama" in said
+    assert "weights and tokenizer: from owner/llama" in capsys.readouterr().err
     assert any("model-00001-of" in path for path in asked) and not any("pytorch_model.bin" in path for path in asked)
-    assert_same_model(Run(tmp_path / "run"), theirs)
-    card = (tmp_path / "run" / "checkpoints" / "last" / "README.md").read_text()
-    assert "base_model: owner/llama" in card
+    assert_same_model(run, theirs)
+    assert "base_model: owner/llama" in (run.checkpoints / "last" / "README.md").read_text()
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {

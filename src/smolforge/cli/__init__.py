@@ -38,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
     from smolforge.errors import SmolforgeError
 
     args = parser(verb=argv[0] if argv else None).parse_args(argv)
+    args.words = list(argv)
     if args.verb is None:
         print(DESCRIPTION + "\nsmolforge --help lists all verbs.")
         return 0

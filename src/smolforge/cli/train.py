@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         time_limit=time_limit,
         skip=skip,
         profile=args.profile,
+        command=shlex.join(["smolforge", *args.words]),
     )
     finished, code = train(request)
     if args.json:

@@ -14,7 +14,8 @@ class Console:
         from rich.console import Console as RichConsole
 
         self.quiet = quiet
-        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        # In a notebook rich would make a cell's output of every line, instead of text that is selected as one.
+        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
         self.live: Any = None
         self._task: Any = None
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +62,7 @@ class Request:
         time_limit: seconds after which to save and stop.
         skip: ranges of steps whose data is left out.
         profile: write a trace of a few steps into the run.
+        command: what was typed, for the report; None from Python.
     """
 
     base: str | None = None
@@ -76,6 +75,7 @@ class Request:
     time_limit: float | None = None
     skip: Sequence[tuple[int, int]] = ()
     profile: bool = False
+    command: str | None = None
 
 
 @dataclass
@@ -288,7 +288,7 @@ def _open_session(
     return Session(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
 
 
-def write_environment(session: Session) -> None:
+def write_environment(session: Session, command: str | None) -> None:
     """Keep what the run ran on, for the report."""
     environment = {
         "smolforge": _version(),
@@ -297,7 +297,7 @@ def write_environment(session: Session) -> None:
         "platform": platform.platform(),
         "device": str(session.plan.device),
         "threads": session.plan.threads,
-        "command": shlex.join(["smolforge", *sys.argv[1:]]),
+        "command": command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "pid": os.getpid(),
         "decisions": session.plan.reasons,

@@ -50,7 +50,7 @@ def train(request: Request, *, quiet: bool = False) -> tuple[Run, int]:
                 return run, 0
             if ranks.is_main:
                 run.write_config(session.config.to_yaml())
-                setup.write_environment(session)
+                setup.write_environment(session, request.command)
                 if request.profile:
                     remaining = session.config.total_steps - position.step
                     loop.profiler = Profiler(run.path, remaining, device, console.say)
