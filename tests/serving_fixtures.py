@@ -59,14 +59,12 @@ class Server:
         )
 
     def idle(self, seconds: float = 20) -> bool:
-        """Whether nothing waits or runs, within some time."""
+        """Whether, within some time, nothing waits, nothing runs and nothing of the cache is held."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if (
-                metric(self.get("/metrics").text, "smolforge_running")
-                == 0
-                == metric(self.get("/metrics").text, "smolforge_queue_length")
-            ):
+            text = self.get("/metrics").text
+            held = metric(text, "smolforge_cache_bytes", kind="reserved")
+            if metric(text, "smolforge_running") == metric(text, "smolforge_queue_length") == held == 0:
                 return True
             time.sleep(0.05)
         return False

@@ -98,7 +98,6 @@ def press(server, seconds: float) -> Seen:
     assert seen.problems == []
     assert seen.finished > 0 and seen.left > 0
     assert server.idle(10), "a slot leaked"
-    assert metric(server.get("/metrics").text, "smolforge_cache_bytes", kind="reserved") == 0
     assert server.post("/v1/completions", NORMAL).json()["choices"] == before
     return seen
 
@@ -114,12 +113,12 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
 
     from smolforge.checkpoint.format import write_model
     from smolforge.config import RunConfig, read_preset
-    from smolforge.data.tales import documents
+    from smolforge.data.tales import document
     from smolforge.model.registry import build
     from smolforge.tokenizer import train
 
     config = RunConfig.model_validate(read_preset("pocket")).model
-    texts = [text for text, _ in zip(documents(), range(2000), strict=False)]
+    texts = [document(i).text for i in range(1000)]
     tokenizer = train(texts, config.vocab_size)
     torch.manual_seed(0)
     write_model(tmp_path / "pocket", config, build(config).state_dict(), tokenizer)

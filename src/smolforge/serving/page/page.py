@@ -62,6 +62,9 @@ def _theme(gr: Any) -> Any:
         button_primary_text_color="#ffffff", button_primary_text_color_dark="#ffffff",
         button_secondary_background_fill="#f1ebe2", button_secondary_background_fill_dark="#2e2824",
         slider_color="#c2410c", slider_color_dark="#ea6a1f",
+        input_border_width="1px", input_border_color="#e7e0d6", input_border_color_dark="#443b35",
+        block_info_text_color="#6f645b", block_info_text_color_dark="#a89b8f",
+        color_accent="#c2410c", button_border_width="0px",
     )  # fmt: skip
 
 

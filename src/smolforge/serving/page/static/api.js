@@ -43,8 +43,8 @@ export function api(place, state) {
   const names = ["Python", "curl", "JavaScript"];
   let chosen = names[0];
   const copier = make("button", { type: "button", class: "sf-tool", onclick: (click) => copy(code.textContent, click.currentTarget) }, "Copy");
-  const buttons = names.map((name) => make("button", { type: "button", class: "sf-tool", "aria-pressed": name === chosen,
-    onclick: () => { chosen = name; buttons.forEach((b) => b.setAttribute("aria-pressed", b.textContent === name)); draw(); } }, name));
+  const buttons = names.map((name) => make("button", { type: "button", class: "sf-tool", "aria-pressed": String(name === chosen),
+    onclick: () => { chosen = name; buttons.forEach((b) => b.setAttribute("aria-pressed", String(b.textContent === name))); draw(); } }, name));
   place.replaceChildren(make("section", { class: "sf-panel" },
     make("h2", { class: "sf-h2" }, "Use via API"),
     make("p", {}, "The server speaks OpenAI's API. This is the request that the first tab would make, with its present settings."),

@@ -1,7 +1,7 @@
 // Puts the page's parts together. Gradio shows a tab's parts when it is first opened, so each is filled as it comes.
 
 import { api } from "./api.js";
-import { copy, make } from "./dom.js";
+import { copy, make, number } from "./dom.js";
 import { lapse } from "./lapse.js";
 import { Paper } from "./paper.js";
 import * as settings from "./settings.js";
@@ -37,8 +37,8 @@ function header(place) {
       make("div", { class: "sf-title" }, make("h1", {}, name), status), theme));
   watchers.add((now) => {
     name.textContent = now.model ?? "smolforge";
-    const step = now.step === null || now.step === undefined ? "" : ` · step ${now.step.toLocaleString("en-US")}`;
-    status.textContent = now.ready ? `ready${step} · context ${now.context} tokens` : (now.problem ?? "…");
+    const step = now.step === null || now.step === undefined ? "" : ` · step ${number(now.step)}`;
+    status.textContent = now.ready ? `ready${step} · context ${number(now.context)}` : (now.problem ?? "…");
     status.classList.toggle("sf-bad", !now.ready);
   });
 }

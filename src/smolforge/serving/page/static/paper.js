@@ -48,6 +48,7 @@ export class Paper {
       forth: button("›", "Later take", () => this.show(this.at + 1), { id: "sf-forth", "aria-label": "Later take" }),
     };
     this.takeLabel = make("span", { class: "sf-takes" });
+    this.turns = make("span", { class: "sf-turns" }, this.buttons.back, this.takeLabel, this.buttons.forth);
     this.colours = make("input", { type: "checkbox", id: "sf-colours", checked: true });
     this.colours.addEventListener("change", () => this.text.classList.toggle("sf-plain", !this.colours.checked));
     const legend = make("label", { class: "sf-legend", for: "sf-colours", title: "Colour words by how surprising they were" }, this.colours, " expected",
@@ -55,7 +56,7 @@ export class Paper {
     this.welcome();
     place.replaceChildren(make("section", { class: "sf-paper" },
       make("div", { class: "sf-tools" }, this.buttons.regenerate, this.buttons.continue, this.buttons.copy,
-        this.buttons.link, make("span", { class: "sf-gap" }), this.buttons.back, this.takeLabel, this.buttons.forth),
+        this.buttons.link, this.turns),
       this.text, make("div", { class: "sf-foot" }, this.figures, legend), this.meter));
     this.text.addEventListener("keydown", (key) => this.walk(key));
     this.text.addEventListener("pointerover", (over) => {
@@ -162,13 +163,16 @@ export class Paper {
     if (news.rest) fresh.push({ id: null, text: news.rest, p: 0, top: [] });
     const first = take.tokens.length;
     take.tokens.push(...fresh.filter((token) => token.id !== null));
-    if (news.rest && take.tokens.length) take.tokens[take.tokens.length - 1].text += news.rest;
+    if (news.rest && take.tokens.length) take.tokens[take.tokens.length - 1].text += news.rest; // broken characters at the end
     take.count += fresh.length;
     if (take.count > 1) take.rate = (1000 * (take.count - 1)) / Math.max(1, now - take.began);
     if (news.finish) take.finish = news.finish;
     if (take === this.take && this.place) {
       const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
       this.text.append(...take.tokens.slice(first).map((token, i) => this.span(token, first + i)));
+      if (news.rest && first && first === take.tokens.length) {
+        this.text.querySelector(`[data-index="${first - 1}"]`)?.replaceWith(this.span(take.tokens[first - 1], first - 1));
+      }
       if (bottom) this.text.scrollTop = this.text.scrollHeight;
       this.describe();
     }
@@ -181,7 +185,9 @@ export class Paper {
       class: `sf-token${token.chosen ? " sf-chosen" : ""}`, "data-index": index, tabindex: "-1",
       style: `--s:${surprise(token.p).toFixed(3)}`,
     });
-    span.textContent = token.text;
+    // The space before a word belongs to its token but takes no colour: marks stay as wide as the words.
+    const [, space, word] = token.text.match(/^(\s*)([^]*)$/);
+    span.append(word ? space : "", make("span", { class: "sf-mark" }, word || space));
     return span;
   }
 
@@ -220,6 +226,7 @@ export class Paper {
     this.buttons.copy.disabled = !take;
     this.buttons.back.disabled = this.at <= 0;
     this.buttons.forth.disabled = this.at >= this.takes.length - 1;
+    this.turns.hidden = this.takes.length < 2;
     this.takeLabel.textContent = take ? `${this.at + 1} of ${this.takes.length}` : "";
     if (!take) {
       this.figures.textContent = "";

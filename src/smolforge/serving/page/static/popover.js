@@ -50,7 +50,9 @@ export class Popover {
 
   // Below the token, or above where there is no room; always within the window.
   put() {
-    const at = this.anchor.getClientRects()[0] ?? this.anchor.getBoundingClientRect();
+    // A token may be broken over two lines: its longer part counts.
+    const parts = [...this.anchor.getClientRects()].sort((a, b) => b.width - a.width);
+    const at = parts[0] ?? this.anchor.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = this.card;
     const below = at.bottom + height + 8 < window.innerHeight;
     const top = below ? at.bottom + 3 : Math.max(4, at.top - height - 3);

@@ -56,8 +56,8 @@ export function training(place) {
     for (const sample of run.samples) byPrompt.set(sample.prompt, [...(byPrompt.get(sample.prompt) ?? []), sample]);
     samples.replaceChildren(...[...byPrompt].map(([prompt, list]) => make("section", {},
       make("h3", {}, `“${prompt}” through time`),
-      ...list.reverse().map((sample) => make("article", { class: "sf-card" }, make("h4", {}, `step ${number(sample.step)}`),
-        make("p", { class: "sf-lapse-text" }, make("span", { class: "sf-said" }, prompt), sample.text))))));
+      make("div", {}, ...list.reverse().map((sample) => make("article", { class: "sf-card" }, make("h4", {}, `step ${number(sample.step)}`),
+        make("p", { class: "sf-lapse-text" }, make("span", { class: "sf-said" }, prompt), sample.text)))))));
   }
 
   look();
