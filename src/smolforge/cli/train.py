@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import shlex
 import sys
@@ -55,6 +57,10 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="write a trace of a few steps to RUN/profile, for ui.perfetto.dev"
     )
+    parser.add_argument(
+        "--serve", nargs="?", type=int, const=8000, metavar="PORT",
+        help="while it trains, serve the newest checkpoint on 127.0.0.1 (default port 8000)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object about the finished run")
     parser.set_defaults(run=run)
 
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         layers["init"] = args.init
     time_limit = _seconds(args.time_limit) if args.time_limit else None
     skip = [_range(text) for text in args.skip_steps]
-    from smolforge.training.setup import Request
+    from smolforge.training.setup import Request, choose_place
     from smolforge.training.train import train
 
     request = Request(
@@ -91,7 +97,12 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         command=shlex.join(["smolforge", *args.words]),
     )
-    finished, code = train(request)
+    with contextlib.ExitStack() as stack:
+        if args.serve is not None and os.environ.get("RANK", "0") == "0":
+            from smolforge.serving.beside import beside
+
+            stack.enter_context(beside(choose_place(request), args.serve))
+        finished, code = train(request)
     if args.json:
         print_outcome(finished)
     sys.stdout.flush()

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -164,22 +163,3 @@ def serve(settings: ServeSettings) -> int:
     if service.failure is not None:
         raise service.failure
     return 0
-
-
-@contextlib.contextmanager
-def beside(run: str, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[subprocess.Popen[bytes]]:
-    """A server of a run in a process of its own, for as long as the block lasts: `train --serve`.
-
-    It waits for the first checkpoint and follows the newest one; its key comes from SMOLFORGE_API_KEY.
-    """
-    command = [sys.executable, "-m", "smolforge", "serve", run, "--host", host, "--port", str(port)]
-    process = subprocess.Popen(command)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
