@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny import steps_of, weights_of
 
 from smolforge.errors import BadInput
 from smolforge.run import Run
@@ -228,3 +229,15 @@ def test_an_unknown_tracker_is_named(run: Run) -> None:
 def test_a_name_given_twice_is_opened_once(fake: Fake, name: str, run: Run) -> None:
     open_trackers([name, name], run, CONFIG, print).close()
     assert len(fake.started) == 1
+
+
+def test_a_run_ends_the_same_without_its_trackers(
+    make_run: Any, fake: Fake, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tracker fails at its first row, the other is not installed: the run is that of a run without any."""
+    other = {"wandb": "trackio", "trackio": "wandb"}[name]
+    monkeypatch.setitem(sys.modules, other, None)
+    fake.fail["log"] = ConnectionError("refused")
+    watched = make_run("watched", logging={"trackers": ["wandb", "trackio"]}, training={"steps": 6})
+    plain = make_run("plain", training={"steps": 6})
+    assert fake.started and steps_of(watched) == steps_of(plain) and weights_of(watched) == weights_of(plain)
