@@ -13,8 +13,8 @@ from tiny import tiny_file
 
 from smolforge.errors import BadInput
 from smolforge.run import Run
-from smolforge.serving.beside import beside
 from smolforge.serving.bench import free_port
+from smolforge.serving.beside import beside
 
 
 def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
