@@ -19,7 +19,7 @@ demo: $(VENV)/installed          ## train the pocket model on the embedded corpu
 	@echo "  $(BIN)/smolforge serve $(DEMO)"
 
 test: $(VENV)/installed-dev      ## all tests but the long ones (about 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
 	$(BIN)/python -m pytest -m browser

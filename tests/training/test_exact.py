@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,10 @@ def test_a_second_signal_leaves_at_once(place: Path, whole: Run) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     checked = subprocess.run(
-        ["python", "-m", "smolforge", "verify", str(run.path), "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "smolforge", "verify", str(run.path), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert json.loads(checked.stdout)["newest_whole"]
 

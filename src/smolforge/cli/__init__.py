@@ -32,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; its exit code. Errors that a user can meet are printed without a traceback."""
-    # Waiting threads that spin make a busy machine crawl; both must be set before torch is imported.
+    # Waiting threads that spin make a busy machine crawl, so they sleep. Training has a parallel region every few
+    # hundred microseconds and loses a third of its speed to waking them: there they spin for about a millisecond
+    # first (docs/log.md). All of it must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv and argv[0] == "train":
+        os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from smolforge.errors import SmolforgeError
 

@@ -1,8 +1,7 @@
 """How well a model predicts text: loss, perplexity, and bits per byte on a frozen slice of documents.
 
-Documents are joined by EOS and cut into windows that overlap by one token, so each token is predicted exactly once.
-Each document is read alone: positions begin anew after an EOS and attention stops there, so that a score does not
-depend on what happened to stand before, and a model that was trained either way is asked the same question.
+Each document is read alone, from an EOS to an EOS: a score does not depend on what happened to stand before it. Short
+documents share a window, behind borders that attention does not cross; a long one goes on in windows of its own.
 Bits per byte count everything that is predicted, the ends of documents included, over the UTF-8 bytes of the text:
 models with different tokenizers, and a source's own entropy, can be compared by it.
 """
@@ -13,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,8 +102,7 @@ def evaluate(
         between: called between batches; it may raise to stop.
     """
     ranks = ranks or Ranks()
-    inputs, targets = _windows(piece.tokens, length)
-    documents = _documents(inputs, piece.eos_id)
+    inputs, targets, documents = _windows(piece, length)
     mine = range(ranks.rank, len(inputs), ranks.world)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -137,18 +136,32 @@ def evaluate(
     )
 
 
-def _windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets (W, length); what is missing in the last window is `IGNORE` in the targets."""
-    predicted = len(tokens) - 1
-    count = -(-predicted // length)
-    inputs = np.zeros((count, length), dtype=np.int64)
-    targets = np.full((count, length), IGNORE, dtype=np.int64)
-    inputs.reshape(-1)[:predicted] = tokens[:-1]
-    targets.reshape(-1)[:predicted] = tokens[1:]
-    return inputs, targets
+def _windows(piece: Slice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, targets (`IGNORE` where nothing is predicted) and the part of its window that a position is in, (W, length).
 
-
-def _documents(inputs: np.ndarray, eos_id: int) -> np.ndarray:
-    """The document within its window that each position belongs to (W, length); an EOS ends its own."""
-    ended = (inputs == eos_id).cumsum(axis=1)
-    return ended - (inputs == eos_id)
+    The EOS before a document is a part of its own, so that the text itself starts at position 0, as a prompt does.
+    """
+    ends = np.flatnonzero(piece.tokens[1:] == piece.eos_id) + 1
+    bounds = [0, *ends.tolist()]
+    if bounds[-1] < len(piece.tokens) - 1:
+        bounds.append(len(piece.tokens) - 1)
+    spans = []  # (window, column, first token, count, whether the document begins here)
+    window, column = 0, 0
+    for start, end in pairwise(bounds):
+        if column and end - start > length - column:
+            window, column = window + 1, 0
+        for first in range(start, end, length):
+            count = min(length, end - first)
+            spans.append((window, column, first, count, first == start))
+            window, column = (window + 1, 0) if column + count == length else (window, column + count)
+    shape = (spans[-1][0] + 1, length)
+    inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+    parts = np.zeros(shape, dtype=np.int64)
+    for number, (row, column, first, count, opens) in enumerate(spans, start=1):
+        place = slice(column, column + count)
+        inputs[row, place] = piece.tokens[first : first + count]
+        targets[row, place] = piece.tokens[first + 1 : first + count + 1]
+        parts[row, place] = 2 * number
+        if opens:
+            parts[row, column] -= 1
+    return inputs, targets, parts

@@ -84,7 +84,7 @@ def _best(device: torch.device) -> tuple[str, str]:
         flags = cpu_flags()
         if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
             return "bf16", "this processor multiplies bf16"
-        return "fp32", "this processor has no bf16 arithmetic"
+        return "fp32-high", "this processor has no bf16 arithmetic"
     return "fp32", f"bf16 is not known to pay on {device.type}"
 
 

@@ -32,7 +32,7 @@ from smolforge.model import registry
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.run import Run, write_atomically
 from smolforge.tokenizer import Tokenizer
-from smolforge.training import optimizers, plan
+from smolforge.training import allocator, optimizers, plan
 from smolforge.training.plan import Plan
 from smolforge.training.signals import StopRequested
 from smolforge.training.state import assign
@@ -276,6 +276,8 @@ def _open_session(
     for reason in chosen.reasons:
         say(reason)
     torch.set_num_threads(chosen.threads)
+    if chosen.device.type == "cpu":
+        allocator.keep_freed_memory()
     torch.set_float32_matmul_precision(chosen.precision.matmul)
     model = new_model(config, chosen, newest, say)
     count = sum(p.numel() for p in model.parameters())

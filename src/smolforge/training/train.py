@@ -84,6 +84,7 @@ def _open(
         commit.sweep(run.checkpoints)
     ranks.barrier()
     session = setup.open_session(run, config, newest, ranks, device, console.say)
+    stack.callback(session.corpus.close)  # a thread that waits for a network would keep the process from ending
     return session, _begin(session, newest, request, console)
 
 
