@@ -137,7 +137,7 @@ def evaluate(
 
 
 def _windows(piece: Slice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets (`IGNORE` where nothing is predicted) and the part of its window that a position is in, (W, length).
+    """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, length).
 
     The EOS before a document is a part of its own, so that the text itself starts at position 0, as a prompt does.
     """
