@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = ("train", "generate", "serve", "eval", "export", "summary", "compare", "verify", "data")
+VERBS = ("train", "generate", "serve", "eval", "export", "summary", "compare", "verify", "data", "bench")
 
 DESCRIPTION = """\
 Pretrain, resume, sample and serve your own SmolLM2-class language model.

@@ -1,11 +1,13 @@
 """torch.compile where it pays, once per run.
 
-On a CPU the block that all layers share is compiled, which costs seconds where the whole model would cost a minute
-and runs no slower; on a GPU the whole model is one graph. A machine that cannot compile goes on without, and says so.
+Compiled is the block that all layers share, which costs seconds where the whole model would cost a minute and, on a
+CPU, runs no slower. A machine that cannot compile goes on without, and says so.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -14,15 +16,19 @@ from smolforge.model import loss
 from smolforge.model.llama import LlamaForCausalLM
 
 
-def compile_model(model: LlamaForCausalLM, device: torch.device) -> None:
-    """Compile in place; parameter names stay as they are."""
+def compile_model(model: LlamaForCausalLM) -> None:
+    """Compile in place, for the shapes of training; parameter names stay as they are."""
     # Shapes never change during a run: one graph, and no guard that a varying length could fail.
-    if device.type == "cuda":
-        model.model.compile(dynamic=False, fullgraph=True)
-    else:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)  # type: ignore[operator]
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)  # type: ignore[operator]
     loss.chunk_loss = torch.compile(loss._chunk_loss, dynamic=False)
+
+
+def graphs() -> int:
+    """Graphs that this process has compiled so far."""
+    # Importing dynamo takes seconds; where nobody did, nothing was compiled.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def undo(model: LlamaForCausalLM) -> None:
@@ -39,9 +45,11 @@ def is_compile_error(error: BaseException) -> bool:
 
 
 def with_fallback(step: Callable[[], None], model: LlamaForCausalLM, say: Callable[[str], None]) -> None:
-    """Run the first step; where compiling fails, say so and run it eagerly."""
+    """Run the first step, and say what compiling took; where it fails, say so and run the step eagerly."""
+    began = time.perf_counter()
     try:
         step()
+        say(f"compile: {graphs()} graphs, first step after {time.perf_counter() - began:.0f} s")
     except Exception as error:
         if not is_compile_error(error):
             raise

@@ -27,11 +27,11 @@ from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.evaluation import evaluate
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling import Sampling
+from smolforge.model import loss as losses
 from smolforge.model.attention import positions_in_documents
-from smolforge.model.loss import chunked_loss
 from smolforge.model.summary import flops_per_token
 from smolforge.run import MetricsLog, read_rows
-from smolforge.training import compiling, plan, saving, schedules
+from smolforge.training import compiling, plan, saving, schedules, wiring
 from smolforge.training.profiling import Profiler
 from smolforge.training.progress import Console, Pace
 from smolforge.training.saving import Position
@@ -153,7 +153,8 @@ class Loop:
             skip_steps=self.position.skip,
         ) as loader:
             self.pace = Pace(config.tokens_per_step)
-            first = True
+            first, compiled = True, 0
+            wiring.apply(session.model, self.plan)
             while self.position.step < self.total:
                 with record_function("wait for data"):
                     batch = self._next_batch(loader)
@@ -161,13 +162,17 @@ class Loop:
                     compiling.with_fallback(lambda b=batch: self._train(b), session.model, session.say)
                 else:
                     self._train(batch)
-                first = False
+                if first:
+                    first, compiled = False, compiling.graphs()
                 self._settle(keep=0 if self.plan.device.type == "cpu" else 1)
                 if self.profiler:
                     self.profiler.step(self.position.step)
                 self.pace.tick()
                 self._after_step()
                 self.committer.poll()
+                if compiling.graphs() > compiled:
+                    compiled = compiling.graphs()
+                    session.say(f"step {self.position.step:,}: compiled again, {compiled} graphs by now")
 
     def _next_batch(self, loader: Loader) -> Batch:
         """The next batch, unless any rank is asked to stop or has lost its source."""
@@ -207,7 +212,7 @@ class Loop:
             inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
             with record_function("forward"), self.plan.precision.context(device):
                 hidden = model.model(inputs, None if ids is None else positions_in_documents(ids), ids)
-                loss, nats = chunked_loss(
+                loss, nats = losses.WAYS[self.plan.loss](
                     hidden.flatten(0, 1), model.output_weight, targets.flatten(),
                     scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
                 )  # fmt: skip

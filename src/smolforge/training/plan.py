@@ -16,6 +16,7 @@ import torch
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model.summary import flops_per_token
+from smolforge.training import memory
 from smolforge.training.precision import Precision, decide
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
@@ -23,6 +24,8 @@ CPU_MICRO_TOKENS = 4096
 # Global batches where the configuration leaves them open: what one GPU accumulates in seconds, a laptop in minutes.
 GPU_STEP_TOKENS = 1 << 19
 CPU_STEP_TOKENS = 1 << 13
+# Up to this length blocked attention is taken for bf16 on a CPU; it lies between the two lengths that were measured.
+SHORT = 1024
 # What compiling costs and gains, from docs/performance.md: it must earn itself back well within the run.
 COMPILE_SECONDS = {"cpu": 40.0, "cuda": 90.0}
 COMPILE_GAIN = 1.25
@@ -36,6 +39,9 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
+        attention: a key of `model.attention.WAYS`.
+        loss: a key of `model.loss.WAYS`.
+        recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
     """
 
@@ -45,6 +51,9 @@ class Plan:
     micro_batch: int
     compile: bool
     threads: int
+    attention: str = "sdpa"
+    loss: str = "chunked"
+    recompute: bool = False
     reasons: list[str] = field(default_factory=list)
 
 
@@ -86,17 +95,71 @@ def make_plan(config: RunConfig, device: torch.device, world: int) -> Plan:
     precision = decide(config.training.precision, device)
     reasons.append(f"precision: {precision.name} ({precision.reason})")
     sequences = total // world
-    micro = _micro_batch(config, device, sequences)
+    micro, recompute, room = _share_of_memory(config, device, precision, sequences)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {total} sequences of {config.data.sequence_length:,}"
         f" = {world} ranks x {sequences // micro} micro-batches x {micro}"
     )
+    if room:
+        reasons.append(f"memory: {room}")
+    attention, reason = _attention(config, device, precision)
+    reasons.append(f"attention: {attention} ({reason})")
+    loss, reason = _loss(config)
+    reasons.append(f"loss: {loss} ({reason})")
     compiled, reason = _compile(config, device, world)
     reasons.append(f"compile: {'on' if compiled else 'off'} ({reason})")
     threads = config.training.threads or _physical_cores(world)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
-    return Plan(device, precision, sequences, micro, compiled, threads, reasons)
+    return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, recompute, reasons)
+
+
+def _share_of_memory(
+    config: RunConfig, device: torch.device, precision: Precision, sequences: int
+) -> tuple[int, bool, str]:
+    """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
+    budget, asked = config.training.memory, config.training.micro_batch
+    if budget == "auto":
+        return _micro_batch(config, device, sequences), False, ""
+    if asked != "auto":
+        _micro_batch(config, device, sequences)  # refuses what does not divide
+        choices = [asked]
+    else:
+        choices = [d for d in range(sequences, 0, -1) if sequences % d == 0]
+    for recompute in (False, True):
+        for micro in choices:
+            needed = memory.estimate(config, precision, micro, recompute=recompute)
+            if needed <= budget:
+                how = "activations computed again in the backward pass" if recompute else "activations kept"
+                return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
+    least = memory.estimate(config, precision, choices[-1], recompute=True)
+    raise BadInput(
+        f"{budget / 1e9:.2f} GB are too little: about {least / 1e9:.2f} GB are needed at least",
+        field="training.memory",
+        hint="Give more, or a smaller model, a shorter data.sequence_length, or training.precision=bf16-pure.",
+    )
+
+
+def _attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
+    asked = config.training.attention
+    if asked != "auto":
+        return asked, "as asked"
+    if config.data.mask_documents:
+        return "sdpa", "it takes the mask of document borders"
+    narrow = torch.bfloat16 in (precision.autocast, precision.weights)
+    if device.type == "cpu" and narrow:
+        # Issue 7, Zen 5: blocks won at 512 tokens; at 2,048 fp32 SDPA under `medium` did.
+        if config.data.sequence_length <= SHORT:
+            return "blocked", f"torch's bf16 backward pass is slow on a CPU; sequences of at most {SHORT:,} tokens"
+        return "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; sequences beyond {SHORT:,} tokens"
+    return "sdpa", "torch's own kernels"
+
+
+def _loss(config: RunConfig) -> tuple[str, str]:
+    asked = config.training.loss
+    if asked == "linear" and config.training.z_loss:
+        raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
+    return ("chunked", "never holds the logits") if asked == "auto" else (asked, "as asked")
 
 
 def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:

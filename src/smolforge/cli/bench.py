@@ -1,0 +1,98 @@
+"""smolforge bench: how fast this machine trains, writes, serves and reads, and how far from its limit that is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  smolforge bench train                        the 135M model, 4 x 512 tokens a step
+  smolforge bench generate --json              tokens/s per precision, beside the memory's bandwidth
+  smolforge bench data --data my_texts/*.parquet
+
+Peers (transformers, llama.cpp, LitGPT) beside smolforge in one run: see benchmarks/ in the repository.
+"""
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb's arguments."""
+    parser = verbs.add_parser(
+        "bench",
+        help="measure training, writing, serving and reading on this machine",
+        description="Measure this machine with smolforge on it, each figure beside the limit it cannot pass.",
+        epilog=EXAMPLES,
+    )
+    parts = parser.add_subparsers(dest="part", metavar="train|generate|serve|data", required=True)
+    train = parts.add_parser("train", help="tokens/s, share of the matmul limit, memory", description=_train.__doc__)
+    train.add_argument("preset", nargs="?", default="smollm2-135m", metavar="PRESET|FILE", help="whose model to train")
+    train.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a sequence (default 512)")
+    train.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step (default 4)")
+    train.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default 5)")
+    train.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
+    train.set_defaults(run=_train)
+    generate = parts.add_parser("generate", help="tokens/s, first token, memory", description=_generate.__doc__)
+    generate.add_argument("model", nargs="?", metavar="MODEL", help="what writes (default: 135M random weights)")
+    generate.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
+    generate.add_argument("--quantize", nargs="+", choices=("fp32", "bf16", "int8", "int4"), help="default: all four")
+    generate.set_defaults(run=_generate)
+    serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")
+    serve.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], metavar="N", help="how many at once")
+    serve.add_argument("--tokens", type=int, default=64, metavar="N", help="length of each answer (default 64)")
+    serve.add_argument("--quantize", default="auto", choices=("auto", "none", "fp32", "bf16", "int8", "int4"))
+    serve.set_defaults(run=_serve)
+    data = parts.add_parser("data", help="tokens/s of the data pipeline alone", description=_data.__doc__)
+    data.add_argument("--data", nargs="+", action="extend", default=[], metavar="SRC", help="sources (default: tales)")
+    data.add_argument("--tokenizer", metavar="DIR|ID", help="tokenizer (default: one trained on the source)")
+    data.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long (default 10)")
+    data.set_defaults(run=_data)
+    for part in (train, generate, serve, data):
+        part.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train for some steps and say where the time and the memory go."""
+    from smolforge.training import bench
+
+    result = bench.measure(
+        args.preset, length=args.length, micro_batch=args.batch, steps=args.steps, overrides=args.overrides, say=_say
+    )
+    return _tell(args, bench, result)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    """Write with a model at each precision and say what share of the memory's bandwidth it reaches."""
+    from smolforge.checkpoint import locate
+    from smolforge.generation import bench
+
+    module = locate.load(args.model)[0] if args.model else None
+    chosen = args.quantize or bench.PRECISIONS
+    return _tell(args, bench, bench.measure(module, precisions=chosen, tokens=args.tokens, say=_say))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Serve a model to 1, 4, 8 and 16 clients and say what each of them sees."""
+    from smolforge.serving import bench
+
+    result = bench.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize, say=_say)
+    return _tell(args, bench, result)
+
+
+def _data(args: argparse.Namespace) -> int:
+    """Read, tokenize and pack without a model, and say how much training that feeds."""
+    from smolforge.data import bench
+
+    return _tell(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds, say=_say))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _tell(args: argparse.Namespace, bench: Any, result: dict[str, Any]) -> int:
+    import json
+
+    print(json.dumps(result) if args.json else bench.table(result))
+    return 0

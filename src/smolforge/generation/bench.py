@@ -1,0 +1,119 @@
+"""Writing on this machine: tokens/s per precision and batch, beside the bandwidth that no decoder can pass.
+
+A token that is decoded reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from smolforge.config import ModelConfig
+from smolforge.generation.choose import choose_runner
+from smolforge.generation.runner import Runner
+from smolforge.generation.scheduler import CHUNK, Piece
+from smolforge.model.registry import build
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+BATCHES = (1, 8)
+PROMPT = 32
+
+
+def measure(
+    module: Any = None,
+    *,
+    precisions: Sequence[str] = PRECISIONS,
+    batches: Sequence[int] = BATCHES,
+    tokens: int = 64,
+    prompt: int = 512,
+    rounds: int = 3,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Decode greedily with each precision.
+
+    Args:
+        module: a model of `model/registry.py`; SmolLM2-135M's shape with random weights unless given.
+        batches: sequences that are decoded together.
+        tokens: decoded for each sequence.
+        prompt: length of the prompt whose first token is timed.
+        rounds: turns after one that warms up; medians are reported.
+
+    Raises:
+        BadInput: there is no such precision.
+    """
+    if module is None:
+        say("making a model of SmolLM2-135M's shape with random weights")
+        module = build(ModelConfig(), seed=0)
+    read = bandwidth()
+    result: dict[str, Any] = {"read_bytes_per_second": read, "threads": torch.get_num_threads(), "precisions": {}}
+    for precision in precisions:
+        runner, decisions = choose_runner(module, precision)
+        say(decisions[-1])
+        rates = {}
+        for batch in batches:
+            seconds = [_decode(runner, batch, tokens) for _ in range(rounds + 1)][1:]
+            rates[str(batch)] = batch * tokens / statistics.median(seconds)
+        first = statistics.median([_first(runner, prompt) for _ in range(rounds + 1)][1:])
+        result["precisions"][precision] = {
+            "runner": runner.name,
+            "tokens_per_second": rates,
+            "first_token_seconds": first,
+            "weight_bytes": runner.weight_bytes,
+            "cache_bytes_per_token": runner.cache_bytes(1024) // 1024,
+            "share_of_read_bandwidth": rates[str(batches[0])] / batches[0] * runner.weight_bytes / read,
+        }
+    return result
+
+
+def bandwidth() -> float:
+    """Bytes per second read from memory with torch's threads: the best of five sums over 512 MiB."""
+    data = torch.ones(1 << 26, dtype=torch.int64)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - began)
+    return data.nbytes / best
+
+
+def _first(runner: Runner, length: int) -> float:
+    """Seconds from a prompt of so many tokens to the logits of its first new one."""
+    cache, row = runner.new_cache(length + 1), [3 + i % 300 for i in range(length)]
+    began = time.perf_counter()
+    for at in range(0, length, CHUNK):
+        runner.forward([Piece(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))])
+    return time.perf_counter() - began
+
+
+def _decode(runner: Runner, batch: int, tokens: int) -> float:
+    """Seconds of decoding so many tokens of each sequence, their prompts not counted."""
+    caches = [runner.new_cache(PROMPT + tokens) for _ in range(batch)]
+    prompts = [[3 + (i + row) % 300 for i in range(PROMPT)] for row in range(batch)]
+    following = [
+        int(runner.forward([Piece(cache, row, 0, 1)]).argmax()) for cache, row in zip(caches, prompts, strict=True)
+    ]
+    began = time.perf_counter()
+    for at in range(PROMPT, PROMPT + tokens):
+        pieces = [Piece(cache, [token], at, 1) for cache, token in zip(caches, following, strict=True)]
+        following = runner.forward(pieces).argmax(-1).tolist()
+    return time.perf_counter() - began
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line per precision."""
+    found = result["precisions"]
+    batches = list(next(iter(found.values()))["tokens_per_second"])
+    head = "".join(f"{'tok/s' if b == '1' else f'{b} seqs':>9}" for b in batches)
+    lines = [f"{'':<6}{head} {'first ms':>9} {'weights MB':>11} {'cache/token':>12} {'of bandwidth':>13}  runner"]
+    for name, row in found.items():
+        rates = "".join(f"{rate:9.1f}" for rate in row["tokens_per_second"].values())
+        lines.append(
+            f"{name:<6}{rates} {1000 * row['first_token_seconds']:9.0f} {row['weight_bytes'] / 1e6:11.0f} "
+            f"{row['cache_bytes_per_token']:12,} {row['share_of_read_bandwidth']:13.0%}  {row['runner']}"
+        )
+    lines.append(f"reads {result['read_bytes_per_second'] / 1e9:.1f} GB/s with {result['threads']} threads")
+    return "\n".join(lines)

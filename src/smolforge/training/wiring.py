@@ -1,0 +1,36 @@
+"""The plan's choices put into the model."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smolforge.model import attention
+from smolforge.model.llama import LlamaForCausalLM
+from smolforge.training import compiling
+from smolforge.training.plan import Plan
+
+
+def apply(model: LlamaForCausalLM, chosen: Plan) -> None:
+    """Use the planned attention, keep or recompute activations, compile or not."""
+    model.set_attention(attention.WAYS[chosen.attention])
+    if chosen.recompute or chosen.compile:
+        model.model.run_layer = functools.partial(run_layer, recompute=chosen.recompute)
+    if chosen.compile:
+        compiling.compile_model(model)
+
+
+def run_layer(layer: nn.Module, *args: object, recompute: bool) -> Tensor:
+    """Run a layer; with `recompute` only its inputs are kept (Chen et al. 2016, arXiv:1604.06174)."""
+    if not torch.is_grad_enabled():
+        # Evaluation and samples come in many shapes, and each would be compiled anew.
+        return layer._call_impl(*args)  # type: ignore[return-value]
+    if not recompute:
+        return layer(*args)
+    # A model without dropout draws no random numbers that would have to be drawn again.
+    out = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,90 @@
+"""Decisions before the first step: each has an effect, a reason, and a refusal where it cannot be kept."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny import TINY
+
+from smolforge import config as configuration
+from smolforge.config import RunConfig
+from smolforge.errors import BadInput
+from smolforge.model import attention, registry
+from smolforge.training import memory, wiring
+from smolforge.training.plan import make_plan
+from smolforge.training.precision import decide
+
+CPU = torch.device("cpu")
+
+
+def configured(**training: object) -> RunConfig:
+    sections = copy.deepcopy(TINY)
+    sections["training"] |= training
+    return RunConfig.model_validate(sections)
+
+
+@pytest.mark.parametrize("way", ["blocked", "sdpa", "sdpa-fp32"])
+def test_attention_reaches_every_layer(way) -> None:
+    config = configured(attention=way)
+    chosen = make_plan(config, CPU, 1)
+    model = registry.build(config.model, seed=0)
+    wiring.apply(model, chosen)
+    assert {layer.self_attn.attend for layer in model.model.layers} == {attention.WAYS[way]}
+    assert any(reason.startswith(f"attention: {way} (as asked") for reason in chosen.reasons)
+
+
+def test_attention_by_precision_and_length() -> None:
+    assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
+    assert make_plan(configured(precision="bf16"), CPU, 1).attention == "blocked"
+    long = configured(precision="bf16", tokens_per_step=4096)
+    model = long.model.model_copy(update={"max_position_embeddings": 2048})
+    data = long.data.model_copy(update={"sequence_length": 2048})
+    assert make_plan(long.model_copy(update={"data": data, "model": model}), CPU, 1).attention == "sdpa-fp32"
+    masked = configured(precision="bf16")
+    data = masked.data.model_copy(update={"mask_documents": True})
+    assert make_plan(masked.model_copy(update={"data": data}), CPU, 1).attention == "sdpa"
+
+
+def test_loss() -> None:
+    assert make_plan(configured(), CPU, 1).loss == "chunked"
+    assert make_plan(configured(loss="full"), CPU, 1).loss == "full"
+    with pytest.raises(BadInput, match="z-loss"):
+        make_plan(configured(loss="linear", z_loss=0.1), CPU, 1)
+
+
+def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
+    precision = decide("fp32", CPU)
+    need = {
+        (micro, again): memory.estimate(configured(), precision, micro, recompute=again)
+        for micro in (1, 2, 4, 8)
+        for again in (False, True)
+    }
+    for micro in (1, 2, 4, 8):
+        chosen = make_plan(configured(memory=need[micro, False]), CPU, 1)
+        assert (chosen.micro_batch, chosen.recompute) == (micro, False)
+    chosen = make_plan(configured(memory=need[1, False] - 1), CPU, 1)
+    assert chosen.recompute and need[chosen.micro_batch, True] < need[1, False]
+    assert any(reason.startswith("memory: ") for reason in chosen.reasons)
+    asked = make_plan(configured(memory=need[8, True], micro_batch=8), CPU, 1)
+    assert (asked.micro_batch, asked.recompute) == (8, True)
+    with pytest.raises(BadInput, match="too little"):
+        make_plan(configured(memory=need[1, True] - 1), CPU, 1)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    config = configured()
+    tokens = torch.arange(16)[None]
+    gradients = []
+    for again in (False, True):
+        model = registry.build(config.model, seed=0)
+        if again:
+            model.model.run_layer = functools.partial(wiring.run_layer, recompute=True)
+        model(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+
+
+def test_configuration_reads_sizes() -> None:
+    built = configuration.build("pocket", ["training.memory=6GB"])
+    assert built.training.memory == 6 << 30
