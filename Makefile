@@ -11,14 +11,14 @@ DEMO := runs/demo
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/installed          ## train the pocket model on the embedded corpus (3 minutes), and write with it
+demo: $(VENV)/installed          ## train the pocket model on the embedded corpus (4 minutes), and write with it
 	$(BIN)/smolforge train pocket --out $(DEMO)
 	$(BIN)/smolforge generate $(DEMO) --seed 1
 	@echo
 	@echo "The run is in $(DEMO): open $(DEMO)/report.html, or try"
 	@echo "  $(BIN)/smolforge serve $(DEMO)"
 
-test: $(VENV)/installed-dev      ## all tests but the long ones (about 10 minutes on 2 cores)
+test: $(VENV)/installed-dev      ## all tests but the long ones (about 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
