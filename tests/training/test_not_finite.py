@@ -11,6 +11,7 @@ from smolforge import cli
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.state import load_state
 from smolforge.errors import RunFailed
+from smolforge.model import loss as losses
 from smolforge.run import Run, read_metrics
 from smolforge.training import loop
 
@@ -22,7 +23,7 @@ def poison(monkeypatch):
     """Makes the loss of the batches with these addresses not finite, wherever in a run they come up."""
     poisoned: set[int] = set()
     at = {"address": -1}
-    train, loss = loop.Loop._train, loop.chunked_loss
+    train, loss = loop.Loop._train, losses.WAYS["chunked"]
 
     def watched(self, batch):
         at["address"] = batch.step
@@ -35,7 +36,7 @@ def poison(monkeypatch):
         return value, nats
 
     monkeypatch.setattr(loop.Loop, "_train", watched)
-    monkeypatch.setattr(loop, "chunked_loss", spoiled)
+    monkeypatch.setitem(losses.WAYS, "chunked", spoiled)
     return poisoned
 
 
