@@ -79,6 +79,7 @@ def measure(
         marks.append(_now(device))
         return [b - a for a, b in itertools.pairwise(marks)]
 
+    compiled_before = compiling.graphs()
     first = sum(step())
     step()
     seconds = []
@@ -90,7 +91,7 @@ def measure(
     limit, peak = matmul_flops(config, chosen, micro_batch * length), plan.known_peak_flops(device)
     return {
         "preset": preset, "device": str(device), "precision": chosen.precision.name, "attention": chosen.attention,
-        "loss": chosen.loss, "compiled_graphs": compiling.graphs(), "threads": chosen.threads,
+        "loss": chosen.loss, "compiled_graphs": compiling.graphs() - compiled_before, "threads": chosen.threads,
         "sequences": micro_batch, "length": length, "overrides": list(overrides),
         "tokens_per_second": micro_batch * length / whole,
         "flops_per_second": flops, "matmul_flops_per_second": limit, "share_of_matmul_limit": flops / limit,

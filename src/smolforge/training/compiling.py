@@ -46,10 +46,10 @@ def is_compile_error(error: BaseException) -> bool:
 
 def with_fallback(step: Callable[[], None], model: LlamaForCausalLM, say: Callable[[str], None]) -> None:
     """Run the first step, and say what compiling took; where it fails, say so and run the step eagerly."""
-    began = time.perf_counter()
+    before, began = graphs(), time.perf_counter()
     try:
         step()
-        say(f"compile: {graphs()} graphs, first step after {time.perf_counter() - began:.0f} s")
+        say(f"compile: {graphs() - before} graphs, first step after {time.perf_counter() - began:.0f} s")
     except Exception as error:
         if not is_compile_error(error):
             raise
