@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from launch import finish, start, wait_until
+from launch import PATIENCE, finish, start, wait_until
 from tiny import tiny_file
 
 from smolforge.errors import BadInput
@@ -27,7 +27,7 @@ def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
     def asked() -> bool:
         """Write through the server, as long as it takes for three checkpoints to have passed."""
         try:
-            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Once", "max_tokens": 8}, timeout=30)
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Once", "max_tokens": 8}, timeout=PATIENCE)
         except httpx.ConnectError:
             assert not seen, "it was there before"
             return False
@@ -40,7 +40,7 @@ def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
     try:
         assert wait_until(asked, process, 0.2)
         assert seen == sorted(seen), "each answer comes from the newest checkpoint"
-        assert httpx.get(f"{url}/page/run", timeout=30).json()["live"]
+        assert httpx.get(f"{url}/page/run", timeout=PATIENCE).json()["live"]
     finally:
         process.send_signal(signal.SIGINT)
     finish(process, 130)
