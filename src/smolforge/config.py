@@ -196,12 +196,14 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit needs bitsandbytes and a CUDA device."""
+    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """muon needs fewer steps; adamw8bit less memory, bitsandbytes and a CUDA device."""
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running mean of the gradient, and of its square."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """muon only: decay of the running mean of the gradient of the layers' matrices."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -39,7 +39,7 @@ def test_any_shape_and_block(batch, kv_heads, group, length, block) -> None:
     q, k, v = inputs(batch, kv_heads * group, kv_heads, length, 8, torch.float64)
     rows = q.view(batch, kv_heads, group, length, 8).transpose(2, 3).reshape(batch * kv_heads, length * group, 8)
     flat = [x.flatten(0, 1) for x in (k, v)]
-    out = attention.blocked_rows(rows * 8**-0.5, *flat, group, block)
+    out = attention.blocked_rows(rows * 8**-0.5, *flat, None, group, block)
     out = out.view(batch, kv_heads, length, group, 8).transpose(2, 3).reshape(q.shape)
     assert torch.allclose(out, sdpa(q, k, v, None), atol=1e-12)
 
@@ -47,10 +47,12 @@ def test_any_shape_and_block(batch, kv_heads, group, length, block) -> None:
 def test_gradcheck(monkeypatch) -> None:
     monkeypatch.setattr(attention, "BLOCK_ROWS", 6)
     tensors = inputs(1, 4, 2, 7, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: blocked(q, k, v, None), tensors)
-    torch.library.opcheck(
-        attention.blocked_rows, (*tuple(x.flatten(0, 1) for x in inputs(1, 2, 2, 5, 4, torch.float32)), 1, 2)
-    )
+    masks = [None, causal_mask(torch.tensor([[0, 0, 1, 1, 1, 2, 2]]))]
+    for mask in masks:
+        assert torch.autograd.gradcheck(lambda q, k, v, mask=mask: blocked(q, k, v, mask), tensors)
+    for mask in (None, causal_mask(torch.tensor([[0, 0, 0, 1, 1]]))[:, 0]):
+        flat = [x.flatten(0, 1) for x in inputs(1, 2, 2, 5, 4, torch.float32)]
+        torch.library.opcheck(attention.blocked_rows, (*flat, mask, 1, 2))
 
 
 def test_bf16_is_as_near_to_the_truth_as_sdpa() -> None:
@@ -61,11 +63,19 @@ def test_bf16_is_as_near_to_the_truth_as_sdpa() -> None:
         assert (a - truth).norm() < 2 * (b - truth).norm()
 
 
-def test_masks_and_caches_go_to_sdpa() -> None:
-    tensors = inputs(2, 4, 2, 12, 8, torch.float32)
-    mask = causal_mask(torch.tensor([[0] * 5 + [1] * 7, [0] * 12]))
-    assert torch.equal(blocked(*tensors, mask), sdpa(*tensors, mask))
-    q, k, v = tensors
+@given(st.lists(st.lists(st.integers(1, 90), min_size=4, max_size=4), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_document_borders_are_kept(documents: list[list[int]], shared: bool) -> None:
+    length = min(sum(lengths) for lengths in documents)
+    ids = [torch.arange(4).repeat_interleave(torch.tensor(lengths))[:length] for lengths in documents]
+    mask = causal_mask(torch.stack(ids[:1] if shared else ids))
+    tensors = inputs(len(documents), 4, 2, length, 8, torch.float64)
+    for ours, theirs in zip(both(blocked, tensors, mask), both(sdpa, tensors, mask), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_caches_go_to_sdpa() -> None:
+    q, k, v = inputs(2, 4, 2, 12, 8, torch.float32)
     assert torch.equal(blocked(q[:, :, -3:], k, v, None), sdpa(q[:, :, -3:], k, v, None))
 
 

@@ -43,7 +43,7 @@ def test_attention_by_precision_and_length() -> None:
     assert make_plan(long.model_copy(update={"data": data, "model": model}), CPU, 1).attention == "sdpa-fp32"
     masked = configured(precision="bf16")
     data = masked.data.model_copy(update={"mask_documents": True})
-    assert make_plan(masked.model_copy(update={"data": data}), CPU, 1).attention == "sdpa"
+    assert make_plan(masked.model_copy(update={"data": data}), CPU, 1).attention == "blocked"
 
 
 def test_loss() -> None:

@@ -1,12 +1,11 @@
 """bf16 weights under stochastic rounding: unbiased, exact when skipped or resumed, and as good as fp32 AdamW."""
 
 import copy
-import shutil
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import steps_of, weights_of
+from tiny import steps_of, undo_after, weights_of
 
 from smolforge.training.rounding import RoundedAdamW, random_bits, round_stochastically
 
@@ -100,12 +99,7 @@ def test_a_bf16_pure_run_resumes_bit_for_bit(make_run) -> None:
     pure = {"precision": "bf16-pure", "steps": 12}
     whole = make_run("whole", training=pure)
     part = make_run("part", training=pure)
-    # Undo the steps after the checkpoint of step 5, as a kill would have.
-    for directory in part.checkpoints.iterdir():
-        if directory.is_symlink():
-            directory.unlink()
-        elif directory.name != "step-00000005":
-            shutil.rmtree(directory)
+    undo_after(part, 5)
     again = make_run("part", training=pure)
     assert steps_of(again) == steps_of(whole) and weights_of(again) == weights_of(whole)
     losses = [loss for _, loss, _ in steps_of(whole)]

@@ -1,5 +1,6 @@
 """A run small enough to be made many times over."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,12 @@ def validations_of(run: Run) -> list[tuple[int, dict[str, float]]]:
 def weights_of(run: Run) -> bytes:
     """The bytes of the newest checkpoint's weights."""
     return (run.checkpoints / "last" / "model.safetensors").read_bytes()
+
+
+def undo_after(run: Run, step: int) -> None:
+    """Take away all checkpoints but that of `step`, as if the run had been killed soon after it."""
+    for directory in run.checkpoints.iterdir():
+        if directory.is_symlink():
+            directory.unlink()
+        elif directory.name != f"step-{step:08d}":
+            shutil.rmtree(directory)

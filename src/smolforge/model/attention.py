@@ -5,12 +5,13 @@ to S - T + i; where `mask` (B or 1, 1, T, S) is given it replaces that rule.
 
 `sdpa` is torch's own. `blocked` is for training on a CPU, where torch's backward pass is slow: the G = H / K query
 heads that share a key head stand as rows of one matrix, blocks of queries meet only the columns they may see, and the
-backward pass computes the scores of a block again. Nothing of size T x T is ever kept, so memory grows with T only.
+backward pass computes the scores of a block again. No scores of size T x T are ever kept, so memory grows with T only.
+Where documents are masked, a block meets only the columns from its first document on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,17 +59,20 @@ def sdpa_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Blocks of queries that recompute in the backward pass; what it is not made for goes to `sdpa`."""
+    """Blocks of queries that recompute in the backward pass; what it is not made for goes to `sdpa`.
+
+    A mask must let no query look ahead, as `causal_mask` does."""
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    if mask is not None or length != k.shape[2] or length == 1:
+    if length != k.shape[2] or length == 1:
         return sdpa(q, k, v, mask)
     group = heads // kv_heads
     # (B, H, T, d) → (B K, T G, d): the rows of a block of positions lie together, whichever heads they belong to.
     rows = (q * width**-0.5).reshape(batch, kv_heads, group, length, width).transpose(2, 3)
     rows = rows.reshape(batch * kv_heads, length * group, width)
     k, v = (x.reshape(batch * kv_heads, length, width) for x in (k, v))
-    out = blocked_rows(rows, k, v, group, max(BLOCK_ROWS // group, 1))
+    seen = None if mask is None else mask[:, 0]
+    out = blocked_rows(rows, k, v, seen, group, max(BLOCK_ROWS // group, 1))
     out = out.view(batch, kv_heads, length, group, width).transpose(2, 3)
     return out.reshape(batch, heads, length, width)
 
@@ -76,85 +80,98 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 # Opaque to torch.compile on purpose: its blocks would otherwise be unrolled into dozens of kernels, each compiled for
 # its own number of columns, which took minutes and ran no faster than these few calls.
 @torch.library.custom_op("smolforge::blocked_attention", mutates_args=())
-def blocked_rows(q: Tensor, k: Tensor, v: Tensor, group: int, block: int) -> Tensor:
+def blocked_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int) -> Tensor:
     """softmax(q kᵀ) v, causal, in blocks of `block` positions.
 
     Args:
         q: (N, T G, d), scaled; row r belongs to position r // G.
         k: (N, T, d).
         v: (N, T, d).
+        mask: (M, T, T), true where a position may look; M divides N, and each mask holds for N / M neighbours.
         group: G, query heads for each key/value head.
 
     Returns:
         (N, T G, d).
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    later = _later(block, group, q.device)
     with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, k.shape[1], block):
-            end = min(start + block, k.shape[1])
-            rows = slice(start * group, end * group)
-            weights = _weights(q[:, rows], k[:, :end], later)
-            out[:, rows] = torch.bmm(weights, v[:, :end])
+        for rows, columns, hidden in _blocks(k.shape[1], block, group, mask, q.device):
+            weights = _weights(q[:, rows], k[:, columns], hidden)
+            out[:, rows] = torch.bmm(weights, v[:, columns])
     return out
 
 
 @torch.library.custom_op("smolforge::blocked_attention_backward", mutates_args=())
 def _blocked_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, group: int, block: int
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v; those of k and v are summed over blocks in at least fp32."""
     gradient = gradient.contiguous()
     q_gradient = torch.empty_like(q, memory_format=torch.contiguous_format)
     wide = torch.promote_types(k.dtype, torch.float32)
     k_gradient, v_gradient = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
-    later = _later(block, group, q.device)
-    for start in range(0, k.shape[1], block):
-        end = min(start + block, k.shape[1])
-        rows = slice(start * group, end * group)
-        weights = _weights(q[:, rows], k[:, :end], later)
-        v_gradient[:, :end] += torch.bmm(weights.transpose(1, 2), gradient[:, rows])
-        by_weights = torch.bmm(gradient[:, rows], v[:, :end].transpose(1, 2))
+    for rows, columns, hidden in _blocks(k.shape[1], block, group, mask, q.device):
+        weights = _weights(q[:, rows], k[:, columns], hidden)
+        v_gradient[:, columns] += torch.bmm(weights.transpose(1, 2), gradient[:, rows])
+        by_weights = torch.bmm(gradient[:, rows], v[:, columns].transpose(1, 2))
         # ATen's fused backward of softmax: weights * (by_weights - sum(weights * by_weights)).
         by_scores = torch.ops.aten._softmax_backward_data(by_weights, weights, -1, by_weights.dtype)
-        q_gradient[:, rows] = torch.bmm(by_scores, k[:, :end])
-        k_gradient[:, :end] += torch.bmm(by_scores.transpose(1, 2), q[:, rows])
+        q_gradient[:, rows] = torch.bmm(by_scores, k[:, columns])
+        k_gradient[:, columns] += torch.bmm(by_scores.transpose(1, 2), q[:, rows])
     return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype)
 
 
-def _later(block: int, group: int, device: torch.device) -> Tensor:
-    """True where a column of the diagonal square lies behind the row's position, (block G, block)."""
+def _blocks(
+    length: int, block: int, group: int, mask: Tensor | None, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows of q that go together, the columns that any of them sees, and what of the last columns is hidden from whom.
+
+    What is hidden is (M or 1, 1, positions, 1, columns), true where a position may not look; columns before those it
+    covers are seen by all.
+    """
     position = torch.arange(block, device=device)
-    return position[None] > position.repeat_interleave(group)[:, None]
+    later = (position[None] > position[:, None])[None, None, :, None]
+    # The first column that each position sees, of any of the masks.
+    first = None if mask is None else mask.any(0).to(torch.uint8).argmax(-1)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        rows = slice(start * group, end * group)
+        if mask is None or first is None:
+            yield rows, slice(0, end), later[:, :, : end - start, :, : end - start]
+        else:
+            columns = slice(int(first[start:end].min()), end)
+            yield rows, columns, ~mask[:, None, start:end, None, columns]
 
 
-def _weights(q: Tensor, k: Tensor, later: Tensor) -> Tensor:
-    """Attention of the last rows of a causal triangle: q (N, n G, d), k (N, e, d) → (N, n G, e)."""
+def _weights(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """softmax(q kᵀ) where the last columns are partly hidden: q (N, n G, d), k (N, e, d) → (N, n G, e)."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    rows = q.shape[1]
-    columns = rows * later.shape[1] // later.shape[0]
-    scores[:, :, -columns:].masked_fill_(later[:rows, :columns], -torch.inf)
+    masks, positions, covered = hidden.shape[0], hidden.shape[2], hidden.shape[4]
+    places = scores.view(masks, -1, positions, scores.shape[1] // positions, scores.shape[2])
+    places[..., -covered:].masked_fill_(hidden, -torch.inf)
     return torch.softmax(scores, -1)
 
 
 @blocked_rows.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, group: int, block: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @_blocked_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, group: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
     new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     return new[0], new[1], new[2]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.group, ctx.block = inputs
-    ctx.save_for_backward(q, k, v)
+    q, k, v, mask, ctx.group, ctx.block = inputs
+    ctx.save_for_backward(q, k, v, mask)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_blocked_backward(gradient, *ctx.saved_tensors, ctx.group, ctx.block), None, None)
+    return (*_blocked_backward(gradient, *ctx.saved_tensors, ctx.group, ctx.block), None, None, None)
 
 
 blocked_rows.register_autograd(_backward, setup_context=_keep)

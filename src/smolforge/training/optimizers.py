@@ -15,7 +15,11 @@ from torch import nn
 
 from smolforge.config import OptimizerConfig
 from smolforge.errors import BadInput
+from smolforge.training.muon import Muon
 from smolforge.training.rounding import RoundedAdamW
+
+# Maps from hidden to hidden, the parameters that Muon is for.
+_HIDDEN = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -23,16 +27,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     The first pattern of `config.groups` found in a name decides; `lr` there is a factor, `weight_decay` a value.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         chosen = next((values for pattern, values in config.groups.items() if re.search(pattern, name)), {})
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)))
+        orthogonal = config.name == "muon" and bool(_HIDDEN.search(name))
+        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), orthogonal)
         groups.setdefault(key, []).append(parameter)
     owned = [id(p) for members in groups.values() for p in members]
     everything = {id(p) for p in model.parameters()}
     assert len(owned) == len(set(owned)) and set(owned) == everything, "each parameter has exactly one group"
-    return [{"params": members, "factor": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
+    return [
+        {"params": members, "factor": lr, "weight_decay": decay, "orthogonal": orthogonal}
+        for (lr, decay, orthogonal), members in groups.items()
+    ]
 
 
 def build(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -61,6 +69,19 @@ def _adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> t
     )
 
 
+def _muon(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Muon over the layers' matrices, AdamW over the rest, see `muon.py`."""
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise BadInput(
+            "muon keeps its weights in fp32",
+            field="optimizer.name",
+            hint="Use adamw, or training.precision=bf16, which computes in bf16 over fp32 weights.",
+        )
+    return Muon(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum
+    )
+
+
 def _adamw8bit(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861) from bitsandbytes."""
     try:
@@ -81,4 +102,5 @@ def _adamw8bit(model: nn.Module, config: OptimizerConfig, device: torch.device) 
 _OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    "muon": _muon,
 }

@@ -145,6 +145,8 @@ def _attention(config: RunConfig, device: torch.device, precision: Precision) ->
     if asked != "auto":
         return asked, "as asked"
     if config.data.mask_documents:
+        if device.type == "cpu":
+            return "blocked", "blocks of queries meet no document but their own"
         return "sdpa", "it takes the mask of document borders"
     narrow = torch.bfloat16 in (precision.autocast, precision.weights)
     if device.type == "cpu" and narrow:

@@ -1,0 +1,102 @@
+"""Muon: the momentum of each hidden matrix, orthogonalised, is its update (Jordan et al. 2024, kellerjordan.github.io/
+posts/muon). All directions of a matrix learn at one speed, so it needs fewer steps than AdamW.
+
+Embeddings, the head and vectors are not maps from hidden to hidden; AdamW updates them. Updates are scaled to the size
+that AdamW's have (Liu et al. 2025, arXiv:2502.16982, section 2.2), so one learning rate and decay serve both.
+
+Unlike torch.optim.Muon this one computes in fp32 on a CPU, where bf16 is slow or missing, takes `found_inf`, and owns
+the rest of the parameters too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of the iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x: singular values come near 1, and small ones grow fastest.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+# Root mean square of AdamW's updates at a learning rate of 1, as Liu et al. measured it.
+_SIZE = 0.2
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Nearly U Vᵀ of each matrix's singular value decomposition: singular values between about 0.7 and 1.2.
+
+    Args:
+        matrices: (N, rows, columns), not zero throughout.
+
+    Returns:
+        (N, rows, columns) in fp32 on a CPU and bf16 elsewhere, where matrix products in fp32 are slow.
+    """
+    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon over the groups marked `orthogonal`, fused AdamW over the others.
+
+    Args:
+        params: parameter groups as `optimizers.parameter_groups` makes them.
+        momentum: decay of the running mean of the gradient, of `orthogonal` groups.
+
+    Attributes:
+        found_inf: (), not 0 where the next update is to be skipped; None for never.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, params: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, momentum: float
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None, "the gradients are made before"
+        everything = self.param_groups
+        try:
+            self.param_groups = [group for group in everything if not group["orthogonal"]]
+            super().step()
+        finally:
+            self.param_groups = everything
+        for group in everything:
+            if group["orthogonal"]:
+                self._step_matrices(group)
+        return None
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike[parameter.shape, parameter.device].append(parameter)
+        for (shape, device), parameters in alike.items():
+            flag = self.found_inf
+            skip = (torch.zeros((), device=device) if flag is None else flag.to(device)) != 0
+            looks_ahead = []
+            for parameter in parameters:
+                state, gradient = self.state[parameter], parameter.grad
+                assert gradient is not None
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                mean = torch.lerp(gradient, state["momentum"], self.momentum)
+                looks_ahead.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's
+                state["momentum"].copy_(torch.where(skip, state["momentum"], mean))
+            # Matrices of one shape go through the iteration together: a few large products instead of many small.
+            updates = orthogonalised(torch.stack(looks_ahead))
+            size = group["lr"] * _SIZE * max(shape) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                new = parameter * (1 - group["lr"] * group["weight_decay"]) - size * update
+                parameter.copy_(torch.where(skip, parameter, new))
