@@ -66,9 +66,10 @@ def test_hidden_matrices_follow_torchs_muon_and_all_else_follows_adamw() -> None
         model.named_parameters(), other.parameters(), before.parameters(), strict=True
     ):
         if "proj" in name:
-            # Theirs runs in bf16; the iteration carries its rounding to some percent of an update.
-            moved = (b - start_value).norm()
-            assert (a - b).norm() < 0.03 * moved, name
+            # The same directions; their lengths lie between 0.7 and 1.2 in one iteration and in the other.
+            moved = b - start_value
+            assert (a - b).norm() < 0.35 * moved.norm(), name
+            assert ((a - start_value) * moved).sum() > 0.95 * (a - start_value).norm() * moved.norm(), name
             # Three updates of the size that AdamW's have, the directions of which differ.
             assert 0.2 * 0.01 < (a - start_value).square().mean().sqrt() < 3 * 1.2 * 0.2 * 0.01
         else:
