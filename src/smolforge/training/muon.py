@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (a, b, c) of each iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x. Each polynomial is the one of its degree that brings what
-# the ones before it left nearest to 1, beginning with singular values from 0.01 to 1 (the minimax of Amsel et al. 2025,
-# arXiv:2505.16932, solved here as a linear program). Three such do as much as five of Jordan's one for all.
+# (a, b, c) of each iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x. Each polynomial is the one of its degree that brings
+# what the ones before it left nearest to 1, beginning with singular values from 0.01 to 1 (the minimax of Amsel et al.
+# 2025, arXiv:2505.16932, solved here as a linear program). Three such do as much as five of Jordan's one for all.
 _ITERATIONS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 # Root mean square of AdamW's updates at a learning rate of 1, as Liu et al. measured it.
 _SIZE = 0.2
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Nearly U Vᵀ of each matrix's singular value decomposition: singular values from 0.01 of the norm on come between 0.7 and 1.3.
+    """Nearly U Vᵀ of each matrix's singular value decomposition.
+
+    Singular values from 0.01 of the Frobenius norm on come between 0.7 and 1.3.
 
     Args:
         matrices: (N, rows, columns), not zero throughout.
