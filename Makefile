@@ -33,10 +33,13 @@ lint: $(VENV)/installed-dev      ## ruff, pyright, and the floors of the house
 soak: $(VENV)/installed-dev      ## long checks: random kills, faults and corruption (about 20 minutes)
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/installed-dev     ## smolforge beside its peers; each ends in one JSON line
+bench: $(VENV)/installed-peers   ## smolforge beside its peers (builds llama.cpp first); each ends in one JSON line
 	$(BIN)/smolforge bench train
-	$(BIN)/smolforge bench generate
 	$(BIN)/smolforge bench data
+	$(BIN)/smolforge bench generate
+	$(BIN)/python -m pytest -m slow tests/export/test_llama_cpp.py
+	$(BIN)/python benchmarks/generation/compare.py --llama-python $(BIN)/python
+	$(BIN)/python benchmarks/serving/compare.py --llama-python $(BIN)/python
 
 install: $(VENV)/installed-dev     ## make .venv with every extra but the trackers
 
@@ -50,6 +53,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e '.[web,gguf,eval,dev]'
+	touch $@
+
+# llama.cpp is compiled from its source package, for this machine.
+$(VENV)/installed-peers: $(VENV)/installed-dev
+	@echo "compiling llama.cpp (a quarter of an hour the first time)"
+	$(PIP) llama-cpp-python
 	touch $@
 
 clean:           ## remove what can be made again; runs stay
