@@ -5,8 +5,8 @@
 //
 // Everything heavy is one operation, `product`: rows times a matrix that was packed for it. A packed matrix is
 // cut into units of 32 output rows, and inside a unit the inputs come first, so that one 64-byte vector holds the
-// same few inputs of 16 outputs. One multiply-add against a broadcast input then feeds 16 outputs, nothing is ever
-// summed across a vector, and memory is read strictly forward. Keys and values are kept in the same layout, so
+// same few inputs of 16 outputs (two 32-byte vectors where that is what the machine has). One multiply-add against
+// a broadcast input then feeds them all, nothing is ever summed across a vector, memory is read strictly forward. Keys and values are kept in the same layout, so
 // attention is two more products: scores = keys x query, output = values x probabilities.
 //
 // Each output is accumulated in one order, from the first input to the last, whatever the number of rows or
@@ -14,13 +14,15 @@
 //
 //   kind  unit layout                                       inputs
 //   F32   [k][32] float                                     float
-//   BF16  [k/2][32][2] bfloat16                             bfloat16, sums in fp32
-//   I8    [k/4][32][4] value + 128; a scale per output      int8 with a scale per 64 inputs
-//   I4    [k/8][32][4] bytes of two nibbles, value + 8;     the same
+//   BF16  [k/2][32][2] bfloat16                             bfloat16 where the machine multiplies such pairs,
+//                                                           else float; sums in fp32
+//   I8    [k/4][32][4] value + 128; a scale per output      int8 with a scale per 64 inputs, widened to 16 bits
+//                                                           where the machine does not multiply byte quads
+//   I4    [k/8][32][4] bytes of two nibbles, value + 8;     int8 with a scale per 64 inputs
 //         a scale per output and 32 or 64 inputs
 //
-// GCC and clang lower the 64-byte vectors to whatever the machine has; only the two dot products that have
-// instructions of their own (bfloat16 pairs, int8 quads) are spelled out.
+// Vectors are the compiler's own, as wide as the machine's: wider ones would live in memory, not in registers.
+// Only the dot products that have instructions of their own (bfloat16 pairs, byte quads) are spelled out.
 
 #include <algorithm>
 #include <atomic>
@@ -39,19 +41,37 @@
 
 namespace {
 
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+#if defined(__AVX512VNNI__)  // before it AVX-512 was slow, and had no byte quads
+constexpr int WIDTH = 64, TILE = 12;  // bytes of a vector; rows of one tile, as many as the registers hold sums of
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32, TILE = 3;
+#else
+constexpr int WIDTH = 16, TILE = 3;
+#endif
+constexpr int UNIT = 32;           // outputs of one unit
+constexpr int GROUP = 64;          // inputs that share one activation scale
+constexpr int LANES = WIDTH / 4;   // outputs of one vector
+constexpr int V = UNIT / LANES;    // vectors of one unit
+
+typedef float F __attribute__((vector_size(WIDTH)));
+typedef int32_t I __attribute__((vector_size(WIDTH)));
+typedef uint32_t U __attribute__((vector_size(WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 enum Kind { F32, BF16, I8, I4 };
-constexpr int UNIT = 32;     // outputs of one unit
-constexpr int GROUP = 64;    // inputs that share one activation scale
-#if defined(__AVX512F__)
-constexpr int TILE = 12;     // rows of one tile: 24 accumulators of 32 registers
+
+// Does the machine multiply bfloat16 pairs and byte quads?
+#if defined(__AVX512BF16__)
+constexpr bool BF16_PAIRS = true;
 #else
-constexpr int TILE = 3;
+constexpr bool BF16_PAIRS = false;
+#endif
+#if defined(__AVX512VNNI__)
+constexpr bool QUADS = true;
+#else
+constexpr bool QUADS = false;
 #endif
 
 template <class T> T load(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
@@ -59,38 +79,60 @@ template <class T> void store(void* p, T v) { memcpy(p, &v, sizeof v); }
 F splat(float x) { return F{} + x; }
 I splat(int32_t x) { return I{} + x; }
 
-// acc + the dot products of 16 pairs of bfloat16 with one broadcast pair.
-inline F dot_pairs(F acc, I w, int32_t x) {
 #if defined(__AVX512BF16__)
-  return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(x));
-#else
-  const int32_t high = x & (int32_t)0xffff0000, low = (int32_t)((uint32_t)x << 16);
-  acc += (F)((U)w << 16) * load<float>(&low);
-  return acc + (F)(w & (int32_t)0xffff0000) * load<float>(&high);
-#endif
+// acc + the dot products of pairs of bfloat16 with one broadcast pair.
+inline F dot_pairs(F acc, I w, const void* x) {
+  return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(load<int32_t>(x)));
 }
+#else
+// The same with two floats: a bfloat16 is the upper half of one.
+inline F dot_pairs(F acc, I w, const void* x) {
+  acc += (F)((U)w << 16) * load<float>(x);
+  return acc + (F)(w & (int32_t)0xffff0000) * load<float>((const float*)x + 1);
+}
+#endif
 
-// acc + the dot products of 16 quads of unsigned bytes with one broadcast quad of signed bytes; exact.
-inline I dot_quads(I acc, I w, int32_t x) {
+// acc + the dot products of quads of unsigned bytes with one broadcast quad of signed ones; exact.
 #if defined(__AVX512VNNI__)
-  return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)splat(x));
-#elif defined(__AVX2__)
-  // Bytes 0 and 2, then 1 and 3, widened to 16 bits: pmaddwd cannot overflow there, pmaddubsw could.
-  const int32_t even = (uint16_t)(int8_t)x | ((uint32_t)(uint16_t)(int8_t)(x >> 16) << 16);
-  const int32_t odd = (uint16_t)(int8_t)(x >> 8) | ((uint32_t)(uint16_t)(int8_t)(x >> 24) << 16);
-  const I low = w & 0x00ff00ff, high = (I)((U)w >> 8) & 0x00ff00ff;
-  __m256i part[2];
-  for (int i = 0; i < 2; i++)
-    part[i] = _mm256_add_epi32(
-        _mm256_madd_epi16(load<__m256i>((const char*)&low + 32 * i), _mm256_set1_epi32(even)),
-        _mm256_madd_epi16(load<__m256i>((const char*)&high + 32 * i), _mm256_set1_epi32(odd)));
-  return acc + load<I>(part);
+inline I dot_quads(I acc, I w, const void* x) {
+  return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)splat(load<int32_t>(x)));
+}
 #else
-  const U u = (U)w;
-  acc += (I)(u & 255) * (int32_t)(int8_t)x + (I)((u >> 8) & 255) * (int32_t)(int8_t)(x >> 8);
-  return acc + (I)((u >> 16) & 255) * (int32_t)(int8_t)(x >> 16) + (I)(u >> 24) * (int32_t)(int8_t)(x >> 24);
+// x holds 16-bit values in the order 0, 2, 1, 3: bytes 0 and 2 of w widen by a mask, 1 and 3 by a shift. Products of
+// byte pairs (pmaddubsw) could overflow 16 bits; those of 16-bit pairs fit.
+inline I dot_quads(I acc, I w, const void* x) {
+  const I even = w & 0x00ff00ff, odd = (I)((U)w >> 8) & 0x00ff00ff;
+#if defined(__AVX2__)
+  acc += (I)_mm256_madd_epi16((__m256i)even, (__m256i)splat(load<int32_t>(x)));
+  return acc + (I)_mm256_madd_epi16((__m256i)odd, (__m256i)splat(load<int32_t>((const int16_t*)x + 2)));
+#else
+  const auto* s = (const int16_t*)x;
+  acc += (even & 0xffff) * (int32_t)s[0] + (even >> 16) * (int32_t)s[1];
+  return acc + (odd & 0xffff) * (int32_t)s[2] + (odd >> 16) * (int32_t)s[3];
 #endif
 }
+#endif
+
+// The same for 32 inputs of 4-bit weights, whose products are small: at most 8 x 2 x 15 x 127 < 2^15, so that sums
+// of pairs stay in 16 bits until the end. `Small` is what they are summed in.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+typedef Shorts Small;
+inline Small dot_small(Small acc, I w, const int8_t* x) {
+  return acc + (Small)_mm256_maddubs_epi16((__m256i)w, (__m256i)splat(load<int32_t>(x)));
+}
+inline I widen(Small acc) { return (I)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)); }
+#elif defined(__AVX512VNNI__)
+typedef I Small;
+inline Small dot_small(Small acc, I w, const int8_t* x) { return dot_quads(acc, w, x); }
+inline I widen(Small acc) { return acc; }
+#else
+typedef I Small;
+inline Small dot_small(Small acc, I w, const int8_t* x) {
+  acc += (w & 255) * (int32_t)x[0] + ((w >> 8) & 255) * (int32_t)x[1];
+  return acc + ((w >> 16) & 255) * (int32_t)x[2] + (w >> 24) * (int32_t)x[3];
+}
+inline I widen(Small acc) { return acc; }
+#endif
 
 // 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 it is 0 for our purposes.
 inline F exp2_(F x) {
@@ -108,8 +150,8 @@ inline F exp2_(F x) {
 }
 constexpr float LOG2E = 1.44269504f;
 
-inline float sum(F v) { float s[16]; store(s, v); for (int w = 8; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w]; return s[0]; }
-inline float greatest(F v) { float s[16]; store(s, v); for (int i = 1; i < 16; i++) s[0] = std::max(s[0], s[i]); return s[0]; }
+inline float sum(F v) { float s[LANES]; store(s, v); for (int w = LANES / 2; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w]; return s[0]; }
+inline float greatest(F v) { float s[LANES]; store(s, v); for (int i = 1; i < LANES; i++) s[0] = std::max(s[0], s[i]); return s[0]; }
 
 inline U to_bf16(F v) { const U u = (U)v; return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }  // nearest even
 inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
@@ -132,13 +174,16 @@ struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, c
 
 namespace {
 
-int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4: half of it
+constexpr int input_bytes(int kind) {
+  return kind == F32 ? 4 : kind == BF16 ? (BF16_PAIRS ? 2 : 4) : kind == I8 && !QUADS ? 2 : 1;
+}
 size_t unit_bytes(const Matrix& w) {
   const size_t k = round_up(w.k, GROUP);
   return w.kind == I4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
 }
 
-// Rows of inputs in the form that a kind of matrix wants. `stride` counts inputs.
+// Rows of inputs in the form that a kind of matrix wants (input_bytes each). `stride` counts inputs.
 struct Inputs {
   void* data;
   int stride;
@@ -146,88 +191,84 @@ struct Inputs {
   int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs)
 };
 
-// M rows times one unit; out[m][0] holds outputs 0..15, out[m][1] outputs 16..31.
+// M rows times one unit; out[m][v] holds the outputs from v * LANES on.
 template <int KIND, int M>
-void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int row, F (*out)[2]) {
+void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int row, F (*out)[V]) {
   const uint8_t* p = w.data + bytes * unit;
-  if constexpr (KIND == F32) {
-    const float* x = (const float*)in.data + (size_t)row * in.stride;
-    F acc[M][2] = {};
-    for (int i = 0; i < k; i++, p += 128) {
-      const F w0 = load<F>(p), w1 = load<F>(p + 64);
+  const auto input = [&](int m, int i) { return (const char*)in.data + ((size_t)(row + m) * in.stride + i) * input_bytes(KIND); };
+  if constexpr (KIND == F32 || KIND == BF16) {
+    constexpr int PER = KIND == F32 ? 1 : 2;  // inputs of one word
+    F acc[M][V] = {};
+    for (int i = 0; i < k; i += PER, p += 4 * UNIT)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const I word = load<I>(p + v * WIDTH);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        const float xm = x[(size_t)m * in.stride + i];
-        acc[m][0] += w0 * xm, acc[m][1] += w1 * xm;
+        for (int m = 0; m < M; m++)
+          if constexpr (KIND == F32) acc[m][v] += (F)word * load<float>(input(m, i));
+          else acc[m][v] = dot_pairs(acc[m][v], word, input(m, i));
       }
-    }
-    memcpy(out, acc, sizeof acc);
-  } else if constexpr (KIND == BF16) {
-    const uint16_t* x = (const uint16_t*)in.data + (size_t)row * in.stride;
-    F acc[M][2] = {};
-    for (int i = 0; i < k; i += 2, p += 128) {
-      const I w0 = load<I>(p), w1 = load<I>(p + 64);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        const int32_t xm = load<int32_t>(x + (size_t)m * in.stride + i);
-        acc[m][0] = dot_pairs(acc[m][0], w0, xm), acc[m][1] = dot_pairs(acc[m][1], w1, xm);
-      }
-    }
-    memcpy(out, acc, sizeof acc);
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) out[m][v] = acc[m][v];
   } else {
-    const int8_t* x = (const int8_t*)in.data + (size_t)row * in.stride;
     const int groups = in.stride / GROUP, step = KIND == I4 ? w.group : GROUP;
     const uint16_t* fine = KIND == I4 ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * UNIT : nullptr;
-    for (int m = 0; m < M; m++) out[m][0] = out[m][1] = F{};
+    F total[M][V] = {};
     for (int g = 0; g < k; g += step) {
-      I acc[M][2];
+      I acc[M][V];
 #pragma GCC unroll 12
       for (int m = 0; m < M; m++)
-        acc[m][0] = acc[m][1] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) acc[m][v] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]);
       if constexpr (KIND == I8) {
-        for (int i = g; i < g + GROUP; i += 4, p += 128) {
-          const I w0 = load<I>(p), w1 = load<I>(p + 64);
+        for (int i = g; i < g + GROUP; i += 4, p += 4 * UNIT)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) {
+            const I word = load<I>(p + v * WIDTH);
 #pragma GCC unroll 12
-          for (int m = 0; m < M; m++) {
-            const int32_t xm = load<int32_t>(x + (size_t)m * in.stride + i);
-            acc[m][0] = dot_quads(acc[m][0], w0, xm), acc[m][1] = dot_quads(acc[m][1], w1, xm);
+            for (int m = 0; m < M; m++) acc[m][v] = dot_quads(acc[m][v], word, input(m, i));
           }
-        }
       } else {
-        for (int i = g; i < g + step; i += 8, p += 128) {
-          const I v0 = load<I>(p), v1 = load<I>(p + 64);
-          const I a0 = v0 & 0x0f0f0f0f, a1 = v1 & 0x0f0f0f0f;
-          const I b0 = (I)((U)v0 >> 4) & 0x0f0f0f0f, b1 = (I)((U)v1 >> 4) & 0x0f0f0f0f;
+        for (int half = g; half < g + step; half += 32) {
+          Small small[M][V] = {};
+          for (int i = half; i < half + 32; i += 8, p += 4 * UNIT)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+              const I word = load<I>(p + v * WIDTH), low = word & 0x0f0f0f0f, high = (I)((U)word >> 4) & 0x0f0f0f0f;
 #pragma GCC unroll 12
-          for (int m = 0; m < M; m++) {
-            const int32_t xa = load<int32_t>(x + (size_t)m * in.stride + i), xb = load<int32_t>(x + (size_t)m * in.stride + i + 4);
-            acc[m][0] = dot_quads(dot_quads(acc[m][0], a0, xa), b0, xb);
-            acc[m][1] = dot_quads(dot_quads(acc[m][1], a1, xa), b1, xb);
-          }
+              for (int m = 0; m < M; m++) {
+                const auto* x = (const int8_t*)input(m, i);
+                small[m][v] = dot_small(dot_small(small[m][v], low, x), high, x + 4);
+              }
+            }
+#pragma GCC unroll 12
+          for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[m][v] += widen(small[m][v]);
         }
       }
-      F s0 = splat(1.f), s1 = s0;
-      if constexpr (KIND == I4) {
-        s0 = (F)(__builtin_convertvector(load<Halves>(fine), U) << 16);
-        s1 = (F)(__builtin_convertvector(load<Halves>(fine + 16), U) << 16);
-        fine += UNIT;
-      }
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        F scale = splat(1.f);
+        if constexpr (KIND == I4) scale = (F)(__builtin_convertvector(load<Halves>(fine + v * LANES), U) << 16);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        const float sx = in.scales[(size_t)(row + m) * groups + g / GROUP];
-        out[m][0] += __builtin_convertvector(acc[m][0], F) * (s0 * sx);
-        out[m][1] += __builtin_convertvector(acc[m][1], F) * (s1 * sx);
+        for (int m = 0; m < M; m++)
+          total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale * in.scales[(size_t)(row + m) * groups + g / GROUP]);
       }
+      fine += KIND == I4 ? UNIT : 0;
     }
-    if constexpr (KIND == I8) {
-      const float* s = (const float*)w.scales + (size_t)unit * UNIT;
-      const F s0 = load<F>(s), s1 = load<F>(s + 16);
-      for (int m = 0; m < M; m++) out[m][0] *= s0, out[m][1] *= s1;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const F scale = KIND == I8 ? load<F>((const float*)w.scales + (size_t)unit * UNIT + v * LANES) : splat(1.f);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) out[m][v] = total[m][v] * scale;
     }
   }
 }
 
-using Tile = void (*)(const Matrix&, int, size_t, int, const Inputs&, int, F (*)[2]);
+using Tile = void (*)(const Matrix&, int, size_t, int, const Inputs&, int, F (*)[V]);
 template <int KIND, int... M> Tile pick(int rows, std::integer_sequence<int, M...>) {
   static const Tile table[] = {tile<KIND, M + 1>...};
   return table[rows - 1];
@@ -241,7 +282,7 @@ Tile pick(int kind, int rows) {
 // rows x w for the units first..last; each tile goes to done(unit, row, rows, out).
 template <class Done>
 void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, int first, int last, Done done) {
-  alignas(64) F out[TILE][2];
+  alignas(64) F out[TILE][V];
   for (int unit = first; unit < last; unit++)
     for (int row = 0; row < rows; row += TILE) {
       const int n = std::min(TILE, rows - row);
@@ -327,6 +368,16 @@ struct Buffer {
   }
 };
 
+// Inputs i.. of a row for F32 or BF16 matrices; and one of them.
+void put_inputs(int kind, char* row, int i, F v) {
+  if (kind == F32 || !BF16_PAIRS) store((float*)row + i, v);
+  else store((uint16_t*)row + i, __builtin_convertvector(to_bf16(v), Halves));
+}
+void put_input(int kind, char* row, int i, float v) {
+  if (kind == F32 || !BF16_PAIRS) ((float*)row)[i] = v;
+  else ((uint16_t*)row)[i] = to_bf16(v);
+}
+
 struct Prepared { Buffer data, scales, corrections; };
 
 struct Span { int first, last; };
@@ -339,7 +390,7 @@ struct Model {
   const float *final_norm, *cos, *sin;  // cos, sin: [position][head_dim / 2]
   Team team;
   Buffer x, qkv, y, h;                  // residual stream, q|k|v, attention's output, SwiGLU's output: float rows
-  Buffer queries;                       // rotated and scaled, in the cache's precision
+  Buffer queries;                       // rotated and scaled, as the cache's kind wants its inputs
   Prepared shared;                      // prepared inputs of all rows
   std::vector<Prepared> own;            // the same for one row, one per thread: cheaper than a barrier
   std::vector<Buffer> scores, weights;  // of attention, one per thread
@@ -358,35 +409,37 @@ struct Model {
     F scale = splat(1.f);
     if (norm) {
       F squares = {};
-      for (int i = 0; i < k; i += 16) { const F v = load<F>(from + i); squares += v * v; }
+      for (int i = 0; i < k; i += LANES) { const F v = load<F>(from + i); squares += v * v; }
       scale = splat(1.f / std::sqrt(sum(squares) / s.width + s.eps));
     }
     const auto value = [&](int i) { F v = load<F>(from + i); return norm ? v * scale * load<F>(norm + i) : v; };
-    if (w.kind == F32) {
-      for (int i = 0; i < k; i += 16) store((float*)to.data + (size_t)r * k + i, value(i));
-    } else if (w.kind == BF16) {
-      for (int i = 0; i < k; i += 16)
-        store((uint16_t*)to.data + (size_t)r * k + i, __builtin_convertvector(to_bf16(value(i)), Halves));
-    } else {
-      const int step = w.kind == I4 ? w.group : GROUP, offset = w.kind == I4 ? 8 : 128;
-      for (int g = 0; g < k; g += GROUP) {
-        F v[4], most = {};
-        for (int j = 0; j < 4; j++) { v[j] = value(g + 16 * j); const F a = v[j] < 0 ? -v[j] : v[j]; most = a > most ? a : most; }
-        const float peak = greatest(most), inverse = peak > 0 ? 127.f / peak : 0.f;
-        to.scales[(size_t)r * (k / GROUP) + g / GROUP] = peak / 127.f;
-        int32_t part[4];
-        for (int j = 0; j < 4; j++) {
-          const F magic = splat(12582912.f);
-          const I q = __builtin_convertvector((v[j] * inverse + magic) - magic, I);
-          store((int8_t*)to.data + (size_t)r * k + g + 16 * j, __builtin_convertvector(q, Bytes));
-          part[j] = 0;
-          for (int l = 0; l < 16; l++) part[j] += q[l];
-        }
-        for (int j = 0; j < GROUP / step; j++) {
-          int32_t total = 0;
-          for (int i = 0; i < step / 16; i++) total += part[j * step / 16 + i];
-          to.corrections[(size_t)r * (k / step) + g / step + j] = -offset * total;
-        }
+    char* row = (char*)to.data + (size_t)r * k * input_bytes(w.kind);
+    if (w.kind == F32 || w.kind == BF16) {
+      for (int i = 0; i < k; i += LANES) put_inputs(w.kind, row, i, value(i));
+      return;
+    }
+    const int step = w.kind == I4 ? w.group : GROUP, offset = w.kind == I4 ? 8 : 128;
+    for (int g = 0; g < k; g += GROUP) {
+      F v[GROUP / LANES], most = {};
+      for (int j = 0; j < GROUP / LANES; j++) {
+        v[j] = value(g + LANES * j);
+        const F a = v[j] < 0 ? -v[j] : v[j];
+        most = a > most ? a : most;
+      }
+      const float peak = greatest(most), inverse = peak > 0 ? 127.f / peak : 0.f;
+      to.scales[(size_t)r * (k / GROUP) + g / GROUP] = peak / 127.f;
+      int8_t q[GROUP];
+      for (int j = 0; j < GROUP / LANES; j++) {
+        const F magic = splat(12582912.f);
+        store(q + LANES * j, __builtin_convertvector(__builtin_convertvector((v[j] * inverse + magic) - magic, I), Bytes));
+      }
+      if (input_bytes(w.kind) == 1) memcpy(row + g, q, GROUP);
+      else  // the order that dot_quads wants
+        for (int i = 0; i < GROUP; i++) ((int16_t*)row)[g + i / 4 * 4 + "\0\2\1\3"[i % 4]] = q[i];
+      for (int j = 0; j < GROUP / step; j++) {
+        int32_t total = 0;
+        for (int i = 0; i < step; i++) total += q[j * step + i];
+        to.corrections[(size_t)r * (k / step) + g / step + j] = -offset * total;
       }
     }
   }
@@ -438,11 +491,6 @@ struct Model {
     if (m.kind == F32) store(p + ((size_t)input * UNIT + lane) * 4, value);
     else store(p + ((size_t)(input / 2) * UNIT + lane) * 4 + input % 2 * 2, to_bf16(value));
   }
-  void put_query(int index, float value) {
-    if (s.cache_kind == F32) ((float*)queries.p)[index] = value;
-    else ((uint16_t*)queries.p)[index] = to_bf16(value);
-  }
-
   // Rotate row r's query head (or key head, which goes to the cache with its value); half-rotation layout.
   void rotate(int r, int head, int position, uint8_t* cache, int capacity, int layer) {
     const int d = s.head_dim, half = d / 2;
@@ -452,8 +500,8 @@ struct Model {
       const float scale = LOG2E / std::sqrt((float)d);  // softmax is taken in powers of two
       const int at = (r * s.heads + head) * d;
       for (int i = 0; i < half; i++) {
-        put_query(at + i, (from[i] * c[i] - from[i + half] * n[i]) * scale);
-        put_query(at + i + half, (from[i + half] * c[i] + from[i] * n[i]) * scale);
+        put_input(s.cache_kind, queries.p, at + i, (from[i] * c[i] - from[i + half] * n[i]) * scale);
+        put_input(s.cache_kind, queries.p, at + i + half, (from[i + half] * c[i] + from[i] * n[i]) * scale);
       }
       return;
     }
@@ -475,10 +523,11 @@ struct Model {
     const size_t e = bytes_per_input(s.cache_kind);
     const Matrix k = keys(cache, capacity, layer, kv), v = values(cache, capacity, layer, kv);
     float* score = scores[id].get<float>((size_t)n * padded);
-    char* weight = weights[id].get<char>((size_t)n * padded * e);
-    const Inputs q = {(char*)queries.p + e * ((size_t)row * s.heads + head) * d, n_heads > 1 ? d : s.heads * d, nullptr, nullptr};
-    product(k, e * UNIT * d, d, q, n, 0, padded / UNIT, [&](int unit, int m, int count, F(*out)[2]) {
-      for (int i = 0; i < count; i++) memcpy(score + (size_t)(m + i) * padded + unit * UNIT, out[i], 128);
+    const int in = input_bytes(s.cache_kind);
+    char* weight = weights[id].get<char>((size_t)n * padded * in);
+    const Inputs q = {queries.p + in * ((size_t)row * s.heads + head) * d, n_heads > 1 ? d : s.heads * d, nullptr, nullptr};
+    product(k, e * UNIT * d, d, q, n, 0, padded / UNIT, [&](int unit, int m, int count, F(*out)[V]) {
+      for (int i = 0; i < count; i++) memcpy(score + (size_t)(m + i) * padded + unit * UNIT, out[i], 4 * UNIT);
     });
     float inverse[TILE];
     for (int i = 0; i < n; i++) {
@@ -486,26 +535,24 @@ struct Model {
       const int length = position + 1 + (n_heads > 1 ? 0 : i);
       for (int j = length; j < padded; j++) t[j] = -INFINITY;
       F most = splat(-INFINITY), total = {};
-      for (int j = 0; j < padded; j += 16) { const F a = load<F>(t + j); most = a > most ? a : most; }
+      for (int j = 0; j < padded; j += LANES) { const F a = load<F>(t + j); most = a > most ? a : most; }
       const F peak = splat(greatest(most));
-      for (int j = 0; j < padded; j += 16) {
+      for (int j = 0; j < padded; j += LANES) {
         const F a = load<F>(t + j);
         const F p = a == -INFINITY ? F{} : exp2_(a - peak);
         total += p;
-        if (s.cache_kind == F32) store(weight + ((size_t)i * padded + j) * 4, p);
-        else store(weight + ((size_t)i * padded + j) * 2, __builtin_convertvector(to_bf16(p), Halves));
+        put_inputs(s.cache_kind, weight + (size_t)i * padded * in, j, p);
       }
       inverse[i] = 1.f / sum(total);
     }
     const Inputs w = {weight, padded, nullptr, nullptr};
-    product(v, e * UNIT * capacity, round_up(seen, 2), w, n, 0, (d + UNIT - 1) / UNIT, [&](int unit, int m, int count, F(*out)[2]) {
+    product(v, e * UNIT * capacity, round_up(seen, 2), w, n, 0, (d + UNIT - 1) / UNIT, [&](int unit, int m, int count, F(*out)[V]) {
       for (int i = 0; i < count; i++) {
         const int r = n_heads > 1 ? row : row + m + i, h_ = n_heads > 1 ? head + m + i : head;
         float* to = (float*)y.p + (size_t)r * y_stride() + (size_t)h_ * d + unit * UNIT;
-        const F lo = out[i][0] * inverse[m + i], hi = out[i][1] * inverse[m + i];
-        float both[UNIT];
-        store(both, lo), store(both + 16, hi);
-        memcpy(to, both, sizeof(float) * std::min(UNIT, d - unit * UNIT));
+        float all[UNIT];
+        for (int v = 0; v < V; v++) store(all + v * LANES, out[i][v] * inverse[m + i]);
+        memcpy(to, all, sizeof(float) * std::min(UNIT, d - unit * UNIT));
       }
     });
   }
@@ -531,16 +578,16 @@ struct Model {
       const Span mine = share(rows, id, team.size);
       for (int r = mine.first; r < mine.last; r++) embed(tokens[r], stream + (size_t)r * width_);
       team.barrier();
-      const auto add = [&](int unit, int m, int n, F(*out)[2]) {
+      const auto add = [&](int unit, int m, int n, F(*out)[V]) {
         for (int i = 0; i < n; i++) {
           float* to = stream + (size_t)(m + i) * width_ + unit * UNIT;
-          store(to, load<F>(to) + out[i][0]), store(to + 16, load<F>(to + 16) + out[i][1]);
+          for (int v = 0; v < V; v++) store(to + v * LANES, load<F>(to + v * LANES) + out[i][v]);
         }
       };
       for (int l = 0; l < s.layers; l++) {
         const Layer& layer = layers[l];
-        rows_times(layer.qkv, prepare(layer.qkv, id, rows, stream, width_, layer.norm1), id, rows, [&](int unit, int m, int n, F(*out)[2]) {
-          for (int i = 0; i < n; i++) memcpy(projected + (size_t)(m + i) * q_ + unit * UNIT, out[i], 128);
+        rows_times(layer.qkv, prepare(layer.qkv, id, rows, stream, width_, layer.norm1), id, rows, [&](int unit, int m, int n, F(*out)[V]) {
+          for (int i = 0; i < n; i++) memcpy(projected + (size_t)(m + i) * q_ + unit * UNIT, out[i], 4 * UNIT);
         });
         team.barrier();
         if (id == 0) next.store(0, std::memory_order_relaxed);
@@ -569,10 +616,10 @@ struct Model {
         team.barrier();
         rows_times(layer.o, prepare(layer.o, id, rows, mixed, y_stride(), nullptr), id, rows, add);
         team.barrier();
-        rows_times(layer.gate_up, prepare(layer.gate_up, id, rows, stream, width_, layer.norm2), id, rows, [&](int unit, int m, int n, F(*out)[2]) {
-          for (int i = 0; i < n; i++) {  // a unit holds 16 gates and their 16 ups
-            const F gate = out[i][0], silu = gate / (1.f + exp2_(gate < -80.f ? splat(80.f * LOG2E) : gate * -LOG2E));
-            store(hidden + (size_t)(m + i) * inner_ + unit * 16, silu * out[i][1]);
+        rows_times(layer.gate_up, prepare(layer.gate_up, id, rows, stream, width_, layer.norm2), id, rows, [&](int unit, int m, int n, F(*out)[V]) {
+          for (int i = 0; i < n; i++) for (int v = 0; v < V / 2; v++) {  // a unit holds 16 gates and their 16 ups
+            const F gate = out[i][v], silu = gate / (1.f + exp2_(gate < -80.f ? splat(80.f * LOG2E) : gate * -LOG2E));
+            store(hidden + (size_t)(m + i) * inner_ + unit * 16 + v * LANES, silu * out[i][v + V / 2]);
           }
         });
         team.barrier();
@@ -580,7 +627,7 @@ struct Model {
         team.barrier();
       }
       if (!wanted) return;
-      rows_times(head, prepare(head, id, wanted, stream, width_, final_norm, wanted_rows), id, wanted, [&](int unit, int m, int n, F(*out)[2]) {
+      rows_times(head, prepare(head, id, wanted, stream, width_, final_norm, wanted_rows), id, wanted, [&](int unit, int m, int n, F(*out)[V]) {
         const int width = std::min(UNIT, s.vocab - unit * UNIT);
         for (int i = 0; i < n; i++) memcpy(logits + (size_t)(m + i) * s.vocab + unit * UNIT, out[i], sizeof(float) * width);
       });
