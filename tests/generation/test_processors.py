@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from smolforge.generation import processors
-from smolforge.generation.sampler import Sampler, _shortlist
+from smolforge.generation.sampler import Sampler
 from smolforge.generation.sampling import Sampling
 
 PAIRS = [
@@ -65,24 +65,31 @@ def test_bias_and_min_tokens():
     st.integers(0, 2**31), st.sampled_from([0, 1, 5, 40, 63, 500]), st.sampled_from([0.05, 0.5, 0.9, 0.99, 1.0]),
     st.sampled_from([0.0, 0.02, 0.3]), st.sampled_from([0.3, 0.8, 1.0, 2.5]), st.sampled_from([0.5, 3.0, 10.0]),
 )  # fmt: skip
-def test_shortlist_keeps_what_the_whole_vocabulary_keeps(seed, top_k, top_p, min_p, temperature, scale):
+def test_keeps_what_the_chain_of_processors_keeps(seed, top_k, top_p, min_p, temperature, scale):
     scores = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * scale
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    short = _shortlist(scores, sampling)
-    if short is None:
-        return
     full = scores.double()
     for process in processors.chain(sampling):
         full = process(full)
     kept = torch.nonzero(full > processors.NEVER).flatten()
-    assert short[0].tolist() == kept.tolist()
-    torch.testing.assert_close(torch.from_numpy(short[1]), full[kept], rtol=1e-12, atol=1e-6)
+    ids, probabilities = Sampler(sampling, [0], seed=0).distribution(scores)
+    assert ids.tolist() == kept.tolist()
+    torch.testing.assert_close(torch.from_numpy(probabilities), full[kept].softmax(-1), rtol=1e-4, atol=1e-12)
 
 
-def test_shortlist_gives_way_to_ties_at_its_border():
-    assert _shortlist(torch.zeros(5000), Sampling(top_k=5, temperature=1.0)) is None
+def test_ties_with_the_last_of_top_k_stay():
+    ids, _ = Sampler(Sampling(top_k=5, top_p=1.0, temperature=1.0), [0], seed=0).distribution(torch.zeros(5000))
+    assert len(ids) == 5000
 
 
-def test_shortlist_decides_in_the_usual_case():
-    scores = torch.randn(49152, generator=torch.Generator().manual_seed(0)) * 5
-    assert _shortlist(scores, Sampling()) is not None
+def test_top_p_of_equal_weights_keeps_its_share_and_no_more():
+    ids, _ = Sampler(Sampling(top_p=0.25, temperature=1.0), [0], seed=0).distribution(torch.zeros(4096))
+    assert len(ids) == 1024
+
+
+def test_the_forbidden_stay_out_of_a_nucleus_of_everything():
+    scores = torch.randn(49152, generator=torch.Generator().manual_seed(0))
+    scores[7] = processors.NEVER
+    ids, probabilities = Sampler(Sampling(top_p=0.999999999, temperature=1.0), [0], seed=0).distribution(scores)
+    assert 7 not in ids and len(ids) > 49000
+    assert abs(probabilities.sum() - 1) < 1e-12

@@ -3,8 +3,8 @@
 The uniform of token t of choice c is a hash of (seed, c, t). There is no generator state, so a request's
 text cannot depend on what else runs, on the order of requests, or on tokens that were drafted and thrown away.
 
-Sorting 49,152 logits costs 3 ms, so filters look at the highest few first (`_shortlist`) and fall back to the
-whole vocabulary only where those few do not decide. Both ways keep the same tokens and draw in order of id.
+Sorting 49,152 logits costs 3 ms, as long as half a token of the model, so the filters are applied without sorting
+more than the few that lie at the border (`_kept`). They keep the same tokens as `processors.chain` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from smolforge.generation import processors
 from smolforge.generation.sampling import Sampling
 
-SHORTLISTS = (64, 1024)
+FEW = 1024  # weights that are sorted at once
 NO_TOP: tuple[tuple[int, float], ...] = ()
 
 
@@ -82,14 +82,16 @@ class Sampler:
 
     def distribution(self, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(ids ascending, probabilities in float64) of the tokens that the filters keep of scores (V,)."""
-        kept = _shortlist(scores, self.sampling)
-        if kept is None:
+        if self.sampling.typical_p < 1:
             for process in self._chain:
                 scores = process(scores)
-            ids = torch.nonzero(scores > processors.NEVER).flatten()
-            kept = ids.numpy(), scores[ids].double().numpy()
-        ids, values = kept
-        weights = np.exp(values - values.max())
+            values = scores.numpy()
+            ids = np.flatnonzero(values > processors.NEVER)
+        else:
+            values = scores.numpy() / np.float32(self.sampling.temperature)
+            ids = _kept(values, self.sampling)
+        weights = values[ids].astype(np.float64)
+        weights = np.exp(weights - weights.max())
         return ids, weights / weights.sum()
 
     def _penalise(self, scores: Tensor, index: int) -> Tensor:
@@ -122,42 +124,40 @@ def describe(logits: Tensor, token_id: int, top: int) -> Picked:
     return Picked(token_id, float(logits[token_id] - total), tuple(alternatives))
 
 
-def _shortlist(scores: Tensor, sampling: Sampling) -> tuple[np.ndarray, np.ndarray] | None:
-    """(ids ascending, scores / temperature) that the filters keep, found among the highest few scores.
+def _kept(values: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Ids, ascending, that top-k, top-p and min-p keep of the scores after temperature (V,)."""
+    least = np.float32(processors.NEVER)
+    if 0 < sampling.top_k < len(values):
+        least = torch.topk(torch.from_numpy(values), sampling.top_k).values[-1].numpy()  # ties with it stay
+    keep = values >= least if least > processors.NEVER else values > least
+    if sampling.top_p < 1:
+        keep = _nucleus(np.exp(values - values.max()) * keep, sampling.top_p)
+    if sampling.min_p > 0:
+        keep &= values >= values.max() + np.log(sampling.min_p)
+    return np.flatnonzero(keep)
 
-    None where the few do not decide: a filter would keep the last of them, so it might keep others too.
+
+def _nucleus(weights: np.ndarray, mass: float) -> np.ndarray:
+    """Which of the weights (V,), 1 the greatest, are the fewest greatest that make up `mass` of their sum; (V,) bool.
+
+    The border lies between two weights, `top` and `floor`. `floor` goes down from 1 by a factor until enough lies
+    above it, then the factor shrinks, until what lies between them is few enough to be sorted.
     """
-    if sampling.typical_p < 1 or not (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0):
-        return None
-    total: float | None = None
-    for size in SHORTLISTS:
-        if size >= scores.shape[-1]:
-            return None
-        if sampling.top_k >= size:
+    need = mass * weights.sum(dtype=np.float64)
+    top, taken, floor, factor = 1.0, 0.0, 0.0, 0.08  # taken: the mass above top
+    while top > 1e-30 and factor < 0.999:
+        above = weights > np.float32(top * factor)
+        within = (weights * above).sum(dtype=np.float64)
+        if within < need:
+            top, taken = top * factor, within
             continue
-        best = torch.topk(scores, size)
-        values = best.values.double().numpy() / sampling.temperature
-        keep = np.ones(size, dtype=bool)
-        if sampling.top_k:
-            keep &= values >= values[sampling.top_k - 1]
-            if keep[-1]:  # as likely as the k-th: there may be more of them
-                continue
-        if sampling.top_p < 1:
-            if sampling.top_k:
-                denominator = np.exp(values[keep] - values[0]).sum()
-            else:
-                if total is None:
-                    total = float(torch.logsumexp(scores / sampling.temperature, -1))
-                denominator = np.exp(total - values[0])
-            probabilities = np.where(keep, np.exp(values - values[0]), 0.0) / denominator
-            before = np.concatenate(([0.0], np.cumsum(probabilities)[:-1]))
-            keep &= before < sampling.top_p
-            keep[0] = True
-        if sampling.min_p > 0:
-            keep &= np.exp(values - values[0]) >= sampling.min_p
-        if keep[-1]:
-            continue
-        ids = best.indices.numpy()[keep]
-        order = np.argsort(ids)
-        return ids[order], values[keep][order]
-    return None
+        floor, factor = top * factor, factor**0.5
+        if np.count_nonzero(above) - np.count_nonzero(weights > np.float32(top)) <= FEW:
+            break
+    keep = weights > np.float32(top)
+    rest = np.flatnonzero((weights > np.float32(floor)) & ~keep)
+    rest = rest[np.argsort(-weights[rest], kind="stable")]
+    before = taken + np.concatenate(([0.0], np.cumsum(weights[rest], dtype=np.float64)[:-1]))
+    keep[rest[before < need]] = True
+    keep[weights.argmax()] = True  # one at least, whatever `mass` is
+    return keep
