@@ -222,7 +222,7 @@ def with_idle_layers(config, weights, count: int):
 @pytest.fixture(scope="session")
 def slow_run(tmp_path_factory) -> Path:
     """The same run, written slowly enough to be watched."""
-    return write_run(tmp_path_factory.mktemp("runs") / "slow", idle_layers=24)
+    return write_run(tmp_path_factory.mktemp("runs") / "slow", idle_layers=72)
 
 
 @pytest.fixture(scope="session")

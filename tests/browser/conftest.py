@@ -26,7 +26,7 @@ SHOTS = Path(__file__).parents[2] / "screenshots"
 @pytest.fixture(scope="session")
 def page_server(tmp_path_factory) -> Iterator[Server]:
     """A server with the page."""
-    run = write_run(tmp_path_factory.mktemp("runs") / "tales-tiny", idle_layers=24)
+    run = write_run(tmp_path_factory.mktemp("runs") / "tales-tiny", idle_layers=72)
     with serving(run, "--quantize", "fp32") as running:
         yield running
 
