@@ -55,10 +55,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e '.[web,gguf,eval,dev]'
 	touch $@
 
-# llama.cpp is compiled from its source package, for this machine.
+# llama.cpp: its library compiled from the source package, for this machine, and its server ready-built.
 $(VENV)/installed-peers: $(VENV)/installed-dev
 	@echo "compiling llama.cpp (a quarter of an hour the first time)"
-	$(PIP) llama-cpp-python
+	$(PIP) llama-cpp-python xllamacpp
 	touch $@
 
 clean:           ## remove what can be made again; runs stay

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from smolforge.errors import BadInput, RunFailed
 from smolforge.generation.cache import Pool
+from smolforge.generation.draft import Lookup
 from smolforge.generation.echo import Echo
 from smolforge.generation.request import Choice, FinishReason, Request, Step
 from smolforge.generation.runner import ModuleRunner, Runner
@@ -45,10 +46,13 @@ class Engine:
         cache_bytes: most memory of keys and values.
         eos_ids: tokens that end a text; the tokenizer's own unless given.
         context: most positions; the model's own unless given.
+        speculate: read guesses of the next tokens along with the last one, where the text stays bitwise the same.
 
     Attributes:
         decisions: what was chosen and why, one sentence each.
         directory: where the model was loaded from, or None.
+        guessed: tokens that were guessed ahead so far, and of them
+        guessed_right: those that were drawn.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Engine:
         cache_bytes: int = DEFAULT_CACHE,
         eos_ids: Sequence[int] | None = None,
         context: int | None = None,
+        speculate: bool = True,
         decisions: Sequence[str] = (),
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
@@ -71,6 +76,8 @@ class Engine:
         reuse = runner.batch_invariant
         pool = Pool(runner.new_cache, runner.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
         self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
+        self.speculates = speculate and runner.batch_invariant
+        self.guessed = self.guessed_right = 0
         self._next_id = 0
         self._ready: list[Step] = []  # steps of requests that need no model
 
@@ -171,7 +178,9 @@ class Engine:
             sampler = Sampler(sampling, ids, seed, index, ends)
             text = TextStream(self.tokenizer.stream(), sampling.stop)
             echo = Echo(ids, self.tokenizer.stream(), sampling.logprobs) if sampling.echo else None
-            request.choices.append(Choice(request, index, list(ids), sampler, text, limit, echo=echo))
+            tokens = list(ids)
+            draft = Lookup(tokens) if self.speculates else None
+            request.choices.append(Choice(request, index, tokens, sampler, text, limit, echo=echo, draft=draft))
         if sampling.max_tokens == 0 and not (sampling.echo and sampling.logprobs is not None):
             for choice in request.choices:
                 self._ready += self._echo(choice, len(ids))
@@ -199,7 +208,7 @@ class Engine:
         logits = self.runner.forward([piece for _, piece in work])
         row = 0
         for choice, piece in work:
-            choice.computed = piece.start + len(piece.tokens)
+            choice.computed = piece.start + len(piece.tokens) - piece.guessed
             steps += self._advance(choice, piece, logits[row : row + piece.logits])
             row += piece.logits
         return steps
@@ -267,8 +276,18 @@ class Engine:
             return steps
         if sampling.max_tokens == 0:
             return [*steps, self._finish(choice, "length", None, "")]
-        picked = choice.sampler.pick(_finite(logits[-1]), choice.written)
-        return [*steps, self._write(choice, picked)]
+        logits = _finite(logits[-1 - piece.guessed :])
+        for row in range(piece.guessed + 1):
+            picked = choice.sampler.pick(logits[row], choice.written)
+            steps.append(self._write(choice, picked))
+            if choice.finish_reason or row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+                break
+            choice.computed += 1  # the guess was right, and its keys and values are there
+        if piece.guessed and choice.draft:
+            choice.draft.learn(piece.guessed, row)
+            self.guessed += piece.guessed
+            self.guessed_right += row
+        return steps
 
     def _write(self, choice: Choice, picked: Picked) -> Step:
         """Append a drawn token; the step that shows it, or that ends the choice."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from smolforge.generation.draft import Lookup
 from smolforge.generation.echo import Echo
 from smolforge.generation.sampler import NO_TOP, Sampler
 from smolforge.generation.sampling import Sampling
@@ -57,6 +58,7 @@ class Choice:
     cache: Any = None
     finish_reason: FinishReason | None = None
     echo: Echo | None = None
+    draft: Lookup | None = None  # guesses tokens ahead, where that keeps the text bitwise
 
     @property
     def written(self) -> int:

@@ -26,12 +26,14 @@ class Piece:
 
     Attributes:
         logits: how many of the last rows want logits (0 in the middle of a prompt).
+        guessed: how many of the last tokens are guesses that the model is to judge.
     """
 
     cache: Cache
     tokens: list[int]
     start: int
     logits: int
+    guessed: int = 0
 
 
 class Scheduler:
@@ -68,7 +70,7 @@ class Scheduler:
         pieces, prompts, rows = [], [], 0
         for choice in self.running:
             if choice.pending == 1:
-                pieces.append((choice, _piece(choice)))
+                pieces.append((choice, self._next(choice)))
             else:
                 prompts.append(choice)
         for choice in prompts:
@@ -78,6 +80,16 @@ class Scheduler:
             rows += len(piece.tokens)
             pieces.append((choice, piece))
         return pieces
+
+    def _next(self, choice: Choice) -> Piece:
+        """The last token of a choice, and guesses behind it where they pay."""
+        piece, room = _piece(choice), choice.limit - len(choice.tokens) - 1
+        if choice.draft is None or room <= 0 or choice.computed < len(choice.request.prompt):
+            return piece
+        guesses = choice.draft.propose(len(self.running), room)
+        return dataclasses.replace(
+            piece, tokens=piece.tokens + guesses, logits=1 + len(guesses), guessed=len(guesses)
+        )  # fmt: skip
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:

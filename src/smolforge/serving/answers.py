@@ -30,7 +30,7 @@ EITHER: dict[int | str, dict[str, Any]] = {
         "description": "One object, or with stream: true its pieces as server-sent events.",
         "content": {
             "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {},  # OpenAPI 3.1 has no word for one event: a schema here would be of the whole stream
+            "text/event-stream": {},  # OpenAPI 3.1 has no word for the form of one event
         },
     }
 }
