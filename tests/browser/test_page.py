@@ -276,12 +276,20 @@ def test_screenshots(visit, scheme, device, width, height):
 
     page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{ONCE}'")
     shot("start")
+
+    def choose(**values: str) -> None:
+        for name, value in values.items():
+            page.fill(f"#sf-{name.replace('_', '-')} input[type=number]", value)
+            page.press(f"#sf-{name.replace('_', '-')} input[type=number]", "Tab")
+
+    choose(tokens="1000", temperature="2", top_p="1")  # a hot model rambles: it can be seen writing
     page.click("#sf-submit")
     page.wait_for_selector(".sf-token >> nth=4")
     shot("writing")
     page.click("#sf-stop")
     page.wait_for_selector("#sf-text[aria-busy=false]")
     shot("stopped")
+    choose(tokens="100", temperature="0.8", top_p="0.9")
     page.click("#sf-submit")
     page.wait_for_function("document.querySelector('.sf-takes').textContent === '2 of 2'")
     finished(one)

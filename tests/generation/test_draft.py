@@ -22,7 +22,9 @@ def engines(tokenizer):
 
 def steps_of(engine, prompts, sampling):
     engine.scheduler.pool.clear()
-    return [(s.request, s.choice, s.token_id, s.text, s.logprob, s.finish_reason) for s in engine.stream(prompts, sampling)]
+    return [
+        (s.request, s.choice, s.token_id, s.text, s.logprob, s.finish_reason) for s in engine.stream(prompts, sampling)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +46,9 @@ def test_the_text_is_the_same_to_the_last_bit(engines, unit, times, temperature,
 def test_a_text_that_repeats_takes_fewer_steps(engines):
     engine = engines[0]
     engine.guessed = engine.guessed_right = 0
-    request = engine.add([5, 6, 7, 8] * 6, Sampling(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0}))
+    request = engine.add(
+        [5, 6, 7, 8] * 6, Sampling(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
+    )
     steps = 0
     while not request.finished:
         engine.step()
