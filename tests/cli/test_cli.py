@@ -48,7 +48,8 @@ def test_json_outputs_parse(run: Path, capsys) -> None:
     assert output("summary", "smollm2-135m", "--json")["parameters"] == 134_515_008
     assert output("summary", str(run), "--json")["sequence_length"] == 2048
     assert output("verify", str(run), "--json")["whole"]
-    scores = output("eval", str(run), "--data", "tales", "--tokens", "2k", "--json")
+    scores = output("eval", str(run), "--data", "tales", "--tokens", "2k", "--quantize", "int8", "--json")
+    assert abs(scores["precisions"]["int8"]["price"]) < 0.005
     assert 0 < scores["entropy_bits_per_byte"] < scores["bits_per_byte"]
     texts = output("generate", str(run), "One", "Two", "--n", "2", "--max-tokens", "5", "--seed", "3", "--json")
     assert [(c["prompt"], c["choice"]) for c in texts["completions"]] == [

@@ -11,7 +11,19 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = ("train", "generate", "serve", "eval", "export", "summary", "compare", "verify", "data", "bench")
+VERBS = (
+    "train",
+    "generate",
+    "serve",
+    "eval",
+    "export",
+    "summary",
+    "compare",
+    "verify",
+    "data",
+    "bench",
+    "build-native",
+)
 
 DESCRIPTION = """\
 Pretrain, resume, sample and serve your own SmolLM2-class language model.
@@ -68,7 +80,7 @@ def parser(verb: str | None = None):
     top.add_argument("--version", action="version", version=_Version())
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name in (verb,) if verb in VERBS else VERBS:
-        import_module(f"smolforge.cli.{name}").add(verbs)
+        import_module(f"smolforge.cli.{name.replace('-', '_')}").add(verbs)
     return top
 
 

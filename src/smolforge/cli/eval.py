@@ -12,6 +12,7 @@ examples:
   smolforge eval runs/pocket --data tales                 beside the source's own entropy
   smolforge eval runs/pocket --data my_texts/*.txt --tokens 200k
   smolforge eval HuggingFaceTB/SmolLM2-135M --data wiki.jsonl --json
+  smolforge eval runs/pocket --data tales --quantize int8 int4       what fewer bits cost
   smolforge eval HuggingFaceTB/SmolLM2-135M --tasks hellaswag,arc_easy
   smolforge eval runs/pocket --tasks my_task --task-files my_tasks/     YAML files of one's own, no network
 """
@@ -35,6 +36,10 @@ def add(verbs: Any) -> None:
         "--length", type=int, metavar="N", help="context in tokens (default: the model's, at most 2,048)"
     )
     parser.add_argument("--held-out", action="store_true", help="only the documents that training never sees")
+    parser.add_argument(
+        "--quantize", nargs="+", choices=("fp32", "bf16", "int8", "int4"), metavar="P",
+        help="score each of these precisions as well, as the CPU serves it, and say what it costs",
+    )  # fmt: skip
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="a folder of task files, before lm-eval's own")
@@ -56,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.config import DataConfig, parse_count
     from smolforge.data import Corpus
     from smolforge.errors import BadInput
-    from smolforge.evaluation import evaluate, freeze
+    from smolforge.evaluation import evaluate, evaluate_runner, freeze
+    from smolforge.generation.choose import choose_runner
 
     try:
         tokens = parse_count(args.tokens)
@@ -76,6 +82,13 @@ def run(args: argparse.Namespace) -> int:
     outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **score.to_json()}
     if corpus.entropy_bits_per_byte:
         outcome["entropy_bits_per_byte"] = corpus.entropy_bits_per_byte
+    if args.quantize:
+        outcome["precisions"] = {}
+        for precision in dict.fromkeys(args.quantize):
+            runner, _ = choose_runner(model, precision)
+            served = evaluate_runner(runner, piece, length=min(length, len(piece.tokens) - 1))
+            price = served.bits_per_byte / score.bits_per_byte - 1
+            outcome["precisions"][precision] = {**served.to_json(), "price": price, "runner": runner.name}
     if args.json:
         print(json.dumps(outcome))
         return 0
@@ -87,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
         above = score.bits_per_byte / floor - 1
         print(f"entropy        {floor:.4f} bits per byte of the source itself; the model is {above:.1%} above")
     print(f"text           {score.tokens:,} tokens, {score.n_bytes:,} bytes, {score.documents:,} documents")
+    for precision, served in outcome.get("precisions", {}).items():
+        print(
+            f"{precision:<14} {served['bits_per_byte']:.4f} bits per byte, {served['price']:+.2%} ({served['runner']})"
+        )
     return 0
 
 

@@ -4,6 +4,6 @@ scores.py    loss, perplexity and bits per byte on a frozen slice of documents
 harness.py   tasks of lm-eval, scored by our model; imported only where it is asked for, since it needs an extra
 """
 
-from smolforge.evaluation.scores import Score, Slice, evaluate, freeze
+from smolforge.evaluation.scores import Score, Slice, evaluate, evaluate_runner, freeze
 
-__all__ = ["Score", "Slice", "evaluate", "freeze"]
+__all__ = ["Score", "Slice", "evaluate", "evaluate_runner", "freeze"]

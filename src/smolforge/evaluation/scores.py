@@ -19,6 +19,8 @@ import torch
 
 from smolforge.distributed import Ranks
 from smolforge.errors import DataError
+from smolforge.generation.runner import Runner
+from smolforge.generation.scheduler import CHUNK, Piece
 from smolforge.model.attention import positions_in_documents
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.model.loss import IGNORE, summed_loss
@@ -123,7 +125,30 @@ def evaluate(
                 nats += summed_loss(hidden.flatten(0, 1), model.output_weight, torch.from_numpy(y).to(device).flatten())
     finally:
         model.train(was_training)
-    total = sum(ranks.gather(float(nats)))
+    return _score(sum(ranks.gather(float(nats))), piece)
+
+
+def evaluate_runner(runner: Runner, piece: Slice, *, length: int) -> Score:
+    """The same score of what writes text: weights, keys and values in the precision that they are served in.
+
+    Args:
+        length: positions in a window; context is never longer.
+    """
+    nats = 0.0
+    for tokens, targets, documents in zip(*_windows(piece, length), strict=True):
+        for document in np.unique(documents[targets != IGNORE]):
+            (rows,) = np.nonzero((documents == document) & (targets != IGNORE))
+            cache = runner.new_cache(len(rows))
+            for start in range(0, len(rows), CHUNK):
+                part = rows[start : start + CHUNK]
+                logits = runner.forward([Piece(cache, tokens[part].tolist(), start, len(part))])
+                wanted = torch.from_numpy(targets[part].astype(np.int64))
+                nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+    return _score(nats, piece)
+
+
+def _score(total: float, piece: Slice) -> Score:
+    """total: nats of all that was predicted."""
     predicted = len(piece.tokens) - 1
     loss = total / predicted
     return Score(
