@@ -158,10 +158,11 @@ def test_continue_copy_clear_and_examples(visit):
     one = visit()
     one.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = one.page
-    page.get_by_role("button", name="In the distant galaxy").click()
-    page.wait_for_function("document.querySelector('#sf-prompt textarea').value === 'In the distant galaxy'")
-    page.get_by_role("button", name=ONCE).click()
-    page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{ONCE}'")
+    for example in ("In the distant galaxy", ONCE):
+        page.get_by_role("button", name=example).click()
+        page.wait_for_function(f"document.querySelector('#sf-prompt textarea').value === '{example}'")
+        # An example puts the cursor behind its text a moment later; typing before that would end up in the prompt.
+        page.wait_for_function("document.activeElement === document.querySelector('#sf-prompt textarea')")
     submit(one, tokens=6)
     short = finished(one)
     page.click("#sf-continue")
