@@ -11,7 +11,7 @@ DEMO := runs/demo
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/installed          ## train the pocket model on the embedded corpus (4 minutes), and write with it
+demo: $(VENV)/installed          ## train the pocket model on the embedded corpus (3 minutes), and write with it
 	$(BIN)/smolforge train pocket --out $(DEMO)
 	$(BIN)/smolforge generate $(DEMO) --seed 1
 	@echo
