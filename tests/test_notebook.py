@@ -87,7 +87,7 @@ def test_its_outputs_are_kept_and_say_nothing_of_the_machine_they_came_from() ->
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run in order, all of them"
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    assert len(pictures(book)) == 2 and re.search(r"step (\d,\d+)/\1  loss", texts(book))
+    assert len(pictures(book)) == 2 and re.search(r"step ([\d,]+)/\1  loss", texts(book))
     attached = [cell.attachments for cell in book.cells if "attachments" in cell]
     assert len(attached) == 1 and base64.b64decode(attached[0]["page.png"]["image/png"]).startswith(b"\x89PNG")
     whole = json.dumps(book)
