@@ -5,7 +5,9 @@
 Contestants live in processes of their own and take turns, job by job, so that a machine that is slow for a while
 is slow for all. Reported are medians, and medians of the ratios of neighbouring turns. llama.cpp runs where
 PYTHON can import `llama_cpp` and `gguf` (a virtual environment with `pip install llama-cpp-python gguf`). The
-model has SmolLM2-135M's shape. Read bandwidth is measured in the same run by summing an array beyond the caches.
+model has SmolLM2-135M's shape. Read bandwidth is measured in the same run by summing an array beyond the caches, and
+the bare loop (bare.cpp: the same matrices times one row, nothing else) takes its turn with the others where the
+processor has AVX-512 with VNNI and bf16.
 
 Needs about 4 GB of memory and 2 GB of disk under --workspace. The last line is one JSON object.
 """
@@ -30,9 +32,25 @@ PAIRS = {
     "native-int8": ("llama.cpp-q8_0", 2.0), "native-int4": ("llama.cpp-q4_0", 1.7),
     "stock-bf16": ("llama.cpp-bf16", 0.8), "stock-int8": ("llama.cpp-q8_0", 0.8),
 }  # fmt: skip
-OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "seed-fp32"]
+OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "transformers-compiled-bf16", "seed-fp32"]
+BARE = {"native-fp32": (32, None), "native-bf16": (16, 0.8), "native-int8": (8, 0.8), "native-int4": (4, 0.7)}
 JOBS = {"decode": "decode 32 64", "batch8": "batch 8 32 32", "first512": "first 512"}
 TOKENS = {"decode": 64, "batch8": 256, "first512": 1}
+
+
+class Bare:
+    """The bare loop, built for this machine; runs afresh in each turn."""
+
+    def __init__(self, workspace: Path, threads: int) -> None:
+        self._program, self._threads = workspace / "bare", threads
+        compiler = shutil.which("g++") or shutil.which("clang++") or "c++"
+        command = [compiler, "-O3", "-march=native", "-pthread", str(HERE / "bare.cpp"), "-o", str(self._program)]
+        self.available = subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def run(self, bits: int) -> float:
+        """Seconds for the products of one token."""
+        command = [str(self._program), str(bits), str(self._threads), "40"]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["seconds"]
 
 
 class Peer:
@@ -120,7 +138,13 @@ def main() -> None:
         python = llama if name.startswith("llama") else sys.executable
         peers[name] = Peer(name, str(python), args.workspace, args.threads)
     times: dict[str, dict[str, list[float]]] = {name: {job: [] for job in JOBS} for name in names}
+    bare = Bare(args.workspace, args.threads)
+    bare_times: dict[str, list[float]] = {name: [] for name in BARE if name in names and bare.available}
     for turn in range(args.rounds + 1):  # the first turn warms up
+        for name, seconds in bare_times.items():
+            measured = bare.run(BARE[name][0])
+            if turn:
+                seconds.append(measured)
         for job, line in JOBS.items():
             for name in names:
                 if name.startswith("seed") and (turn > 1 or job == "batch8"):
@@ -159,6 +183,12 @@ def main() -> None:
                 f"{ours} / {theirs}: decode {ratios['decode']:.2f} (wanted {wanted}), 8 sequences "
                 f"{ratios['batch8']:.2f} (1.2), first token in {1 / ratios['first512']:.2f} of the time (0.7)"
             )
+    for name, loop in bare_times.items():
+        own = [seconds / TOKENS["decode"] for seconds in times[name]["decode"]]
+        share = statistics.median([b / a for a, b in zip(own, loop, strict=True)])
+        result["ratios"][f"{name} / bare loop"] = {"decode": share, "wanted_decode": BARE[name][1]}
+        wanted = f" (wanted {BARE[name][1]:.0%})" if BARE[name][1] else ""
+        print(f"{name}: {share:.0%} of the bare loop's {1 / statistics.median(loop):.1f} tokens/s{wanted}")
     for peer in peers.values():
         peer.close()
     print(json.dumps(result))

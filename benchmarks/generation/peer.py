@@ -169,12 +169,13 @@ def llama_cpp(variant: str, workspace: Path, threads: int) -> Contestant:
 
 
 def transformers(variant: str, workspace: Path, threads: int) -> Contestant:
-    """transformers' model with its default (dynamic) cache; variant ends in the dtype."""
+    """transformers' model; variant ends in the dtype. With its default (dynamic) cache, or -compiled: a static cache,
+    and one step of one token compiled (prompts are read by the model as it is)."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, StaticCache
 
     torch.set_num_threads(threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.split("-")[1]]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.split("-")[-1]]
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(workspace / "hf", dtype=dtype).eval()
     me = Contestant()
@@ -182,16 +183,23 @@ def transformers(variant: str, workspace: Path, threads: int) -> Contestant:
     me.weight_bytes = sum(p.nbytes for p in model.parameters())
     state: dict = {}
 
-    def forward(ids, past):
-        with torch.inference_mode():
-            out = model(torch.tensor(ids), past_key_values=past, use_cache=True, logits_to_keep=1)
+    compiled = "compiled" in variant
+    one_token = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+
+    def forward(run, ids, past):
+        with torch.no_grad():
+            out = run(torch.tensor(ids), past_key_values=past, use_cache=True, logits_to_keep=1)
         state.update(past=out.past_key_values, next=out.logits[:, -1].argmax(-1, keepdim=True).tolist())
 
     def decode(count: int) -> None:
         for _ in range(count):
-            forward(state["next"], state["past"])
+            forward(one_token, state["next"], state["past"])
 
-    me.prefill, me.decode = (lambda rows: forward(rows, None)), decode
+    def prefill(rows: list[list[int]]) -> None:
+        room = len(rows[0]) + 64  # a static cache is read whole in every step: no longer than the jobs need
+        forward(model.forward, rows, StaticCache(config=model.config, max_cache_len=room) if compiled else None)
+
+    me.prefill, me.decode = prefill, decode
     return me
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tiny_llama import make_model
 
 from smolforge import tokenizer as tokenizers
@@ -22,6 +22,7 @@ class Requests(RuleBasedStateMachine):
     """Adds, cancels and steps; knows what every seeded request must write from running it alone."""
 
     alone: ClassVar[dict] = {}
+    added: ClassVar[int] = 0  # requests of all examples
 
     @initialize(quantize=st.sampled_from(["fp32", None]))
     def start(self, quantize):
@@ -41,6 +42,7 @@ class Requests(RuleBasedStateMachine):
         request = self.engine.add(prompt, sampling)
         self.requests[request.id] = request
         self.seen[request.id] = []
+        Requests.added += 1
 
     @rule(data=st.data())
     def cancel(self, data):
@@ -101,10 +103,18 @@ class Requests(RuleBasedStateMachine):
         return self.alone[key]
 
 
-Requests.TestCase.settings = settings(
-    max_examples=int(os.environ.get("SMOLFORGE_MACHINE_EXAMPLES", "60")),
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def of(examples):
+    return settings(
+        max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+Requests.TestCase.settings = of(60)
 TestRequests = Requests.TestCase
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests():
+    first = Requests.added
+    while Requests.added - first < 10_000:
+        run_state_machine_as_test(Requests, settings=of(200))
