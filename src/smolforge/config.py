@@ -267,7 +267,7 @@ class TrainingConfig(_Section):
     """Memory to stay within; picks micro_batch and activation checkpointing."""
     loss: Literal["auto", "chunked", "linear", "full"] = "auto"
     """How the loss is computed; auto chooses by device."""
-    attention: Literal["auto", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"
+    attention: Literal["auto", "native", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"
     """Exact attention to train with; auto chooses by device and length."""
     rollbacks: int = Field(default=3, ge=0)
     """How often a run may go back to its last checkpoint after three non-finite steps in a row."""

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,11 @@ def test_verify_names_the_damaged_file(run: Path, capsys) -> None:
 def test_compare(run: Path, capsys, tmp_path) -> None:
     assert cli.run(["compare", str(run), str(run), "--html", str(tmp_path / "page.html")]) == 0
     assert "loss" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 1000
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_native_code_is_built_where_asked(tmp_path, capsys) -> None:
+    assert cli.run(["build-native", "--directory", str(tmp_path), "--json"]) == 0
+    paths = json.loads(capsys.readouterr().out)
+    assert set(paths) == {"step", "attention"}
+    assert {Path(path) for path in paths.values()} == set(tmp_path.glob("*.so"))

@@ -8,14 +8,15 @@ import pytest
 import torch
 from tiny_llama import SHAPES, make_model
 
+from smolforge import native
 from smolforge.errors import BadInput
-from smolforge.generation import build, choose
-from smolforge.generation.build import NativeUnavailable
-from smolforge.generation.native import NativeRunner
+from smolforge.generation import choose
+from smolforge.generation.native import SOURCES, NativeRunner
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
 from smolforge.generation.runner import ModuleRunner
 from smolforge.generation.scheduler import Piece
 from smolforge.generation.stock import StockRunner
+from smolforge.native import NativeUnavailable
 
 LENGTH = 90
 # Relative error of the logits against the same rounded weights in fp32: what rounding of activations may cost.
@@ -180,11 +181,11 @@ def test_int4_leaves_the_head_at_int8():
 
 def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
     monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
-    build.library.cache_clear()
+    native.load.cache_clear()
     try:
         runner, decisions = choose.choose_runner(make_model(), "int8")
     finally:
-        build.library.cache_clear()
+        native.load.cache_clear()
     assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
 
 
@@ -194,13 +195,13 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     bad.chmod(0o755)
     monkeypatch.setenv("CXX", str(bad))
     with pytest.raises(NativeUnavailable, match="no such flag"):
-        build.build_native(tmp_path)
+        native.build(SOURCES, tmp_path)
 
 
 def test_the_library_is_built_once(tmp_path):
-    path = build.build_native(tmp_path)
+    path = native.build(SOURCES, tmp_path)
     made = path.stat().st_mtime_ns
-    assert build.build_native(tmp_path) == path and path.stat().st_mtime_ns == made
+    assert native.build(SOURCES, tmp_path) == path and path.stat().st_mtime_ns == made
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing half-built stays behind"
 
 

@@ -10,7 +10,7 @@ from tiny import TINY
 from smolforge import config as configuration
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
-from smolforge.model import attention, registry
+from smolforge.model import attention, native_attention, registry
 from smolforge.training import memory, wiring
 from smolforge.training.plan import make_plan
 from smolforge.training.precision import decide
@@ -24,6 +24,11 @@ def configured(**training: object) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
+@pytest.fixture
+def no_native(monkeypatch):
+    monkeypatch.setattr(native_attention, "unavailable", lambda: "no compiler")
+
+
 @pytest.mark.parametrize("way", ["blocked", "sdpa", "sdpa-fp32"])
 def test_attention_reaches_every_layer(way) -> None:
     config = configured(attention=way)
@@ -34,16 +39,38 @@ def test_attention_reaches_every_layer(way) -> None:
     assert any(reason.startswith(f"attention: {way} (as asked") for reason in chosen.reasons)
 
 
-def test_attention_by_precision_and_length() -> None:
+def variants() -> dict[str, RunConfig]:
+    """bf16 at a short and a long length, and with document borders."""
+    config = configured(precision="bf16", tokens_per_step=4096)
+    model = config.model.model_copy(update={"max_position_embeddings": 2048})
+    long = config.data.model_copy(update={"sequence_length": 2048})
+    masked = config.data.model_copy(update={"mask_documents": True})
+    return {
+        "short": config,
+        "long": config.model_copy(update={"data": long, "model": model}),
+        "masked": config.model_copy(update={"data": masked}),
+    }
+
+
+def test_attention_without_the_native_one(no_native) -> None:
     assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
-    assert make_plan(configured(precision="bf16"), CPU, 1).attention == "blocked"
-    long = configured(precision="bf16", tokens_per_step=4096)
-    model = long.model.model_copy(update={"max_position_embeddings": 2048})
-    data = long.data.model_copy(update={"sequence_length": 2048})
-    assert make_plan(long.model_copy(update={"data": data, "model": model}), CPU, 1).attention == "sdpa-fp32"
-    masked = configured(precision="bf16")
-    data = masked.data.model_copy(update={"mask_documents": True})
-    assert make_plan(masked.model_copy(update={"data": data}), CPU, 1).attention == "blocked"
+    expected = {"short": "blocked", "long": "sdpa-fp32", "masked": "blocked"}
+    for name, config in variants().items():
+        chosen = make_plan(config, CPU, 1)
+        assert chosen.attention == expected[name]
+        assert any("native: no compiler" in reason for reason in chosen.reasons)
+    with pytest.raises(BadInput, match="no compiler"):
+        make_plan(configured(attention="native"), CPU, 1)
+
+
+def test_native_attention_for_bf16(monkeypatch) -> None:
+    monkeypatch.setattr(native_attention, "unavailable", lambda: None)
+    assert {make_plan(config, CPU, 1).attention for config in variants().values()} == {"native"}
+    assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
+    config = configured(attention="native")
+    model = registry.build(config.model, seed=0)
+    wiring.apply(model, make_plan(config, CPU, 1))
+    assert {layer.self_attn.attend for layer in model.model.layers} == {native_attention.attend}
 
 
 def test_loss() -> None:

@@ -1,4 +1,4 @@
-"""smolforge build-native: compile the native step ahead of time."""
+"""smolforge build-native: compile the native code ahead of time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ examples:
   smolforge build-native                       into the user's cache, where it is looked for
   smolforge build-native --directory native/   for an image that is built before it has a home
 
-The native step writes several times as fast as torch's own kernels on a CPU. It is compiled on first use, for the
-processor at hand, by $CXX, g++, clang++ or c++; without a compiler torch does the work.
+The native step writes several times as fast as torch's own kernels on a CPU, and attention trains faster where the
+processor multiplies bf16. Both are compiled on first use, for the processor at hand, by $CXX, g++, clang++ or c++;
+without a compiler torch does the work.
 """
 
 
@@ -21,8 +22,8 @@ def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
         "build-native",
-        help="compile the fast decoder of this CPU ahead of time",
-        description="Compile the native step for this processor, or find it compiled, and print where it lies.",
+        help="compile the fast code of this CPU ahead of time",
+        description="Compile the native code for this processor, or find it compiled, and print where it lies.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to put it (default: the user's cache)")
@@ -34,9 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Build."""
     import json
 
-    from smolforge.generation.build import build_native
+    from smolforge import native
+    from smolforge.generation.native import SOURCES as STEP
+    from smolforge.model.native_attention import SOURCES as ATTENTION
 
-    print("compiling where it is not compiled yet (half a minute)", file=sys.stderr)
-    path = build_native(args.directory)
-    print(json.dumps({"library": str(path)}) if args.json else path)
+    print("compiling what is not compiled yet (half a minute)", file=sys.stderr)
+    paths = {
+        name: str(native.build(sources, args.directory)) for name, sources in (("step", STEP), ("attention", ATTENTION))
+    }
+    print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     return 0

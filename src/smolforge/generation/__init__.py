@@ -13,15 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.generation.build import build_native as build_native
     from smolforge.generation.engine import Engine as Engine
     from smolforge.generation.request import Request as Request
     from smolforge.generation.request import Step as Step
     from smolforge.generation.sampling import Sampling as Sampling
 
-_HOMES = {
-    "Engine": "engine", "Request": "request", "Step": "request", "Sampling": "sampling", "build_native": "build",
-}  # fmt: skip
+_HOMES = {"Engine": "engine", "Request": "request", "Step": "request", "Sampling": "sampling"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from smolforge.generation import quantize as precisions
-from smolforge.generation.build import NativeUnavailable
 from smolforge.generation.native import NativeRunner
 from smolforge.generation.runner import ModuleRunner, Runner
 from smolforge.generation.stock import StockRunner
+from smolforge.native import NativeUnavailable
 
 _STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

@@ -1,24 +1,27 @@
 """Running the native step: weights packed once, and a whole step handed to the library in one call.
 
-The layout of weights and caches is told at the head of native.cpp; `build.py` makes the library.
+The layout of weights and caches is told at the head of native.cpp.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smolforge import native
 from smolforge.config import ModelConfig
-from smolforge.generation.build import NativeUnavailable, library
 from smolforge.generation.cache import Cache
 from smolforge.generation.quantize import INT4_GROUP, Precision
 from smolforge.generation.scheduler import Piece
 from smolforge.model.llama import rotary_angles
+from smolforge.native import NativeUnavailable
 
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "pack.cpp"))
 UNIT, GROUP = 32, 64  # as in native.cpp
 F32, BF16, I8, I4 = range(4)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}
@@ -86,7 +89,8 @@ class NativeRunner:
         config: ModelConfig = module.config
         if config.architecture != "llama":
             raise NativeUnavailable(f"the native step runs Llama, not {config.architecture!r}")
-        self._library = library()
+        self._library: Any = native.load(SOURCES)
+        self._library.smolforge_open.restype = ctypes.c_void_p
         self.config, self.threads = config, threads or torch.get_num_threads()
         self.name = f"native step, {precision}, {self.threads} threads"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -19,18 +19,17 @@ from smolforge.errors import BadInput
 IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of one chunk, and its gradient by the logits.
+def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss of one chunk; its gradient by the logits takes their place.
 
     Args:
-        logits: (n, V), any precision.
+        logits: (n, V), any precision; overwritten.
         targets: (n,), `IGNORE` where a position does not count.
         scale: (), factor of the gradient.
         z_weight: weight of the squared log normaliser (z-loss; Chowdhery et al. 2022, arXiv:2204.02311).
 
     Returns:
-        Sum of cross-entropies, weighted sum of z-losses, both () in the wider of fp32 and the input's precision;
-        gradient (n, V) in the precision of the logits.
+        Sum of cross-entropies, weighted sum of z-losses, both () in the wider of fp32 and the input's precision.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = torch.log_softmax(wide, -1)
@@ -41,11 +40,17 @@ def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float)
     cross_entropy = -torch.where(counts, log_p_target, 0.0).sum()
     z_loss = z_weight * torch.where(counts, log_z.square(), 0.0).sum()
     # d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [column = target]. In place: (n, V) is wide,
-    # and outside of torch.compile each of its passes through the memory counts.
+    # and outside of torch.compile each of its passes through the memory counts. Inside, a scatter would keep the
+    # passes from becoming one.
     factor = torch.where(counts, scale, 0.0)
     gradient = log_p.exp_().mul_(factor * (1 + 2 * z_weight * log_z))
-    gradient.scatter_add_(1, index, -factor)
-    return cross_entropy, z_loss, gradient.to(logits.dtype)
+    if torch.compiler.is_compiling():
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        gradient = gradient - torch.where(columns == index, factor, 0.0)
+    else:
+        gradient.scatter_add_(1, index, -factor)
+    logits.copy_(gradient)
+    return cross_entropy, z_loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -63,10 +68,12 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         extra = torch.zeros((), dtype=wide, device=hidden.device)
         factor = torch.tensor(scale, dtype=wide, device=hidden.device)
+        # One buffer for all chunks: fresh memory of this size costs as much as a pass through it.
+        buffer = hidden.new_empty(min(count, chunk), weight.shape[0])
         for start in range(0, count, chunk):
             rows = hidden[start : start + chunk]
-            logits = rows @ used.t()
-            cross_entropy, z_loss, gradient = chunk_loss(logits, targets[start : start + chunk], factor, z_weight)
+            gradient = torch.mm(rows, used.t(), out=buffer[: rows.shape[0]])
+            cross_entropy, z_loss = chunk_loss(gradient, targets[start : start + chunk], factor, z_weight)
             loss, extra = loss + cross_entropy, extra + z_loss
             torch.mm(gradient, used, out=hidden_gradient[start : start + chunk])
             if weight_gradient.dtype == gradient.dtype:

@@ -15,6 +15,7 @@ import torch
 
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
+from smolforge.model import native_attention
 from smolforge.model.summary import flops_per_token
 from smolforge.training import memory
 from smolforge.training.precision import Precision, decide
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
-        attention: a key of `model.attention.WAYS`.
+        attention: a key of `wiring.WAYS`.
         loss: a key of `model.loss.WAYS`.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
@@ -142,18 +143,29 @@ def _share_of_memory(
 
 def _attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
     asked = config.training.attention
+    if asked == "native" and (device.type != "cpu" or native_attention.unavailable()):
+        raise BadInput(
+            "there is no native attention here: "
+            + (f"the device is {device.type}" if device.type != "cpu" else str(native_attention.unavailable())),
+            field="training.attention",
+            hint="Use auto.",
+        )
     if asked != "auto":
         return asked, "as asked"
-    if config.data.mask_documents:
-        if device.type == "cpu":
-            return "blocked", "blocks of queries meet no document but their own"
-        return "sdpa", "it takes the mask of document borders"
+    if device.type != "cpu":
+        return "sdpa", "it takes the mask of document borders" if config.data.mask_documents else "torch's own kernels"
     narrow = torch.bfloat16 in (precision.autocast, precision.weights)
-    if device.type == "cpu" and narrow:
+    missing = native_attention.unavailable() if narrow else None
+    if narrow and not missing:
+        return "native", "no score leaves the cache"
+    why = f"; native: {missing}" if missing else ""
+    if config.data.mask_documents:
+        return "blocked", f"blocks of queries meet no document but their own{why}"
+    if narrow:
         # Issue 7, Zen 5: blocks won at 512 tokens; at 2,048 fp32 SDPA under `medium` did.
-        if config.data.sequence_length <= SHORT:
-            return "blocked", f"torch's bf16 backward pass is slow on a CPU; sequences of at most {SHORT:,} tokens"
-        return "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; sequences beyond {SHORT:,} tokens"
+        short = config.data.sequence_length <= SHORT
+        where = f"sequences {'of at most' if short else 'beyond'} {SHORT:,} tokens{why}"
+        return "blocked" if short else "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; {where}"
     return "sdpa", "torch's own kernels"
 
 

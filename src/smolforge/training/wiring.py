@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smolforge.model import attention
+from smolforge.model import attention, native_attention
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.training import compiling
 from smolforge.training.plan import Plan
 
+WAYS = {**attention.WAYS, "native": native_attention.attend}
+
 
 def apply(model: LlamaForCausalLM, chosen: Plan) -> None:
     """Use the planned attention, keep or recompute activations, compile or not."""
-    model.set_attention(attention.WAYS[chosen.attention])
+    model.set_attention(WAYS[chosen.attention])
     if chosen.recompute or chosen.compile:
         model.model.run_layer = functools.partial(run_layer, recompute=chosen.recompute)
     if chosen.compile:
