@@ -47,6 +47,31 @@ class Kernels:
         return F.silu(gate) * up
 
 
+class Rotary:
+    """Heads out of the joint product, turned by their positions.
+
+    Attributes:
+        cos: (positions, d), and sin alike.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        positions = torch.arange(config.max_position_embeddings, device=device)
+        self.cos, self.sin = (a.to(dtype) for a in rotary_angles(positions, config.dim, config.rope_theta))
+
+    def at(self, positions: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """For rows at some positions (M,): joint product → query (M, H, d), key and value (M, K, d)."""
+        heads, dim = (self.config.num_attention_heads, self.config.num_key_value_heads), self.config.dim
+        cos, sin = self.cos[positions, None], self.sin[positions, None]  # (M, 1, d)
+
+        def turn(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            turning, v = qkv.unflatten(1, (-1, dim)).split((sum(heads), heads[1]), 1)
+            q, k = rotate(turning, cos, sin).split(heads, 1)
+            return q, k, v
+
+        return turn
+
+
 class FusedLlama:
     """Weights of a Llama as they are now, packed, on the module's device.
 
@@ -74,10 +99,8 @@ class FusedLlama:
         self._head = self._linear(head)
         self.weight_bytes += 0 if tied else _bytes(embedding)
         self._norm = self._vector(module.model.norm.weight)
-        positions = torch.arange(config.max_position_embeddings, device=self.device)
-        angles = rotary_angles(positions, config.dim, config.rope_theta)
-        self.cos, self.sin = (angle.to(self.dtype) for angle in angles)  # (positions, d)
-        self.weight_bytes += self.cos.nbytes + self.sin.nbytes
+        self.rotary = Rotary(config, self.dtype, self.device)
+        self.weight_bytes += self.rotary.cos.nbytes + self.rotary.sin.nbytes
 
     @property
     def position_bytes(self) -> int:
@@ -98,14 +121,6 @@ class FusedLlama:
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (rows, V) of hidden states (rows, D)."""
         return self._head(self._kernels.add_norm(hidden, None, self._norm, self.config.rms_norm_eps)[1]).float()
-
-    def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (M, H, d), key and value (M, K, d) of the joint product; cos and sin are (M, 1, d)."""
-        c = self.config
-        heads = c.num_attention_heads, c.num_key_value_heads
-        turning, v = qkv.unflatten(1, (-1, c.dim)).split((sum(heads), heads[1]), 1)
-        q, k = rotate(turning, cos, sin).split(heads, 1)
-        return q, k, v
 
     def _layer(self, layer: Any, precision: Precision) -> tuple[Any, ...]:
         a, m = layer.self_attn, layer.mlp
@@ -137,7 +152,7 @@ class FusedLlama:
 def unpacking(weight: Int8) -> Linear:
     """The product with int8 weights by unpacking the matrix to bf16: what every device can, and best for many rows."""
     values, scales = weight.values, weight.scales.bfloat16()
-    return lambda x: F.linear(x, values.bfloat16()) * scales
+    return lambda x: F.linear(x, values.to(x.dtype)) * scales
 
 
 def attend_piece(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

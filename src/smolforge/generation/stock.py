@@ -61,10 +61,10 @@ class StockRunner:
             piece.cache.length = piece.start
         ids = torch.tensor([token for piece in pieces for token in piece.tokens])
         positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in pieces])
-        cos, sin = self._fused.cos[positions, None], self._fused.sin[positions, None]  # (M, 1, d)
+        turn = self._fused.rotary.at(positions)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = self._fused.rotated(qkv, cos, sin)
+            q, k, v = turn(qkv)
             mixed = []
             for cache, a, b, mask in spans:
                 keys, values = cache.update(layer, k[a:b].transpose(0, 1)[None], v[a:b].transpose(0, 1)[None])
