@@ -1,6 +1,7 @@
 """Writing on this machine: tokens/s per precision and batch, beside the bandwidth that no decoder can pass.
 
 A token that is decoded reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached.
+Every step ends with its logits on the CPU, so no clock is read while a GPU still works.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from smolforge.generation.runner import Runner
 from smolforge.generation.scheduler import CHUNK, Piece
 from smolforge.model.registry import build
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
-BATCHES = (1, 8)
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16", "int8")}
+BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
 PROMPT = 32
 
 
 def measure(
     module: Any = None,
     *,
-    precisions: Sequence[str] = PRECISIONS,
-    batches: Sequence[int] = BATCHES,
+    precisions: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
     tokens: int = 64,
     prompt: int = 512,
     rounds: int = 3,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Decode greedily with each precision.
+    """Decode greedily with each precision, on a CUDA device where there is one.
 
     Args:
         module: a model of `model/registry.py`; SmolLM2-135M's shape with random weights unless given.
-        batches: sequences that are decoded together.
+        precisions: those of `PRECISIONS` for the device unless given.
+        batches: sequences that are decoded together; those of `BATCHES` unless given.
         tokens: decoded for each sequence.
         prompt: length of the prompt whose first token is timed.
         rounds: turns after one that warms up; medians are reported.
@@ -48,11 +50,17 @@ def measure(
     if module is None:
         say("making a model of SmolLM2-135M's shape with random weights")
         module = build(ModelConfig(), seed=0)
-    read = bandwidth()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device)
+    precisions, batches = precisions or PRECISIONS[device], batches or BATCHES[device]
+    read = bandwidth(device)
     result: dict[str, Any] = {"read_bytes_per_second": read, "threads": torch.get_num_threads(), "precisions": {}}
+    if device == "cuda":
+        result["device"] = torch.cuda.get_device_name()
     for precision in precisions:
         runner, decisions = choose_runner(module, precision)
-        say(decisions[-1])
+        for line in decisions if device == "cuda" else decisions[-1:]:
+            say(line)
         rates = {}
         for batch in batches:
             seconds = [_decode(runner, batch, tokens) for _ in range(rounds + 1)][1:]
@@ -69,15 +77,23 @@ def measure(
     return result
 
 
-def bandwidth() -> float:
-    """Bytes per second read from memory with torch's threads: the best of five sums over 512 MiB."""
-    data = torch.ones(1 << 26, dtype=torch.int64)
+def bandwidth(device: str = "cpu") -> float:
+    """Bytes per second read from memory: the best of five sums over 512 MiB, on a GPU over 2 GiB."""
+    data = torch.ones(1 << (26 if device == "cpu" else 28), dtype=torch.int64, device=device)
     best = float("inf")
     for _ in range(5):
+        wait(device)
         began = time.perf_counter()
         data.sum()
+        wait(device)
         best = min(best, time.perf_counter() - began)
     return data.nbytes / best
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told; a CPU always has."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _first(runner: Runner, length: int) -> float:
@@ -115,5 +131,6 @@ def table(result: dict[str, Any]) -> str:
             f"{name:<6}{rates} {1000 * row['first_token_seconds']:9.0f} {row['weight_bytes'] / 1e6:11.0f} "
             f"{row['cache_bytes_per_token']:12,} {row['share_of_read_bandwidth']:13.0%}  {row['runner']}"
         )
-    lines.append(f"reads {result['read_bytes_per_second'] / 1e9:.1f} GB/s with {result['threads']} threads")
+    reader = f"on {result['device']}" if "device" in result else f"with {result['threads']} threads"
+    lines.append(f"reads {result['read_bytes_per_second'] / 1e9:.1f} GB/s {reader}")
     return "\n".join(lines)

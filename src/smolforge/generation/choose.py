@@ -9,6 +9,7 @@ import torch
 from smolforge.generation import quantize as precisions
 from smolforge.generation.native import NativeRunner
 from smolforge.generation.runner import ModuleRunner, Runner
+from smolforge.generation.static import StaticRunner
 from smolforge.generation.stock import StockRunner
 from smolforge.native import NativeUnavailable
 
@@ -31,13 +32,13 @@ def choose_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         quantize = _STORED.get(weight.dtype, "bf16")
     parameters = sum(p.numel() for p in module.parameters())
     precision, reason = precisions.choose(quantize, parameters, weight.device.type)
-    if weight.device.type != "cpu":
-        runner = ModuleRunner(module)
-        return runner, [f"runner: {runner.name}; the packed precisions are for CPUs"]
-    decisions = [f"precision: {reason}"]
     if module.config.architecture != "llama":
         runner = ModuleRunner(module)
         return runner, [f"runner: {runner.name}; the fast paths are for Llama, not {module.config.architecture}"]
+    decisions = [f"precision: {reason}"]
+    if weight.device.type != "cpu":
+        runner = StaticRunner(module, precision)
+        return runner, [*decisions, *runner.decisions, f"runner: {runner.name}"]
     try:
         runner = NativeRunner(module, precision, threads=threads)
     except NativeUnavailable as error:

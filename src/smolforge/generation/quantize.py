@@ -101,6 +101,8 @@ def choose(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:
     Raises:
         BadInput: there is no such precision.
     """
+    if wanted == "int4" and device != "cpu":
+        return "int8", "int8 instead of int4: the products with int4 weights are for CPUs, and this model is on a GPU"
     if wanted in PRECISIONS:
         return wanted, f"{wanted}, as asked"
     if wanted != "auto":

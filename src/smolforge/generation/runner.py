@@ -2,7 +2,8 @@
 
 `ModuleRunner` is the plain one: any module with the forward pass of `model/llama.py`, with its live weights, on
 any device, one sequence at a time. It is right by construction and sees every change of the weights, so
-training samples with it. The fast ones are `stock.py` (fused, on torch's own kernels) and `native.py`.
+training samples with it. The fast ones are `native.py`, `stock.py` (fused, on torch's own kernels) and, on a GPU,
+`static.py` (CUDA graphs).
 """
 
 from __future__ import annotations
