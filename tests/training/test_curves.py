@@ -51,10 +51,9 @@ def prepared(precision: str, loss: str, seed: int):
 
 def our_curve(seed: int, precision: str, loss: str = "chunked") -> np.ndarray:
     config, chosen, model = prepared(precision, loss, seed)
-    wiring.apply(model, chosen)
-    updater = Updater(
-        model, optimizers.build(model, config.optimizer, CPU), clip=config.training.grad_clip, ranks=Ranks()
-    )
+    optimizer = optimizers.build(model, config.optimizer, CPU)
+    wiring.apply(model, optimizer, chosen)
+    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=Ranks())
     curve = []
     for step, tokens in enumerate(batches(seed)):
         with chosen.precision.context(CPU):

@@ -24,6 +24,10 @@ def configured(**training: object) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
+def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
 @pytest.fixture
 def no_native(monkeypatch):
     monkeypatch.setattr(native_attention, "unavailable", lambda: "no compiler")
@@ -34,7 +38,7 @@ def test_attention_reaches_every_layer(way) -> None:
     config = configured(attention=way)
     chosen = make_plan(config, CPU, 1)
     model = registry.build(config.model, seed=0)
-    wiring.apply(model, chosen)
+    wiring.apply(model, adam(model), chosen)
     assert {layer.self_attn.attend for layer in model.model.layers} == {attention.WAYS[way]}
     assert any(reason.startswith(f"attention: {way} (as asked") for reason in chosen.reasons)
 
@@ -69,7 +73,7 @@ def test_native_attention_for_bf16(monkeypatch) -> None:
     assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
     config = configured(attention="native")
     model = registry.build(config.model, seed=0)
-    wiring.apply(model, make_plan(config, CPU, 1))
+    wiring.apply(model, adam(model), make_plan(config, CPU, 1))
     assert {layer.self_attn.attend for layer in model.model.layers} == {native_attention.attend}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smolforge import native
 from smolforge.config import ModelConfig
+from smolforge.generation.arena import Arena
 from smolforge.generation.cache import Cache
 from smolforge.generation.quantize import INT4_GROUP, Precision
 from smolforge.generation.scheduler import Piece
@@ -95,6 +96,7 @@ class NativeRunner:
         self.name = f"native step, {precision}, {self.threads} threads"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._held: list[Tensor] = []  # what the library points into
+        self._arena = Arena()
         self._handle = None
         layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer, precision) for layer in module.model.layers))
         head = embedding = self._matrix(self._rows(module.output_weight), module.output_weight, precision, head=True)
@@ -185,9 +187,9 @@ class NativeRunner:
         kind = {"fp32": F32, "bf16": BF16, "int8": I8, "int4": I8 if head else I4}[precision]
         n, k = len(rows), like.shape[1]
         units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), INT4_GROUP if kind == I4 else 0
-        data = self._hold(torch.empty(units * UNIT * padded * _BITS[kind] // 8, dtype=torch.uint8))
+        data = self._hold(self._arena.take(units * UNIT * padded * _BITS[kind] // 8))
         scale_bytes = units * UNIT * {I8: 4, I4: 2 * (padded // INT4_GROUP)}.get(kind, 0)
-        scales = self._hold(torch.empty(scale_bytes, dtype=torch.uint8))
+        scales = self._hold(self._arena.take(scale_bytes))
         addresses = (ctypes.c_void_p * (units * UNIT))(*rows)
         self._library.smolforge_pack(
             kind, group, units, k, padded, addresses, int(like.dtype == torch.bfloat16),

@@ -32,6 +32,8 @@ extern "C" {
 // bfloat16 (sequence, head, position, d) with strides in elements; d is contiguous.
 struct Tensor4 { uint16_t* data; int64_t sequence, head, position; };
 struct Sizes { int32_t sequences, heads, kv_heads, length, d, threads; };
+// The entry of a parallel region in GCC's OpenMP, and in LLVM's and Intel's, which speak the same; null without one.
+void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags) __attribute__((weak));
 }
 
 namespace {
@@ -160,11 +162,16 @@ struct Sight {
   }
 };
 
+// Work items in turns. The threads are those of torch's own OpenMP, whichever library that is: they may be spinning for
+// their next work just now, and threads of our own would have to wait for their cores.
 template <class Work> void share(int items, int threads, Work work) {
   std::atomic<int> next{0};
-  const auto take = [&] { for (int i; (i = next.fetch_add(1)) < items;) work(i); };
+  auto take = [&] { for (int i; (i = next.fetch_add(1)) < items;) work(i); };
+  using Take = decltype(take);
+  threads = std::min(threads, items);
+  if (threads > 1 && GOMP_parallel) return GOMP_parallel([](void* t) { (*(Take*)t)(); }, &take, threads, 0);
   std::vector<std::thread> others;
-  for (int i = 1; i < std::min(threads, items); i++) others.emplace_back(take);
+  for (int i = 1; i < threads; i++) others.emplace_back(take);
   take();
   for (auto& t : others) t.join();
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smolforge.errors import BadInput
 
+PIECE = 2048  # rows of the head that are summed at a time
 IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
 
@@ -53,6 +54,16 @@ def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float)
     return cross_entropy, z_loss
 
 
+def _accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
+    """total (V, D) += part, which is narrower; or total = part. torch widens a whole operand before it adds it: in
+    pieces, what was widened stays in the cache."""
+    if first:
+        total.copy_(part)
+        return
+    for whole, piece in zip(total.split(PIECE), part.split(PIECE), strict=True):
+        whole += piece
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -64,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.empty_like(hidden)
         # The head's gradient is a sum over all tokens: kept in fp32 unless the weights themselves are narrower.
-        weight_gradient = torch.zeros_like(weight)
+        weight_gradient = torch.empty_like(weight)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         extra = torch.zeros((), dtype=wide, device=hidden.device)
         factor = torch.tensor(scale, dtype=wide, device=hidden.device)
@@ -77,9 +88,9 @@ class _ChunkedLoss(torch.autograd.Function):
             loss, extra = loss + cross_entropy, extra + z_loss
             torch.mm(gradient, used, out=hidden_gradient[start : start + chunk])
             if weight_gradient.dtype == gradient.dtype:
-                weight_gradient.addmm_(gradient.t(), rows)
+                weight_gradient.addmm_(gradient.t(), rows, beta=1 if start else 0)
             else:
-                weight_gradient += gradient.t() @ rows
+                _accumulate(weight_gradient, gradient.t() @ rows, first=start == 0)
         ctx.gradients = hidden_gradient, weight_gradient
         ctx.mark_non_differentiable(loss)
         return (loss + extra) * scale, loss

@@ -59,8 +59,8 @@ def measure(
     if device.type == "cpu":
         allocator.keep_freed_memory()
     model = registry.build(config.model, dtype=chosen.precision.weights, device=device)
-    wiring.apply(model, chosen)
     optimizer = optimizers.build(model, config.optimizer, device)
+    wiring.apply(model, optimizer, chosen)
     updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=Ranks())
     tokens = torch.randint(config.model.vocab_size, (micro_batch, length + 1), device=device)
 

@@ -1,7 +1,7 @@
 """torch.compile where it pays, once per run.
 
-Compiled is the block that all layers share, which costs seconds where the whole model would cost a minute and, on a
-CPU, runs no slower. A machine that cannot compile goes on without, and says so.
+Compiled are the block that all layers share, which costs seconds where the whole model would cost a minute and, on a
+CPU, runs no slower, the loss of a chunk, and the update of weights in bf16. A machine that cannot compile goes on without, and says so.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import torch
 
 from smolforge.model import loss
 from smolforge.model.llama import LlamaForCausalLM
+from smolforge.training.rounding import RoundedAdamW
 
 
-def compile_model(model: LlamaForCausalLM) -> None:
+def compile_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Compile in place, for the shapes of training; parameter names stay as they are."""
     # Shapes never change during a run: one graph, and no guard that a varying length could fail.
     for layer in model.model.layers:
         layer.compile(dynamic=False)  # type: ignore[operator]
     loss.chunk_loss = torch.compile(loss._chunk_loss, dynamic=False)
+    if isinstance(optimizer, RoundedAdamW):
+        optimizer.compiled = True
 
 
 def graphs() -> int:
@@ -31,11 +34,13 @@ def graphs() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def undo(model: LlamaForCausalLM) -> None:
+def undo(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Back to eager."""
     for module in model.modules():
         module._compiled_call_impl = None
     loss.chunk_loss = loss._chunk_loss
+    if isinstance(optimizer, RoundedAdamW):
+        optimizer.compiled = False
 
 
 def is_compile_error(error: BaseException) -> bool:
@@ -44,7 +49,12 @@ def is_compile_error(error: BaseException) -> bool:
     return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
 
 
-def with_fallback(step: Callable[[], None], model: LlamaForCausalLM, say: Callable[[str], None]) -> None:
+def with_fallback(
+    step: Callable[[], None],
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
+) -> None:
     """Run the first step, and say what compiling took; where it fails, say so and run the step eagerly."""
     before, began = graphs(), time.perf_counter()
     try:
@@ -55,6 +65,6 @@ def with_fallback(step: Callable[[], None], model: LlamaForCausalLM, say: Callab
             raise
         first = str(error).strip().splitlines()[0][:200]
         say(f"compile: off, this machine cannot ({type(error).__name__}: {first})")
-        undo(model)
+        undo(model, optimizer)
         model.zero_grad(set_to_none=True)
         step()

@@ -154,12 +154,14 @@ class Loop:
         ) as loader:
             self.pace = Pace(config.tokens_per_step)
             first, compiled = True, 0
-            wiring.apply(session.model, self.plan)
+            wiring.apply(session.model, session.optimizer, self.plan)
             while self.position.step < self.total:
                 with record_function("wait for data"):
                     batch = self._next_batch(loader)
                 if first and self.plan.compile:
-                    compiling.with_fallback(lambda b=batch: self._train(b), session.model, session.say)
+                    compiling.with_fallback(
+                        lambda b=batch: self._train(b), session.model, session.optimizer, session.say
+                    )
                 else:
                     self._train(batch)
                 if first:

@@ -16,13 +16,13 @@ from smolforge.training.plan import Plan
 WAYS = {**attention.WAYS, "native": native_attention.attend}
 
 
-def apply(model: LlamaForCausalLM, chosen: Plan) -> None:
+def apply(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, chosen: Plan) -> None:
     """Use the planned attention, keep or recompute activations, compile or not."""
     model.set_attention(WAYS[chosen.attention])
     if chosen.recompute or chosen.compile:
         model.model.run_layer = functools.partial(run_layer, recompute=chosen.recompute)
     if chosen.compile:
-        compiling.compile_model(model)
+        compiling.compile_step(model, optimizer)
 
 
 def run_layer(layer: nn.Module, *args: object, recompute: bool) -> Tensor:
