@@ -1,8 +1,9 @@
 """A small model that guesses what a large one will write (Leviathan et al. 2022; Chen et al. 2023).
 
 It draws from its own logits with the sampler's own arithmetic and the uniform number of the very position, so the
-two models meet the same chance: where they believe the same, they draw the same token, at any temperature. That
-accepts more guesses than drawing independently would, and the text stays that of the large model, token for token.
+two models meet the same chance: where they believe the same, they draw the same token, at any temperature. The text
+stays that of the large model, token for token. The price: where beliefs are flat, a small difference moves the draw to
+a neighbour, so fewer guesses are right than the papers' acceptance by chance allows, which would change the text.
 """
 
 from __future__ import annotations

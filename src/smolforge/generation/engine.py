@@ -316,16 +316,20 @@ class Engine:
         if sampling.max_tokens == 0:
             return [*steps, self._finish(choice, "length", None, "")]
         logits = _finite(logits[-1 - piece.guessed :])
+        right = 0
         for row in range(piece.guessed + 1):
             picked = choice.sampler.pick(logits[row], choice.written)
             steps.append(self._write(choice, picked))
-            if choice.finish_reason or row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+            if row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+                break
+            right += 1
+            if choice.finish_reason:
                 break
             choice.computed += 1  # the guess was right, and its keys and values are there
         if piece.guessed and self.speculation is not None:
-            self.speculation.learn(choice, piece.guessed, row)
+            self.speculation.learn(choice, piece.guessed, right)
             self.guessed += piece.guessed
-            self.guessed_right += row
+            self.guessed_right += right
         return steps
 
     def _write(self, choice: Choice, picked: Picked) -> Step:
