@@ -121,7 +121,7 @@ def test_the_drafts_above_were_used(engines):
         for seed in range(5):
             list(engine.stream([[5, 6, seed]], Sampling(temperature=1.0, seed=seed, ignore_eos=True)))
         assert engine.guessed > 0
-    assert engines[0].guessed_right > 0.5 * engines[0].guessed
+    assert engines[0].guessed_right > 0.2 * engines[0].guessed
 
 
 @pytest.mark.parametrize(
