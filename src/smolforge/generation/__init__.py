@@ -3,8 +3,8 @@
     prompt → Engine.add → Scheduler.plan → Runner.forward → Sampler.pick → TextStream.push → Step
 
 `engine` holds the loop; `scheduler` decides who runs, `cache` owns the memory, a runner (`runner`, `stock`,
-`native`, picked by `choose`) does the arithmetic, `sampler` and
-`processors` draw, `text` shows. Each knows only its own noun.
+`native`, picked by `choose`) does the arithmetic, `sampler` and `processors` draw, `text` shows. `speculation` lets
+guesses run along, of `draft` (the text itself) or `draft_model`. Each knows only its own noun.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from smolforge.generation.choose import choose_draft, choose_runner
 from smolforge.generation.draft_model import DraftModel
 from smolforge.generation.echo import Echo
 from smolforge.generation.paired import PairedRunner
+from smolforge.generation.prompt import prompt_ids
 from smolforge.generation.request import Choice, FinishReason, Request, Step
 from smolforge.generation.runner import ModuleRunner, Runner
 from smolforge.generation.sampler import Picked, Sampler
@@ -186,7 +187,7 @@ class Engine:
                 the request needs more cache than there is.
         """
         sampling = sampling or Sampling()
-        ids = self._prompt_ids(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
         sampling.check_vocabulary(self.vocab_size)
         room = self.context if sampling.max_tokens == 0 else self.context - 1
         if len(ids) > room:
@@ -284,25 +285,6 @@ class Engine:
             "cache_kept": pool.kept,
             "cache_budget": pool.budget,
         }
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
-            for token_id in ids:
-                if isinstance(token_id, bool) or not isinstance(token_id, int):
-                    raise BadInput(f"token ids are whole numbers, not {token_id!r}", field="prompt")
-        if not ids:
-            raise BadInput("is empty", field="prompt", hint="Give at least one token to begin with.")
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise BadInput(
-                    f"token {token_id} is not in the vocabulary of {self.vocab_size}",
-                    field="prompt",
-                    hint=f"Token ids go from 0 to {self.vocab_size - 1}.",
-                )
-        return ids
 
     def _advance(self, choice: Choice, piece: Piece, logits: Tensor) -> list[Step]:
         """What a piece of one choice brings: echoed prompt tokens, or the next token."""
