@@ -17,8 +17,10 @@ from smolforge.checkpoint.format import write_model
 from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import Engine, Sampling
 from smolforge.generation.build import NativeUnavailable, library
+from smolforge.generation.cache import TensorCache
 from smolforge.generation.cost import ENOUGH, FORGET, Cost
 from smolforge.generation.draft import MOST, fastest, speed
+from smolforge.generation.paired import PairedCache
 from smolforge.generation.sampler import Sampler
 from smolforge.generation.scheduler import Piece
 
@@ -175,6 +177,15 @@ def test_wrong_guesses_leave_no_trace_in_the_draft_s_cache(tokenizer, near, monk
     assert [length for length in lengths if length > 2] == [3], "no row is run twice"
 
 
+def test_guesses_that_did_not_become_the_text_are_forgotten():
+    cache = PairedCache(*(TensorCache(make_model().config, 20, torch.float32, torch.device("cpu")) for _ in range(2)))
+    cache.read, cache.guesses = 3, [7, 8, 9]
+    cache.settle([1, 2, 3, 7, 8, 5, 5, 5, 5])
+    assert (cache.read, cache.guesses) == (5, [])
+    cache.settle([1, 2, 3, 7])  # the last token is always run again
+    assert cache.read == 3
+
+
 def test_rows_that_the_draft_never_read_are_not_copied(tokenizer, near, monkeypatch):
     engine = drafted(tokenizer, near, cost=0.9)
     first = engine.add(list(range(1, 40)), CHANCE)
@@ -272,9 +283,11 @@ def test_guesses_never_pass_the_limit(tokenizer, tokens):
         return forward(pieces)
 
     engine.runner.forward = watched
+    calls, read = [], engine.speculation.draft.runner.forward
+    engine.speculation.draft.runner.forward = lambda pieces: calls.append(1) or read(pieces)
     run(engine, request)
     assert request.written == tokens
-    assert (engine.guessed > 0) == (tokens > 2)
+    assert (engine.guessed > 0) == (tokens > 2) == bool(calls), "with no room for a guess the prompt is not read either"
 
 
 def test_drafting_stops_where_the_draft_s_context_ends(tokenizer):
