@@ -69,7 +69,7 @@ def test_what_cannot_be_guessed_is_soon_left_alone():
         guesses = lookup.propose(1, 5)
         proposed += len(guesses)
         if guesses:
-            lookup.learn(len(guesses), 0)
+            lookup.rate.learn(len(guesses), 0)
     assert 0 < proposed < 40
 
 

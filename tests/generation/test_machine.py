@@ -14,6 +14,7 @@ from smolforge import tokenizer as tokenizers
 from smolforge.generation import Engine, Sampling
 
 MODEL = make_model(context=64)
+DRAFT = make_model("one-kv", seed=1, context=32)
 TOKENIZER = tokenizers.train(["the quick brown fox"] * 5, 400)
 MAX_BATCH, BUDGET_POSITIONS = 4, 160
 
@@ -24,10 +25,14 @@ class Requests(RuleBasedStateMachine):
     alone: ClassVar[dict] = {}
     added: ClassVar[int] = 0  # requests of all examples
 
-    @initialize(quantize=st.sampled_from(["fp32", None]))
-    def start(self, quantize):
+    @initialize(quantize=st.sampled_from(["fp32", None]), draft=st.sampled_from([None, MODEL, DRAFT]))
+    def start(self, quantize, draft):
         self.quantize = quantize
-        self.engine = Engine.of(MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40)
+        self.engine = Engine.of(
+            MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40, draft=draft
+        )
+        if self.engine.speculation and self.engine.speculation.draft:
+            self.engine.speculation.draft.cost.bytes_ratio = 0.0  # so that it is asked, at least until it is timed
         pool = self.engine.scheduler.pool
         pool.budget = pool.bytes_for(BUDGET_POSITIONS)
         self.requests, self.seen = {}, {}

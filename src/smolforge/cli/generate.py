@@ -15,9 +15,11 @@ examples:
   smolforge generate runs/pocket                               the three prompts of every demo
   smolforge generate runs/pocket "Once upon a time" --seed 7
   smolforge generate HuggingFaceTB/SmolLM2-135M "The sea" --max-tokens 200 --temperature 0.6
+  smolforge generate HuggingFaceTB/SmolLM2-1.7B "The sea" --draft HuggingFaceTB/SmolLM2-135M
   echo "In the distant galaxy" | smolforge generate runs/pocket -
 
-MODEL is a run (its newest whole checkpoint), a checkpoint, any Hugging Face Llama directory, or a Hub id.
+MODEL and DRAFT_MODEL are a run (its newest whole checkpoint), a checkpoint, any Hugging Face Llama directory, or a
+Hub id.
 """
 
 
@@ -32,6 +34,10 @@ def add(verbs: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a model directory or a Hub id")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to continue; - reads one from stdin")
     add_sampling(parser)
+    parser.add_argument(
+        "--draft", metavar="DRAFT_MODEL",
+        help="a smaller model of the same tokenizer that guesses ahead while that pays; the text stays the same",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     parser.set_defaults(run=run)
 
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         n=args.n,
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts] or list(THREE_PROMPTS)
-    engine = Engine.load(args.model, quantize=args.quantize)
+    engine = Engine.load(args.model, quantize=args.quantize, draft=args.draft)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     if args.json:

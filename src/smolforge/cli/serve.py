@@ -38,6 +38,10 @@ def add(verbs: Any) -> None:
         "--quantize", default="auto", choices=("auto", "none", "fp32", "bf16", "int8", "int4"),
         help="precision of the weights (default: the fastest that keeps the quality)",
     )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="DRAFT_MODEL",
+        help="a smaller model of the same tokenizer that guesses ahead while that pays; the texts stay the same",
+    )  # fmt: skip
     limits = parser.add_argument_group("limits")
     for option, default, text in (
         ("--max-batch", 16, "sequences written at once"),
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
         name=args.name,
         quantize=args.quantize,
+        draft=args.draft,
         max_batch=args.max_batch,
         max_queue=args.max_queue,
         max_per_client=args.max_per_client,

@@ -4,7 +4,7 @@
 
 `engine` holds the loop; `scheduler` decides who runs, `cache` owns the memory, a runner (`runner`, `stock`,
 `native`, on a GPU `static`; picked by `choose`) does the arithmetic, `sampler` and `processors` draw, `text` shows.
-Each knows only its own noun.
+`speculation` lets guesses run along, of `draft` (the text itself) or `draft_model`. Each knows only its own noun.
 """
 
 from __future__ import annotations

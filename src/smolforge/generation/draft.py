@@ -17,6 +17,28 @@ MEMORY = 0.15  # weight of the newest guess in the running rate
 RECOVERY = 0.004  # by which the rate rises in a step without guesses, so that they are tried again
 
 
+class Rate:
+    """Running share of guesses that were right.
+
+    Attributes:
+        value: in [0, 1].
+    """
+
+    def __init__(self, value: float = 0.6) -> None:
+        self.value = value
+
+    def learn(self, proposed: int, right: int) -> None:
+        """Of so many guesses the first `right` were drawn."""
+        for _ in range(right):
+            self.value += MEMORY * (1 - self.value)
+        if right < proposed:
+            self.value -= MEMORY * self.value
+
+    def rest(self) -> None:
+        """A step went by without guesses, because the rate is too low."""
+        self.value = min(1.0, self.value + RECOVERY)
+
+
 class Lookup:
     """Drafts for one continuation.
 
@@ -31,7 +53,7 @@ class Lookup:
         self._tokens = tokens
         self._followers: dict[tuple[int, ...], int] = {}  # tokens in a row: where their follower stands, the last time
         self._indexed = 0
-        self.rate = 0.6
+        self.rate = Rate()
 
     def propose(self, running: int, room: int) -> list[int]:
         """Guesses for the tokens to come, at most `room`, as many as are worth their rows; often none.
@@ -41,9 +63,9 @@ class Lookup:
                 an unneeded row takes.
         """
         self._index()
-        count = min(worthwhile(self.rate, running), room)
+        count = min(worthwhile(self.rate.value, running), room)
         if count <= 0:
-            self.rate += RECOVERY
+            self.rate.rest()
             return []
         for size in range(LONGEST, SHORTEST - 1, -1):
             at = self._followers.get(tuple(self._tokens[-size:]))
@@ -51,13 +73,6 @@ class Lookup:
                 period = len(self._tokens) - at  # what repeats, repeats on past its end
                 return [self._tokens[at + i % period] for i in range(count)]
         return []
-
-    def learn(self, proposed: int, right: int) -> None:
-        """Of so many guesses the first `right` were drawn."""
-        for _ in range(right):
-            self.rate += MEMORY * (1 - self.rate)
-        if right < proposed:
-            self.rate -= MEMORY * self.rate
 
     def _index(self) -> None:
         for at in range(max(self._indexed, SHORTEST), len(self._tokens)):
@@ -68,7 +83,22 @@ class Lookup:
 
 def worthwhile(rate: float, running: int) -> int:
     """How many guesses pay: the k-th is right with probability rate^k and costs one row of the step."""
-    share = running * ROW_COST / (1 + (running - 1) * ROW_COST)  # of a token's own cost in a step of so many
+    share = row_share(running)
     if rate <= share:
         return 0
     return MOST if rate >= 1 else min(MOST, int(math.log(share) / math.log(rate)))
+
+
+def row_share(running: int) -> float:
+    """What one more row costs, in units of a token's own cost in a step of so many continuations."""
+    return running * ROW_COST / (1 + (running - 1) * ROW_COST)
+
+
+def speed(rate: float, count: int, share: float) -> float:
+    """Tokens for the cost of one without guesses: 1 with none, where each of `count` guesses costs `share` of it."""
+    return sum(rate**i for i in range(count + 1)) / (1 + count * share)
+
+
+def fastest(rate: float, share: float) -> int:
+    """The number of guesses, 0 to MOST, with the greatest `speed`; the fewest of equals."""
+    return max(range(MOST + 1), key=lambda count: speed(rate, count, share))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smolforge.errors import BadInput, RunFailed
+from smolforge.errors import BadInput, RunFailed, SmolforgeError
 from smolforge.generation.cache import Pool
-from smolforge.generation.draft import Lookup
+from smolforge.generation.choose import choose_draft, choose_runner
+from smolforge.generation.draft_model import DraftModel
 from smolforge.generation.echo import Echo
+from smolforge.generation.paired import PairedRunner
+from smolforge.generation.prompt import prompt_ids
 from smolforge.generation.request import Choice, FinishReason, Request, Step
 from smolforge.generation.runner import ModuleRunner, Runner
 from smolforge.generation.sampler import Picked, Sampler
 from smolforge.generation.sampling import Sampling
 from smolforge.generation.scheduler import Piece, Scheduler
+from smolforge.generation.speculation import Speculation
 from smolforge.generation.text import TextStream
 
 if TYPE_CHECKING:
@@ -47,6 +52,7 @@ class Engine:
         eos_ids: tokens that end a text; the tokenizer's own unless given.
         context: most positions; the model's own unless given.
         speculate: read guesses of the next tokens along with the last one, where the text stays bitwise the same.
+        draft: a small model that guesses too, where the text itself brings no guess or a worse one.
 
     Attributes:
         decisions: what was chosen and why, one sentence each.
@@ -65,6 +71,7 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
         context: int | None = None,
         speculate: bool = True,
+        draft: DraftModel | None = None,
         decisions: Sequence[str] = (),
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
@@ -74,9 +81,14 @@ class Engine:
         self.decisions = list(decisions)
         self.directory: Path | None = None
         reuse = runner.batch_invariant
-        pool = Pool(runner.new_cache, runner.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
-        self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
         self.speculates = speculate and runner.batch_invariant
+        if draft is not None and not self.speculates:
+            draft = None
+            self.decisions.append("draft: the draft model is not used, since this engine does not speculate")
+        self.speculation = Speculation(draft) if self.speculates else None
+        self._paired = PairedRunner(runner, draft.runner) if draft is not None else runner
+        pool = Pool(self._paired.new_cache, self._paired.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
+        self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
         self.guessed = self.guessed_right = 0
         self._next_id = 0
         self._ready: list[Step] = []  # steps of requests that need no model
@@ -89,6 +101,9 @@ class Engine:
         *,
         quantize: str | None = None,
         threads: int | None = None,
+        draft: Any = None,
+        draft_tokenizer: Tokenizer | None = None,
+        draft_name: str = "the draft model",
         **settings: Any,
     ) -> Engine:
         """An engine over a module.
@@ -97,31 +112,42 @@ class Engine:
             quantize: None runs the live weights: what training changes, the next step sees. A precision (or
                 "auto", or "none" for that of the weights) packs the weights as they are now for the fastest
                 runner of this machine.
-            threads: of the packed runner.
+            threads: of the packed runners.
+            draft: the module of a draft model. Live weights do without it, as a line of `decisions` says.
+            draft_tokenizer: of the draft; the same one unless given.
+            draft_name: of the draft, in `decisions`.
             settings: as of the class.
 
         Raises:
-            BadInput: there is no such precision.
+            BadInput: there is no such precision, or the draft has other token ids than the model.
         """
         if quantize is None:
-            return cls(ModuleRunner(module), tokenizer, **settings)
-        from smolforge.generation.choose import choose_runner
-
-        runner, decisions = choose_runner(module, quantize, threads=threads)
-        return cls(runner, tokenizer, decisions=decisions, **settings)
+            runner, decisions = ModuleRunner(module), []
+        else:
+            runner, decisions = choose_runner(module, quantize, threads=threads)
+        chosen = None
+        if draft is not None:
+            other = draft_tokenizer or tokenizer
+            chosen, why = choose_draft(draft, other, runner, tokenizer, name=draft_name, threads=threads)
+            decisions = [*decisions, *why]
+        return cls(runner, tokenizer, draft=chosen, decisions=decisions, **settings)
 
     @classmethod
-    def load(cls, model: str | Path, *, quantize: str = "auto", device: str = "auto", **settings: Any) -> Engine:
+    def load(
+        cls, model: str | Path, *, quantize: str = "auto", device: str = "auto", draft: str | Path | None = None,
+        **settings: Any,
+    ) -> Engine:  # fmt: skip
         """An engine for a run, a checkpoint, a Hugging Face Llama directory or a Hub id.
 
         Args:
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: "cpu", "cuda", or "auto" for a GPU where there is one.
+            draft: a smaller model of the same tokenizer, named as `model` is, that guesses the next tokens.
             settings: as of `of`.
 
         Raises:
-            CheckpointError: the model cannot be used.
-            BadInput: there is no such precision or device.
+            CheckpointError: the model or its draft cannot be used.
+            BadInput: there is no such precision or device, or the draft has other token ids than the model.
         """
         # The one place where this room asks another of its floor; everything else here takes modules.
         from smolforge.checkpoint.format import read_generation_defaults
@@ -132,6 +158,14 @@ class Engine:
         if "eos_ids" not in settings:
             eos = read_generation_defaults(directory).get("eos_token_id")
             settings["eos_ids"] = None if eos is None else eos if isinstance(eos, list) else [eos]
+        if draft is not None:
+            try:
+                settings["draft"], settings["draft_tokenizer"], where = load(draft, device=device)
+            except SmolforgeError as error:
+                error.field = "draft" if error.field in (None, "model") else f"draft: {error.field}"
+                raise
+            itself = " (the model itself)" if where.resolve() == directory.resolve() else ""
+            settings["draft_name"] = f"{where}{itself}"
         engine = cls.of(module, tokenizer, quantize=quantize, **settings)
         engine.directory = directory
         return engine
@@ -153,7 +187,7 @@ class Engine:
                 the request needs more cache than there is.
         """
         sampling = sampling or Sampling()
-        ids = self._prompt_ids(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
         sampling.check_vocabulary(self.vocab_size)
         room = self.context if sampling.max_tokens == 0 else self.context - 1
         if len(ids) > room:
@@ -173,14 +207,15 @@ class Engine:
         seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
         request = Request(self._next_id, ids, sampling, seed)
         self._next_id += 1
-        ends = self._end_ids(sampling)
+        ends = frozenset((*sampling.stop_ids, *(() if sampling.ignore_eos else self.eos_ids)))
         for index in range(sampling.n):
-            sampler = Sampler(sampling, ids, seed, index, ends)
+            sampler = Sampler(sampling, ids, seed, index, sorted(ends))
             text = TextStream(self.tokenizer.stream(), sampling.stop)
             echo = Echo(ids, self.tokenizer.stream(), sampling.logprobs) if sampling.echo else None
-            tokens = list(ids)
-            draft = Lookup(tokens) if self.speculates else None
-            request.choices.append(Choice(request, index, tokens, sampler, text, limit, echo=echo, draft=draft))
+            choice = Choice(request, index, list(ids), sampler, text, limit, ends, echo=echo)
+            if self.speculation is not None:
+                self.speculation.begin(choice)
+            request.choices.append(choice)
         if sampling.max_tokens == 0 and not (sampling.echo and sampling.logprobs is not None):
             for choice in request.choices:
                 self._ready += self._echo(choice, len(ids))
@@ -205,12 +240,16 @@ class Engine:
         work = self.scheduler.plan()
         if not work:
             return steps
-        logits = self.runner.forward([piece for _, piece in work])
-        row = 0
+        if self.speculation is not None:
+            work = self.speculation.extend(work, len(self.scheduler.running))
+        began, row = time.perf_counter(), 0
+        logits = self._paired.forward([piece for _, piece in work])
         for choice, piece in work:
             choice.computed = piece.start + len(piece.tokens) - piece.guessed
             steps += self._advance(choice, piece, logits[row : row + piece.logits])
             row += piece.logits
+        if self.speculation is not None:
+            self.speculation.took(work, time.perf_counter() - began)
         return steps
 
     def stream(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None) -> Iterator[Step]:
@@ -234,36 +273,18 @@ class Engine:
                 self.cancel(request)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: of the runner's own weights, of caches reserved by what runs, and of caches kept for reuse."""
+        """Bytes: of the runners' own weights, of caches reserved by what runs, and of caches kept for reuse.
+
+        A draft model's are part of all of them; "draft_weights" are those of "weights" that are its own.
+        """
         pool = self.scheduler.pool
         return {
-            "weights": self.runner.weight_bytes,
+            "weights": self._paired.weight_bytes,
+            "draft_weights": self._paired.weight_bytes - self.runner.weight_bytes,
             "cache_reserved": pool.reserved,
             "cache_kept": pool.kept,
             "cache_budget": pool.budget,
         }
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
-            for token_id in ids:
-                if isinstance(token_id, bool) or not isinstance(token_id, int):
-                    raise BadInput(f"token ids are whole numbers, not {token_id!r}", field="prompt")
-        if not ids:
-            raise BadInput("is empty", field="prompt", hint="Give at least one token to begin with.")
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise BadInput(
-                    f"token {token_id} is not in the vocabulary of {self.vocab_size}",
-                    field="prompt",
-                    hint=f"Token ids go from 0 to {self.vocab_size - 1}.",
-                )
-        return ids
-
-    def _end_ids(self, sampling: Sampling) -> list[int]:
-        return [*sampling.stop_ids, *(() if sampling.ignore_eos else self.eos_ids)]
 
     def _advance(self, choice: Choice, piece: Piece, logits: Tensor) -> list[Step]:
         """What a piece of one choice brings: echoed prompt tokens, or the next token."""
@@ -277,24 +298,27 @@ class Engine:
         if sampling.max_tokens == 0:
             return [*steps, self._finish(choice, "length", None, "")]
         logits = _finite(logits[-1 - piece.guessed :])
+        right = 0
         for row in range(piece.guessed + 1):
             picked = choice.sampler.pick(logits[row], choice.written)
             steps.append(self._write(choice, picked))
-            if choice.finish_reason or row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+            if row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+                break
+            right += 1
+            if choice.finish_reason:
                 break
             choice.computed += 1  # the guess was right, and its keys and values are there
-        if piece.guessed and choice.draft:
-            choice.draft.learn(piece.guessed, row)
+        if piece.guessed and self.speculation is not None:
+            self.speculation.learn(choice, piece.guessed, right)
             self.guessed += piece.guessed
-            self.guessed_right += row
+            self.guessed_right += right
         return steps
 
     def _write(self, choice: Choice, picked: Picked) -> Step:
         """Append a drawn token; the step that shows it, or that ends the choice."""
-        sampling = choice.request.sampling
         choice.tokens.append(picked.token_id)
         choice.sampler.observe(picked.token_id)
-        if picked.token_id in self._end_ids(sampling):
+        if picked.token_id in choice.ends:
             return self._finish(choice, "stop", picked, "")
         text = choice.text.push(picked.token_id)
         if choice.text.stopped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from smolforge.generation.draft import Lookup
+from smolforge.generation.draft import Lookup, Rate
 from smolforge.generation.echo import Echo
 from smolforge.generation.sampler import NO_TOP, Sampler
 from smolforge.generation.sampling import Sampling
@@ -54,11 +54,13 @@ class Choice:
     sampler: Sampler
     text: TextStream
     limit: int  # most tokens, prompt included: max_tokens or the context
+    ends: frozenset[int]  # tokens that end it
     computed: int = 0  # tokens whose keys and values are in the cache
     cache: Any = None
     finish_reason: FinishReason | None = None
     echo: Echo | None = None
-    draft: Lookup | None = None  # guesses tokens ahead, where that keeps the text bitwise
+    lookup: Lookup | None = None  # guesses tokens from the text, where that keeps it bitwise
+    draft_rate: Rate | None = None  # how often a draft model's guesses of this text are right, where there is one
 
     @property
     def written(self) -> int:

@@ -9,6 +9,7 @@ more than the few that lie at the border (`_kept`). They keep the same tokens as
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import struct
@@ -69,13 +70,24 @@ class Sampler:
         if self.sampling.repetition_penalty != 1:
             self._seen.add(token_id)
 
-    def pick(self, logits: Tensor, index: int) -> Picked:
-        """Draw token number `index` of this choice from the model's logits (V,), which are left as they are."""
+    def ahead(self) -> Sampler:
+        """One that draws the same from the same logits, and may observe guesses: this one never hears of them."""
+        other, s = copy.copy(self), self.sampling
+        # Counts grow with the text, so they are copied only where a penalty looks at them.
+        other._written = self._written.copy() if s.frequency_penalty or s.presence_penalty else Counter()
+        other._seen = self._seen.copy()
+        return other
+
+    def choose(self, logits: Tensor, index: int) -> int:
+        """The id of token number `index` of this choice, drawn from logits (V,), which are left as they are."""
         scores = self._penalise(logits, index)
         if self.sampling.greedy:
-            token_id = int(scores.argmax())
-        else:
-            token_id = draw(*self.distribution(scores), uniform(self.seed, self.choice, index))
+            return int(scores.argmax())
+        return draw(*self.distribution(scores), uniform(self.seed, self.choice, index))
+
+    def pick(self, logits: Tensor, index: int) -> Picked:
+        """As `choose`, with the log-probabilities that were asked for."""
+        token_id = self.choose(logits, index)
         if self.sampling.logprobs is None:
             return Picked(token_id)
         return describe(logits, token_id, self.sampling.logprobs)

@@ -35,6 +35,11 @@ class Piece:
     logits: int
     guessed: int = 0
 
+    def guess(self, tokens: list[int]) -> Piece:
+        """This piece, whose last row wants logits, with guesses of the tokens behind it."""
+        count = len(tokens)
+        return dataclasses.replace(self, tokens=self.tokens + tokens, logits=1 + count, guessed=count)
+
 
 class Scheduler:
     """Queue, running choices and their memory.
@@ -70,7 +75,7 @@ class Scheduler:
         pieces, prompts, rows = [], [], 0
         for choice in self.running:
             if choice.pending == 1:
-                pieces.append((choice, self._next(choice)))
+                pieces.append((choice, _piece(choice)))
             else:
                 prompts.append(choice)
         for choice in prompts:
@@ -80,16 +85,6 @@ class Scheduler:
             rows += len(piece.tokens)
             pieces.append((choice, piece))
         return pieces
-
-    def _next(self, choice: Choice) -> Piece:
-        """The last token of a choice, and guesses behind it where they pay."""
-        piece, room = _piece(choice), choice.limit - len(choice.tokens) - 1
-        if choice.draft is None or room <= 0 or choice.computed < len(choice.request.prompt):
-            return piece
-        guesses = choice.draft.propose(len(self.running), room)
-        return dataclasses.replace(
-            piece, tokens=piece.tokens + guesses, logits=1 + len(guesses), guessed=len(guesses)
-        )  # fmt: skip
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:

@@ -190,7 +190,7 @@ async def load_and_follow(service: Service) -> None:
     tried: int | None = None  # the newest step that was looked at: a damaged one is not read again and again
 
     def load() -> LoadedModel:
-        return source.open(quantize=settings.quantize, max_batch=settings.max_batch)
+        return source.open(quantize=settings.quantize, max_batch=settings.max_batch, draft=settings.draft)
 
     while True:
         steps = source.steps() if source.follows else []
@@ -213,7 +213,9 @@ async def load_and_follow(service: Service) -> None:
                 raise
             except Exception as error:
                 log.error("cannot load %s: %s", source.model, error, exc_info=not isinstance(error, SmolforgeError))
-                if worker.model is None and not source.follows:
+                # A later checkpoint may be whole; a draft that does not fit the first one will fit none.
+                misfit = isinstance(error, SmolforgeError) and (error.field or "").startswith("draft")
+                if worker.model is None and (misfit or not source.follows):
                     worker.problem, service.failure = f"the model cannot be loaded: {error}", error
                     return
         if worker.model is not None and not (source.follows and settings.follow_seconds):

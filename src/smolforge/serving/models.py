@@ -81,16 +81,19 @@ class ModelSource:
         steps = self.steps() if self.follows else []
         return bool(steps) and (step is None or steps[-1] > step)
 
-    def open(self, *, quantize: str = "auto", max_batch: int = 16, step: int | None = None) -> LoadedModel:
-        """Load the newest whole checkpoint, or that of `step`.
+    def open(
+        self, *, quantize: str = "auto", max_batch: int = 16, step: int | None = None, draft: str | None = None
+    ) -> LoadedModel:
+        """Load the newest whole checkpoint, or that of `step`, with a draft model beside it where one is named.
 
         Raises:
             CheckpointError: nothing usable is there.
+            BadInput: the draft has other token ids; its `field` is "draft".
         """
         from smolforge.generation.engine import Engine
 
         target = self.model if step is None else self.checkpoint(step)
-        engine = Engine.load(target, quantize=quantize, max_batch=max_batch)
+        engine = Engine.load(target, quantize=quantize, max_batch=max_batch, draft=draft)
         directory = engine.directory
         assert directory is not None
         weights = directory / "model.safetensors"

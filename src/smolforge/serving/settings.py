@@ -24,6 +24,7 @@ class ServeSettings:
         frame_origins: web origins whose pages may show this one in a frame, such as a Space's; none unless given.
         name: id of the model in the API; the directory's or the Hub's name unless given.
         quantize: as of `Engine.load`.
+        draft: a smaller model that guesses ahead, as of `Engine.load`; none unless given.
         max_batch: sequences that run at once.
         max_queue: sequences that may wait; further ones get 429.
         max_per_client: unfinished requests of one client (key and address); further ones get 429.
@@ -46,6 +47,7 @@ class ServeSettings:
     frame_origins: tuple[str, ...] = ()
     name: str | None = None
     quantize: str = "auto"
+    draft: str | None = None
     max_batch: int = 16
     max_queue: int = 256
     max_per_client: int = 64

@@ -1,7 +1,8 @@
 """torch.compile where it pays, once per run.
 
 Compiled are the block that all layers share, which costs seconds where the whole model would cost a minute and, on a
-CPU, runs no slower, the loss of a chunk, and the update of weights in bf16. A machine that cannot compile goes on without, and says so.
+CPU, runs no slower, the loss of a chunk, and the update of weights in bf16. A machine that cannot compile goes on
+without, and says so.
 """
 
 from __future__ import annotations
