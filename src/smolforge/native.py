@@ -39,7 +39,7 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
     Raises:
         NativeUnavailable: there is no compiler, or it failed; the message holds its last words.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     directory = directory or _cache_directory()
     path = directory / f"{sources[0].stem}-{_key(compiler, sources)}.so"
     if path.is_file():
@@ -73,7 +73,12 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} does not load: {error}") from None
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler to build with.
+
+    Raises:
+        NativeUnavailable: there is none, or native code is turned off.
+    """
     if os.environ.get("SMOLFORGE_NATIVE") == "0":
         raise NativeUnavailable("native code is turned off by SMOLFORGE_NATIVE=0")
     if sys.byteorder != "little":

@@ -1,6 +1,7 @@
 """Writing on this machine: tokens/s per precision and batch, beside the bandwidth that no decoder can pass.
 
 A token that is decoded reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached.
+Beside the bytes that a runner says it holds stands what the process grew by when it was made.
 Every step ends with its logits on the CPU, so no clock is read while a GPU still works.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +60,9 @@ def measure(
     if device == "cuda":
         result["device"] = torch.cuda.get_device_name()
     for precision in precisions:
+        held = resident_bytes()
         runner, decisions = choose_runner(module, precision)
+        grown = resident_bytes() - held
         for line in decisions if device == "cuda" else decisions[-1:]:
             say(line)
         rates = {}
@@ -71,6 +75,7 @@ def measure(
             "tokens_per_second": rates,
             "first_token_seconds": first,
             "weight_bytes": runner.weight_bytes,
+            "process_grew_bytes": grown if device == "cpu" else None,
             "cache_bytes_per_token": runner.cache_bytes(1024) // 1024,
             "share_of_read_bandwidth": rates[str(batches[0])] / batches[0] * runner.weight_bytes / read,
         }
@@ -94,6 +99,15 @@ def wait(device: str) -> None:
     """Until the device has done what it was told; a CPU always has."""
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def resident_bytes() -> int:
+    """Memory of its own that this process holds, mapped files not counted; 0 where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def _first(runner: Runner, length: int) -> float:
@@ -124,11 +138,14 @@ def table(result: dict[str, Any]) -> str:
     found = result["precisions"]
     batches = list(next(iter(found.values()))["tokens_per_second"])
     head = "".join(f"{'tok/s' if b == '1' else f'{b} seqs':>9}" for b in batches)
-    lines = [f"{'':<6}{head} {'first ms':>9} {'weights MB':>11} {'cache/token':>12} {'of bandwidth':>13}  runner"]
+    columns = f"{'first ms':>9} {'weights MB':>11} {'process MB':>11} {'cache/token':>12} {'of bandwidth':>13}"
+    lines = [f"{'':<6}{head} {columns}  runner"]
     for name, row in found.items():
+        grew = row["process_grew_bytes"]
         rates = "".join(f"{rate:9.1f}" for rate in row["tokens_per_second"].values())
         lines.append(
             f"{name:<6}{rates} {1000 * row['first_token_seconds']:9.0f} {row['weight_bytes'] / 1e6:11.0f} "
+            f"{f'+{grew / 1e6:.0f}' if grew else '-':>11} "
             f"{row['cache_bytes_per_token']:12,} {row['share_of_read_bandwidth']:13.0%}  {row['runner']}"
         )
     reader = f"on {result['device']}" if "device" in result else f"with {result['threads']} threads"

@@ -6,7 +6,6 @@ and backward, recomputation not counted. The limit is measured in the same run, 
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +40,8 @@ def measure(
     Args:
         preset: whose model, optimizer and precision.
         length: tokens in a sequence.
-        micro_batch: sequences in a step; one micro-batch, so that accumulation hides nothing.
+        micro_batch: sequences in a step; one micro-batch, so that accumulation hides nothing, unless the overrides
+            give a `training.memory`, whose plan may cut it.
         steps: measured steps after one that warms up; medians are reported.
         overrides: `key=value` as of --set, such as training.precision=bf16-pure.
 
@@ -49,7 +49,9 @@ def measure(
         BadInput: the configuration is none.
     """
     device = plan.pick_device()
-    given = [f"data.sequence_length={length}", f"training.micro_batch={micro_batch}", "training.steps=1000"]
+    given = [f"data.sequence_length={length}", "training.steps=1000"]
+    if not any(override.startswith("training.memory=") for override in overrides):
+        given.append(f"training.micro_batch={micro_batch}")
     config = configuration.build(preset, [*given, f"training.tokens_per_step={micro_batch * length}", *overrides])
     chosen = plan.make_plan(config, device, 1)
     for reason in chosen.reasons:
@@ -66,18 +68,21 @@ def measure(
 
     def step() -> list[float]:
         """Seconds of each part."""
-        marks = [_now(device)]
-        with chosen.precision.context(device):
-            hidden = model.model(tokens[:, :-1].contiguous())
-            loss, nats = losses.WAYS[chosen.loss](
-                hidden.flatten(0, 1), model.output_weight, tokens[:, 1:].flatten(), scale=1 / (micro_batch * length)
-            )
-        marks.append(_now(device))
-        updater.backward(loss)
-        marks.append(_now(device))
-        updater.step(config.optimizer.lr, nats.float())
-        marks.append(_now(device))
-        return [b - a for a, b in itertools.pairwise(marks)]
+        spent, total = [0.0, 0.0], torch.zeros((), device=device)
+        for part in tokens.split(chosen.micro_batch):
+            began = _now(device)
+            with chosen.precision.context(device):
+                hidden = model.model(part[:, :-1].contiguous())
+                loss, nats = losses.WAYS[chosen.loss](
+                    hidden.flatten(0, 1), model.output_weight, part[:, 1:].flatten(), scale=1 / (micro_batch * length)
+                )
+            forward = _now(device)
+            updater.backward(loss)
+            total += nats.float()
+            spent = [spent[0] + forward - began, spent[1] + _now(device) - forward]
+        began = _now(device)
+        updater.step(config.optimizer.lr, total)
+        return [*spent, _now(device) - began]
 
     compiled_before = compiling.graphs()
     first = sum(step())

@@ -1,0 +1,65 @@
+"""What the engine says it holds is what the process grows by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolforge import tokenizer as tokenizers
+from smolforge.checkpoint.format import write_model
+from smolforge.config import ModelConfig
+from smolforge.model.registry import build
+
+SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=10,
+                    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048)  # fmt: skip
+PROGRAM = """
+import gc, json, sys
+from pathlib import Path
+from smolforge.generation import Engine, Sampling
+from smolforge.generation.bench import resident_bytes
+
+def fill(engine):
+    room = engine.context - 1
+    for _ in engine.stream([[5] * room], Sampling(max_tokens=1, ignore_eos=True)):
+        most = engine.memory()["cache_reserved"] + engine.memory()["cache_kept"]
+    return most
+
+small, model, precision = sys.argv[1:]
+fill(Engine.load(small, quantize=precision))  # torch, its threads and buffers
+gc.collect()
+start = resident_bytes()
+engine = Engine.load(model, quantize=precision)
+gc.collect()
+loaded = resident_bytes()
+cache = fill(engine)
+print(json.dumps({"weights": engine.memory()["weights"], "grown": loaded - start,
+                  "cache": cache, "grown_by_cache": resident_bytes() - loaded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> tuple[Path, Path]:
+    tokenizer = tokenizers.train(["once upon a time"] * 3, 300)
+    made = []
+    for name, layers in (("small", 1), ("model", SHAPE.num_hidden_layers)):
+        config = SHAPE.model_copy(update={"num_hidden_layers": layers})
+        made.append(tmp_path_factory.mktemp(name))
+        write_model(made[-1], config, build(config, seed=0).state_dict(), tokenizer)
+    return made[0], made[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the kernel does not say what a process holds")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_process_grows_by_what_the_engine_says(directories, precision) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, directories), precision], capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["weights"] > 20e6 and said["cache"] > 20e6
+    assert said["grown"] == pytest.approx(said["weights"], rel=0.1, abs=4e6)
+    # The activations of a chunk of prompt come on top, once for the process.
+    assert said["grown_by_cache"] == pytest.approx(said["cache"], rel=0.1, abs=12e6)
