@@ -33,10 +33,12 @@ class Arena:
 def _mapped(nbytes: int) -> Tensor:
     """Zeroed memory, from the first border of a large page on."""
     nbytes = -(-nbytes // LARGE) * LARGE
-    mapping = mmap.mmap(-1, nbytes + LARGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; a wish, which a kernel without large pages ignores
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    # Private: Python's own default is shared, which Linux keeps on small pages.
+    mapping = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a wish, which a kernel without large pages does not know
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE
     return whole[start : start + nbytes]
