@@ -75,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.empty_like(hidden)
         # The head's gradient is a sum over all tokens: kept in fp32 unless the weights themselves are narrower.
-        weight_gradient = torch.empty_like(weight)
+        weight_gradient = torch.empty_like(weight) if count else torch.zeros_like(weight)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         extra = torch.zeros((), dtype=wide, device=hidden.device)
         factor = torch.tensor(scale, dtype=wide, device=hidden.device)

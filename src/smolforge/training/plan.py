@@ -143,19 +143,18 @@ def _share_of_memory(
 
 def _attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
     asked = config.training.attention
-    if asked == "native" and (device.type != "cpu" or native_attention.unavailable()):
-        raise BadInput(
-            "there is no native attention here: "
-            + (f"the device is {device.type}" if device.type != "cpu" else str(native_attention.unavailable())),
-            field="training.attention",
-            hint="Use auto.",
-        )
+    narrow = torch.bfloat16 in (precision.autocast, precision.weights)
+    missing = None
+    if device.type != "cpu":
+        missing = f"the device is {device.type}"
+    elif asked == "native" or (asked == "auto" and narrow):
+        missing = native_attention.unavailable()  # which compiles it where it is not compiled yet
+    if asked == "native" and missing:
+        raise BadInput(f"there is no native attention here: {missing}", field="training.attention", hint="Use auto.")
     if asked != "auto":
         return asked, "as asked"
     if device.type != "cpu":
         return "sdpa", "it takes the mask of document borders" if config.data.mask_documents else "torch's own kernels"
-    narrow = torch.bfloat16 in (precision.autocast, precision.weights)
-    missing = native_attention.unavailable() if narrow else None
     if narrow and not missing:
         return "native", "no score leaves the cache"
     why = f"; native: {missing}" if missing else ""
