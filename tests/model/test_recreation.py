@@ -166,7 +166,7 @@ def test_it_is_one_graph() -> None:
     model, ids = registry.build(SMALL), tokens(2, 8)
     expected = model(ids)
     model.model.compile(dynamic=False, fullgraph=True, backend="eager")
-    assert torch.allclose(model(ids), expected, atol=1e-6)
+    assert torch.allclose(model(ids), expected, atol=1e-5)
 
 
 def test_untied_head_is_a_tensor_of_its_own() -> None:

@@ -53,5 +53,6 @@ def test_logits_equal_the_reference(reference: dict[str, Any], model: torch.nn.M
         logits = model(torch.tensor(reference["input_ids"]))
     expected = torch.tensor(reference["logits"])
     assert logits.shape == expected.shape
-    # The file has six decimals and allows 2e-4; keys left unrotated would be off by 0.11.
-    assert (logits - expected).abs().max() < 2e-6
+    # The file has six decimals and allows 2e-4; processors sum in other orders (2e-6 on one, 3e-6 on another); keys left
+    # unrotated would be off by 0.11.
+    assert (logits - expected).abs().max() < 1e-5
