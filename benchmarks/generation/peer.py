@@ -20,8 +20,7 @@ if not sys.argv[1:] or not sys.argv[1].startswith("llama"):
     # smolforge's own settings, which torch's peers profit from too; llama.cpp's barriers want the default.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if not sys.argv[1:] or not sys.argv[1].startswith(("native", "engine")):
-        os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # between torch's kernels threads are best awake for a while
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # between kernels and steps threads are best awake for a while
 VOCAB = 49152
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from smolforge.errors import SmolforgeError
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-LINK = ("-shared", "-fPIC", "-pthread")
+# What torch brings (its OpenMP) is looked up when a library is loaded; Apple's linker has to be told so.
+LINK = ("-shared", "-fPIC", "-pthread", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 
 
 class NativeUnavailable(SmolforgeError):

@@ -40,8 +40,8 @@ def test_chi_square(sampling):
     for process in processors.chain(sampling):
         expected = process(expected)
     expected = expected.softmax(0).numpy()
-    ids, probabilities = sampler.distribution(sampler._penalise(scores, 0))
-    counts = np.bincount([draw(ids, probabilities, uniform(11, 0, i)) for i in range(DRAWS)], minlength=len(expected))
+    ids, weights = sampler.weights(sampler._penalise(scores, 0))
+    counts = np.bincount([draw(ids, weights, uniform(11, 0, i)) for i in range(DRAWS)], minlength=len(expected))
     assert counts[expected == 0].sum() == 0
     likely = expected * DRAWS >= 5
     observed = np.append(counts[likely], counts[~likely].sum())

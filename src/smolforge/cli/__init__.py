@@ -44,12 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; its exit code. Errors that a user can meet are printed without a traceback."""
-    # Waiting threads that spin make a busy machine crawl, so they sleep. Where torch's kernels follow each other by the
-    # hundred microseconds, in training and in decoding without the native step, waking them takes up to half of the
-    # time: there they spin for about a millisecond first (docs/log.md). All must be set before torch is imported.
+    # Waiting threads that spin make a busy machine crawl, so they sleep. But kernels and steps follow each other by the
+    # hundred microseconds, and waking threads takes up to half of that: so they spin for about a millisecond first
+    # (docs/log.md). All must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if argv and (argv[0] == "train" or (argv[0] in ("generate", "serve", "eval", "bench") and not _can_compile())):
-        os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     # Large blocks on pages of 2 MiB: a twelfth of a training step went into pages of 4 KiB (docs/log.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -72,16 +71,6 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _can_compile() -> bool:
-    from smolforge import native
-
-    try:
-        native.find_compiler()
-    except native.NativeUnavailable:
-        return False
-    return True
 
 
 def parser(verb: str | None = None):

@@ -243,7 +243,7 @@ class Engine:
         if self.speculation is not None:
             work = self.speculation.extend(work, len(self.scheduler.running))
         began, row = time.perf_counter(), 0
-        logits = self._paired.forward([piece for _, piece in work])
+        logits = _finite(self._paired.forward([piece for _, piece in work]))
         for choice, piece in work:
             choice.computed = piece.start + len(piece.tokens) - piece.guessed
             steps += self._advance(choice, piece, logits[row : row + piece.logits])
@@ -297,7 +297,7 @@ class Engine:
             return steps
         if sampling.max_tokens == 0:
             return [*steps, self._finish(choice, "length", None, "")]
-        logits = _finite(logits[-1 - piece.guessed :])
+        logits = logits[-1 - piece.guessed :]
         right = 0
         for row in range(piece.guessed + 1):
             picked = choice.sampler.pick(logits[row], choice.written)
@@ -348,7 +348,7 @@ class Engine:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    if torch.isnan(logits.max()):
+    if len(logits) and torch.isnan(logits.max()):
         raise RunFailed("the model's logits are not numbers", hint="Its weights are damaged, or training diverged.")
     return logits
 

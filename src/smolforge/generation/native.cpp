@@ -27,13 +27,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -169,6 +167,11 @@ struct Matrix {        // as packed by native.py
   const void* scales;  // I8: float [units][32]; I4: bfloat16 [units][k / group][32]
 };
 struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2; };
+// Of GCC's OpenMP, and of LLVM's and Intel's, which speak the same; null without one.
+void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags) __attribute__((weak));
+int omp_get_thread_num() __attribute__((weak));
+int omp_get_num_threads() __attribute__((weak));
+
 struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, cache_kind; float eps; };
 }
 
@@ -298,22 +301,28 @@ void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, i
     }
 }
 
-// Threads that sleep between steps and spin, then yield, inside one.
+// The threads of one step, which spin, then yield, where they wait for each other. They are those of torch's OpenMP:
+// torch's threads may be spinning for their next work when a step begins, and threads of our own would have to wait for
+// their cores (twice the time of a step, docs/log.md). Without an OpenMP in the process each step starts its own.
 struct Team {
-  explicit Team(int n) : size(n) {
-    for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
-  }
-  ~Team() {
-    { std::lock_guard<std::mutex> hold(lock); leaving = true; round++; }
-    wake.notify_all();
-    for (auto& t : workers) t.join();
-  }
-  void run(const std::function<void(int)>& f) {
-    if (size == 1) return f(0);
-    { std::lock_guard<std::mutex> hold(lock); job = &f; round++; }
-    wake.notify_all();
+  explicit Team(int n) : most(n) {}
+  // f(id) on every thread; there may be fewer than asked for, `size` says how many.
+  template <class Job> void run(const Job& f) {
+    size = 1;
+    if (most == 1) return f(0);
+    if (GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
+      std::pair<Team*, const Job*> work{this, &f};
+      return GOMP_parallel([](void* p) {
+        const auto [team, job] = *(std::pair<Team*, const Job*>*)p;
+        team->size.store(omp_get_num_threads(), std::memory_order_relaxed);  // all say the same
+        (*job)(omp_get_thread_num());
+      }, &work, most, 0);
+    }
+    size = most;
+    std::vector<std::thread> others;
+    for (int i = 1; i < most; i++) others.emplace_back([&f, i] { f(i); });
     f(0);
-    barrier();
+    for (auto& t : others) t.join();
   }
   void barrier() {
     if (size == 1) return;
@@ -331,29 +340,10 @@ struct Team {
 #endif
     }
   }
-  const int size;
+  const int most;
+  std::atomic<int> size{1};
 
  private:
-  void work(int id) {
-    for (unsigned seen = 0;;) {
-      const std::function<void(int)>* f;
-      {
-        std::unique_lock<std::mutex> hold(lock);
-        wake.wait(hold, [&] { return round != seen; });
-        seen = round;
-        if (leaving) return;
-        f = job;
-      }
-      (*f)(id);
-      barrier();
-    }
-  }
-  std::vector<std::thread> workers;
-  std::mutex lock;
-  std::condition_variable wake;
-  const std::function<void(int)>* job = nullptr;
-  unsigned round = 0;
-  bool leaving = false;
   std::atomic<int> arrived{0};
   std::atomic<unsigned> phase{0};
 };
