@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 # torch is pinned in constraints.txt: the newest on the index would bring gigabytes of CUDA to a laptop.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
+# Native code writes several times as fast as torch's own kernels; where no compiler can build it, pip brings one.
+COMPILER := $(shell command -v g++ || command -v clang++ || command -v c++)
+COMMA := ,
+EXTRAS := web,gguf$(if $(COMPILER),,$(COMMA)native)
 
 .PHONY: demo test test-browser lint soak bench install clean help
 
@@ -31,6 +35,7 @@ lint: $(VENV)/installed-dev      ## ruff, pyright, and the floors of the house
 	$(BIN)/lint-imports
 
 soak: $(VENV)/installed-dev      ## long checks: random kills, faults and corruption (about 20 minutes)
+	$(PIP) -e '.[native]'
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/installed-peers   ## smolforge beside its peers (builds llama.cpp first); each ends in one JSON line
@@ -48,11 +53,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
 	$(PIP) torch numpy
-	$(PIP) -e '.[web,gguf]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e '.[web,gguf,eval,dev]'
+	$(PIP) -e '.[$(EXTRAS),eval,dev]'
 	touch $@
 
 # llama.cpp: its library compiled from the source package, for this machine, and its server ready-built.

@@ -1,8 +1,9 @@
-"""Native libraries: built once with the system's compiler, cached, loaded through ctypes.
+"""Native libraries: built once with the machine's compiler, cached, loaded through ctypes.
 
 Each is some C++ files beside the Python that calls it (`generation/native.py`, `model/native_attention.py`). A library
 lies in the user's cache directory under a name that holds its sources, the compiler and the machine, so a change of any
-of them builds anew. `smolforge build-native` does it ahead of time.
+of them builds anew. `smolforge build-native` does it ahead of time. Where no compiler is installed the package
+`ziglang` is one that pip brings (`pip install 'smolforge[native]'`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -45,15 +47,21 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
     path = directory / f"{sources[0].stem}-{_key(compiler, sources)}.so"
     if path.is_file():
         return path
+    # Unasked work that takes this long is announced, whoever needs the library.
+    print(
+        f"compiling {sources[0].name} for this processor, once ({Path(compiler[0]).name})", file=sys.stderr, flush=True
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Built under another name and renamed: two processes may build at once, neither sees half a library.
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / "native.so"
-            command = [compiler, *FLAGS, *LINK, *map(str, sources), "-o", str(made)]
+            command = [*compiler, *FLAGS, *LINK, *map(str, sources), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
-                raise NativeUnavailable(f"{compiler} could not build {path.name}: {done.stderr.strip()[-500:]}")
+                raise NativeUnavailable(
+                    f"{' '.join(compiler)} could not build {path.name}: {done.stderr.strip()[-500:]}"
+                )
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"{path.name} could not be built: {error}") from None
@@ -74,8 +82,8 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} does not load: {error}") from None
 
 
-def find_compiler() -> str:
-    """The C++ compiler to build with.
+def find_compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler to build with.
 
     Raises:
         NativeUnavailable: there is none, or native code is turned off.
@@ -87,8 +95,11 @@ def find_compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
         found = shutil.which(name)
         if found:
-            return found
-    raise NativeUnavailable("no C++ compiler is installed (looked for $CXX, g++, clang++, c++)")
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return sys.executable, "-m", "ziglang", "c++"
+    looked = "$CXX, g++, clang++, c++ and the package ziglang"
+    raise NativeUnavailable(f"no C++ compiler is installed, `pip install ziglang` brings one (looked for {looked})")
 
 
 def _cache_directory() -> Path:
@@ -96,8 +107,8 @@ def _cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "smolforge"
 
 
-def _key(compiler: str, sources: Sequence[Path]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
+def _key(compiler: Sequence[str], sources: Sequence[Path]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
     parts = (*(source.read_bytes() for source in sources), version, " ".join(FLAGS).encode(), _cpu().encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 

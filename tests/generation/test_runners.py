@@ -212,6 +212,35 @@ def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
     assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
 
 
+def test_where_no_compiler_is_installed_pip_brings_one(monkeypatch, tmp_path):
+    """The package ziglang holds a whole compiler; it is the last that is looked for."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("SMOLFORGE_NATIVE", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NativeUnavailable, match="pip install ziglang"):
+        native.find_compiler()
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert native.find_compiler() == (sys.executable, "-m", "ziglang", "c++")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_ziglang_builds_computes_the_same(monkeypatch, tmp_path, precision):
+    pytest.importorskip("ziglang", reason="pip install ziglang: a compiler for machines that have none")
+    model, ids = make_model(), list(range(3, 40))
+    expected = whole(NativeRunner(model, precision), ids)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    native.load.cache_clear()
+    try:
+        runner = NativeRunner(model, precision)
+    finally:
+        native.load.cache_clear()
+    # Another compiler may fuse other multiplications with their additions.
+    assert distance(whole(runner, ids), expected) < TOLERANCE[precision] / 10
+
+
 def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     bad = tmp_path / "c++"
     bad.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")

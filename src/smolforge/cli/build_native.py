@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ examples:
   smolforge build-native --directory native/   for an image that is built before it has a home
 
 The native step writes several times as fast as torch's own kernels on a CPU, and attention trains faster where the
-processor multiplies bf16. Both are compiled on first use, for the processor at hand, by $CXX, g++, clang++ or c++;
-without a compiler torch does the work.
+processor multiplies bf16. Both are compiled on first use, for the processor at hand, by $CXX, g++, clang++, c++ or
+the package ziglang (pip install ziglang), a compiler that needs no administrator; without one torch does the work.
 """
 
 
@@ -39,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.generation.native import SOURCES as STEP
     from smolforge.model.native_attention import SOURCES as ATTENTION
 
-    print("compiling what is not compiled yet (half a minute)", file=sys.stderr)
     paths = {
         name: str(native.build(sources, args.directory)) for name, sources in (("step", STEP), ("attention", ATTENTION))
     }

@@ -40,7 +40,8 @@ def choose_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     precision, reason = precisions.choose(quantize, parameters, weight.device.type)
     if module.config.architecture != "llama":
         runner = ModuleRunner(module)
-        return runner, [f"runner: {runner.name}; the fast paths are for Llama, not {module.config.architecture}"]
+        why = f"the fast paths and their precisions are for Llama, not {module.config.architecture}"
+        return runner, [f"runner: {runner.name} in {_STORED.get(weight.dtype, weight.dtype)}; {why}"]
     decisions = [f"precision: {reason}"]
     if weight.device.type != "cpu":
         runner = StaticRunner(module, precision)
