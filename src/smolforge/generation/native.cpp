@@ -41,10 +41,11 @@ namespace {
 
 #if defined(__AVX512VNNI__)  // before it AVX-512 was slow, and had no byte quads
 constexpr int WIDTH = 64, TILE = 12;  // bytes of a vector; rows of one tile, as many as the registers hold sums of
+constexpr int SCALED_TILE = 8;        // and with scales, where groups are summed apart first
 #elif defined(__AVX2__)
-constexpr int WIDTH = 32, TILE = 3;
+constexpr int WIDTH = 32, TILE = 3, SCALED_TILE = 3;
 #else
-constexpr int WIDTH = 16, TILE = 3;
+constexpr int WIDTH = 16, TILE = 3, SCALED_TILE = 3;
 #endif
 constexpr int UNIT = 32;           // outputs of one unit
 constexpr int GROUP = 64;          // inputs that share one activation scale
@@ -111,18 +112,14 @@ inline I dot_quads(I acc, I w, const void* x) {
 }
 #endif
 
-// The same for 32 inputs of 4-bit weights, whose products are small: at most 8 x 2 x 15 x 127 < 2^15, so that sums
-// of pairs stay in 16 bits until the end. `Small` is what they are summed in.
+// Where there are no byte quads, the same for 32 inputs of 4-bit weights, whose products are small: at most
+// 8 x 2 x 15 x 127 < 2^15, so that sums of pairs stay in 16 bits until the end. `Small` is what they are summed in.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 typedef Shorts Small;
 inline Small dot_small(Small acc, I w, const int8_t* x) {
   return acc + (Small)_mm256_maddubs_epi16((__m256i)w, (__m256i)splat(load<int32_t>(x)));
 }
 inline I widen(Small acc) { return (I)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)); }
-#elif defined(__AVX512VNNI__)
-typedef I Small;
-inline Small dot_small(Small acc, I w, const int8_t* x) { return dot_quads(acc, w, x); }
-inline I widen(Small acc) { return acc; }
 #else
 typedef I Small;
 inline Small dot_small(Small acc, I w, const int8_t* x) {
@@ -240,6 +237,17 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
 #pragma GCC unroll 12
             for (int m = 0; m < M; m++) acc[m][v] = dot_quads(acc[m][v], word, input(m, i));
           }
+      } else if constexpr (QUADS) {
+        for (int i = g; i < g + step; i += 8, p += 4 * UNIT)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) {
+            const I word = word_at<KIND>(p + v * WIDTH, v), low = word & 0x0f0f0f0f, high = (I)((U)word >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 12
+            for (int m = 0; m < M; m++) {
+              const auto* x = (const int8_t*)input(m, i);
+              acc[m][v] = dot_quads(dot_quads(acc[m][v], low, x), high, x + 4);
+            }
+          }
       } else {
         for (int half = g; half < g + step; half += 32) {
           Small small[M][V] = {};
@@ -293,9 +301,10 @@ Tile pick(int kind, int rows) {
 template <class Done>
 void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, int first, int last, Done done) {
   alignas(64) F out[TILE][V];
+  const int most = w.kind == I8 || w.kind == I4 ? SCALED_TILE : TILE;
   for (int unit = first; unit < last; unit++)
-    for (int row = 0; row < rows; row += TILE) {
-      const int n = std::min(TILE, rows - row);
+    for (int row = 0; row < rows; row += most) {
+      const int n = std::min(most, rows - row);
       pick(w.kind, n)(w, unit, bytes, k, in, row, out);
       done(unit, row, n, out);
     }
