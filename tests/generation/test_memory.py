@@ -14,7 +14,7 @@ from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.model.registry import build
 
-SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=10,
+SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=20,
                     num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048)  # fmt: skip
 PROGRAM = """
 import gc, json, sys

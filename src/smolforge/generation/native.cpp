@@ -191,98 +191,84 @@ struct Inputs {
   int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs)
 };
 
-// A vector of weights. Small ones are asked for 1 KiB ahead: the processor's own prefetcher, which is best left
-// alone with larger ones, does not keep up with them (one row, two Zen 3 cores: int8 1.14 times, int4 1.2 times).
-template <int KIND> I word_at(const uint8_t* p, int v) {
-  if ((KIND == I8 || KIND == I4) && v * WIDTH % 64 == 0) __builtin_prefetch(p + 1024);
-  return load<I>(p);
+// Small weights are asked for 1 KiB ahead: the processor's own prefetcher, which is best left alone with larger ones,
+// does not keep up with them (one row, two Zen 3 cores: int8 1.14 times, int4 1.2 times).
+template <int KIND> void ask_ahead(const uint8_t* p) {
+  if (KIND == I8 || KIND == I4)
+    for (int at = 0; at < 4 * UNIT; at += 64) __builtin_prefetch(p + 1024 + at);
+}
+
+// f(m, v) for all rows and vectors of a tile, unrolled, in the order that keeps the fewest operands alive beside the sums:
+// with many registers the vectors of weights, with few the inputs of the rows.
+template <int M, class Each> __attribute__((always_inline)) inline void each(Each f) {
+  if constexpr (V == 2) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) f(m, v);
+  } else {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++)
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) f(m, v);
+  }
 }
 
 // M rows times one unit; out[m][v] holds the outputs from v * LANES on.
 template <int KIND, int M>
 void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int row, F (*out)[V]) {
   const uint8_t* p = w.data + bytes * unit;
-  const auto input = [&](int m, int i) { return (const char*)in.data + ((size_t)(row + m) * in.stride + i) * input_bytes(KIND); };
+  const auto input = [&](int m, int i) { return (const int8_t*)in.data + ((size_t)(row + m) * in.stride + i) * input_bytes(KIND); };
+  const auto word = [&](int v) { return load<I>(p + v * WIDTH); };
   if constexpr (KIND == F32 || KIND == BF16) {
     constexpr int PER = KIND == F32 ? 1 : 2;  // inputs of one word
     F acc[M][V] = {};
     for (int i = 0; i < k; i += PER, p += 4 * UNIT)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        const I word = word_at<KIND>(p + v * WIDTH, v);
-#pragma GCC unroll 12
-        for (int m = 0; m < M; m++)
-          if constexpr (KIND == F32) acc[m][v] += (F)word * load<float>(input(m, i));
-          else acc[m][v] = dot_pairs(acc[m][v], word, input(m, i));
-      }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) out[m][v] = acc[m][v];
+      each<M>([&](int m, int v) {
+        if constexpr (KIND == F32) acc[m][v] += (F)word(v) * load<float>(input(m, i));
+        else acc[m][v] = dot_pairs(acc[m][v], word(v), input(m, i));
+      });
+    each<M>([&](int m, int v) { out[m][v] = acc[m][v]; });
   } else {
     const int groups = in.stride / GROUP, step = KIND == I4 ? w.group : GROUP;
     const uint16_t* fine = KIND == I4 ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * UNIT : nullptr;
     F total[M][V] = {};
     for (int g = 0; g < k; g += step) {
       I acc[M][V];
-#pragma GCC unroll 12
-      for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[m][v] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]);
+      each<M>([&](int m, int v) { acc[m][v] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]); });
       if constexpr (KIND == I8) {
-        for (int i = g; i < g + GROUP; i += 4, p += 4 * UNIT)
-#pragma GCC unroll 8
-          for (int v = 0; v < V; v++) {
-            const I word = word_at<KIND>(p + v * WIDTH, v);
-#pragma GCC unroll 12
-            for (int m = 0; m < M; m++) acc[m][v] = dot_quads(acc[m][v], word, input(m, i));
-          }
-      } else if constexpr (QUADS) {
-        for (int i = g; i < g + step; i += 8, p += 4 * UNIT)
-#pragma GCC unroll 8
-          for (int v = 0; v < V; v++) {
-            const I word = word_at<KIND>(p + v * WIDTH, v), low = word & 0x0f0f0f0f, high = (I)((U)word >> 4) & 0x0f0f0f0f;
-#pragma GCC unroll 12
-            for (int m = 0; m < M; m++) {
-              const auto* x = (const int8_t*)input(m, i);
-              acc[m][v] = dot_quads(dot_quads(acc[m][v], low, x), high, x + 4);
-            }
-          }
+        for (int i = g; i < g + GROUP; i += 4, p += 4 * UNIT) {
+          ask_ahead<KIND>(p);
+          each<M>([&](int m, int v) { acc[m][v] = dot_quads(acc[m][v], word(v), input(m, i)); });
+        }
       } else {
+        const auto low = [&](int v) { return word(v) & 0x0f0f0f0f; };
+        const auto high = [&](int v) { return (I)((U)word(v) >> 4) & 0x0f0f0f0f; };
         for (int half = g; half < g + step; half += 32) {
           Small small[M][V] = {};
-          for (int i = half; i < half + 32; i += 8, p += 4 * UNIT)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) {
-              const I word = word_at<KIND>(p + v * WIDTH, v), low = word & 0x0f0f0f0f, high = (I)((U)word >> 4) & 0x0f0f0f0f;
-#pragma GCC unroll 12
-              for (int m = 0; m < M; m++) {
-                const auto* x = (const int8_t*)input(m, i);
-                small[m][v] = dot_small(dot_small(small[m][v], low, x), high, x + 4);
-              }
-            }
-#pragma GCC unroll 12
-          for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) acc[m][v] += widen(small[m][v]);
+          for (int i = half; i < half + 32; i += 8, p += 4 * UNIT) {
+            ask_ahead<KIND>(p);
+            each<M>([&](int m, int v) {
+              const int8_t* x = input(m, i);
+              if constexpr (QUADS) acc[m][v] = dot_quads(dot_quads(acc[m][v], low(v), x), high(v), x + 4);
+              else small[m][v] = dot_small(dot_small(small[m][v], low(v), x), high(v), x + 4);
+            });
+          }
+          if constexpr (!QUADS) each<M>([&](int m, int v) { acc[m][v] += widen(small[m][v]); });
         }
       }
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        F scale = splat(1.f);
-        if constexpr (KIND == I4) scale = (F)(__builtin_convertvector(load<Halves>(fine + v * LANES), U) << 16);
-#pragma GCC unroll 12
-        for (int m = 0; m < M; m++)
-          total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale * in.scales[(size_t)(row + m) * groups + g / GROUP]);
-      }
+      const auto scale = [&](int v) {
+        if constexpr (KIND == I4) return (F)(__builtin_convertvector(load<Halves>(fine + v * LANES), U) << 16);
+        else return splat(1.f);
+      };
+      each<M>([&](int m, int v) {
+        total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale(v) * in.scales[(size_t)(row + m) * groups + g / GROUP]);
+      });
       fine += KIND == I4 ? UNIT : 0;
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-      const F scale = KIND == I8 ? load<F>((const float*)w.scales + (size_t)unit * UNIT + v * LANES) : splat(1.f);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; m++) out[m][v] = total[m][v] * scale;
-    }
+    each<M>([&](int m, int v) {
+      out[m][v] = KIND == I8 ? total[m][v] * load<F>((const float*)w.scales + (size_t)unit * UNIT + v * LANES) : total[m][v];
+    });
   }
 }
 
