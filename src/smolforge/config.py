@@ -265,7 +265,7 @@ class TrainingConfig(_Section):
     """Weight of the squared log normaliser in the loss."""
     memory: Memory | Literal["auto"] = "auto"
     """Memory to stay within; picks micro_batch and activation checkpointing."""
-    loss: Literal["auto", "chunked", "linear", "full"] = "auto"
+    loss: Literal["auto", "native", "chunked", "linear", "full"] = "auto"
     """How the loss is computed; auto chooses by device."""
     attention: Literal["auto", "native", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"
     """Exact attention to train with; auto chooses by device and length."""

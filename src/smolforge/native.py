@@ -28,6 +28,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 LINK = ("-shared", "-fPIC", "-pthread", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 
 
+THREADS, VECTORS = (Path(__file__).with_name(name) for name in ("threads.h", "vectors.h"))  # what the C++ files share
+
+
 class NativeUnavailable(SmolforgeError):
     """A native library cannot be built or loaded here; torch's own kernels do the work."""
 
@@ -36,7 +39,7 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
     """Build the library of some sources for this machine, or find it built; its path.
 
     Args:
-        sources: C++ files; the first one names the library.
+        sources: C++ files and their headers; the first one names the library.
         directory: where libraries are kept; the user's cache unless given.
 
     Raises:
@@ -56,7 +59,8 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
         # Built under another name and renamed: two processes may build at once, neither sees half a library.
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / "native.so"
-            command = [*compiler, *FLAGS, *LINK, *map(str, sources), "-o", str(made)]
+            files = [str(source) for source in sources if source.suffix == ".cpp"]
+            command = [*compiler, *FLAGS, *LINK, *files, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 raise NativeUnavailable(

@@ -4,7 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolforge.model.loss import IGNORE, chunked_loss, full_loss
+from smolforge.model import native_loss
+from smolforge.model.loss import IGNORE, chunked_loss, full_loss, torch_chunk_loss
+
+missing = native_loss.unavailable()
+needs_native = pytest.mark.skipif(missing is not None, reason=f"no native loss: {missing}")
+WAYS = [chunked_loss, pytest.param(native_loss.native_loss, marks=needs_native, id="native")]
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,10 +30,11 @@ def plain(hidden, weight, targets, scale, z_weight):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("chunk", [5, 37, 100])
 @pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_gradients_equal_autograd(dtype, tolerance, chunk, z_weight) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_equal_autograd(way, dtype, tolerance, chunk, z_weight) -> None:
     hidden, weight, targets = inputs(dtype)
     expected = torch.autograd.grad(3 * plain(hidden, weight, targets, 1 / 34, z_weight), (hidden, weight))
-    loss, total = chunked_loss(hidden, weight, targets, scale=1 / 34, chunk=chunk, z_weight=z_weight)
+    loss, total = way(hidden, weight, targets, scale=1 / 34, chunk=chunk, z_weight=z_weight)
     got = torch.autograd.grad(3 * loss, (hidden, weight))
     assert torch.allclose(loss, plain(hidden, weight, targets, 1 / 34, z_weight), atol=tolerance)
     assert torch.allclose(total, plain(hidden, weight, targets, 1.0, 0.0), atol=34 * tolerance, rtol=1e-6)
@@ -41,6 +47,37 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: chunked_loss(h, w, targets, scale=0.1, chunk=8, z_weight=0.01)[0], (hidden, weight)
     )
+
+
+@needs_native
+@pytest.mark.parametrize("words", [1, 7, 16, 53, 5000])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_the_native_loss_of_a_chunk(words, dtype, tolerance) -> None:
+    """Against float64; in bf16 the gradients are rounded once, at the end."""
+    g = torch.Generator().manual_seed(words)
+    logits = (torch.randn(40, words, generator=g) * 6).to(dtype)
+    targets = torch.randint(words, (40,), generator=g)
+    targets[[0, 39]] = IGNORE
+    ours, theirs, scale = logits.clone(), logits.double(), torch.tensor(0.25)
+    sums = native_loss.chunk_loss(ours, targets, scale, 1e-3)
+    expected = torch_chunk_loss(theirs, targets, scale.double(), 1e-3)
+    for a, b in zip(sums, expected, strict=True):
+        assert a.dtype == torch.float32 and float(a) == pytest.approx(float(b), rel=1e-6, abs=1e-6)
+    assert ((ours - theirs).abs() <= tolerance * theirs.abs() + 1e-7).all()
+    assert not ours[[0, 39]].any()
+
+
+@needs_native
+def test_the_native_loss_shows_what_is_not_finite_and_no_target() -> None:
+    for bad in (float("nan"), float("inf")):
+        logits = torch.zeros(3, 40)
+        logits[1, 17] = bad
+        total, _ = native_loss.chunk_loss(logits, torch.tensor([1, 2, 3]), torch.tensor(1.0), 0.0)
+        assert not total.isfinite() and not logits[1].isfinite().all()
+    with pytest.raises(IndexError, match="40 columns"):
+        native_loss.chunk_loss(torch.zeros(2, 40), torch.tensor([1, 40]), torch.tensor(1.0), 0.0)
+    with pytest.raises(IndexError):
+        native_loss.chunk_loss(torch.zeros(2, 40), torch.tensor([1, -1]), torch.tensor(1.0), 0.0)
 
 
 def peak_bytes(loss, tokens: int, vocabulary: int, chunk: int = 64, width: int = 32) -> int:

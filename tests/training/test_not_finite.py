@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: skipped on the device, rolled back from, and given up with a report."""
 
+import functools
 import json
 import math
 
@@ -11,9 +12,8 @@ from smolforge import cli
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.state import load_state
 from smolforge.errors import RunFailed
-from smolforge.model import loss as losses
 from smolforge.run import Run, read_metrics
-from smolforge.training import loop
+from smolforge.training import loop, wiring
 
 TRAINING = {"steps": 12, "micro_batch": 8}
 
@@ -23,20 +23,21 @@ def poison(monkeypatch):
     """Makes the loss of the batches with these addresses not finite, wherever in a run they come up."""
     poisoned: set[int] = set()
     at = {"address": -1}
-    train, loss = loop.Loop._train, losses.WAYS["chunked"]
+    train = loop.Loop._train
 
     def watched(self, batch):
         at["address"] = batch.step
         train(self, batch)
 
-    def spoiled(*args, **settings):
+    def spoiled(loss, *args, **settings):
         value, nats = loss(*args, **settings)
         if at["address"] in poisoned:
             return value * math.nan, nats * math.nan
         return value, nats
 
     monkeypatch.setattr(loop.Loop, "_train", watched)
-    monkeypatch.setitem(losses.WAYS, "chunked", spoiled)
+    for name, way in wiring.LOSSES.items():
+        monkeypatch.setitem(wiring.LOSSES, name, functools.partial(spoiled, way))
     return poisoned
 
 

@@ -10,7 +10,7 @@ from tiny import TINY
 from smolforge import config as configuration
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
-from smolforge.model import attention, native_attention, registry
+from smolforge.model import attention, native_attention, native_loss, registry
 from smolforge.training import memory, wiring
 from smolforge.training.plan import make_plan
 from smolforge.training.precision import decide
@@ -77,11 +77,17 @@ def test_native_attention_for_bf16(monkeypatch) -> None:
     assert {layer.self_attn.attend for layer in model.model.layers} == {native_attention.attend}
 
 
-def test_loss() -> None:
-    assert make_plan(configured(), CPU, 1).loss == "chunked"
+def test_loss(monkeypatch) -> None:
+    missing = native_loss.unavailable()
+    assert make_plan(configured(), CPU, 1).loss == ("chunked" if missing else "native")
+    assert make_plan(configured(loss="chunked"), CPU, 1).loss == "chunked"
     assert make_plan(configured(loss="full"), CPU, 1).loss == "full"
     with pytest.raises(BadInput, match="z-loss"):
         make_plan(configured(loss="linear", z_loss=0.1), CPU, 1)
+    monkeypatch.setattr(native_loss, "unavailable", lambda: "no compiler")
+    assert make_plan(configured(), CPU, 1).loss == "chunked"
+    with pytest.raises(BadInput, match="no compiler"):
+        make_plan(configured(loss="native"), CPU, 1)
 
 
 def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:

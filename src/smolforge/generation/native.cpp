@@ -21,43 +21,32 @@
 //   I4    [k/8][32][4] bytes of two nibbles, value + 8;     int8 with a scale per 64 inputs
 //         a scale per output and 32 or 64 inputs
 //
-// Vectors are the compiler's own, as wide as the machine's: wider ones would live in memory, not in registers.
 // Only the dot products that have instructions of their own (bfloat16 pairs, byte quads) are spelled out.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <thread>
 #include <utility>
-#include <vector>
+
+#include "../threads.h"
+#include "../vectors.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-#if defined(__AVX512VNNI__)  // before it AVX-512 was slow, and had no byte quads
-constexpr int WIDTH = 64, TILE = 12;  // bytes of a vector; rows of one tile, as many as the registers hold sums of
-constexpr int SCALED_TILE = 8;        // and with scales, where groups are summed apart first
-#elif defined(__AVX2__)
-constexpr int WIDTH = 32, TILE = 3, SCALED_TILE = 3;
+#if defined(__AVX512VNNI__)
+constexpr int TILE = 12;        // rows of one tile, as many as the registers hold sums of
+constexpr int SCALED_TILE = 8;  // and with scales, where groups are summed apart first
 #else
-constexpr int WIDTH = 16, TILE = 3, SCALED_TILE = 3;
+constexpr int TILE = 3, SCALED_TILE = 3;
 #endif
 constexpr int UNIT = 32;           // outputs of one unit
 constexpr int GROUP = 64;          // inputs that share one activation scale
-constexpr int LANES = WIDTH / 4;   // outputs of one vector
 constexpr int V = UNIT / LANES;    // vectors of one unit
 
-typedef float F __attribute__((vector_size(WIDTH)));
-typedef int32_t I __attribute__((vector_size(WIDTH)));
-typedef uint32_t U __attribute__((vector_size(WIDTH)));
 typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 enum Kind { F32, BF16, I8, I4 };
 
@@ -72,11 +61,6 @@ constexpr bool QUADS = true;
 #else
 constexpr bool QUADS = false;
 #endif
-
-template <class T> T load(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
-template <class T> void store(void* p, T v) { memcpy(p, &v, sizeof v); }
-F splat(float x) { return F{} + x; }
-I splat(int32_t x) { return I{} + x; }
 
 #if defined(__AVX512BF16__)
 // acc + the dot products of pairs of bfloat16 with one broadcast pair.
@@ -129,29 +113,6 @@ inline Small dot_small(Small acc, I w, const int8_t* x) {
 inline I widen(Small acc) { return acc; }
 #endif
 
-// 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 it is 0 for our purposes.
-inline F exp2_(F x) {
-  x = x < -126.f ? splat(-126.f) : x;
-  const F magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
-  const F whole = (x + magic) - magic, f = x - whole;
-  F p = splat(1.5403530e-4f);  // Taylor series of 2^f, |f| <= 1/2
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
-  return (F)((I)p + (__builtin_convertvector(whole, I) << 23));
-}
-constexpr float LOG2E = 1.44269504f;
-
-inline float sum(F v) { float s[LANES]; store(s, v); for (int w = LANES / 2; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w]; return s[0]; }
-inline float greatest(F v) { float s[LANES]; store(s, v); for (int i = 1; i < LANES; i++) s[0] = std::max(s[0], s[i]); return s[0]; }
-
-inline U to_bf16(F v) { const U u = (U)v; return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }  // nearest even
-inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
-inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
-
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 }  // namespace
@@ -164,11 +125,6 @@ struct Matrix {        // as packed by native.py
   const void* scales;  // I8: float [units][32]; I4: bfloat16 [units][k / group][32]
 };
 struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2; };
-// Of GCC's OpenMP, and of LLVM's and Intel's, which speak the same; null without one.
-void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags) __attribute__((weak));
-int omp_get_thread_num() __attribute__((weak));
-int omp_get_num_threads() __attribute__((weak));
-
 struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, cache_kind; float eps; };
 }
 
@@ -258,7 +214,7 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
         }
       }
       const auto scale = [&](int v) {
-        if constexpr (KIND == I4) return (F)(__builtin_convertvector(load<Halves>(fine + v * LANES), U) << 16);
+        if constexpr (KIND == I4) return from_bf16(load<Halves>(fine + v * LANES));
         else return splat(1.f);
       };
       each<M>([&](int m, int v) {
@@ -363,7 +319,7 @@ struct Buffer {
 // Inputs i.. of a row for F32 or BF16 matrices; and one of them.
 void put_inputs(int kind, char* row, int i, F v) {
   if (kind == F32 || !BF16_PAIRS) store((float*)row + i, v);
-  else store((uint16_t*)row + i, __builtin_convertvector(to_bf16(v), Halves));
+  else store((uint16_t*)row + i, to_bf16(v));
 }
 void put_input(int kind, char* row, int i, float v) {
   if (kind == F32 || !BF16_PAIRS) ((float*)row)[i] = v;

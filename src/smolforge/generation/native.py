@@ -22,7 +22,8 @@ from smolforge.generation.scheduler import Piece
 from smolforge.model.llama import rotary_angles
 from smolforge.native import NativeUnavailable
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "pack.cpp"))
+_HERE = Path(__file__)
+SOURCES = (_HERE.with_name("native.cpp"), _HERE.with_name("pack.cpp"), native.THREADS, native.VECTORS)
 UNIT, GROUP = 32, 64  # as in native.cpp
 F32, BF16, I8, I4 = range(4)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}

@@ -4,21 +4,16 @@
 // those of quantize.py. In every kind a packed row is a row of 32-bit words; a unit holds the words of one place of
 // its 32 rows next to each other.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+
+#include "../threads.h"
+#include "../vectors.h"
 
 namespace {
 
 enum Kind { F32, BF16, I8, I4 };
 constexpr int UNIT = 32;
 
-inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
-inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
 inline float nearest(float x) { return (x + 12582912.f) - 12582912.f; }  // half to even, for |x| < 2^22
 inline float nearest4(float x) { return std::min(7.f, std::max(-8.f, nearest(x))); }
 
@@ -66,26 +61,20 @@ extern "C" void smolforge_pack(int kind, int group, int units, int k, int padded
                                uint8_t* data, uint8_t* scales, int threads) {
   const int words = kind == F32 ? padded : kind == BF16 ? padded / 2 : kind == I8 ? padded / 4 : padded / 8;
   const size_t scale_bytes = kind == I8 ? UNIT * 4 : kind == I4 ? (size_t)padded / group * UNIT * 2 : 0;
-  std::atomic<int> next{0};
-  const auto job = [&] {
-    std::vector<float> row(padded);
-    std::vector<uint32_t> packed((size_t)UNIT * words);
-    for (int unit; (unit = next.fetch_add(1)) < units;) {
-      for (int lane = 0; lane < UNIT; lane++) {
-        const void* from = rows[(size_t)unit * UNIT + lane];
-        if (!from) std::fill(row.begin(), row.end(), 0.f);
-        else if (is_bf16) for (int i = 0; i < k; i++) row[i] = from_bf16(((const uint16_t*)from)[i]);
-        else memcpy(row.data(), from, sizeof(float) * k);
-        pack_row(kind, group, row.data(), padded, &packed[(size_t)lane * words], scales + scale_bytes * unit, lane);
-      }
-      auto* out = (uint32_t*)data + (size_t)unit * UNIT * words;
-      for (int w = 0; w < words; w += 16)  // 16 words of a row are one cache line
-        for (int lane = 0; lane < UNIT; lane++)
-          for (int j = w; j < std::min(words, w + 16); j++) out[(size_t)j * UNIT + lane] = packed[(size_t)lane * words + j];
+  in_turns(units, threads, [&](int unit) {
+    thread_local std::vector<float> row;
+    thread_local std::vector<uint32_t> packed;
+    row.resize(padded), packed.resize((size_t)UNIT * words);
+    for (int lane = 0; lane < UNIT; lane++) {
+      const void* from = rows[(size_t)unit * UNIT + lane];
+      std::fill(row.begin() + (from ? k : 0), row.end(), 0.f);
+      if (from && is_bf16) for (int i = 0; i < k; i++) row[i] = from_bf16(((const uint16_t*)from)[i]);
+      else if (from) memcpy(row.data(), from, sizeof(float) * k);
+      pack_row(kind, group, row.data(), padded, &packed[(size_t)lane * words], scales + scale_bytes * unit, lane);
     }
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back(job);
-  job();
-  for (auto& t : others) t.join();
+    auto* out = (uint32_t*)data + (size_t)unit * UNIT * words;
+    for (int w = 0; w < words; w += 16)  // 16 words of a row are one cache line
+      for (int lane = 0; lane < UNIT; lane++)
+        for (int j = w; j < std::min(words, w + 16); j++) out[(size_t)j * UNIT + lane] = packed[(size_t)lane * words + j];
+  });
 }

@@ -17,13 +17,12 @@
 // dscores are rounded to bfloat16 where they enter a product. One thread does all units of one key/value head of one
 // sequence in order, so gradients are summed in one order whatever the number of threads.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <thread>
-#include <vector>
+
+#include "../threads.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -32,8 +31,6 @@ extern "C" {
 // bfloat16 (sequence, head, position, d) with strides in elements; d is contiguous.
 struct Tensor4 { uint16_t* data; int64_t sequence, head, position; };
 struct Sizes { int32_t sequences, heads, kv_heads, length, d, threads; };
-// The entry of a parallel region in GCC's OpenMP, and in LLVM's and Intel's, which speak the same; null without one.
-void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags) __attribute__((weak));
 }
 
 namespace {
@@ -162,20 +159,6 @@ struct Sight {
   }
 };
 
-// Work items in turns. The threads are those of torch's own OpenMP, whichever library that is: they may be spinning for
-// their next work just now, and threads of our own would have to wait for their cores.
-template <class Work> void share(int items, int threads, Work work) {
-  std::atomic<int> next{0};
-  auto take = [&] { for (int i; (i = next.fetch_add(1)) < items;) work(i); };
-  using Take = decltype(take);
-  threads = std::min(threads, items);
-  if (threads > 1 && GOMP_parallel) return GOMP_parallel([](void* t) { (*(Take*)t)(); }, &take, threads, 0);
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back(take);
-  take();
-  for (auto& t : others) t.join();
-}
-
 }  // namespace
 
 extern "C" int smolforge_attention_available() { return 1; }
@@ -187,7 +170,7 @@ extern "C" void smolforge_attention(const Sizes* sizes, const Tensor4* q, const 
   const Sizes z = *sizes;
   const int group = z.heads / z.kv_heads, padded = (z.length + Q - 1) / Q * Q, d = z.d;
   const F scale = _mm512_set1_ps(LOG2E / std::sqrt((float)d));
-  share(z.sequences * z.kv_heads, z.threads, [&](int item) {
+  in_turns(z.sequences * z.kv_heads, z.threads, [&](int item) {
     const int b = item / z.kv_heads, kv = item % z.kv_heads;
     Aligned values_(2 * (size_t)d * padded), scores_(4 * (size_t)padded * Q), weights_(4 * (size_t)padded / 2 * Q), packed_(2 * Q * d), sums_(4 * d * Q);
     auto* values = values_.as<uint16_t>();
@@ -245,7 +228,7 @@ extern "C" void smolforge_attention_backward(const Sizes* sizes, const Tensor4* 
   const int group = z.heads / z.kv_heads, padded = (z.length + Q - 1) / Q * Q + M, d = z.d;
   const float root = 1.f / std::sqrt((float)d);
   const F scale = _mm512_set1_ps(LOG2E * root);
-  share(z.sequences * z.kv_heads, z.threads, [&](int item) {
+  in_turns(z.sequences * z.kv_heads, z.threads, [&](int item) {
     const int b = item / z.kv_heads, kv = item % z.kv_heads;
     const size_t unit = 2 * Q * d, all = (size_t)padded * d;
     Aligned memory(2 * all * 3 + 4 * all * 2 + 4 * unit + 4 * (size_t)padded / 2 * Q + 4 * d * Q);

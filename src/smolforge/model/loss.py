@@ -16,11 +16,13 @@ from torch import Tensor
 
 from smolforge.errors import BadInput
 
+# (logits (n, V), targets, scale, z_weight) → (cross-entropy, z-loss), as of `torch_chunk_loss`.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 PIECE = 2048  # rows of the head that are summed at a time
 IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
     """Loss of one chunk; its gradient by the logits takes their place.
 
     Args:
@@ -67,8 +69,9 @@ def _accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, z_weight: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, z_weight: float,
+        chunk_loss: ChunkLoss,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = hidden.shape[0]
         # Once per micro-batch; a weight in the precision of the hidden states is used as it is.
         used = weight.to(hidden.dtype)
@@ -106,15 +109,16 @@ class _ChunkedLoss(torch.autograd.Function):
             # The gradient of the head is as large as the head: scaled where it lies, and given away.
             ctx.gradients = None
             scaled = [each.mul_(gradient.to(each.dtype)) for each in made]
-        return scaled[0], scaled[1], None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None
 
 
-chunk_loss = _chunk_loss  # training replaces it by its compiled form
+compiled_chunk_loss: ChunkLoss = torch_chunk_loss  # training replaces it by its compiled form
 
 
 def chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0,
+    chunk_loss: ChunkLoss | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scale` times the summed next-token loss, and the plain sum of cross-entropies for the log.
 
     Args:
@@ -124,11 +128,13 @@ def chunked_loss(
         scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
         chunk: tokens whose logits exist at a time.
         z_weight: weight of the z-loss.
+        chunk_loss: what makes the loss of a chunk out of its logits; `compiled_chunk_loss` unless given.
 
     Returns:
         The differentiable loss (), and the sum in nats () which has no gradient.
     """
-    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight)  # type: ignore[return-value]
+    made = chunk_loss or compiled_chunk_loss
+    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, made)  # type: ignore[return-value]
 
 
 def full_loss(

@@ -17,7 +17,7 @@ from torch import Tensor
 from smolforge import native
 from smolforge.model.attention import blocked
 
-SOURCES = (Path(__file__).with_name("attention.cpp"),)
+SOURCES = (Path(__file__).with_name("attention.cpp"), native.THREADS)
 WIDEST = 256  # head width
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# Of glibc's malloc.h. Blocks up to 32 MiB, the most that glibc allows, come from the heap, which is never trimmed;
-# larger ones are mapped as before, so that what a big model frees can be given to others.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
+# Of glibc's malloc.h: no block is mapped by itself, all come from the heap, which is never trimmed.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_SETTINGS = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
 
 
 def keep_freed_memory() -> bool:

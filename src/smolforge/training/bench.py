@@ -16,7 +16,6 @@ import torch
 from smolforge import config as configuration
 from smolforge.config import RunConfig
 from smolforge.distributed import Ranks
-from smolforge.model import loss as losses
 from smolforge.model import registry
 from smolforge.model.summary import flops_per_token
 from smolforge.training import allocator, compiling, optimizers, plan, wiring
@@ -73,7 +72,7 @@ def measure(
             began = _now(device)
             with chosen.precision.context(device):
                 hidden = model.model(part[:, :-1].contiguous())
-                loss, nats = losses.WAYS[chosen.loss](
+                loss, nats = wiring.LOSSES[chosen.loss](
                     hidden.flatten(0, 1), model.output_weight, part[:, 1:].flatten(), scale=1 / (micro_batch * length)
                 )
             forward = _now(device)

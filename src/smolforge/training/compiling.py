@@ -23,7 +23,7 @@ def compile_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> N
     # Shapes never change during a run: one graph, and no guard that a varying length could fail.
     for layer in model.model.layers:
         layer.compile(dynamic=False)  # type: ignore[operator]
-    loss.chunk_loss = torch.compile(loss._chunk_loss, dynamic=False)
+    loss.compiled_chunk_loss = torch.compile(loss.torch_chunk_loss, dynamic=False)
     if isinstance(optimizer, RoundedAdamW):
         optimizer.compiled = True
 
@@ -39,7 +39,7 @@ def undo(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Back to eager."""
     for module in model.modules():
         module._compiled_call_impl = None
-    loss.chunk_loss = loss._chunk_loss
+    loss.compiled_chunk_loss = loss.torch_chunk_loss
     if isinstance(optimizer, RoundedAdamW):
         optimizer.compiled = False
 

@@ -27,7 +27,6 @@ from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.evaluation import evaluate
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling import Sampling
-from smolforge.model import loss as losses
 from smolforge.model.attention import positions_in_documents
 from smolforge.model.summary import flops_per_token
 from smolforge.run import MetricsLog, read_rows
@@ -214,7 +213,7 @@ class Loop:
             inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
             with record_function("forward"), self.plan.precision.context(device):
                 hidden = model.model(inputs, None if ids is None else positions_in_documents(ids), ids)
-                loss, nats = losses.WAYS[self.plan.loss](
+                loss, nats = wiring.LOSSES[self.plan.loss](
                     hidden.flatten(0, 1), model.output_weight, targets.flatten(),
                     scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
                 )  # fmt: skip

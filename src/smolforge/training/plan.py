@@ -15,7 +15,7 @@ import torch
 
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
-from smolforge.model import native_attention
+from smolforge.model import native_attention, native_loss
 from smolforge.model.summary import flops_per_token
 from smolforge.training import memory
 from smolforge.training.precision import Precision, decide
@@ -40,8 +40,8 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
-        attention: a key of `wiring.WAYS`.
-        loss: a key of `model.loss.WAYS`.
+        attention: a key of `wiring.ATTENTION`.
+        loss: a key of `wiring.LOSSES`.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
     """
@@ -105,7 +105,7 @@ def make_plan(config: RunConfig, device: torch.device, world: int) -> Plan:
         reasons.append(f"memory: {room}")
     attention, reason = _attention(config, device, precision)
     reasons.append(f"attention: {attention} ({reason})")
-    loss, reason = _loss(config)
+    loss, reason = _loss(config, device)
     reasons.append(f"loss: {loss} ({reason})")
     compiled, reason = _compile(config, device, world)
     reasons.append(f"compile: {'on' if compiled else 'off'} ({reason})")
@@ -168,11 +168,19 @@ def _attention(config: RunConfig, device: torch.device, precision: Precision) ->
     return "sdpa", "torch's own kernels"
 
 
-def _loss(config: RunConfig) -> tuple[str, str]:
+def _loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
     asked = config.training.loss
     if asked == "linear" and config.training.z_loss:
         raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
-    return ("chunked", "never holds the logits") if asked == "auto" else (asked, "as asked")
+    missing = None
+    if asked in ("auto", "native"):
+        # Asking compiles it where it is not compiled yet.
+        missing = native_loss.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+    if asked == "native" and missing:
+        raise BadInput(f"there is no native loss here: {missing}", field="training.loss", hint="Use auto.")
+    if asked != "auto":
+        return asked, "as asked"
+    return ("chunked" if missing else "native"), "never holds the logits"
 
 
 def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:

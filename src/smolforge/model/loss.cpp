@@ -1,0 +1,77 @@
+// Cross-entropy of a chunk of tokens, and in the place of their logits its gradient by them.
+//
+// A row of logits is read from memory once and its gradient written once; what lies between, a row in fp32, stays in the
+// second-level cache. The formula is that of `torch_chunk_loss` in loss.py.
+
+#include <cmath>
+
+#include "../threads.h"
+#include "../vectors.h"
+
+namespace {
+
+inline F wide(const uint16_t* p) { return from_bf16(load<Halves>(p)); }
+inline F wide(const float* p) { return load<F>(p); }
+inline float wide(uint16_t x) { return from_bf16(x); }
+inline float wide(float x) { return x; }
+inline void put(uint16_t* p, F v) { store(p, to_bf16(v)); }
+inline void put(float* p, F v) { store(p, v); }
+inline uint16_t narrow(float x, uint16_t) { return to_bf16(x); }
+inline float narrow(float x, float) { return x; }
+
+// Of one row: what it adds to the cross-entropy and to the z-loss. `room`: `words` floats, rounded up to whole vectors.
+template <class T> void row(T* logits, int64_t words, int64_t target, float scale, float z_weight, float* room, double* cross_entropy, double* z_loss) {
+  const int64_t whole = words / LANES * LANES;
+  F most = splat(-INFINITY);
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const F v = wide(logits + i);
+    store(room + i, v);
+    most = v > most ? v : most;
+  }
+  if (whole < words) {
+    for (int64_t i = whole; i < whole + LANES; i++) room[i] = i < words ? wide(logits[i]) : -INFINITY;
+    const F v = load<F>(room + whole);
+    most = v > most ? v : most;
+  }
+  const float peak = greatest(most), logit = room[target];
+  double total = 0;
+  for (int64_t i = 0; i < words;) {
+    F part = {};
+    for (const int64_t end = std::min(words, i + 64 * LANES); i < end; i += LANES) {
+      const F e = exp2_((load<F>(room + i) - peak) * LOG2E);
+      store(room + i, e);
+      part += e;
+    }
+    total += sum(part);
+  }
+  const double log_z = peak + std::log(total);
+  *cross_entropy = log_z - logit;
+  *z_loss = z_weight * log_z * log_z;
+  // d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [word = target].
+  const float factor = (float)(scale * (1 + 2 * z_weight * log_z) / total);
+  for (int64_t i = 0; i < whole; i += LANES) put(logits + i, load<F>(room + i) * factor);
+  for (int64_t i = whole; i < words; i++) logits[i] = narrow(room[i] * factor, T{});
+  logits[target] = narrow(room[target] * factor - scale, T{});
+}
+
+template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, float scale,
+                             float z_weight, double* cross_entropy, double* z_loss, int threads) {
+  constexpr int TURN = 16;  // rows that a thread takes at a time
+  in_turns((int)((count + TURN - 1) / TURN), threads, [&](int turn) {
+    std::vector<float> room(words + LANES);
+    for (int64_t r = (int64_t)turn * TURN; r < std::min(count, (int64_t)(turn + 1) * TURN); r++) {
+      T* at = logits + r * words;
+      if (targets[r] == ignored) std::fill(at, at + words, T{}), cross_entropy[r] = z_loss[r] = 0;
+      else row(at, words, targets[r], scale, z_weight, room.data(), cross_entropy + r, z_loss + r);
+    }
+  });
+}
+
+}  // namespace
+
+// logits: (count, words), fp32 or bfloat16, overwritten; targets: (count,) below `words`, or `ignored`.
+extern "C" void smolforge_loss(int64_t count, int64_t words, void* logits, int is_bf16, const int64_t* targets, int64_t ignored,
+                               float scale, float z_weight, double* cross_entropy, double* z_loss, int threads) {
+  if (is_bf16) rows(count, words, (uint16_t*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);
+  else rows(count, words, (float*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);
+}

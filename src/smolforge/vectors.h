@@ -1,0 +1,56 @@
+// Vectors as wide as the machine's, bfloat16, and powers of two.
+//
+// The vectors are the compiler's own; wider ones than the machine's would live in memory, not in registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512VNNI__)  // before it AVX-512 was slow, and had no byte quads
+constexpr int WIDTH = 64;  // bytes of a vector
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+constexpr int LANES = WIDTH / 4;  // floats of a vector
+
+typedef float F __attribute__((vector_size(WIDTH)));
+typedef int32_t I __attribute__((vector_size(WIDTH)));
+typedef uint32_t U __attribute__((vector_size(WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class T> T load(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
+template <class T> void store(void* p, T v) { memcpy(p, &v, sizeof v); }
+inline F splat(float x) { return F{} + x; }
+inline I splat(int32_t x) { return I{} + x; }
+
+inline float sum(F v) { float s[LANES]; store(s, v); for (int w = LANES / 2; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w]; return s[0]; }
+inline float greatest(F v) { float s[LANES]; store(s, v); for (int i = 1; i < LANES; i++) s[0] = std::max(s[0], s[i]); return s[0]; }
+
+inline Halves to_bf16(F v) { const U u = (U)v; return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves); }  // nearest even
+inline F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); }
+inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
+inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
+
+// 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 it is 0 for our purposes.
+inline F exp2_(F x) {
+  x = x < -126.f ? splat(-126.f) : x;
+  const F magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+  const F whole = (x + magic) - magic, f = x - whole;
+  F p = splat(1.5403530e-4f);  // Taylor series of 2^f, |f| <= 1/2
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  return (F)((I)p + (__builtin_convertvector(whole, I) << 23));
+}
+constexpr float LOG2E = 1.44269504f;
+
+}  // namespace
