@@ -35,6 +35,10 @@ class Kernels:
         assert isinstance(weight, Int8), "only a CPU has products for int4"
         return unpacking(weight)
 
+    def shared(self, weight: Weight) -> Linear:
+        """The product with the head of a tied model, whose weight stays as it is, for the embedding reads its rows."""
+        return self.linear(weight)
+
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x + delta and its root-mean-square norm, both (M, D)."""
         if delta is not None:
@@ -96,7 +100,7 @@ class FusedLlama:
         self._embed = self._lookup(embedding)
         tied = config.tie_word_embeddings
         head = embedding if tied else quantize(module.output_weight.detach(), precision, head=True)
-        self._head = self._linear(head)
+        self._head = self._linear(head, shared=tied)
         self.weight_bytes += 0 if tied else _bytes(embedding)
         self._norm = self._vector(module.model.norm.weight)
         self.rotary = Rotary(config, self.dtype, self.device)
@@ -138,9 +142,9 @@ class FusedLlama:
         self.weight_bytes += vector.nbytes
         return vector
 
-    def _linear(self, weight: Weight) -> Linear:
+    def _linear(self, weight: Weight, *, shared: bool = False) -> Linear:
         self.weight_bytes += _bytes(weight)
-        return self._kernels.linear(weight)
+        return self._kernels.shared(weight) if shared else self._kernels.linear(weight)
 
     def _lookup(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         if isinstance(weight, Int8):

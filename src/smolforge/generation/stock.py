@@ -1,9 +1,9 @@
 """The fast path on torch's own kernels, where no compiler can build the native step.
 
 The query heads that share a key head are rows of one attention, over the cache cut to its length: that is eight
-times faster for one token than masking, or than `enable_gqa`. int8 runs `_weight_int8pack_mm`, which wants bf16
-activations, and int4 `_weight_int4pack_mm_for_cpu`; prompts unpack the layer to bf16 first, since those kernels
-are made for few rows. `fused.py` holds what this path shares with the one for GPUs.
+times faster for one token than masking, or than `enable_gqa`. bf16 runs oneDNN on weights that it ordered for itself,
+int8 `_weight_int8pack_mm`, which wants bf16 activations, and int4 `_weight_int4pack_mm_for_cpu`; prompts unpack the
+layer to bf16 first, since those kernels are made for few rows. What is shared with the path of GPUs is in `fused.py`.
 """
 
 from __future__ import annotations
@@ -81,11 +81,30 @@ class _Packed(Kernels):
     """torch's packed products, which are for CPUs."""
 
     def linear(self, weight: Weight) -> Linear:
+        if isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and _multiplies_bf16():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return self.shared(weight)
+
+    def shared(self, weight: Weight) -> Linear:
         if isinstance(weight, Int8):
             return _int8(weight)
         if isinstance(weight, Int4):
             return _int4(weight)
         return super().linear(weight)
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if delta is not None:
+            x = x + delta
+        # torch's own norm is a dozen operations, of microseconds each; their number is what one row costs.
+        width = x.shape[-1]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x, (x * length.square_().div_(width).add_(eps).rsqrt_() * weight).to(x.dtype)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether oneDNN does, as torch's compiler asks it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _int8(weight: Int8) -> Linear:
