@@ -86,6 +86,15 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} does not load: {error}") from None
 
 
+def unavailable(sources: tuple[Path, ...]) -> str | None:
+    """Why a library cannot be built or loaded here, in words; None where it is loaded now."""
+    try:
+        load(sources)
+    except NativeUnavailable as error:
+        return error.message
+    return None
+
+
 def find_compiler() -> tuple[str, ...]:
     """The command of the C++ compiler to build with.
 

@@ -99,5 +99,5 @@ def test_compare(run: Path, capsys, tmp_path) -> None:
 def test_native_code_is_built_where_asked(tmp_path, capsys) -> None:
     assert cli.run(["build-native", "--directory", str(tmp_path), "--json"]) == 0
     paths = json.loads(capsys.readouterr().out)
-    assert set(paths) == {"step", "attention", "loss"}
+    assert set(paths) == {"step", "attention", "loss", "update"}
     assert {Path(path) for path in paths.values()} == set(tmp_path.glob("*.so"))

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import steps_of, undo_after, weights_of
 
+from smolforge import native
+from smolforge.training import rounding
 from smolforge.training.rounding import RoundedAdamW, random_bits, round_stochastically
 
 
@@ -69,9 +71,13 @@ def test_small_updates_count() -> None:
     assert abs(weight.float().mean().item() - (1 - 20 * 2e-4)) < 2e-4
 
 
-def test_found_inf_leaves_everything_as_it_is() -> None:
+@pytest.mark.parametrize("update", [rounding.in_pieces, rounding.native_update])
+def test_found_inf_leaves_everything_as_it_is(update) -> None:
+    if update is rounding.native_update and native.unavailable(rounding.SOURCES):
+        pytest.skip("no C++ compiler to compile with")
     model, x = problem()
     optimizer = adam(model)
+    optimizer.update = update
     advance(model, optimizer, x, 2)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     (model(x).sum() * torch.nan).backward()
@@ -98,11 +104,12 @@ def test_equals_fp32_adamw_up_to_rounding() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler to compile with")
-def test_compiled_updates_round_as_the_others_do() -> None:
+@pytest.mark.parametrize("way", ["compiled", "native"])
+def test_compiled_updates_round_as_the_others_do(way) -> None:
     model, x = problem()
     twin = copy.deepcopy(model)
     plain, compiled = adam(model), adam(twin)
-    compiled.compiled = True
+    compiled.update = rounding.native_update if way == "native" else rounding.compiled_update()
     advance(model, plain, x, 3)
     advance(twin, compiled, x, 3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

@@ -11,10 +11,10 @@ examples:
   smolforge build-native                       into the user's cache, where it is looked for
   smolforge build-native --directory native/   for an image that is built before it has a home
 
-The native step writes several times as fast as torch's own kernels on a CPU. The loss trains faster, and so does
-attention where the processor multiplies bf16. All are compiled on first use, for the processor at hand, by $CXX, g++,
-clang++, c++ or the package ziglang (pip install ziglang), a compiler that needs no administrator; without one torch
-does the work.
+The native step writes several times as fast as torch's own kernels on a CPU. Training gains a loss, an update of bf16
+weights and, where the processor multiplies bf16, an attention. All are compiled on first use, for the processor at
+hand, by $CXX, g++, clang++, c++ or the package ziglang (pip install ziglang), a compiler that needs no administrator;
+without one torch does the work.
 """
 
 
@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.generation.native import SOURCES as STEP
     from smolforge.model.native_attention import SOURCES as ATTENTION
     from smolforge.model.native_loss import SOURCES as LOSS
+    from smolforge.training.rounding import SOURCES as UPDATE
 
-    libraries = {"step": STEP, "attention": ATTENTION, "loss": LOSS}
+    libraries = {"step": STEP, "attention": ATTENTION, "loss": LOSS, "update": UPDATE}
     paths = {name: str(native.build(sources, args.directory)) for name, sources in libraries.items()}
     print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     return 0

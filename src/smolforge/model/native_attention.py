@@ -31,11 +31,10 @@ class _Tensor(ctypes.Structure):
 
 def unavailable() -> str | None:
     """Why there is no native attention on this machine, in words; None where there is."""
-    try:
-        here = native.load(SOURCES).smolforge_attention_available()
-    except native.NativeUnavailable as error:
-        return error.message
-    return None if here else "this processor does not multiply bf16 in 512-bit vectors"
+    missing = native.unavailable(SOURCES)
+    if missing or native.load(SOURCES).smolforge_attention_available():
+        return missing
+    return "this processor does not multiply bf16 in 512-bit vectors"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,11 +20,7 @@ SOURCES = (Path(__file__).with_name("loss.cpp"), native.THREADS, native.VECTORS)
 
 def unavailable() -> str | None:
     """Why there is no native loss on this machine, in words; None where there is."""
-    try:
-        native.load(SOURCES)
-    except native.NativeUnavailable as error:
-        return error.message
-    return None
+    return native.unavailable(SOURCES)
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,18 @@ a resumed run goes on bit for bit. `found_inf` skips an update on the device, as
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from smolforge import native
+
+SOURCES = (Path(__file__).with_name("rounding.cpp"), native.THREADS, native.VECTORS)
 
 # Odd multipliers of the hash and the shifts between them: "lowbias32" of Hash Prospector (Wellons 2018), as signed
 # 32-bit numbers, for torch has no unsigned shifts.
@@ -64,7 +71,7 @@ def _update(
     second.copy_(torch.where(skip, second, round_stochastically(v, _shift_right(bits, 16))))
 
 
-def _in_pieces(
+def in_pieces(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
     beta1: float, beta2: float,
 ) -> None:  # fmt: skip
@@ -72,6 +79,22 @@ def _in_pieces(
     for start in range(0, weight.numel(), _PIECE):
         w, g, m, v = (t[start : start + _PIECE] for t in (weight, gradient, first, second))
         _update(w, g, m, v, key + start, skip, rates, beta1, beta2)
+
+
+def native_update(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
+    beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """`_update` on a CPU, from rounding.cpp: one pass over the memory. Sharded parameters go to torch."""
+    tensors = weight, gradient, first, second
+    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in tensors):
+        in_pieces(*tensors, key, skip, rates, beta1, beta2)
+    elif not skip:
+        native.load(SOURCES).smolforge_rounded_adamw(
+            ctypes.c_int64(weight.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+            ctypes.c_uint32(int(key) & 0xFFFFFFFF), ctypes.c_void_p(rates.data_ptr()), ctypes.c_float(beta1),
+            ctypes.c_float(beta2), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -83,7 +106,7 @@ class RoundedAdamW(torch.optim.Optimizer):
 
     Attributes:
         found_inf: (), not 0 where the next update is to be skipped; None for never.
-        compiled: whether updates run as one compiled kernel.
+        update: what updates a flat parameter: `in_pieces`, `compiled_update()`, or `native_update`.
     """
 
     def __init__(
@@ -99,13 +122,12 @@ class RoundedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self.found_inf: Tensor | None = None
-        self.compiled = False
+        self.update: Callable[..., None] = in_pieces
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         assert closure is None, "the gradients are made before"
-        run = _compiled() if self.compiled else _in_pieces
         number = 0
         skips: dict[torch.device, Tensor] = {}
         for group in self.param_groups:
@@ -125,7 +147,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 skip = skips[device]
                 state["step"] += (~skip).float()
                 key = _key(self.seed, number, state["step"])
-                run(
+                self.update(
                     parameter.view(-1), parameter.grad.contiguous().view(-1), state["exp_avg"].view(-1),
                     state["exp_avg_sq"].view(-1), key, skip, _rates(group, state["step"]), beta1, beta2,
                 )  # fmt: skip
@@ -151,12 +173,7 @@ def _key(seed: int, number: int, step: Tensor) -> Tensor:
     return key ^ _shift_right(key, 16)
 
 
-_kernel: Callable[..., None] | None = None
-
-
-def _compiled() -> Callable[..., None]:
-    """`_update` as one kernel for flat parameters of any size."""
-    global _kernel
-    if _kernel is None:
-        _kernel = torch.compile(_update, dynamic=True)
-    return _kernel
+@functools.cache
+def compiled_update() -> Callable[..., None]:
+    """`_update` as one kernel of torch's compiler, for flat parameters of any size."""
+    return torch.compile(_update, dynamic=True)
