@@ -50,10 +50,9 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
     path = directory / f"{sources[0].stem}-{_key(compiler, sources)}.so"
     if path.is_file():
         return path
+    name = "ziglang" if "ziglang" in compiler else Path(compiler[0]).name
     # Unasked work that takes this long is announced, whoever needs the library.
-    print(
-        f"compiling {sources[0].name} for this processor, once ({Path(compiler[0]).name})", file=sys.stderr, flush=True
-    )
+    print(f"compiling {sources[0].name} for this processor, once ({name})", file=sys.stderr, flush=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Built under another name and renamed: two processes may build at once, neither sees half a library.
@@ -63,9 +62,7 @@ def build(sources: Sequence[Path], directory: Path | None = None) -> Path:
             command = [*compiler, *FLAGS, *LINK, *files, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
-                raise NativeUnavailable(
-                    f"{' '.join(compiler)} could not build {path.name}: {done.stderr.strip()[-500:]}"
-                )
+                raise NativeUnavailable(f"{name} could not build {path.name}: {done.stderr.strip()[-500:]}")
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"{path.name} could not be built: {error}") from None
@@ -120,10 +117,20 @@ def _cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "smolforge"
 
 
-def _key(compiler: Sequence[str], sources: Sequence[Path]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
-    parts = (*(source.read_bytes() for source in sources), version, " ".join(FLAGS).encode(), _cpu().encode())
+def _key(compiler: tuple[str, ...], sources: Sequence[Path]) -> str:
+    parts = (
+        *(source.read_bytes() for source in sources),
+        _version(compiler),
+        " ".join(FLAGS).encode(),
+        _cpu().encode(),
+    )
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> bytes:
+    """What the compiler says it is: a process of its own, asked once for all libraries."""
+    return subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
 
 
 def _cpu() -> str:

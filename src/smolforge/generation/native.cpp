@@ -149,9 +149,8 @@ struct Inputs {
 
 // Small weights are asked for 1 KiB ahead: the processor's own prefetcher, which is best left alone with larger ones,
 // does not keep up with them (one row, two Zen 3 cores: int8 1.14 times, int4 1.2 times).
-template <int KIND> void ask_ahead(const uint8_t* p) {
-  if (KIND == I8 || KIND == I4)
-    for (int at = 0; at < 4 * UNIT; at += 64) __builtin_prefetch(p + 1024 + at);
+inline void ask_ahead(const uint8_t* p) {
+  for (int at = 0; at < 4 * UNIT; at += 64) __builtin_prefetch(p + 1024 + at);
 }
 
 // f(m, v) for all rows and vectors of a tile, unrolled, in the order that keeps the fewest operands alive beside the sums:
@@ -194,7 +193,7 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
       each<M>([&](int m, int v) { acc[m][v] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]); });
       if constexpr (KIND == I8) {
         for (int i = g; i < g + GROUP; i += 4, p += 4 * UNIT) {
-          ask_ahead<KIND>(p);
+          ask_ahead(p);
           each<M>([&](int m, int v) { acc[m][v] = dot_quads(acc[m][v], word(v), input(m, i)); });
         }
       } else {
@@ -203,7 +202,7 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
         for (int half = g; half < g + step; half += 32) {
           Small small[M][V] = {};
           for (int i = half; i < half + 32; i += 8, p += 4 * UNIT) {
-            ask_ahead<KIND>(p);
+            ask_ahead(p);
             each<M>([&](int m, int v) {
               const int8_t* x = input(m, i);
               if constexpr (QUADS) acc[m][v] = dot_quads(dot_quads(acc[m][v], low(v), x), high(v), x + 4);
@@ -252,28 +251,15 @@ void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, i
     }
 }
 
-// The threads of one step, which spin, then yield, where they wait for each other. They are those of torch's OpenMP:
-// torch's threads may be spinning for their next work when a step begins, and threads of our own would have to wait for
-// their cores (twice the time of a step, docs/log.md). Without an OpenMP in the process each step starts its own.
+// The threads of one step, which spin, then yield, where they wait for each other.
 struct Team {
   explicit Team(int n) : most(n) {}
   // f(id) on every thread; there may be fewer than asked for, `size` says how many.
   template <class Job> void run(const Job& f) {
-    size = 1;
-    if (most == 1) return f(0);
-    if (GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
-      std::pair<Team*, const Job*> work{this, &f};
-      return GOMP_parallel([](void* p) {
-        const auto [team, job] = *(std::pair<Team*, const Job*>*)p;
-        team->size.store(omp_get_num_threads(), std::memory_order_relaxed);  // all say the same
-        (*job)(omp_get_thread_num());
-      }, &work, most, 0);
-    }
-    size = most;
-    std::vector<std::thread> others;
-    for (int i = 1; i < most; i++) others.emplace_back([&f, i] { f(i); });
-    f(0);
-    for (auto& t : others) t.join();
+    together(most, [this, &f](int id, int count) {
+      size.store(count, std::memory_order_relaxed);  // all say the same
+      f(id);
+    });
   }
   void barrier() {
     if (size == 1) return;

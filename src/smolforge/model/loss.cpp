@@ -16,8 +16,8 @@ inline float wide(uint16_t x) { return from_bf16(x); }
 inline float wide(float x) { return x; }
 inline void put(uint16_t* p, F v) { store(p, to_bf16(v)); }
 inline void put(float* p, F v) { store(p, v); }
-inline uint16_t narrow(float x, uint16_t) { return to_bf16(x); }
-inline float narrow(float x, float) { return x; }
+inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
+inline void put(float* p, float x) { *p = x; }
 
 // Of one row: what it adds to the cross-entropy and to the z-loss. `room`: `words` floats, rounded up to whole vectors.
 template <class T> void row(T* logits, int64_t words, int64_t target, float scale, float z_weight, float* room, double* cross_entropy, double* z_loss) {
@@ -50,8 +50,8 @@ template <class T> void row(T* logits, int64_t words, int64_t target, float scal
   // d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [word = target].
   const float factor = (float)(scale * (1 + 2 * z_weight * log_z) / total);
   for (int64_t i = 0; i < whole; i += LANES) put(logits + i, load<F>(room + i) * factor);
-  for (int64_t i = whole; i < words; i++) logits[i] = narrow(room[i] * factor, T{});
-  logits[target] = narrow(room[target] * factor - scale, T{});
+  for (int64_t i = whole; i < words; i++) put(logits + i, room[i] * factor);
+  put(logits + target, room[target] * factor - scale);
 }
 
 template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, float scale,
