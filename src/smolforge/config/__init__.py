@@ -1,0 +1,28 @@
+"""The typed configuration of a run: one tree, the same keys in YAML, in `--set` and in `config.yaml`.
+
+A configuration is built from layers, later ones winning: the defaults, a preset or a YAML file, and `--set key=value`.
+All problems of all layers are collected and told at once, each with the nearest right key.
+
+    sizes.py       counts and amounts of memory as people write them
+    sections.py    the tree: keys, types, defaults, meanings
+    keys.py        what keys there are: for errors and for docs/configuration.md
+    layers.py      a configuration from presets, files and overrides
+"""
+
+from smolforge.config.keys import reference
+from smolforge.config.layers import build, preset_names, read_preset
+from smolforge.config.sections import (
+    THREE_PROMPTS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+)
+from smolforge.config.sizes import parse_count
+
+__all__ = [
+    "THREE_PROMPTS", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig",
+    "build", "parse_count", "preset_names", "read_preset", "reference",
+]  # fmt: skip

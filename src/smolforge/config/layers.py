@@ -1,0 +1,111 @@
+"""A configuration from its layers, later ones winning: the defaults, a preset or a YAML file, and `--set key=value`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from smolforge.config.keys import explain
+from smolforge.config.sections import RunConfig
+from smolforge.errors import BadInput, ConfigError, unknown
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("smolforge") / "presets"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The keys that a preset sets.
+
+    Raises:
+        BadInput: there is no such preset; the nearest is named.
+    """
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names())
+    text = (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys that a YAML file sets.
+
+    Raises:
+        BadInput: the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path} is no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold a mapping of keys such as model: and data:")
+    return value
+
+
+def build(base: str | None = None, overrides: list[str] | None = None, **layers: Any) -> RunConfig:
+    """A validated configuration from a preset or YAML file and `key=value` overrides.
+
+    Args:
+        base: name of a preset or path of a YAML file; nothing but the defaults where None.
+        overrides: `section.key=value`, the value in YAML.
+        layers: sections that win over everything, such as `data={"sources": {...}}`.
+
+    Raises:
+        BadInput: the base cannot be read.
+        ConfigError: one or several keys or values are wrong.
+    """
+    tree: dict[str, Any] = {}
+    if base is not None:
+        looks_like_path = base.endswith((".yaml", ".yml")) or "/" in base
+        merge(tree, read_file(Path(base)) if looks_like_path else read_preset(base))
+        tree.setdefault("preset", Path(base).stem if looks_like_path else base)
+    problems: list[BadInput] = []
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(BadInput(f"{override!r} has no '='", field="--set", hint="Write --set section.key=value."))
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _assign(tree, key.strip().split("."), value)
+    merge(tree, layers)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems + [explain(e) for e in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+# Choosing one of these keys drops what an earlier layer chose under the other name.
+_EXCLUSIVE = {"steps": "tokens", "tokens": "steps"}
+# These mappings are values of their own: a later layer replaces them whole.
+_WHOLE = {"sources", "groups"}
+
+
+def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
+    """Lay `layer` over `tree`, section by section, in place."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in _WHOLE:
+            merge(tree[key], value)
+        else:
+            if value is not None and key in _EXCLUSIVE:
+                tree.pop(_EXCLUSIVE[key], None)
+            tree[key] = value
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    layer: Any = value
+    for key in reversed(path):
+        layer = {key: layer}
+    merge(tree, layer)
