@@ -1,7 +1,8 @@
 """Training: from a configuration to a run on disk.
 
     setup.py       everything decided before the first step, each decision with its reason
-    loop.py        the steps: batch → loss → gradients → update → log, evaluate, save
+    loop.py        the steps: batch → loss → gradients → update, and when to log, evaluate, save or go back
+    observer.py    what a run says of itself: figures, validations, samples
     state.py       what a checkpoint holds beside the model, and how a run goes on from it
     precision.py   schedules.py   optimizers.py   guard.py   signals.py   progress.py   trackers.py
 

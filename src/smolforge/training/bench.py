@@ -19,7 +19,7 @@ from smolforge.distributed import Ranks
 from smolforge.model import registry
 from smolforge.model.summary import flops_per_token
 from smolforge.training import allocator, compiling, optimizers, plan, wiring
-from smolforge.training.loop import memory_in_use
+from smolforge.training.observer import memory_in_use
 from smolforge.training.update import Updater
 
 PARTS = ("forward", "backward", "update")

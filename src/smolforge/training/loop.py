@@ -8,50 +8,28 @@ evaluation loses nothing. Figures are read from the device one step late where r
 from __future__ import annotations
 
 import contextlib
-import math
-import resource
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
-from smolforge.data import Batch, Loader, data_digest
+from smolforge.data import Batch, Loader
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
-from smolforge.evaluation import evaluate
-from smolforge.generation.engine import Engine
-from smolforge.generation.sampling import Sampling
 from smolforge.model.attention import positions_in_documents
-from smolforge.model.summary import flops_per_token
-from smolforge.run import MetricsLog, read_rows
-from smolforge.training import compiling, plan, saving, schedules, wiring
+from smolforge.training import compiling, saving, schedules, wiring
+from smolforge.training.observer import Figures, Observer, due
 from smolforge.training.profiling import Profiler
 from smolforge.training.progress import Console, Pace
 from smolforge.training.saving import Position
 from smolforge.training.setup import Session
 from smolforge.training.signals import Stop, StopRequested
-from smolforge.training.trackers import Trackers, open_trackers
 from smolforge.training.update import Updater
 
 BAD_STEPS = 3  # non-finite steps in a row after which a run goes back
-
-
-@dataclass
-class Figures:
-    """Of one step, still on the device."""
-
-    batch: Batch
-    step: int
-    loss: torch.Tensor
-    norm: torch.Tensor
-    skipped: torch.Tensor
-    lr: float
 
 
 class RollBack(Exception):
@@ -79,11 +57,7 @@ class Loop:
         self.data_seconds = 0.0
         self.save_seconds = 0.0
         self.saved_step = position.step if position.cursor else -1
-        self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
-        self.peak_flops = plan.known_peak_flops(self.plan.device)
-        self.metrics: MetricsLog | None = None
-        self.samples: MetricsLog | None = None
-        self.trackers: Trackers | None = None
+        self.observer = Observer(session, stop, console)
         self.profiler: Profiler | None = None
         self.committer = Committer(
             session.run.checkpoints,
@@ -99,12 +73,12 @@ class Loop:
             SmolforgeError: the run failed; what could be saved was saved.
         """
         if self.ranks.is_main:
-            self._open_logs()
+            self.observer.open(self.position.step)
         self.console.start(self.total, self.position.step)
         if self.profiler:
             self.profiler.start()
         try:
-            self._catch_up()
+            self.observer.catch_up(self.position.step)
             while self.position.step < self.total:
                 try:
                     self._steps()
@@ -119,25 +93,9 @@ class Loop:
             failing = sys.exc_info()[0] is not None
             with contextlib.suppress(SmolforgeError) if failing else contextlib.nullcontext():
                 self.committer.close()
-            for log in (self.metrics, self.samples):
-                if log:
-                    log.close()
-            if self.trackers:
-                self.trackers.close()
+            self.observer.close()
             if self.profiler:
                 self.profiler.close()
-
-    def _open_logs(self) -> None:
-        run, config = self.session.run, self.config
-        self.metrics, self.samples = MetricsLog(run.metrics), MetricsLog(run.samples)
-        for log in (self.metrics, self.samples):
-            log.truncate_after(self.position.step)
-        if 0 < self.position.step < self.total:
-            self._event(self.position.step, "resume", ranks=self.ranks.world)
-        self.trackers = open_trackers(
-            config.logging.trackers, run, config.model_dump(mode="json"), self.session.say,
-            resume_step=self.position.step or None,
-        )  # fmt: skip
 
     def _steps(self) -> None:
         """Step until the end, a stop, or a roll-back."""
@@ -237,7 +195,8 @@ class Loop:
                 self.bad.clear()
             every = self.config.logging.every
             if figures.step % every == 0 or figures.step in (1, self.total):
-                self._log(figures)
+                self.observer.figures(figures, self.pace, self.data_seconds)
+                self.data_seconds = 0.0
             self.console.advance(figures.step)
 
     def _skipped(self, figures: Figures) -> None:
@@ -245,7 +204,7 @@ class Loop:
         self.bad.append(figures)
         documents = [str(address) for address in figures.batch.documents]
         gathered = [name for part in self.ranks.gather(documents) for name in part]
-        self._event(figures.step, "skipped", documents=gathered, address=figures.batch.step)
+        self.observer.event(figures.step, "skipped", documents=gathered, address=figures.batch.step)
         shown = ", ".join(gathered[:3]) + (f" and {len(gathered) - 3} more" if len(gathered) > 3 else "")
         self.session.say(f"step {figures.step}: loss or gradient not finite, update skipped; its documents: {shown}")
         if len(self.bad) >= BAD_STEPS:
@@ -281,52 +240,19 @@ class Loop:
         position.skip = [*position.skip, (first, last + 1)]
         position.rollbacks = rollbacks
         self.position = position
-        if self.ranks.is_main:
-            for log in (self.metrics, self.samples):
-                if log:
-                    log.truncate_after(position.step)
-        self._event(position.step, "rollback", skipped=[first, last + 1], count=rollbacks)
+        self.observer.truncate_after(position.step)
+        self.observer.event(position.step, "rollback", skipped=[first, last + 1], count=rollbacks)
         self.session.say(
             f"rolled back to step {position.step}; batches {first}..{last} of the stream are left out "
             f"({rollbacks} of at most {limit} roll-backs)"
         )
 
-    def _log(self, figures: Figures) -> None:
-        digests = [pair for part in self.ranks.gather(figures.batch.digests) for pair in part]
-        if not self.ranks.is_main:
-            self.data_seconds = 0.0
-            return
-        speed = self.pace.tokens_per_second
-        row: dict[str, Any] = {
-            "step": figures.step,
-            "tokens": figures.step * self.config.tokens_per_step,
-            "loss": float(figures.loss) / self.config.tokens_per_step,
-            "lr": figures.lr,
-            "grad_norm": float(figures.norm),
-            "tokens_per_second": round(speed, 1),
-            "memory_bytes": memory_in_use(self.plan.device),
-            "data_seconds": round(self.data_seconds, 4),
-            "data_digest": data_digest(digests),
-            "time": time.time(),
-        }
-        if self.peak_flops:
-            row["mfu"] = round(speed * self.flops / self.peak_flops / self.ranks.world, 4)
-        self.data_seconds = 0.0
-        assert self.metrics and self.trackers
-        self.metrics.append(row)
-        shown = {**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None}
-        self.console.figures(shown, self.total, (self.total - figures.step) * self.pace.seconds_per_step)
-        names = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data_seconds", "mfu")
-        self.trackers.scalars(figures.step, {f"train/{k}": row[k] for k in names if row.get(k) is not None})
-
-    def _event(self, step: int, event: str, **details: Any) -> None:
-        if self.metrics:
-            self.metrics.append({"step": step, "event": event, **details, "time": time.time()})
-
     def _after_step(self) -> None:
         """Save, validate and sample where due."""
-        step = self.position.step
-        save, validate, sample = (self._due(kind, step) for kind in ("checkpoint", "evaluation", "samples"))
+        step, config = self.position.step, self.config
+        save, validate, sample = (
+            due(part.every, step, self.total) for part in (config.checkpoint, config.evaluation, config.samples)
+        )
         if not (save or validate or sample):
             return
         self._settle(keep=0)
@@ -335,38 +261,13 @@ class Loop:
         if save and (not self.bad or step == self.total):
             self._save()
         if validate:
-            self._validate()
+            self.observer.validate(step)
         if sample:
-            self._sample()
+            self.observer.sample(step)
         if validate and save and self.ranks.is_main:
             self.committer.wait()
             saving.prune(self.session)
         self.pace.pause(time.perf_counter() - began)
-
-    def _catch_up(self) -> None:
-        """Evaluations that a killed process still owed the step it had saved."""
-        validation, samples = self.owed()
-        if validation:
-            self._validate()
-        if samples:
-            if self.samples:
-                self.samples.truncate_after(self.position.step - 1)
-            self._sample()
-
-    def owed(self) -> tuple[bool, bool]:
-        """Whether the step the run stands at still lacks its validation, and its samples."""
-        step, found = self.position.step, (False, False)
-        if self.ranks.is_main and step:
-            rows, texts = read_rows(self.session.run.metrics), read_rows(self.session.run.samples)
-            validated = any("validation" in row and row["step"] == step for row in rows)
-            sampled = sum(row["step"] == step for row in texts) >= len(self.config.samples.prompts)
-            can_validate = self.session.slice is not None and self._due("evaluation", step)
-            found = (can_validate and not validated, self._due("samples", step) and not sampled)
-        return self.ranks.broadcast(found)
-
-    def _due(self, kind: str, step: int) -> bool:
-        every = getattr(self.config, kind).every or max(1, min(self.total // 10, 1000))
-        return step % every == 0 or step == self.total
 
     def _save(self) -> None:
         """Begin the checkpoint of where the run stands, and wait for it unless saving is asynchronous."""
@@ -384,80 +285,3 @@ class Loop:
         self.saved_step = step
         self.save_seconds = max(self.save_seconds, time.perf_counter() - began)
         self.ranks.barrier()
-
-    def _validate(self) -> None:
-        piece = self.session.slice
-        if piece is None:
-            return
-        length = self.config.data.sequence_length
-        score = evaluate(
-            self.session.model,
-            piece,
-            length=length,
-            batch=self.plan.micro_batch,
-            device=self.plan.device,
-            context=lambda: self.plan.precision.context(self.plan.device),
-            ranks=self.ranks,
-            between=self._poll_alone,
-        )
-        if not (self.metrics and self.trackers):
-            return
-        step = self.position.step
-        row: dict[str, Any] = {
-            "step": step,
-            "tokens": step * self.config.tokens_per_step,
-            "validation": {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")},
-        }
-        text = f"step {step:,}  held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-        text += f"bits per byte {score.bits_per_byte:.4f}"
-        floor = self.session.corpus.entropy_bits_per_byte
-        if floor:
-            row["entropy_bits_per_byte"] = floor
-            text += f"  (the source's own entropy {floor:.4f}, {score.bits_per_byte / floor - 1:.1%} above it)"
-        self.metrics.append({**row, "time": time.time()})
-        self.session.say(text)
-        self.trackers.scalars(step, {f"validation/{k}": v for k, v in row["validation"].items()})
-
-    def _sample(self) -> None:
-        """Continuations of the fixed prompts; the seed is the step's, so a resumed run writes the same."""
-        if not (self.samples and self.trackers):
-            return
-        wanted, step = self.config.samples, self.position.step
-        self.session.model.eval()
-        try:
-            engine = Engine.of(self.session.model, self.session.tokenizer)
-            room = engine.context - 1
-            prompts = [p for p in wanted.prompts if 0 < len(self.session.tokenizer.encode(p)) <= room]
-            texts, reasons = [""] * len(prompts), [""] * len(prompts)
-            sampling = Sampling(
-                max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=step
-            )
-            with torch.no_grad():
-                for piece in engine.stream(prompts, sampling):
-                    self._poll_alone()
-                    texts[piece.request] += piece.text
-                    reasons[piece.request] = piece.finish_reason or reasons[piece.request]
-        finally:
-            self.session.model.train()
-        for prompt, text, reason in zip(prompts, texts, reasons, strict=True):
-            row = {"step": step, "prompt": prompt, "text": text, "finish_reason": reason, "seed": step}
-            self.samples.append(row)
-            self.trackers.text(step, f"samples/{prompt}", prompt + text)
-        if prompts:
-            shown = " ".join((prompts[0] + texts[0]).split())
-            self.session.say(f"step {step:,}  writes: {shown[:160]}")
-
-    def _poll_alone(self) -> None:
-        # With several ranks a lone exception would leave the others waiting; they stop at the next step.
-        if self.ranks.world == 1:
-            self.stop.poll()
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most allocated on a GPU, the resident memory of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -42,7 +42,7 @@ def train(request: Request, *, quiet: bool = False) -> tuple[Run, int]:
             session, position = _open(request, run, ranks, device, console, stack)
             stop.eager = False
             loop = Loop(session, position, stop, console)
-            if position.step >= session.config.total_steps and not any(loop.owed()):
+            if position.step >= session.config.total_steps and not any(loop.observer.owed(position.step)):
                 console.say(
                     f"{run.path} is complete: {position.step:,} of {session.config.total_steps:,} steps. "
                     f"`{_again(run)} --steps +50` trains fifty more, `--fresh` starts over."
