@@ -13,7 +13,7 @@ import torch
 from tiny_llama import SHAPES, make_model
 
 from smolforge import native
-from smolforge.errors import BadInput
+from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import choose
 from smolforge.generation.native import SOURCES, NativeRunner
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
@@ -210,6 +210,35 @@ def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
     finally:
         native.load.cache_clear()
     assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_stock_path_is_the_same_in_torchscript_and_in_python(monkeypatch, shape, precision):
+    model = calm(shape)
+    ids = tokens(model)
+    compiled = StockRunner(model, precision)
+    assert "TorchScript" in compiled.name
+    monkeypatch.setattr(torch.jit, "script", None)
+    plain = StockRunner(model, precision)
+    assert "TorchScript" not in plain.name
+    assert torch.equal(one_by_one(compiled, ids), one_by_one(plain, ids))
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_no_precision_hides_damaged_weights(damage, name):
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[7] = damage
+    ids = tokens(model, 5)
+    for precision in PRECISIONS:
+        if precision in ("int8", "int4"):
+            with pytest.raises(RunFailed, match=name):
+                choose.choose_runner(model, precision)
+        else:
+            for runner in (choose.choose_runner(model, precision)[0], StockRunner(model, precision)):
+                assert not whole(runner, ids).isfinite().all(1).any()
 
 
 def test_where_no_compiler_is_installed_pip_brings_one(monkeypatch, tmp_path):

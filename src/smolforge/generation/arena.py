@@ -29,6 +29,11 @@ class Arena:
         piece, self._free = self._free[:nbytes], self._free[-(-nbytes // 64) * 64 :]
         return piece
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor here."""
+        copy = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor)
+
 
 def _mapped(nbytes: int) -> Tensor:
     """Zeroed memory, from the first border of a large page on."""

@@ -32,6 +32,7 @@ def choose_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
 
     Raises:
         BadInput: there is no such precision.
+        RunFailed: it would hide weights that are no numbers.
     """
     weight = next(module.parameters())
     if quantize == "none":
@@ -42,6 +43,8 @@ def choose_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         runner = ModuleRunner(module)
         why = f"the fast paths and their precisions are for Llama, not {module.config.architecture}"
         return runner, [f"runner: {runner.name} in {_STORED.get(weight.dtype, weight.dtype)}; {why}"]
+    if precision in ("int8", "int4"):
+        precisions.check_finite(module)
     decisions = [f"precision: {reason}"]
     if weight.device.type != "cpu":
         runner = StaticRunner(module, precision)

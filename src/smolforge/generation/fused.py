@@ -35,10 +35,6 @@ class Kernels:
         assert isinstance(weight, Int8), "only a CPU has products for int4"
         return unpacking(weight)
 
-    def shared(self, weight: Weight) -> Linear:
-        """The product with the head of a tied model, whose weight stays as it is, for the embedding reads its rows."""
-        return self.linear(weight)
-
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x + delta and its root-mean-square norm, both (M, D)."""
         if delta is not None:
@@ -100,7 +96,7 @@ class FusedLlama:
         self._embed = self._lookup(embedding)
         tied = config.tie_word_embeddings
         head = embedding if tied else quantize(module.output_weight.detach(), precision, head=True)
-        self._head = self._linear(head, shared=tied)
+        self._head = self._linear(head)
         self.weight_bytes += 0 if tied else _bytes(embedding)
         self._norm = self._vector(module.model.norm.weight)
         self.rotary = Rotary(config, self.dtype, self.device)
@@ -127,13 +123,7 @@ class FusedLlama:
         return self._head(self._kernels.add_norm(hidden, None, self._norm, self.config.rms_norm_eps)[1]).float()
 
     def _layer(self, layer: Any, precision: Precision) -> tuple[Any, ...]:
-        a, m = layer.self_attn, layer.mlp
-        qkv = torch.cat([p.weight.detach() for p in (a.q_proj, a.k_proj, a.v_proj)])
-        gate_up = torch.cat([p.weight.detach() for p in (m.gate_proj, m.up_proj)])
-        linears = [
-            self._linear(quantize(weight, precision))
-            for weight in (qkv, a.o_proj.weight.detach(), gate_up, m.down_proj.weight.detach())
-        ]
+        linears = [self._linear(quantize(weight, precision)) for weight in joined_weights(layer)]
         norms = self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight)
         return norms[0], linears[0], linears[1], norms[1], linears[2], linears[3]
 
@@ -142,15 +132,23 @@ class FusedLlama:
         self.weight_bytes += vector.nbytes
         return vector
 
-    def _linear(self, weight: Weight, *, shared: bool = False) -> Linear:
+    def _linear(self, weight: Weight) -> Linear:
         self.weight_bytes += _bytes(weight)
-        return self._kernels.shared(weight) if shared else self._kernels.linear(weight)
+        return self._kernels.linear(weight)
 
     def _lookup(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         if isinstance(weight, Int8):
             return lambda ids: (weight.values[ids].float() * weight.scales[ids, None]).to(self.dtype)
         assert isinstance(weight, Tensor)  # int4 leaves the embedding at int8
         return lambda ids: weight[ids]
+
+
+def joined_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a block of `model/llama.py`: query, key and value; output; gate and up; down."""
+    a, m = layer.self_attn, layer.mlp
+    qkv = torch.cat([p.weight.detach() for p in (a.q_proj, a.k_proj, a.v_proj)])
+    gate_up = torch.cat([p.weight.detach() for p in (m.gate_proj, m.up_proj)])
+    return qkv, a.o_proj.weight.detach(), gate_up, m.down_proj.weight.detach()
 
 
 def unpacking(weight: Int8) -> Linear:
@@ -174,13 +172,6 @@ def attend_piece(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
         enable_gqa=heads != keys.shape[1],
     )  # fmt: skip
     return y[0].transpose(0, 1).flatten(1)
-
-
-def piece_mask(start: int, count: int, device: torch.device) -> Tensor | None:
-    """What `attend_piece` wants for rows start .. start + count - 1."""
-    if count == 1 or not start:
-        return None
-    return torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
 
 
 def _bytes(weight: Weight) -> int:

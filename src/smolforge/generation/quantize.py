@@ -8,12 +8,14 @@ int8, since every token passes them and no other layer can repair them. Norms st
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from smolforge.errors import unknown
+from smolforge.errors import RunFailed, unknown
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -93,6 +95,21 @@ def quantize(weight: Tensor, precision: Precision, *, head: bool = False) -> Wei
     if precision == "int8" or head:
         return to_int8(weight)
     return to_int4(weight)
+
+
+def check_finite(module: Module) -> None:
+    """Check that all weights are numbers before they are quantized, for a NaN has no integer and would be lost.
+
+    Raises:
+        RunFailed: they are not; names the first.
+    """
+    for name, parameter in module.named_parameters():
+        if not math.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise RunFailed(
+                f"{name} holds values that are no finite numbers, which fewer bits would hide",
+                field="quantize",
+                hint="The weights are damaged, or training diverged; fp32 and bf16 take them as they are.",
+            )
 
 
 def choose(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:

@@ -1,27 +1,32 @@
 """The fast path on torch's own kernels, where no compiler can build the native step.
 
+A step is one call into TorchScript: it needs no compiler, and calls a kernel in a third of the time that Python
+takes, which between products as short as these is a third of the step. Where a torch has it no more, the same code
+runs in Python. What stands between the products is fp32, the cache bf16 unless the weights are fp32.
+
 The query heads that share a key head are rows of one attention, over the cache cut to its length: that is eight
-times faster for one token than masking, or than `enable_gqa`. bf16 runs oneDNN on weights that it ordered for itself,
-int8 `_weight_int8pack_mm`, which wants bf16 activations, and int4 `_weight_int4pack_mm_for_cpu`; prompts unpack the
-layer to bf16 first, since those kernels are made for few rows. What is shared with the path of GPUs is in `fused.py`.
+times faster for one token than masking, or than `enable_gqa`.
+
+Shapes: M rows of all pieces, D hidden, H query heads, K key/value heads, d head_dim, V vocabulary.
 """
 
-from __future__ import annotations
-
+import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
+from smolforge.generation.arena import Arena
 from smolforge.generation.cache import TensorCache
-from smolforge.generation.fused import FusedLlama, Kernels, Linear, attend_piece, piece_mask, unpacking
-from smolforge.generation.quantize import Int4, Int8, Precision, Weight
+from smolforge.generation.fused import attend_piece, joined_weights
+from smolforge.generation.products import Int8Rounding, one_row, product
+from smolforge.generation.quantize import Int8, Precision, Weight, quantize
 from smolforge.generation.scheduler import Piece
-
-FEW_ROWS = 32  # above this many rows, unpacking the weights costs less than the packed kernels lose
+from smolforge.model.llama import rotary_angles
 
 
 class StockRunner:
@@ -36,100 +41,186 @@ class StockRunner:
 
     def __init__(self, module: Any, precision: Precision) -> None:
         self.config: ModelConfig = module.config
-        self.name = f"torch's kernels, {precision}, {torch.get_num_threads()} threads"
-        self._fused = FusedLlama(module, precision, _Packed())
-        self.weight_bytes = self._fused.weight_bytes
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        llama = _Llama(module, precision).eval()
+        self.weight_bytes = llama.nbytes
+        self._llama, how = _scripted(llama)
+        by = " by fbgemm" if precision == "int8" and isinstance(llama.head, Int8Rounding) else ""
+        self.name = f"torch's kernels{how}, {precision}{by}, {torch.get_num_threads()} threads"
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of a cache for `capacity` positions."""
-        return self._fused.position_bytes * capacity
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.dim * self._dtype.itemsize * capacity
 
     def new_cache(self, capacity: int) -> TensorCache:
         """An empty cache."""
-        return TensorCache(self.config, capacity, self._fused.dtype, torch.device("cpu"))
+        return TensorCache(self.config, capacity, self._dtype, torch.device("cpu"))
 
-    @torch.no_grad()
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Run all rows of all pieces together; attention goes piece by piece."""
-        spans, wanted, rows = [], [], 0
+        wanted, rows = [], 0
         for piece in pieces:
-            count = len(piece.tokens)
-            spans.append((piece.cache, rows, rows + count, piece_mask(piece.start, count, self._fused.device)))
-            rows += count
+            rows += len(piece.tokens)
             wanted += range(rows - piece.logits, rows)
-            assert isinstance(piece.cache, TensorCache)
-            piece.cache.length = piece.start
+        keys, values = [p.cache.keys for p in pieces], [p.cache.values for p in pieces]  # type: ignore[attr-defined]
+        starts, ends = [p.start for p in pieces], [p.start + len(p.tokens) for p in pieces]
+        masks = [piece_mask(start, end) for start, end in zip(starts, ends, strict=True)]
         ids = torch.tensor([token for piece in pieces for token in piece.tokens])
-        positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in pieces])
-        turn = self._fused.rotary.at(positions)
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = turn(qkv)
-            mixed = []
-            for cache, a, b, mask in spans:
-                keys, values = cache.update(layer, k[a:b].transpose(0, 1)[None], v[a:b].transpose(0, 1)[None])
-                mixed.append(attend_piece(q[a:b], keys, values, mask))
-            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-        x = self._fused.hidden(ids, attend)
-        if not wanted:
-            return torch.empty(0, self.config.vocab_size)
-        return self._fused.logits(x if len(wanted) == rows else x[wanted])
+        # The simple executor: the other one studies every new number of rows for two calls before it is as fast.
+        simple = torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
+        with torch.inference_mode(), simple, one_row() if rows == 1 else contextlib.nullcontext():
+            return self._llama(ids, keys, values, starts, ends, masks, torch.tensor(wanted, dtype=torch.long))
 
 
-class _Packed(Kernels):
-    """torch's packed products, which are for CPUs."""
+class _Llama(nn.Module):
+    """The weights of a Llama as they are now, packed, and a step over them."""
 
-    def linear(self, weight: Weight) -> Linear:
-        if isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and _multiplies_bf16():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        return self.shared(weight)
+    turns: Tensor
+    norm: Tensor
+    eps: Tensor
 
-    def shared(self, weight: Weight) -> Linear:
-        if isinstance(weight, Int8):
-            return _int8(weight)
-        if isinstance(weight, Int4):
-            return _int4(weight)
-        return super().linear(weight)
+    def __init__(self, module: Any, precision: Precision) -> None:
+        super().__init__()
+        config: ModelConfig = module.config
+        arena = Arena()
+        self.layers = nn.ModuleList(_Layer(layer, config, precision, arena) for layer in module.model.layers)
+        table = quantize(module.model.embed_tokens.weight.detach(), precision, head=True)
+        tied = config.tie_word_embeddings
+        head = table if tied else quantize(module.output_weight.detach(), precision, head=True)
+        self.head = product(head, config.hidden_size, arena)
+        shared = tied and isinstance(table, Tensor)  # the rows of a packed head cannot be read
+        self.embed = _Embedding(self.head.get_buffer("weight") if shared else table)
+        cos, sin = rotary_angles(torch.arange(config.max_position_embeddings), config.dim, config.rope_theta)
+        half = config.dim // 2
+        self.register_buffer("turns", torch.complex(cos[:, :half], sin[:, :half]))
+        self.register_buffer("norm", module.model.norm.weight.detach().float())
+        self.register_buffer("eps", torch.full((1, 1, 1), config.rms_norm_eps))
+        self.vocab_size = config.vocab_size
+        self.nbytes = sum(layer.nbytes for layer in self.layers) + self.head.nbytes  # type: ignore[operator]
+        self.nbytes += (0 if shared else self.embed.nbytes) + self.turns.nbytes + self.norm.nbytes
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if delta is not None:
-            x = x + delta
-        # torch's own norm is a dozen operations, of microseconds each; their number is what one row costs.
-        width = x.shape[-1]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x, (x * length.square_().div_(width).add_(eps).rsqrt_() * weight).to(x.dtype)
+    def forward(
+        self, ids: Tensor, keys: list[Tensor], values: list[Tensor], starts: list[int], ends: list[int],
+        masks: list[Tensor | None], wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Extend the caches and return logits.
+
+        Args:
+            ids: (M,) tokens of all pieces.
+            keys: of each piece's cache, (layers, K, capacity, d), and values alike.
+            starts: the position of each piece's first row; it ends before the position in `ends`.
+            masks: as `attend_piece` wants them.
+            wanted: the rows whose logits are returned.
+
+        Returns:
+            fp32 logits (number of wanted rows, V).
+        """
+        positions = torch.cat([torch.arange(starts[i], ends[i]) for i in range(len(starts))])
+        turn = self.turns[positions].unsqueeze(1)
+        x = self.embed(ids)
+        for layer, run in enumerate(self.layers):
+            run(x, layer, turn, keys, values, starts, ends, masks)
+        if len(wanted) < len(ids):
+            x = x[wanted]
+        return self.head(norm(x, self.norm, self.eps)) if len(wanted) else x.new_empty(0, self.vocab_size)
 
 
-def _multiplies_bf16() -> bool:
-    """Whether oneDNN does, as torch's compiler asks it."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+class _Layer(nn.Module):
+    """One block, which changes the residual stream in place."""
+
+    norm1: Tensor
+    norm2: Tensor
+    eps: Tensor
+
+    def __init__(self, layer: Any, config: ModelConfig, precision: Precision, arena: Arena) -> None:
+        super().__init__()
+        qkv, *others = joined_weights(layer)
+        paired = _paired(qkv, config)
+        products = [product(quantize(w, precision), w.shape[1], arena) for w in (paired, *others)]
+        self.qkv, self.o, self.gate_up, self.down = products
+        self.register_buffer("norm1", layer.input_layernorm.weight.detach().float())
+        self.register_buffer("norm2", layer.post_attention_layernorm.weight.detach().float())
+        self.nbytes = sum(p.nbytes for p in products) + self.norm1.nbytes + self.norm2.nbytes  # type: ignore[operator]
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = config.dim
+        self.register_buffer("eps", torch.full((1, 1, 1), config.rms_norm_eps))
+
+    def forward(
+        self, x: Tensor, layer: int, turn: Tensor, keys: list[Tensor], values: list[Tensor],
+        starts: list[int], ends: list[int], masks: list[Tensor | None],
+    ) -> None:  # fmt: skip
+        # A slice costs as much as a small kernel: `narrow` is one, an index with colons one for each of them.
+        count, turning = x.shape[0], self.heads + self.kv_heads
+        qkv = self.qkv(norm(x, self.norm1, self.eps)).view(count, -1, self.dim)
+        pairs = torch.view_as_complex(qkv.narrow(1, 0, turning).view(count, turning, -1, 2))
+        turned = torch.view_as_real(pairs * turn).view(count, turning, -1)
+        k, v = turned.narrow(1, self.heads, self.kv_heads), qkv.narrow(1, turning, self.kv_heads)
+        q = turned.narrow(1, 0, self.heads).to(keys[0].dtype)
+        mixed: list[Tensor] = []
+        row = 0
+        for i in range(len(starts)):
+            start, end = starts[i], ends[i]
+            rows = end - start
+            known, meant = keys[i][layer], values[i][layer]  # (K, capacity, d)
+            known.narrow(1, start, rows).copy_(k.narrow(0, row, rows).transpose(0, 1))
+            meant.narrow(1, start, rows).copy_(v.narrow(0, row, rows).transpose(0, 1))
+            known, meant = known.narrow(1, 0, end).unsqueeze(0), meant.narrow(1, 0, end).unsqueeze(0)
+            mixed.append(attend_piece(q.narrow(0, row, rows), known, meant, masks[i]))
+            row += rows
+        x += self.o((mixed[0] if len(mixed) == 1 else torch.cat(mixed)).float())
+        joint = self.gate_up(norm(x, self.norm2, self.eps))
+        inner = joint.shape[1] // 2
+        x += self.down(F.silu(joint.narrow(1, 0, inner), inplace=True).mul_(joint.narrow(1, inner, inner)))
 
 
-def _int8(weight: Int8) -> Linear:
-    values, scales, unpacked = weight.values, weight.scales.bfloat16(), unpacking(weight)
-    few = FEW_ROWS if values.shape[1] % 32 == 0 else 0  # torch's kernel reads whole vectors, past the end of others
+class _Embedding(nn.Module):
+    """Rows of a table, in fp32."""
 
-    def linear(x: Tensor) -> Tensor:
-        if x.shape[0] > few:
-            return unpacked(x)
-        return torch.ops.aten._weight_int8pack_mm(x, values, scales)
+    values: Tensor
+    scales: Tensor
 
-    return linear
+    def __init__(self, table: Weight) -> None:
+        super().__init__()
+        assert isinstance(table, Tensor | Int8)  # int4 leaves the embedding at int8
+        self.packed = isinstance(table, Int8)
+        self.register_buffer("values", table.values if isinstance(table, Int8) else table)
+        self.register_buffer("scales", table.scales if isinstance(table, Int8) else torch.ones(()))
+        self.nbytes = self.values.nbytes + self.scales.nbytes
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.values[ids].float()
+        return rows * self.scales[ids, None] if self.packed else rows
 
 
-def _int4(weight: Int4) -> Linear:
-    n, k = weight.values.shape
-    if n % 16 or k % weight.group:  # a shape that torch's kernel does not have
-        whole = weight.dequantize().bfloat16()
-        return lambda x: F.linear(F.pad(x, (0, k - x.shape[1])), whole)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.values.int(), 1)
-    scales = weight.scales.t()
-    with_zeros = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()  # (K / group, N, 2)
+def norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """The root-mean-square norm (M, D), as in model/llama.py, in the fewest calls: each costs a row a microsecond."""
+    mean_square = torch.baddbmm(eps, x.unsqueeze(1), x.unsqueeze(2), alpha=1.0 / x.shape[1]).squeeze(1)  # with eps
+    return (x * mean_square.rsqrt_()).mul_(weight)
 
-    def linear(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, k - x.shape[1])) if x.shape[1] < k else x
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, weight.group, with_zeros)
 
-    return linear
+def _paired(qkv: Tensor, config: ModelConfig) -> Tensor:
+    """Rows of query and key in an order that puts the two numbers that turn together side by side, as complex ones.
+
+    Query and key are ordered alike, so their products stay the same.
+    """
+    turning = (config.num_attention_heads + config.num_key_value_heads) * config.dim
+    pairs = qkv[:turning].unflatten(0, (-1, 2, config.dim // 2)).transpose(1, 2)
+    return torch.cat((pairs.flatten(0, 2), qkv[turning:]))
+
+
+def piece_mask(start: int, end: int) -> Tensor | None:
+    """What `attend_piece` wants for rows start .. end - 1."""
+    if end - start == 1 or start == 0:
+        return None
+    return torch.ones(end - start, end, dtype=torch.bool).tril(start)
+
+
+def _scripted(llama: _Llama) -> tuple[Any, str]:
+    """The module compiled by TorchScript, and that in words; as it is where this torch cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated in favour of what needs a compiler
+        try:
+            return torch.jit.script(llama), " in TorchScript"
+        except Exception:  # whatever a torch without it raises: the same code runs in Python
+            return llama, ""
