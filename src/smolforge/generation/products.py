@@ -1,4 +1,4 @@
-"""Products with packed weights by torch's own kernels for CPUs: fp32 rows (M, K) in, fp32 rows (M, N) out.
+"""Products with packed weights by torch's own kernels for CPUs: rows (M, K) in, in fp32 or bf16, rows (M, N) out.
 
 Each is a module that TorchScript compiles, and runs in Python as well. Which kernel is behind one was measured on
 AVX-512 and AVX2 (docs/log.md): one row of bf16 goes through torch's own matrix-vector product, which wants oneDNN
@@ -35,16 +35,16 @@ class Plain(nn.Module):
         self.widen = weight.dtype == torch.bfloat16 and not multiplies_bf16()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
+        rows, x = x.shape[0], x.to(self.weight.dtype)
         if self.weight.dtype == torch.float32 and rows <= 8:
             # MKL reads the weights best as its left matrix, and one column of a product slower than two.
             columns = torch.cat((x, x)).t() if rows == 1 else x.t()
             return torch.mm(self.weight, columns).narrow(1, 0, rows).t().contiguous()
         if rows == 1:
-            return torch.mv(self.weight, x[0].to(self.weight.dtype)).unsqueeze(0).float()
+            return torch.mv(self.weight, x.squeeze(0)).unsqueeze(0)
         if self.widen and rows > 16:
-            return F.linear(x, self.weight.float())
-        return F.linear(x.to(self.weight.dtype), self.weight).float()
+            return F.linear(x.float(), self.weight.float())
+        return F.linear(x, self.weight)
 
 
 class Int8Rounding(nn.Module):
@@ -67,6 +67,7 @@ class Int8Rounding(nn.Module):
         self.narrow = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
         if x.shape[0] == 1:
             return torch.ops.quantized.linear_dynamic(x, self.packed, self.narrow)
         # fbgemm rounds all rows to one grid: brought to one size, no row loses bits to a larger one beside it.
@@ -91,8 +92,8 @@ class Int8Unpacking(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.bfloat16)
         if x.shape[0] > self.few:
-            return (F.linear(x, self.values.to(torch.bfloat16)) * self.scales).float()
-        return torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales).float()
+            return F.linear(x, self.values.to(torch.bfloat16)) * self.scales
+        return torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales)
 
 
 class Int4Unpacking(nn.Module):
@@ -111,7 +112,7 @@ class Int4Unpacking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x.to(torch.bfloat16), (0, self.width - x.shape[1]))
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales).float()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
 
 
 def product(weight: Weight, inputs: int, arena: Arena) -> nn.Module:

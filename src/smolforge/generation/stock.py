@@ -2,7 +2,7 @@
 
 A step is one call into TorchScript: it needs no compiler, and calls a kernel in a third of the time that Python
 takes, which between products as short as these is a third of the step. Where a torch has it no more, the same code
-runs in Python. What stands between the products is fp32, the cache bf16 unless the weights are fp32.
+runs in Python. The residual stream and its norms are fp32, the cache bf16 unless the weights are fp32.
 
 The query heads that share a key head are rows of one attention, over the cache cut to its length: that is eight
 times faster for one token than masking, or than `enable_gqa`.
@@ -63,14 +63,14 @@ class StockRunner:
         for piece in pieces:
             rows += len(piece.tokens)
             wanted += range(rows - piece.logits, rows)
-        keys, values = [p.cache.keys for p in pieces], [p.cache.values for p in pieces]  # type: ignore[attr-defined]
+        caches = [p.cache.memory for p in pieces]  # type: ignore[attr-defined]
         starts, ends = [p.start for p in pieces], [p.start + len(p.tokens) for p in pieces]
         masks = [piece_mask(start, end) for start, end in zip(starts, ends, strict=True)]
         ids = torch.tensor([token for piece in pieces for token in piece.tokens])
         # The simple executor: the other one studies every new number of rows for two calls before it is as fast.
         simple = torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
         with torch.inference_mode(), simple, one_row() if rows == 1 else contextlib.nullcontext():
-            return self._llama(ids, keys, values, starts, ends, masks, torch.tensor(wanted, dtype=torch.long))
+            return self._llama(ids, caches, starts, ends, masks, torch.tensor(wanted, dtype=torch.long))
 
 
 class _Llama(nn.Module):
@@ -101,14 +101,14 @@ class _Llama(nn.Module):
         self.nbytes += (0 if shared else self.embed.nbytes) + self.turns.nbytes + self.norm.nbytes
 
     def forward(
-        self, ids: Tensor, keys: list[Tensor], values: list[Tensor], starts: list[int], ends: list[int],
-        masks: list[Tensor | None], wanted: Tensor,
+        self, ids: Tensor, caches: list[Tensor], starts: list[int], ends: list[int], masks: list[Tensor | None],
+        wanted: Tensor,
     ) -> Tensor:  # fmt: skip
         """Extend the caches and return logits.
 
         Args:
             ids: (M,) tokens of all pieces.
-            keys: of each piece's cache, (layers, K, capacity, d), and values alike.
+            caches: the memory of each piece's cache, (layers, 2 K, capacity, d).
             starts: the position of each piece's first row; it ends before the position in `ends`.
             masks: as `attend_piece` wants them.
             wanted: the rows whose logits are returned.
@@ -120,10 +120,10 @@ class _Llama(nn.Module):
         turn = self.turns[positions].unsqueeze(1)
         x = self.embed(ids)
         for layer, run in enumerate(self.layers):
-            run(x, layer, turn, keys, values, starts, ends, masks)
+            run(x, layer, turn, caches, starts, ends, masks)
         if len(wanted) < len(ids):
             x = x[wanted]
-        return self.head(norm(x, self.norm, self.eps)) if len(wanted) else x.new_empty(0, self.vocab_size)
+        return self.head(norm(x, self.norm, self.eps)).float() if len(wanted) else x.new_empty(0, self.vocab_size)
 
 
 class _Layer(nn.Module):
@@ -147,28 +147,27 @@ class _Layer(nn.Module):
         self.register_buffer("eps", torch.full((1, 1, 1), config.rms_norm_eps))
 
     def forward(
-        self, x: Tensor, layer: int, turn: Tensor, keys: list[Tensor], values: list[Tensor],
-        starts: list[int], ends: list[int], masks: list[Tensor | None],
+        self, x: Tensor, layer: int, turn: Tensor, caches: list[Tensor], starts: list[int], ends: list[int],
+        masks: list[Tensor | None],
     ) -> None:  # fmt: skip
         # A slice costs as much as a small kernel: `narrow` is one, an index with colons one for each of them.
         count, turning = x.shape[0], self.heads + self.kv_heads
-        qkv = self.qkv(norm(x, self.norm1, self.eps)).view(count, -1, self.dim)
-        pairs = torch.view_as_complex(qkv.narrow(1, 0, turning).view(count, turning, -1, 2))
-        turned = torch.view_as_real(pairs * turn).view(count, turning, -1)
-        k, v = turned.narrow(1, self.heads, self.kv_heads), qkv.narrow(1, turning, self.kv_heads)
-        q = turned.narrow(1, 0, self.heads).to(keys[0].dtype)
+        qkv = self.qkv(norm(x, self.norm1, self.eps)).float().view(count, -1, self.dim)
+        torch.view_as_complex(qkv.narrow(1, 0, turning).unflatten(2, (-1, 2))).mul_(turn)
+        qkv = qkv.to(caches[0].dtype)
+        q, kv = qkv.narrow(1, 0, self.heads), qkv.narrow(1, self.heads, 2 * self.kv_heads).transpose(0, 1)
         mixed: list[Tensor] = []
         row = 0
         for i in range(len(starts)):
             start, end = starts[i], ends[i]
             rows = end - start
-            known, meant = keys[i][layer], values[i][layer]  # (K, capacity, d)
-            known.narrow(1, start, rows).copy_(k.narrow(0, row, rows).transpose(0, 1))
-            meant.narrow(1, start, rows).copy_(v.narrow(0, row, rows).transpose(0, 1))
-            known, meant = known.narrow(1, 0, end).unsqueeze(0), meant.narrow(1, 0, end).unsqueeze(0)
-            mixed.append(attend_piece(q.narrow(0, row, rows), known, meant, masks[i]))
+            cache = caches[i][layer]
+            cache.narrow(1, start, rows).copy_(kv if rows == count else kv.narrow(1, row, rows))
+            known = cache.narrow(1, 0, end).unsqueeze(0)
+            keys, values = known.narrow(1, 0, self.kv_heads), known.narrow(1, self.kv_heads, self.kv_heads)
+            mixed.append(attend_piece(q if rows == count else q.narrow(0, row, rows), keys, values, masks[i]))
             row += rows
-        x += self.o((mixed[0] if len(mixed) == 1 else torch.cat(mixed)).float())
+        x += self.o(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         joint = self.gate_up(norm(x, self.norm2, self.eps))
         inner = joint.shape[1] // 2
         x += self.down(F.silu(joint.narrow(1, 0, inner), inplace=True).mul_(joint.narrow(1, inner, inner)))
