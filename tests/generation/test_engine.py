@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny_llama import SHAPES, as_transformers, make_model
 
 from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import Engine, Sampling
+from smolforge.generation.native import NativeRunner
+from smolforge.generation.runner import ModuleRunner
+from smolforge.generation.static import StaticRunner
+from smolforge.generation.stock import StockRunner
 
+PATHS = [
+    ModuleRunner,
+    *(functools.partial(kind, precision="fp32") for kind in (NativeRunner, StockRunner, StaticRunner)),
+]
 GREEDY = Sampling(temperature=0, max_tokens=60, ignore_eos=True)
 
 
@@ -24,10 +34,10 @@ def collect(steps):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("quantize", [None, "fp32"])
-def test_greedy_equals_transformers(shape, quantize, tokenizer):
+@pytest.mark.parametrize("path", PATHS, ids=["module", "native", "stock", "static"])
+def test_greedy_equals_transformers(shape, path, tokenizer):
     model = make_model(shape)
-    engine = Engine.of(model, tokenizer, quantize=quantize)
+    engine = Engine(path(model), tokenizer)
     oracle = as_transformers(model)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 400, (n,), generator=generator).tolist() for n in (1, 2, 7, 31, 32, 33, 100, 190)]
@@ -46,8 +56,8 @@ def test_greedy_equals_transformers_at_length(seed, tokenizer):
     oracle = as_transformers(model)
     prompt = torch.randint(0, 400, (1 + 37 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
     theirs = oracle.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False)[0, len(prompt) :]
-    for quantize in (None, "fp32"):
-        engine = Engine.of(model, tokenizer, quantize=quantize)
+    for path in PATHS:
+        engine = Engine(path(model), tokenizer)
         ours = collect(engine.stream([prompt], Sampling(temperature=0, max_tokens=200, ignore_eos=True)))
         assert ours[0, 0][0] == theirs.tolist()
 
