@@ -8,10 +8,11 @@ import torch
 from tiny import TINY
 
 from smolforge import config as configuration
+from smolforge import native
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import attention, native_attention, native_loss, registry
-from smolforge.training import memory, wiring
+from smolforge.training import memory, optimizers, rounding, wiring
 from smolforge.training.plan import make_plan
 from smolforge.training.precision import decide
 
@@ -65,6 +66,19 @@ def test_attention_without_the_native_one(no_native) -> None:
         assert any("native: no compiler" in reason for reason in chosen.reasons)
     with pytest.raises(BadInput, match="no compiler"):
         make_plan(configured(attention="native"), CPU, 1)
+
+
+@pytest.mark.parametrize("missing", [None, "no compiler"])
+def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda sources: missing)
+    chosen = make_plan(configured(precision="bf16-pure"), CPU, 1)
+    (line,) = (reason for reason in chosen.reasons if reason.startswith("update: "))
+    assert line.startswith(f"update: {chosen.update} (") and ("no compiler" in line) == (missing is not None)
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    optimizer = optimizers.build(model, configured(precision="bf16-pure").optimizer, CPU)
+    wiring.apply(registry.build(configured().model, seed=0), optimizer, chosen)
+    assert optimizer.update is (rounding.in_pieces if missing else rounding.native_update)
+    assert not any(reason.startswith("update") for reason in make_plan(configured(), CPU, 1).reasons)
 
 
 def test_native_attention_for_bf16(monkeypatch) -> None:

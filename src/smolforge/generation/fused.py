@@ -1,4 +1,4 @@
-"""A Llama with its products joined, for the runners that are built of torch operations.
+"""A Llama with its products joined, as the runner of GPUs (`static.py`) has it; `stock.py` shares the lower half.
 
 Query, key and value are one product, gate and up another; activations are bf16 unless the weights are fp32. What
 differs between machines is handed in: `Kernels` multiplies and does the small work between the products, and
@@ -101,12 +101,6 @@ class FusedLlama:
         self._norm = self._vector(module.model.norm.weight)
         self.rotary = Rotary(config, self.dtype, self.device)
         self.weight_bytes += self.rotary.cos.nbytes + self.rotary.sin.nbytes
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of the keys and values of one position in all layers."""
-        c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.dim * self.dtype.itemsize
 
     def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
         """Hidden states (M, D) before the last norm, of tokens (M,)."""

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from smolforge import native
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import native_attention, native_loss
 from smolforge.model.summary import flops_per_token
-from smolforge.training import memory
+from smolforge.training import memory, rounding
 from smolforge.training.precision import Precision, decide
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
@@ -42,6 +43,7 @@ class Plan:
         micro_batch: sequences of one forward pass; divides `sequences`.
         attention: a key of `wiring.ATTENTION`.
         loss: a key of `wiring.LOSSES`.
+        update: "native" or "torch": what updates weights that are rounded stochastically.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
     """
@@ -54,6 +56,7 @@ class Plan:
     threads: int
     attention: str = "sdpa"
     loss: str = "chunked"
+    update: str = "torch"
     recompute: bool = False
     reasons: list[str] = field(default_factory=list)
 
@@ -107,12 +110,16 @@ def make_plan(config: RunConfig, device: torch.device, world: int) -> Plan:
     reasons.append(f"attention: {attention} ({reason})")
     loss, reason = _loss(config, device)
     reasons.append(f"loss: {loss} ({reason})")
+    update = "torch"
+    if precision.weights == torch.bfloat16 and config.optimizer.name == "adamw":
+        update, reason = _update(device)
+        reasons.append(f"update: {update} ({reason})")
     compiled, reason = _compile(config, device, world)
     reasons.append(f"compile: {'on' if compiled else 'off'} ({reason})")
     threads = config.training.threads or _physical_cores(world)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
-    return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, recompute, reasons)
+    return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, reasons)
 
 
 def _share_of_memory(
@@ -181,6 +188,12 @@ def _loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
     if asked != "auto":
         return asked, "as asked"
     return ("chunked" if missing else "native"), "never holds the logits"
+
+
+def _update(device: torch.device) -> tuple[str, str]:
+    missing = native.unavailable(rounding.SOURCES) if device.type == "cpu" else f"the device is {device.type}"
+    what = "bf16 weights, rounded up or down at random"
+    return ("torch", f"{what}; native: {missing}") if missing else ("native", f"{what}, in one pass over the memory")
 
 
 def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:

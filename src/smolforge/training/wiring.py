@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smolforge import native
 from smolforge.model import attention, loss, native_attention, native_loss
 from smolforge.model.llama import LlamaForCausalLM, TiedHead
 from smolforge.training import compiling, rounding
@@ -26,7 +25,7 @@ def apply(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, chosen: Pla
         # The table's gradient as embedding is a few rows beside the head's, which is whole: added to it they cost
         # nothing, where a whole one would be made of zeros, filled and added (docs/log.md). DDP wants whole ones.
         model.model.embed_tokens.sparse = True
-    if isinstance(optimizer, RoundedAdamW) and chosen.device.type == "cpu" and not native.unavailable(rounding.SOURCES):
+    if isinstance(optimizer, RoundedAdamW) and chosen.update == "native":
         optimizer.update = rounding.native_update
     if chosen.recompute or chosen.compile:
         model.model.run_layer = functools.partial(run_layer, recompute=chosen.recompute)
