@@ -43,12 +43,16 @@ class TensorCache:
         self.capacity, self.length = capacity, 0
         self.nbytes = self.memory.nbytes
 
+    @staticmethod
+    def bytes_for(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
+        """Bytes of a cache for `capacity` positions, before there is one."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.dim * dtype.itemsize
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (1, K, T, d); all so far, (1, K, S, d), as views."""
         end = self.length + k.shape[2]
-        known = self.memory[layer, None, :, :end]
-        known[:, :, self.length :] = torch.cat((k, v), 1)
-        keys, values = known.split(self._heads, 1)
+        keys, values = self.memory[layer, None, :, :end].split(self._heads, 1)
+        keys[:, :, self.length :], values[:, :, self.length :] = k, v
         return keys, values
 
     def copy_prefix(self, other: Cache, length: int) -> None:

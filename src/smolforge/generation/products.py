@@ -30,7 +30,6 @@ class Plain(nn.Module):
     def __init__(self, weight: Tensor, arena: Arena) -> None:
         super().__init__()
         self.register_buffer("weight", arena.keep(weight))
-        self.nbytes = weight.nbytes
         # Without bf16 in hardware torch multiplies many rows as slowly as one after another.
         self.widen = weight.dtype == torch.bfloat16 and not multiplies_bf16()
 
@@ -85,7 +84,6 @@ class Int8Unpacking(nn.Module):
         super().__init__()
         self.register_buffer("values", arena.keep(weight.values))
         self.register_buffer("scales", weight.scales.bfloat16())
-        self.nbytes = self.values.nbytes + self.scales.nbytes
         # torch's kernel reads whole vectors, past the end of other widths.
         self.few = FEW_ROWS if weight.values.shape[1] % 32 == 0 else 0
 
@@ -108,7 +106,6 @@ class Int4Unpacking(nn.Module):
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.values.int(), 1))
         scales = weight.scales.t()
         self.register_buffer("scales", torch.stack((scales, torch.zeros_like(scales)), -1).contiguous())
-        self.nbytes = weight.values.nbytes // 2 + weight.scales.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x.to(torch.bfloat16), (0, self.width - x.shape[1]))

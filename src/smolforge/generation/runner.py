@@ -68,8 +68,7 @@ class ModuleRunner:
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of a cache for `capacity` positions."""
-        c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * capacity * c.dim * self._place[0].itemsize
+        return TensorCache.bytes_for(self.config, capacity, self._place[0])
 
     def new_cache(self, capacity: int) -> TensorCache:
         """An empty cache beside the weights."""

@@ -26,7 +26,7 @@ from smolforge.generation.fused import attend_piece, joined_weights
 from smolforge.generation.products import Int8Rounding, one_row, product
 from smolforge.generation.quantize import Int8, Precision, Weight, quantize
 from smolforge.generation.scheduler import Piece
-from smolforge.model.llama import rotary_angles
+from smolforge.model.llama import LlamaRMSNorm, rotary_angles
 
 
 class StockRunner:
@@ -43,15 +43,15 @@ class StockRunner:
         self.config: ModelConfig = module.config
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         llama = _Llama(module, precision).eval()
-        self.weight_bytes = llama.nbytes
+        packed = [module for module in llama.modules() if isinstance(module, Int8Rounding)]  # by fbgemm: no buffers
+        self.weight_bytes = sum(held.nbytes for held in (*llama.buffers(), *packed))
         self._llama, how = _scripted(llama)
         by = " by fbgemm" if precision == "int8" and isinstance(llama.head, Int8Rounding) else ""
         self.name = f"torch's kernels{how}, {precision}{by}, {torch.get_num_threads()} threads"
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of a cache for `capacity` positions."""
-        c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.dim * self._dtype.itemsize * capacity
+        return TensorCache.bytes_for(self.config, capacity, self._dtype)
 
     def new_cache(self, capacity: int) -> TensorCache:
         """An empty cache."""
@@ -77,8 +77,6 @@ class _Llama(nn.Module):
     """The weights of a Llama as they are now, packed, and a step over them."""
 
     turns: Tensor
-    norm: Tensor
-    eps: Tensor
 
     def __init__(self, module: Any, precision: Precision) -> None:
         super().__init__()
@@ -94,11 +92,8 @@ class _Llama(nn.Module):
         cos, sin = rotary_angles(torch.arange(config.max_position_embeddings), config.dim, config.rope_theta)
         half = config.dim // 2
         self.register_buffer("turns", torch.complex(cos[:, :half], sin[:, :half]))
-        self.register_buffer("norm", module.model.norm.weight.detach().float())
-        self.register_buffer("eps", torch.full((1, 1, 1), config.rms_norm_eps))
+        self.norm = _Norm(module.model.norm)
         self.vocab_size = config.vocab_size
-        self.nbytes = sum(layer.nbytes for layer in self.layers) + self.head.nbytes  # type: ignore[operator]
-        self.nbytes += (0 if shared else self.embed.nbytes) + self.turns.nbytes + self.norm.nbytes
 
     def forward(
         self, ids: Tensor, caches: list[Tensor], starts: list[int], ends: list[int], masks: list[Tensor | None],
@@ -123,15 +118,11 @@ class _Llama(nn.Module):
             run(x, layer, turn, caches, starts, ends, masks)
         if len(wanted) < len(ids):
             x = x[wanted]
-        return self.head(norm(x, self.norm, self.eps)).float() if len(wanted) else x.new_empty(0, self.vocab_size)
+        return self.head(self.norm(x)).float() if len(wanted) else x.new_empty(0, self.vocab_size)
 
 
 class _Layer(nn.Module):
     """One block, which changes the residual stream in place."""
-
-    norm1: Tensor
-    norm2: Tensor
-    eps: Tensor
 
     def __init__(self, layer: Any, config: ModelConfig, precision: Precision, arena: Arena) -> None:
         super().__init__()
@@ -139,12 +130,9 @@ class _Layer(nn.Module):
         paired = _paired(qkv, config)
         products = [product(quantize(w, precision), w.shape[1], arena) for w in (paired, *others)]
         self.qkv, self.o, self.gate_up, self.down = products
-        self.register_buffer("norm1", layer.input_layernorm.weight.detach().float())
-        self.register_buffer("norm2", layer.post_attention_layernorm.weight.detach().float())
-        self.nbytes = sum(p.nbytes for p in products) + self.norm1.nbytes + self.norm2.nbytes  # type: ignore[operator]
+        self.norm1, self.norm2 = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = config.dim
-        self.register_buffer("eps", torch.full((1, 1, 1), config.rms_norm_eps))
 
     def forward(
         self, x: Tensor, layer: int, turn: Tensor, caches: list[Tensor], starts: list[int], ends: list[int],
@@ -152,7 +140,7 @@ class _Layer(nn.Module):
     ) -> None:  # fmt: skip
         # A slice costs as much as a small kernel: `narrow` is one, an index with colons one for each of them.
         count, turning = x.shape[0], self.heads + self.kv_heads
-        qkv = self.qkv(norm(x, self.norm1, self.eps)).float().view(count, -1, self.dim)
+        qkv = self.qkv(self.norm1(x)).float().view(count, -1, self.dim)
         torch.view_as_complex(qkv.narrow(1, 0, turning).unflatten(2, (-1, 2))).mul_(turn)
         qkv = qkv.to(caches[0].dtype)
         q, kv = qkv.narrow(1, 0, self.heads), qkv.narrow(1, self.heads, 2 * self.kv_heads).transpose(0, 1)
@@ -168,7 +156,7 @@ class _Layer(nn.Module):
             mixed.append(attend_piece(q if rows == count else q.narrow(0, row, rows), keys, values, masks[i]))
             row += rows
         x += self.o(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        joint = self.gate_up(norm(x, self.norm2, self.eps))
+        joint = self.gate_up(self.norm2(x))
         inner = joint.shape[1] // 2
         x += self.down(F.silu(joint.narrow(1, 0, inner), inplace=True).mul_(joint.narrow(1, inner, inner)))
 
@@ -185,17 +173,26 @@ class _Embedding(nn.Module):
         self.packed = isinstance(table, Int8)
         self.register_buffer("values", table.values if isinstance(table, Int8) else table)
         self.register_buffer("scales", table.scales if isinstance(table, Int8) else torch.ones(()))
-        self.nbytes = self.values.nbytes + self.scales.nbytes
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.values[ids].float()
         return rows * self.scales[ids, None] if self.packed else rows
 
 
-def norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """The root-mean-square norm (M, D), as in model/llama.py, in the fewest calls: each costs a row a microsecond."""
-    mean_square = torch.baddbmm(eps, x.unsqueeze(1), x.unsqueeze(2), alpha=1.0 / x.shape[1]).squeeze(1)  # with eps
-    return (x * mean_square.rsqrt_()).mul_(weight)
+class _Norm(nn.Module):
+    """The root-mean-square norm (M, D) of model/llama.py, in the fewest calls: each costs a row a microsecond."""
+
+    weight: Tensor
+    eps: Tensor
+
+    def __init__(self, norm: LlamaRMSNorm) -> None:
+        super().__init__()
+        self.register_buffer("weight", norm.weight.detach().float())
+        self.register_buffer("eps", torch.full((1, 1, 1), norm.eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = torch.baddbmm(self.eps, x.unsqueeze(1), x.unsqueeze(2), alpha=1.0 / x.shape[1])  # the mean, and eps
+        return (x * squares.squeeze(1).rsqrt_()).mul_(self.weight)
 
 
 def _paired(qkv: Tensor, config: ModelConfig) -> Tensor:
