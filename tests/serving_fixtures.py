@@ -142,8 +142,9 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
+    from smolforge.metrics_log import MetricsLog
     from smolforge.model.registry import build
-    from smolforge.run import MetricsLog, Run
+    from smolforge.run import Run
     from smolforge.tokenizer import train
 
     words = {
@@ -167,9 +168,9 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
     data = torch.tensor(stream)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     run = Run(place)
-    run.checkpoints.mkdir(parents=True)
-    run.config.write_text("model: {}\n")
-    metrics, samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+    run.checkpoints_path.mkdir(parents=True)
+    run.config_path.write_text("model: {}\n")
+    metrics, samples = MetricsLog(run.metrics_path), MetricsLog(run.samples_path)
     for step in range(1, STEPS[-1] + 1):
         rate = 4e-3 * min(1.0, step / 10, (STEPS[-1] + 1 - step) / 60)
         optimizer.param_groups[0]["lr"] = rate
@@ -184,7 +185,9 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
         metrics.append({**row, "tokens_per_second": 20000.0 + 97 * (step % 7), "time": time.time()})
         if step in STEPS:
             shape, weights = with_idle_layers(config, model.state_dict(), idle_layers)
-            commit.commit(run.checkpoints, step, lambda path, s=shape, w=weights: write_model(path, s, w, tokenizer))
+            commit.commit(
+                run.checkpoints_path, step, lambda path, s=shape, w=weights: write_model(path, s, w, tokenizer)
+            )
             validation = {"loss": loss.item() + 0.1, "perplexity": 3.0, "bits_per_byte": 1.0}
             metrics.append({"step": step, "tokens": step * 512, "validation": validation, "time": time.time()})
             samples.append(

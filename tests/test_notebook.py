@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from smolforge import config as configuration
-from smolforge.run import Run, read_metrics
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 
 nbformat = pytest.importorskip("nbformat", reason="the extra dev is not installed")
 pytest.importorskip("nbclient", reason="the extra dev is not installed")
@@ -65,7 +66,7 @@ def check(book, run: Run, steps: int) -> None:
     for prompt in ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy"):
         assert prompt in said
     assert "'completion_tokens': 40" in said and "the server ended with exit code 0" in said
-    assert (run.path / "walkthrough.gguf").stat().st_size > 10_000 and run.report.exists()
+    assert (run.path / "walkthrough.gguf").stat().st_size > 10_000 and run.report_path.exists()
 
 
 def test_it_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import run as runs
+from smolforge import metrics_log
 from smolforge.errors import BadInput, CheckpointError, RunFailed, RunLocked
-from smolforge.run import MetricsLog, Run, RunLock, read_metrics, read_rows, read_samples, write_atomically
+from smolforge.files import read_json_lines, write_atomically
+from smolforge.lock import RunLock
+from smolforge.metrics_log import MetricsLog, read_metrics
+from smolforge.run import Run
 
 
 def test_the_paths(tmp_path: Path) -> None:
@@ -29,7 +32,7 @@ def test_the_paths(tmp_path: Path) -> None:
         "config": "config.yaml", "index": "data_index.json", "metrics": "metrics.jsonl", "samples": "samples.jsonl",
         "tensorboard": "tensorboard", "report": "report.html", "checkpoints": "checkpoints", "lock": "lock",
     }  # fmt: skip
-    assert {name: getattr(run, name) for name in names} == {n: tmp_path / "r" / f for n, f in names.items()}
+    assert {name: getattr(run, f"{name}_path") for name in names} == {n: tmp_path / "r" / f for n, f in names.items()}
     assert not (tmp_path / "r").exists()
 
 
@@ -40,10 +43,10 @@ def test_config_and_index(tmp_path: Path) -> None:
     run.write_config("model: {}\n")
     run.write_index({"hash": "é", "shards": [1, 2]})
     assert run.exists
-    assert run.config.read_text() == "model: {}\n"
+    assert run.config_path.read_text() == "model: {}\n"
     assert run.read_index() == {"hash": "é", "shards": [1, 2]}
     for damaged in ("{", "[]", "[" * 100_000):
-        run.index.write_text(damaged)
+        run.index_path.write_text(damaged)
         with pytest.raises(CheckpointError, match=r"data_index\.json"):
             run.read_index()
 
@@ -53,7 +56,7 @@ def test_places_that_may_be_used(tmp_path: Path, files: list[str]) -> None:
     for name in files:
         (tmp_path / name).touch()
     Run(tmp_path).prepare()
-    assert Run(tmp_path).checkpoints.is_dir()
+    assert Run(tmp_path).checkpoints_path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_a_file_in_the_place_of_the_run(tmp_path: Path) -> None:
 
 def test_rows_come_back_and_non_finite_numbers_are_null(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with MetricsLog(run.metrics) as log:
+    with MetricsLog(run.metrics_path) as log:
         log.append({"step": 1, "loss": 0.1 + 0.2, "nested": {"x": [math.nan, 1.5]}})
         log.append({"step": 2, "loss": math.inf, "text": "é\n\u2028🙂"})
     rows = read_metrics(run)
@@ -97,7 +100,7 @@ def test_rows_come_back_and_non_finite_numbers_are_null(tmp_path: Path) -> None:
         {"step": 1, "loss": 0.1 + 0.2, "nested": {"x": [None, 1.5]}},
         {"step": 2, "loss": None, "text": "é\n\u2028🙂"},
     ]  # fmt: skip
-    assert read_samples(run) == []
+    assert list(read_json_lines(run.samples_path)) == []
 
 
 def test_a_torn_line_is_cut_and_the_log_goes_on(tmp_path: Path) -> None:
@@ -107,12 +110,12 @@ def test_a_torn_line_is_cut_and_the_log_goes_on(tmp_path: Path) -> None:
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(b'{"step": 2, "lo')
-    assert list(read_rows(path)) == [{"step": 1}], "a reader passes it over"
+    assert list(read_json_lines(path)) == [{"step": 1}], "a reader passes it over"
     with MetricsLog(path) as log:
         assert log.torn_bytes == 15
         assert path.read_bytes() == whole
         log.append({"step": 2})
-    assert list(read_rows(path)) == [{"step": 1}, {"step": 2}]
+    assert list(read_json_lines(path)) == [{"step": 1}, {"step": 2}]
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,7 +140,7 @@ def test_cut_anywhere_then_resumed_equals_uninterrupted(
     # The checkpoint is of a step whose rows were all written before the kill.
     lost = [row["step"] for row in rows[cut.count(b"\n") :]]
     resumed = min([back, *(step - 1 for step in lost)])
-    old, runs._CHUNK = runs._CHUNK, chunk
+    old, metrics_log._CHUNK = metrics_log._CHUNK, chunk
     try:
         with MetricsLog(folder / "cut") as log:
             log.truncate_after(resumed)
@@ -145,7 +148,7 @@ def test_cut_anywhere_then_resumed_equals_uninterrupted(
                 if row["step"] > resumed:
                     log.append(row)
     finally:
-        runs._CHUNK = old
+        metrics_log._CHUNK = old
     assert (folder / "cut").read_bytes() == whole
 
 
@@ -162,7 +165,7 @@ def test_taking_rows_back_counts_them_and_drops_unreadable_ones(tmp_path: Path) 
 APPENDING = """
 import sys
 from pathlib import Path
-from smolforge.run import MetricsLog
+from smolforge.metrics_log import MetricsLog
 with MetricsLog(Path(sys.argv[1])) as log:
     print("ready", flush=True)
     for step in range(10**9):
@@ -178,7 +181,7 @@ def test_kill_9_while_logging_leaves_whole_rows(tmp_path: Path) -> None:
         time.sleep(generator.uniform(0.02, 0.1))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        rows = list(read_rows(path))
+        rows = list(read_json_lines(path))
         assert len(rows) > 1
         assert [row["step"] for row in rows] == list(range(len(rows)))
         with MetricsLog(path) as log:
@@ -203,7 +206,7 @@ def test_a_full_disk_leaves_the_rows_before_whole(tmp_path: Path, monkeypatch: p
         monkeypatch.undo()
         assert path.read_bytes() == b'{"step": 1}\n'
         log.append({"step": 2})
-    assert len(list(read_rows(path))) == 2
+    assert len(list(read_json_lines(path))) == 2
 
 
 def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +227,8 @@ def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkey
 
 HOLDING = """
 import sys, time
-from smolforge.run import Run, RunLock
+from smolforge.lock import RunLock
+from smolforge.run import Run
 with RunLock(Run(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -241,7 +245,7 @@ def test_a_second_process_is_told_who_has_the_run(tmp_path: Path) -> None:
     child.wait()
     with RunLock(Run(tmp_path)) as lock:  # the kernel let go
         assert lock.held
-        assert f"process {os.getpid()}" in Run(tmp_path).lock.read_text()
+        assert f"process {os.getpid()}" in Run(tmp_path).lock_path.read_text()
 
 
 def test_a_lock_is_let_go_and_can_be_taken_again(tmp_path: Path) -> None:
@@ -268,17 +272,16 @@ def test_a_forked_child_does_not_keep_a_released_run(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_filesystem_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filesystem_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import fcntl
 
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    said: list[str] = []
-    with RunLock(Run(tmp_path), said.append):
+    with RunLock(Run(tmp_path)):
         pass
-    assert "no locks" in said[0]
+    assert "no locks" in caplog.text
 
 
 def test_strict_json_in_the_log(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from smolforge import cli
 from smolforge import config as configuration
 from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
+from smolforge.metrics_log import read_metrics
 from smolforge.model import registry
-from smolforge.run import Run, read_metrics
+from smolforge.run import Run
 from smolforge.training.schedules import rate
 
 PAGE = (Path(__file__).parents[1] / "docs" / "seed.md").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from smolforge.config import read_preset
-from smolforge.run import read_metrics
+from smolforge.metrics_log import read_metrics
 from smolforge.training.setup import Request
 from smolforge.training.train import train
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from smolforge import cli
-from smolforge.run import Run, read_metrics, read_samples
+from smolforge.files import read_json_lines
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 
 
 def sources(real_data: Path) -> list[str]:
@@ -43,4 +45,4 @@ def test_the_full_135m_trains_stops_resumes_and_writes(real_data: Path, tmp_path
     rows = train(real_data, tmp_path / "run", "--steps", "+4")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert 10.8 < rows[0]["loss"] < 11.8 and rows[-1]["loss"] < rows[0]["loss"] - 1
-    assert {row["step"] for row in read_samples(Run(tmp_path / "run"))} >= {8, 12}
+    assert {row["step"] for row in list(read_json_lines(Run(tmp_path / "run").samples_path))} >= {8, 12}

@@ -261,11 +261,11 @@ def test_training_tab_reads_a_growing_and_a_rewritten_log(tiny_run, tmp_path):
     first = view.read()
     assert len(first["curves"]["loss"]) == STEPS[-1] and len(first["curves"]["validation"]) == 3
     assert first["last"]["step"] == STEPS[-1] and first["live"] and len(first["samples"]) == 3
-    with run.metrics.open("a") as file:
+    with run.metrics_path.open("a") as file:
         file.write('{"step": 200, "tokens": 1, "loss": 0.5}\n{"step": 201, "lo')
     assert view.read()["last"]["step"] == 200
-    lines = run.metrics.read_text().splitlines(keepends=True)
-    run.metrics.write_text("".join(lines[:10]))  # nine steps and a validation
+    lines = run.metrics_path.read_text().splitlines(keepends=True)
+    run.metrics_path.write_text("".join(lines[:10]))  # nine steps and a validation
     assert view.read()["last"]["step"] == 9
     assert Tail(tmp_path / "none").read() == (False, [])
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from smolforge.run import Run, read_rows
+from smolforge.files import read_json_lines
+from smolforge.run import Run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 PATIENCE = 120.0  # seconds until a process that should have ended is a failure
@@ -58,12 +59,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], in
 
 def steps_done(run: Run) -> int:
     """The last step in the run's log."""
-    return max((row["step"] for row in read_rows(run.metrics)), default=0)
+    return max((row["step"] for row in read_json_lines(run.metrics_path)), default=0)
 
 
 def is_saving(run: Run) -> bool:
     """Whether a checkpoint is half written at this moment."""
-    return any(run.checkpoints.glob(".tmp-step-*"))
+    return any(run.checkpoints_path.glob(".tmp-step-*"))
 
 
 def interrupt(

@@ -19,7 +19,8 @@ from tiny import steps_of, tiny_file, validations_of, weights_of
 from faults.server import Drop, FaultServer, Slow, Status, every
 from smolforge.checkpoint import commit
 from smolforge.data import tales
-from smolforge.run import Run, read_metrics
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 
 STEPS = 60
 
@@ -132,7 +133,7 @@ def test_a_network_that_stays_away_saves_and_stops(place: Path) -> None:
         output = finish(start(words), 75)
         assert "503" in output and "Traceback" not in output
         done = steps_done(run)
-        assert 0 < done < STEPS and commit.steps(run.checkpoints)[-1] == done
+        assert 0 < done < STEPS and commit.steps(run.checkpoints_path)[-1] == done
         # A signal is heard while the network is silent: before anything is open, and while waiting for a batch.
         slow, begun = Slow(pause=5.0, chunk=10), len(read_metrics(run))
         for silent in (lambda: True, lambda: len(read_metrics(run)) > begun):
@@ -157,7 +158,7 @@ def test_a_signal_while_compiling(place: Path) -> None:
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
     done = steps_done(run)
-    assert commit.steps(run.checkpoints) == ([done] if done else [])
+    assert commit.steps(run.checkpoints_path) == ([done] if done else [])
 
 
 def test_workers_and_prefetch_are_not_part_of_the_address(place: Path, whole: Run) -> None:
@@ -219,4 +220,4 @@ def test_a_time_limit_saves_and_stops(place: Path) -> None:
     output = finish(start(words), 143)
     assert "time limit" in output
     done = steps_done(run)
-    assert (run.checkpoints / "last").resolve().name == f"step-{done:08d}"
+    assert (run.checkpoints_path / "last").resolve().name == f"step-{done:08d}"

@@ -15,7 +15,8 @@ from faults.server import FaultServer, as_hub
 from smolforge import cli
 from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
-from smolforge.run import Run, read_metrics
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 
 # Steps that change nothing: what is saved is what was loaded.
 STILL = ["--steps", "1", "--set", "optimizer.lr=1e-30", "--set", "evaluation.tokens=500"]
@@ -64,7 +65,7 @@ def assert_same_model(run: Run, directory: Path) -> None:
 def test_from_shards_in_bf16(theirs: Path, tmp_path: Path) -> None:
     run = train(tmp_path, theirs, *STILL)
     assert_same_model(run, theirs)
-    assert "pretrained from the weights of" in (run.checkpoints / "last" / "README.md").read_text()
+    assert "pretrained from the weights of" in (run.checkpoints_path / "last" / "README.md").read_text()
     typed = json.loads((run.path / "environment.json").read_text())["command"]
     assert typed.startswith("smolforge train ") and f"--init {theirs}" in typed
 
@@ -106,7 +107,7 @@ def test_from_a_hub_id(
     assert "weights and tokenizer: from owner/llama" in capsys.readouterr().err
     assert any("model-00001-of" in path for path in asked) and not any("pytorch_model.bin" in path for path in asked)
     assert_same_model(run, theirs)
-    assert "base_model: owner/llama" in (run.checkpoints / "last" / "README.md").read_text()
+    assert "base_model: owner/llama" in (run.checkpoints_path / "last" / "README.md").read_text()
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -12,7 +12,8 @@ from smolforge import cli
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.state import load_state
 from smolforge.errors import RunFailed
-from smolforge.run import Run, read_metrics
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 from smolforge.training import loop, wiring
 
 TRAINING = {"steps": 12, "micro_batch": 8}
@@ -50,7 +51,7 @@ def test_one_bad_step_touches_nothing(make_run, poison) -> None:
     poison.add(5)
     run = make_run("run", training={**TRAINING, "steps": 6}, schedule={"name": "constant", "warmup": 0})
     assert weights_of(run) == weights_of(short)
-    before, after = (load_state(r.checkpoints / "last" / "training")["optimizer"] for r in (short, run))
+    before, after = (load_state(r.checkpoints_path / "last" / "training")["optimizer"] for r in (short, run))
     for name, state in before.items():
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[name][key])), (name, key)
@@ -93,7 +94,7 @@ def test_too_many_roll_backs_end_the_run_with_a_report(make_run, poison, tmp_pat
         make_run(training={**TRAINING, "steps": 40, "rollbacks": 2}, checkpoint={"every": 4})
     assert "optimizer.lr" in str(caught.value)
     run = Run(tmp_path / "run")
-    assert commit.newest_whole(run.checkpoints) is not None
+    assert commit.newest_whole(run.checkpoints_path) is not None
     assert all(math.isfinite(loss) for step, loss, _ in steps_of(run) if step <= 4)
 
 

@@ -29,7 +29,29 @@ CONFIG = {
     "logging": {"every": 1, "trackers": []},
 }  # fmt: skip
 SOURCES = ("tales", "texts", "lines", "shards", "mixed", "masked")
-WORDS = "the river a lamp stone bird walks sings over under green seven quiet morning, and then; it was. é ß 山".split()
+WORDS = [
+    "the",
+    "river",
+    "a",
+    "lamp",
+    "stone",
+    "bird",
+    "walks",
+    "sings",
+    "over",
+    "under",
+    "green",
+    "seven",
+    "quiet",
+    "morning,",
+    "and",
+    "then;",
+    "it",
+    "was.",
+    "é",
+    "ß",
+    "山",
+]
 
 
 def documents(count: int, seed: int) -> list[str]:

@@ -37,13 +37,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def losses(run: Run) -> list[float]:
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_it_trains_and_writes(finished: Run) -> None:
     assert len(losses(finished)) == 6
-    (sample,) = [json.loads(line) for line in finished.samples.read_text(encoding="utf-8").splitlines()]
+    (sample,) = [json.loads(line) for line in finished.samples_path.read_text(encoding="utf-8").splitlines()]
     assert sample["prompt"] == "Once upon a time" and sample["text"]
 
 
@@ -67,12 +67,12 @@ def test_transformers_refuses_it(finished: Run) -> None:
 def test_a_run_cut_at_step_3_ends_with_the_same_bytes(finished: Run, tmp_path: Path) -> None:
     cut = Run(tmp_path / "run")
     shutil.copytree(finished.path, cut.path, symlinks=True)
-    shutil.rmtree(cut.checkpoints / "step-00000006")
+    shutil.rmtree(cut.checkpoints_path / "step-00000006")
     assert cli.run(["train", "--out", str(cut.path)]) == 0
-    rows = [json.loads(line) for line in cut.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in cut.metrics_path.read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if row.get("event") == "resume"] == [3]
     assert losses(cut) == losses(finished)
-    weights = [run.checkpoints / "step-00000006" / "model.safetensors" for run in (cut, finished)]
+    weights = [run.checkpoints_path / "step-00000006" / "model.safetensors" for run in (cut, finished)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 

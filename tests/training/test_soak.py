@@ -25,10 +25,10 @@ SECONDS = float(os.environ.get("SMOLFORGE_SOAK_SECONDS", "1000"))
 
 def corrupt(run: Run, dice: random.Random) -> str | None:
     """Damage one file of the newest checkpoint; what was done."""
-    present = commit.steps(run.checkpoints)
+    present = commit.steps(run.checkpoints_path)
     if len(present) < 2:
         return None
-    directory = run.checkpoints / commit.step_name(present[-1])
+    directory = run.checkpoints_path / commit.step_name(present[-1])
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     if not files:
         return None

@@ -187,7 +187,7 @@ def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run) 
 def read(run: Run) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run.tensorboard))
+    events = EventAccumulator(str(run.tensorboard_path))
     events.Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
@@ -206,7 +206,7 @@ def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run) -
 
 
 def test_tensorboard_that_cannot_write_is_dropped(run: Run) -> None:
-    run.tensorboard.write_text("a file is in the way")
+    run.tensorboard_path.write_text("a file is in the way")
     said = Said()
     with open_trackers(["tensorboard"], run, CONFIG, said) as trackers:
         trackers.scalars(1, {"loss": 1.0})

@@ -11,7 +11,9 @@ from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from smolforge import config as configuration
 from smolforge.errors import BadInput, CheckpointError
-from smolforge.run import Run, read_metrics, read_samples
+from smolforge.files import read_json_lines
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 from smolforge.training.setup import Request
 from smolforge.training.train import train
 
@@ -26,14 +28,14 @@ def test_a_run_leaves_what_it_promises(make_run) -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
     floors = [row["entropy_bits_per_byte"] for row in read_metrics(run) if "validation" in row]
     assert all(0 < floor < scores["bits_per_byte"] for floor in floors)
-    assert [(row["step"], row["prompt"]) for row in read_samples(run)] == [
+    assert [(row["step"], row["prompt"]) for row in list(read_json_lines(run.samples_path))] == [
         (10, "Once upon a time"),
         (20, "Once upon a time"),
     ]
-    kept = sorted(path.name for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink())
+    kept = sorted(path.name for path in run.checkpoints_path.iterdir() if path.is_dir() and not path.is_symlink())
     assert kept == ["step-00000010", "step-00000015", "step-00000020"]
-    assert "http" not in [line[:4] for line in run.report.read_text().split('src="')[1:]]
-    saved = configuration.build(str(run.config))
+    assert "http" not in [line[:4] for line in run.report_path.read_text().split('src="')[1:]]
+    saved = configuration.build(str(run.config_path))
     assert saved.model.hidden_size == 32 and saved.training.steps == 20
     environment = json.loads((run.path / "environment.json").read_text())
     assert any(line.startswith("precision: fp32") for line in environment["decisions"])
@@ -45,7 +47,7 @@ def test_transformers_loads_the_checkpoint_and_writes_the_same(make_run) -> None
     from smolforge.generation import Engine, Sampling
 
     run = make_run()
-    directory = run.checkpoints / "last"
+    directory = run.checkpoints_path / "last"
     theirs = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
@@ -61,14 +63,14 @@ def test_stopped_and_resumed_equals_uninterrupted(make_run) -> None:
     parts = make_run("parts", training={"steps": 20})
     # The same length of run, cut in two by hand: what a kill after step 10 leaves behind.
     for step in (15, 20):
-        for path in sorted((parts.checkpoints / f"step-{step:08d}").rglob("*"), reverse=True):
+        for path in sorted((parts.checkpoints_path / f"step-{step:08d}").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        (parts.checkpoints / f"step-{step:08d}").rmdir()
+        (parts.checkpoints_path / f"step-{step:08d}").rmdir()
     random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002 other draws in between change nothing
     parts = make_run("parts")
     assert steps_of(parts) == steps_of(whole)
     assert validations_of(parts) == validations_of(whole)
-    assert read_samples(parts) == read_samples(whole)
+    assert list(read_json_lines(parts.samples_path)) == list(read_json_lines(whole.samples_path))
     assert weights_of(parts) == weights_of(whole)
     assert sum(row.get("event") == "resume" for row in read_metrics(parts)) == 1
 
@@ -87,9 +89,9 @@ def test_fifty_more_steps_are_trained(make_run) -> None:
 
 def test_a_complete_run_says_so_and_changes_nothing(make_run, capsys) -> None:
     run = make_run()
-    before = run.metrics.read_bytes()
+    before = run.metrics_path.read_bytes()
     _, code = train(Request(out=run.path))
-    assert code == 0 and run.metrics.read_bytes() == before
+    assert code == 0 and run.metrics_path.read_bytes() == before
     assert "--steps +50" in " ".join(capsys.readouterr().err.split())
 
 
@@ -152,7 +154,7 @@ def test_a_directory_of_something_else_is_left_alone(make_run, tmp_path) -> None
 def test_damaged_newest_checkpoint_falls_back(make_run, capsys) -> None:
     whole = make_run("whole")
     run = make_run()
-    path = run.checkpoints / "step-00000020" / "model.safetensors"
+    path = run.checkpoints_path / "step-00000020" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -186,11 +188,11 @@ def test_micro_batches_add_up(make_run) -> None:
 
 def test_a_validation_still_owed_at_the_end_is_made_up(make_run) -> None:
     run = make_run(training={"steps": 10})
-    rows, texts = run.metrics.read_text(), run.samples.read_text()
+    rows, texts = run.metrics_path.read_text(), run.samples_path.read_text()
     # Killed after the last save and before the validation that follows it.
-    run.metrics.write_text("".join(line for line in rows.splitlines(keepends=True) if "validation" not in line))
-    run.samples.write_text("")
+    run.metrics_path.write_text("".join(line for line in rows.splitlines(keepends=True) if "validation" not in line))
+    run.samples_path.write_text("")
     make_run(training={"steps": 10})
     assert [step for step, _ in validations_of(run)] == [10]
-    assert run.samples.read_text() == texts
+    assert run.samples_path.read_text() == texts
     assert steps_of(run)[-1][0] == 10

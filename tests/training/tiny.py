@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from smolforge.run import Run, read_metrics
+from smolforge.metrics_log import read_metrics
+from smolforge.run import Run
 from smolforge.training.setup import Request
 from smolforge.training.train import train
 
@@ -60,12 +61,12 @@ def validations_of(run: Run) -> list[tuple[int, dict[str, float]]]:
 
 def weights_of(run: Run) -> bytes:
     """The bytes of the newest checkpoint's weights."""
-    return (run.checkpoints / "last" / "model.safetensors").read_bytes()
+    return (run.checkpoints_path / "last" / "model.safetensors").read_bytes()
 
 
 def undo_after(run: Run, step: int) -> None:
     """Take away all checkpoints but that of `step`, as if the run had been killed soon after it."""
-    for directory in run.checkpoints.iterdir():
+    for directory in run.checkpoints_path.iterdir():
         if directory.is_symlink():
             directory.unlink()
         elif directory.name != f"step-{step:08d}":

@@ -25,7 +25,7 @@ from typing import Any
 
 from smolforge.checkpoint.weights import parse_object, read_header
 from smolforge.errors import CheckpointError, RunFailed
-from smolforge.run import NO_ROOM, free_bytes, sync_directory
+from smolforge.files import NO_ROOM, free_bytes, sync_directory
 
 MANIFEST = "manifest.json"
 PINNED = "pinned"  # a file of this name in a checkpoint keeps it for good

@@ -72,7 +72,7 @@ def _resolve_directory(path: Path, say: Callable[[str], None]) -> Path:
         )
     if (path / CONFIG).is_file():
         return path
-    checkpoints = Run(path).checkpoints
+    checkpoints = Run(path).checkpoints_path
     if not checkpoints.is_dir() and commit.steps(path):
         checkpoints = path
     if not checkpoints.is_dir():

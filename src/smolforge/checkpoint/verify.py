@@ -71,7 +71,7 @@ def verify_tree(path: str | Path) -> Verification:
     if (path / commit.MANIFEST).is_file() or commit.step_of(path) is not None:
         found = [path]
     else:
-        folder = Run(path).checkpoints if Run(path).checkpoints.is_dir() else path
+        folder = Run(path).checkpoints_path if Run(path).checkpoints_path.is_dir() else path
         found = [folder / commit.step_name(step) for step in commit.steps(folder)]
     if not found:
         raise CheckpointError(f"{path} holds no checkpoints", hint=f"A checkpoint has a {commit.MANIFEST}.")

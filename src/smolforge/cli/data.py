@@ -46,14 +46,14 @@ def _which(args: argparse.Namespace) -> int:
     if args.step < 1:
         raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    config = configuration.build(str(run.config))
-    newest = commit.newest_whole(run.checkpoints, say)
+    config = configuration.build(str(run.config_path))
+    newest = commit.newest_whole(run.checkpoints_path, say)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
     corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache", say=say)
     # The nearest cursor at or before the step saves replaying the run from its beginning.
     cursor, skip, done = None, [], 0
-    for step in commit.steps(run.checkpoints):
-        directory = run.checkpoints / commit.step_name(step)
+    for step in commit.steps(run.checkpoints_path):
+        directory = run.checkpoints_path / commit.step_name(step)
         if commit.verify(directory):
             continue
         saved = load_state(directory / "training")

@@ -132,13 +132,13 @@ def print_outcome(finished: Any) -> None:
     """The last figures of a run as one JSON object."""
     import json
 
-    from smolforge.run import read_metrics
+    from smolforge.metrics_log import read_metrics
 
     rows = read_metrics(finished)
     steps = [row for row in rows if "loss" in row]
     scores = [row for row in rows if "validation" in row]
     last = {k: steps[-1][k] for k in ("step", "tokens", "loss", "tokens_per_second")} if steps else {}
-    outcome = {"run": str(finished.path), "report": str(finished.report), **last}
+    outcome = {"run": str(finished.path), "report": str(finished.report_path), **last}
     if scores:
         outcome["validation"] = scores[-1]["validation"]
         if "entropy_bits_per_byte" in scores[-1]:

@@ -23,7 +23,7 @@ from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed, unknown
 from smolforge.export.gguf_vocabulary import Vocabulary
-from smolforge.run import NO_ROOM, no_room, sync_directory
+from smolforge.files import NO_ROOM, no_room, sync_directory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import CARD, CONFIG, GENERATION_CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, read_weights, weight_files
 from smolforge.errors import BadInput, RunFailed
-from smolforge.run import no_room
+from smolforge.files import no_room
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from smolforge.errors import BadInput
+from smolforge.files import write_atomically
 from smolforge.report.axes import BITS, NATS, NORM, RATE, SPEED, TIME, TOKENS, Unit
 from smolforge.report.chart import STRIPS, Chart, Level, Line
 from smolforge.report.curves import COLUMNS, smooth, smooth_ratio
@@ -22,7 +23,7 @@ from smolforge.report.facts import Facts, facts_of, flatten, outcome
 from smolforge.report.history import History, read_history
 from smolforge.report.page import render
 from smolforge.report.words import MISSING, clean, count, duration, number, percent, size, whole
-from smolforge.run import Run, write_atomically
+from smolforge.run import Run
 
 MAX_RUNS = 32
 _MAX_PROMPTS = 6

@@ -18,7 +18,8 @@ import numpy as np
 import yaml
 
 from smolforge.errors import BadInput
-from smolforge.run import Run, read_rows
+from smolforge.files import read_json_lines
+from smolforge.run import Run
 
 TRAINING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "data_seconds")
 VALIDATION = ("loss", "perplexity", "bits_per_byte")
@@ -85,7 +86,7 @@ def read_history(path: str | Path | Run) -> History:
     if not run.path.is_dir():
         raise BadInput(f"there is no run at {run.path}", field="RUN", hint="Give the directory that train wrote.")
     rows = _Rows()
-    for row in read_rows(run.metrics):
+    for row in read_json_lines(run.metrics_path):
         rows.take(row)
     return History(
         run=run,
@@ -95,8 +96,8 @@ def read_history(path: str | Path | Run) -> History:
         entropy=rows.entropy,
         events=rows.events + [event for event in rows.late_events if event not in rows.events],
         event_counts=rows.event_counts,
-        samples=[_cut(row) for row in read_rows(run.samples) if _finite(row.get("step")) is not None],
-        config=_mapping(run.config, yaml.safe_load),
+        samples=[_cut(row) for row in read_json_lines(run.samples_path) if _finite(row.get("step")) is not None],
+        config=_mapping(run.config_path, yaml.safe_load),
         environment=_mapping(run.path / "environment.json", json.loads),
         ended=rows.ended,
     )

@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from smolforge.files import write_atomically
 from smolforge.report.axes import BITS, BYTES, NATS, NORM, RATE, SHARE, SPEED, TIME, TOKENS
 from smolforge.report.chart import Chart, Level, Line, Mark
 from smolforge.report.curves import smooth, smooth_ratio
@@ -26,7 +27,7 @@ from smolforge.report.facts import Facts, facts_of, flatten, outcome, waiting_sh
 from smolforge.report.history import History, read_history
 from smolforge.report.stories import stories
 from smolforge.report.words import MISSING, clean, count, duration, number, percent, size, whole
-from smolforge.run import Run, write_atomically
+from smolforge.run import Run
 
 _MAX_DECISIONS = 60
 
@@ -53,15 +54,15 @@ def write_report(run_path: str | Path | Run) -> Path:
         charts=[chart.draw() for chart in charts(history, facts)],
         stories=told,
         hidden_samples=sum(story.hidden for story in told),
-        command=shlex.join(["smolforge", "train", clean(_shown(history.run.config)), "--out", "NEW"]),
+        command=shlex.join(["smolforge", "train", clean(_shown(history.run.config_path)), "--out", "NEW"]),
         sections=configuration(history),
         environment=environment(history),
         decisions=decisions(history),
         events=events(history),
         hidden_events=whole(hidden) if (hidden := sum(history.event_counts.values()) - len(history.events)) > 0 else "",
     )
-    write_atomically(history.run.report, page)
-    return history.run.report
+    write_atomically(history.run.report_path, page)
+    return history.run.report_path
 
 
 def render(template: str, **values: Any) -> str:

@@ -70,6 +70,9 @@ class _Beside(threading.Thread):
     def _taken(self) -> bool:
         """Whether the training of this process has locked the run: it writes the lock's file as it does so."""
         try:
-            return self.run_to_serve.checkpoints.is_dir() and self.run_to_serve.lock.stat().st_mtime >= self._began - 1
+            return (
+                self.run_to_serve.checkpoints_path.is_dir()
+                and self.run_to_serve.lock_path.stat().st_mtime >= self._began - 1
+            )
         except OSError:
             return False

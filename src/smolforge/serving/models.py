@@ -53,7 +53,7 @@ class ModelSource:
         path = path.resolve()
         if commit.step_of(path) is not None and Run(path.parent.parent).exists:
             self.run = Run(path.parent.parent)
-        elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints.is_dir()):
+        elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints_path.is_dir()):
             self.run, self.follows = Run(path), True
         self.name = name or (f"{self.run.path.name}" if self.follows and self.run else path.name)
 
@@ -64,7 +64,7 @@ class ModelSource:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; none for a model that belongs to no run."""
-        return commit.steps(self.run.checkpoints) if self.run else []
+        return commit.steps(self.run.checkpoints_path) if self.run else []
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one of `steps()`.
@@ -74,7 +74,7 @@ class ModelSource:
         """
         if self.run is None or step not in self.steps():
             raise CheckpointError(f"there is no checkpoint of step {step}", field="steps")
-        return self.run.checkpoints / commit.step_name(step)
+        return self.run.checkpoints_path / commit.step_name(step)
 
     def newer_than(self, step: int | None) -> bool:
         """Whether the run has a later checkpoint than `step`; looks only at names, so it is cheap."""

@@ -60,7 +60,7 @@ class Loop:
         self.observer = Observer(session, stop, console)
         self.profiler: Profiler | None = None
         self.committer = Committer(
-            session.run.checkpoints,
+            session.run.checkpoints_path,
             asynchronous=self.config.checkpoint.asynchronous,
             after=lambda path: saving.prune(session),
         )
@@ -224,9 +224,10 @@ class Loop:
             )
         self.committer.wait()
         self.ranks.barrier()
-        good = [s for s in commit.steps(self.session.run.checkpoints) if s < trouble.first]
+        checkpoints = self.session.run.checkpoints_path
+        good = [s for s in commit.steps(checkpoints) if s < trouble.first]
         directory = next(
-            (d for s in reversed(good) if not commit.verify(d := self.session.run.checkpoints / commit.step_name(s))),
+            (d for s in reversed(good) if not commit.verify(d := checkpoints / commit.step_name(s))),
             None,
         )
         if directory is None:

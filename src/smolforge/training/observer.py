@@ -17,10 +17,11 @@ import torch
 
 from smolforge.data import Batch, data_digest
 from smolforge.evaluation import evaluate
+from smolforge.files import read_json_lines
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling import Sampling
+from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
-from smolforge.run import MetricsLog, read_rows
 from smolforge.training import plan
 from smolforge.training.progress import Console, Pace
 from smolforge.training.setup import Session
@@ -62,7 +63,7 @@ class Observer:
     def open(self, step: int) -> None:
         """Open the logs of a run that stands at `step`; what they hold of later steps is dropped."""
         run, config = self.session.run, self.config
-        self.metrics, self.samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+        self.metrics, self.samples = MetricsLog(run.metrics_path), MetricsLog(run.samples_path)
         self.truncate_after(step)
         if 0 < step < self.total:
             self.event(step, "resume", ranks=self.ranks.world)
@@ -128,7 +129,7 @@ class Observer:
         """Whether the step the run stands at still lacks its validation, and its samples."""
         found = (False, False)
         if self.ranks.is_main and step:
-            rows, texts = read_rows(self.session.run.metrics), read_rows(self.session.run.samples)
+            rows, texts = read_json_lines(self.session.run.metrics_path), read_json_lines(self.session.run.samples_path)
             validated = any("validation" in row and row["step"] == step for row in rows)
             sampled = sum(row["step"] == step for row in texts) >= len(self.config.samples.prompts)
             can_validate = self.session.slice is not None and due(self.config.evaluation.every, step, self.total)

@@ -15,7 +15,7 @@ from smolforge.checkpoint import commit, format
 from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
-from smolforge.run import read_rows
+from smolforge.files import read_json_lines
 from smolforge.training import state
 from smolforge.training.setup import Session
 
@@ -58,7 +58,7 @@ def writer(session: Session, step: int) -> Callable[[Path, Any], None]:
     """What fills the directory of a checkpoint from a copied tree."""
 
     def fill(directory: Path, tree: Any) -> None:
-        rows = list(read_rows(session.run.metrics))
+        rows = list(read_json_lines(session.run.metrics_path))
         card = card_text(session.config, step=step, rows=rows)
         format.write_model(directory, session.config.model, tree["weights"], session.tokenizer, card=card)
         save_state(directory / "training", tree["training"])
@@ -82,10 +82,10 @@ def restore(session: Session, directory: Path) -> Position:
 
 def best_step(session: Session) -> int | None:
     """The step with the best validation among those that still have a checkpoint."""
-    present = set(commit.steps(session.run.checkpoints))
+    present = set(commit.steps(session.run.checkpoints_path))
     scores = {
         row["step"]: row["validation"]["loss"]
-        for row in read_rows(session.run.metrics)
+        for row in read_json_lines(session.run.metrics_path)
         if "validation" in row and row["step"] in present and row["validation"]["loss"] is not None
     }
     return min(scores, key=lambda step: (scores[step], step)) if scores else None
@@ -95,7 +95,7 @@ def prune(session: Session) -> None:
     """Keep what the configuration wants kept."""
     config = session.config.checkpoint
     commit.prune(
-        session.run.checkpoints,
+        session.run.checkpoints_path,
         keep=config.keep,
         keep_every=config.keep_every,
         best=best_step(session) if config.best else None,

@@ -28,9 +28,10 @@ from smolforge.data import Corpus
 from smolforge.distributed import Ranks
 from smolforge.errors import BadInput, SmolforgeError
 from smolforge.evaluation import Slice
+from smolforge.files import write_atomically
 from smolforge.model import registry
 from smolforge.model.llama import LlamaForCausalLM
-from smolforge.run import Run, write_atomically
+from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import allocator, optimizers, plan
 from smolforge.training.plan import Plan
@@ -132,14 +133,14 @@ def settle_config(request: Request, run: Run, newest: Path | None) -> RunConfig:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
         return configuration.build(request.base or "pocket", list(request.overrides), **request.layers)
-    saved = configuration.build(str(run.config))
-    if request.base is not None and _name(request.base) != saved.preset and Path(request.base) != run.config:
+    saved = configuration.build(str(run.config_path))
+    if request.base is not None and _name(request.base) != saved.preset and Path(request.base) != run.config_path:
         raise BadInput(
             f"{run.path} belongs to another run, begun from {saved.preset}",
             field="out",
             hint="Give another directory with --out, or --fresh to start over (the old run is moved aside).",
         )
-    changed = configuration.build(str(run.config), list(request.overrides), **request.layers)
+    changed = configuration.build(str(run.config_path), list(request.overrides), **request.layers)
     before, after = (_flat(c.model_dump(mode="json")) for c in (saved, changed))
     strange = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and _is_identity(key)
@@ -254,8 +255,8 @@ def open_session(
 
 def _forget(run: Run) -> None:
     """Remove what a beginning that failed has made: a corrected command must find the place as it was."""
-    run.index.unlink(missing_ok=True)
-    for folder in (run.path / "tokenizer", run.path / "cache", run.checkpoints):
+    run.index_path.unlink(missing_ok=True)
+    for folder in (run.path / "tokenizer", run.path / "cache", run.checkpoints_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 

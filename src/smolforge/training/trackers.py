@@ -25,7 +25,8 @@ from functools import partial
 from typing import Any
 
 from smolforge.errors import unknown
-from smolforge.run import Run, write_atomically
+from smolforge.files import write_atomically
+from smolforge.run import Run
 
 QUEUE_ROWS = 2000
 """Rows that wait for a slow tracker before it counts as failed."""
@@ -154,7 +155,7 @@ class TensorBoard(_Tracker):
 
         # purge_step hides what an interrupted process wrote after the step that the run goes on from.
         purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(run.tensorboard), purge_step=purge, flush_secs=30)
+        self._writer = SummaryWriter(log_dir=str(run.tensorboard_path), purge_step=purge, flush_secs=30)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

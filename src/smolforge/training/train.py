@@ -12,8 +12,10 @@ import torch
 from smolforge import distributed
 from smolforge.checkpoint import commit
 from smolforge.distributed import Ranks
+from smolforge.lock import RunLock
+from smolforge.metrics_log import read_metrics
 from smolforge.report import write_report
-from smolforge.run import Run, RunLock, read_metrics
+from smolforge.run import Run
 from smolforge.training import plan, saving, setup
 from smolforge.training.loop import Loop
 from smolforge.training.profiling import Profiler
@@ -70,18 +72,18 @@ def _open(
     """Take the run's place and lock, and open all that its steps need."""
     if ranks.is_main:
         if request.fresh and run.exists:
-            with RunLock(run, console.say):
+            with RunLock(run):
                 pass  # nobody else is writing it
             setup.move_aside(run, console.say)
         run.check_place()
     ranks.barrier()
-    newest = ranks.broadcast(commit.newest_whole(run.checkpoints, console.say) if ranks.is_main else None)
+    newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path, console.say) if ranks.is_main else None)
     config = setup.adopt_init(setup.settle_config(request, run, newest), newest)
     config = plan.settle_batch(config, device)
     if ranks.is_main:
         run.prepare()
-        stack.enter_context(RunLock(run, console.say))
-        commit.sweep(run.checkpoints)
+        stack.enter_context(RunLock(run))
+        commit.sweep(run.checkpoints_path)
     ranks.barrier()
     session = setup.open_session(run, config, newest, ranks, device, console.say)
     stack.callback(session.corpus.close)  # a thread that waits for a network would keep the process from ending
@@ -107,7 +109,7 @@ def _finish(session: Session, console: Console) -> None:
         floor = scores[-1].get("entropy_bits_per_byte")
         gap = f", {bits / floor - 1:.1%} above the source's own entropy of {floor:.4f}" if floor else ""
         console.say(f"held-out bits per byte: {bits:.4f}{gap}")
-    last = commit.newest_whole(run.checkpoints)
+    last = commit.newest_whole(run.checkpoints_path)
     console.say(f"checkpoint: {last}")
     console.say(f"report:     {path}")
     console.say(f"write:      smolforge generate {shlex.quote(str(run.path))}")

@@ -86,7 +86,7 @@ class TrainingView:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._metrics, self._samples = Tail(run.metrics), Tail(run.samples)
+        self._metrics, self._samples = Tail(run.metrics_path), Tail(run.samples_path)
         self._clear()
         self._told: list[dict[str, Any]] = []
 
@@ -135,13 +135,13 @@ class TrainingView:
 
     def _live(self) -> bool:
         try:
-            return time.time() - self.run.metrics.stat().st_mtime < LIVE_SECONDS
+            return time.time() - self.run.metrics_path.stat().st_mtime < LIVE_SECONDS
         except OSError:
             return False
 
     def _total(self) -> int | None:
         try:
-            config = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
+            config = yaml.safe_load(self.run.config_path.read_text(encoding="utf-8"))
             return RunConfig.model_validate(config).total_steps if config.get("training") else None
         except (OSError, ValueError, yaml.YAMLError, AttributeError):
             return None

@@ -1,0 +1,135 @@
+"""Write files so that a crash leaves the old file or the new one, and read JSON lines that may be torn.
+
+Everything that smolforge writes beside and renames goes through here: `write_atomically` for contents in memory,
+`replacing_file` for one file written in pieces, `replacing_directory` for a new directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolforge.errors import RunFailed
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`.
+
+    Raises:
+        RunFailed: no room on the disk; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing_file(path, needed=len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path, *, needed: int = 0, hint: str | None = None) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    Args:
+        needed: bytes that will be written, for the error where the disk is full.
+        hint: what to do about a full disk; "start again" unless given.
+
+    Raises:
+        RunFailed: no room on the disk; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name differs per call, so that two threads or processes may write one path at once. Made by open() and not
+    # by mkstemp, whose mode (0600) would keep other users from reading the file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise no_room(error, path, needed, hint) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path, *, needed: int = 0, hint: str | None = None) -> Iterator[Path]:
+    """Give an empty temporary directory beside `path`; on success it is renamed to `path`, on failure removed.
+
+    Raises:
+        RunFailed: no room on the disk.
+        OSError: `path` is a directory with something in it, or cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes directories that only their owner may read
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise no_room(error, path, needed, hint) from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+
+
+def no_room(error: OSError, path: Path, needed: int, hint: str | None = None) -> Exception:
+    """The error for a write that found the disk full; any other `error` is returned unchanged."""
+    if error.errno not in NO_ROOM:
+        return error
+    amount = f"{needed:,} bytes are needed, " if needed else ""
+    return RunFailed(
+        f"no room on the disk for {path}: {amount}{free_bytes(path.parent):,} are free",
+        hint=hint or "Free some room and start the same command again; the run continues from its last checkpoint.",
+    )
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that an ordinary user can still write where `directory` is (or will be)."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the names in `directory` to the disk: files are fsynced one by one, their names with this."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE filesystems cannot sync a directory; their renames are synchronous.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines that may still be written to; torn or unreadable lines are left out."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
