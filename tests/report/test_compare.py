@@ -29,7 +29,7 @@ def test_the_table_has_the_numbers_and_only_the_keys_that_differ(runs: list[Path
     assert "0.003" in lines["optimizer.lr"] and "0.001" in lines["optimizer.lr"]
     assert "cosine" in lines["schedule.name"] and "model.hidden_size" not in lines
     assert "3,148,224" in lines["parameters"] and "done" in lines["state"] and "not done" in lines["state"]
-    first, second = (facts.bits_per_byte for facts in comparison(runs).facts)
+    first, second = (summary.bits_per_byte for summary in comparison(runs).summary)
     assert first < second and f"{first:.3f} *" in lines["held-out bits per byte"]
     assert max(map(len, table.splitlines())) <= 100
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from made_runs import make_run
 
 from smolforge.errors import BadInput
-from smolforge.report import facts_of, read_history, write_report
+from smolforge.report import read_history, summarize, write_report
 from smolforge.report.history import TRAINING
 from smolforge.report.page import charts
-from smolforge.report.stories import MAX_CARDS, stories
+from smolforge.report.samples import MAX_CARDS, stories
 
 TWO_MB = 2_000_000
 _HTML = "html head meta link title style body main header footer section article p b i h1 h2 h3 div span dl dt dd ul li"
@@ -93,9 +93,9 @@ def test_a_page_tells_everything_of_a_run(run: Path) -> None:
     assert path == run / "report.html"
     page = check_page(path)
     assert "A 3.15M-parameter Llama model learned from 2.62M tokens of tales" in page.text
-    facts = facts_of(read_history(run))
-    assert facts.finished and facts.parameters == 3_148_224 and facts.resumes == 1
-    assert f"{100 * (facts.bits_per_byte / 0.905 - 1):.1f}% above the 0.9050 of the source itself" in page.text
+    summary = summarize(read_history(run))
+    assert summary.finished and summary.parameters == 3_148_224 and summary.resumes == 1
+    assert f"{100 * (summary.bits_per_byte / 0.905 - 1):.1f}% above the 0.9050 of the source itself" in page.text
     for title in ("Loss", "Held-out bits per byte", "Loss against time", "Learning rate", "Gradient norm", "Throughput",
                   "Memory", "Waiting for data"):  # fmt: skip
         assert any(a.get("aria-label", "").startswith(f"{title} against") for tag, a in page.tags if tag == "svg"), (
@@ -183,7 +183,7 @@ def test_a_page_can_be_written_at_any_byte_of_a_run(small: Path, share: float, t
     whole = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
     steps = [row["step"] for row in whole if "event" not in row]
     check_page(write_report(run))
-    assert facts_of(read_history(run)).steps == max(steps, default=None)
+    assert summarize(read_history(run)).steps == max(steps, default=None)
 
 
 _SCALARS = (
@@ -237,7 +237,7 @@ def test_waiting_for_data_is_a_share_of_the_time(tmp_path: Path) -> None:
     rows = [{"step": s, "tokens": 1000 * s, "loss": 1, "tokens_per_second": 500, "data_seconds": 0.5, "time": 2.0 * s}
             for s in range(1, 9)]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert facts_of(read_history(tmp_path)).data_wait == pytest.approx(0.25)
+    assert summarize(read_history(tmp_path)).data_wait == pytest.approx(0.25)
 
 
 def test_rows_without_a_number_leave_a_gap_not_a_zero(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_rows_without_a_number_leave_a_gap_not_a_zero(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     history = read_history(tmp_path)
     assert np.isnan(history.training["loss"]).tolist() == [s == 5 for s in range(1, 11)]
-    assert facts_of(history).loss == 2.0
+    assert summarize(history).loss == 2.0
     check_page(write_report(tmp_path))
 
 
@@ -258,10 +258,10 @@ def test_the_command_survives_a_shell(tmp_path: Path) -> None:
 
 def test_the_run_may_say_itself_that_it_is_done(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=5, total=50)
-    assert not facts_of(read_history(run)).finished
+    assert not summarize(read_history(run)).finished
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "event": "done"}\n')
-    assert facts_of(read_history(run)).finished
+    assert summarize(read_history(run)).finished
 
 
 def write_long(run: Path, rows: int) -> None:
@@ -294,7 +294,7 @@ def check_long(run: Path, rows: int) -> None:
     history = read_history(run)
     assert len(history.training["step"]) == rows and sum(history.event_counts.values()) == 2000
     assert "1,800 more between these" in page.text
-    norm = next(chart for chart in charts(history, facts_of(history)) if chart.title == "Gradient norm")
+    norm = next(chart for chart in charts(history, summarize(history)) if chart.title == "Gradient norm")
     # A single spike among all rows is drawn at the top of its plot.
     assert re.search(r"[ML][\d.]+ 0\.0L", str(norm.draw()))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smolforge.report.axes import BYTES, NATS, SHARE, TIME, TOKENS, Unit, make_axis
 from smolforge.report.chart import Chart, Level, Line
 from smolforge.report.curves import sample, smooth, smooth_ratio, thin, typical_range
-from smolforge.report.words import clean, count, duration, number, percent, size
+from smolforge.report.formatting import clean, count, duration, number, percent, size
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=400))

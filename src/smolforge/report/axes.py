@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smolforge.report.words import count, duration, known, percent, size
+from smolforge.report.formatting import count, duration, known, percent, size
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _TIMES = (1, 2, 5, 10, 15, 30, *(_MINUTE * n for n in (1, 2, 5, 10, 15, 30)), *(_HOUR * n for n in (1, 2, 3, 6, 12)))

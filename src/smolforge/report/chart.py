@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from smolforge.report.axes import Axis, Unit, make_axis
 from smolforge.report.curves import COLUMNS, sample, thin, typical_range
-from smolforge.report.words import clean
+from smolforge.report.formatting import clean
 
 STRIPS = 160
 """Hover strips of one plot."""

@@ -19,10 +19,10 @@ from smolforge.files import write_atomically
 from smolforge.report.axes import BITS, NATS, NORM, RATE, SPEED, TIME, TOKENS, Unit
 from smolforge.report.chart import STRIPS, Chart, Level, Line
 from smolforge.report.curves import COLUMNS, smooth, smooth_ratio
-from smolforge.report.facts import Facts, facts_of, flatten, outcome
+from smolforge.report.formatting import MISSING, clean, count, duration, number, percent, size, whole
 from smolforge.report.history import History, read_history
 from smolforge.report.page import render
-from smolforge.report.words import MISSING, clean, count, duration, number, percent, size, whole
+from smolforge.report.summary import RunSummary, flatten, outcome, summarize
 from smolforge.run import Run
 
 MAX_RUNS = 32
@@ -30,7 +30,7 @@ _MAX_PROMPTS = 6
 _ABSENT = MISSING
 
 # What is told of each run: the words, the value in words, and the value that is better where small (-1) or large (+1).
-_ROWS: tuple[tuple[str, Callable[[Facts], str], Callable[[Facts], float | None] | None, int], ...] = (
+_ROWS: tuple[tuple[str, Callable[[RunSummary], str], Callable[[RunSummary], float | None] | None, int], ...] = (
     ("held-out bits per byte", lambda f: number(f.bits_per_byte), lambda f: f.bits_per_byte, -1),
     ("above the source's entropy", lambda f: percent(f.gap), lambda f: f.gap, -1),
     ("held-out loss", lambda f: number(f.validation_loss), lambda f: f.validation_loss, -1),
@@ -52,7 +52,7 @@ class Comparison:
 
     names: list[str]
     histories: list[History]
-    facts: list[Facts]
+    summary: list[RunSummary]
     rows: list[tuple[str, list[str], int | None]]
     """(what, the value of each run in words, the index of the best or None)"""
     differences: list[tuple[str, list[str]]]
@@ -61,7 +61,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the numbers of each run, and the keys that differ."""
         return {
-            "runs": [facts.as_dict() for facts in self.facts],
+            "runs": [summary.as_dict() for summary in self.summary],
             "differences": {key: dict(zip(self.names, values, strict=True)) for key, values in self.differences},
         }
 
@@ -75,7 +75,7 @@ def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
     if not 1 <= len(runs) <= MAX_RUNS:
         raise BadInput(f"{len(runs)} runs cannot be compared", field="RUN", hint=f"Give 1 to {MAX_RUNS} of them.")
     histories = [read_history(run) for run in runs]
-    facts = [facts_of(history) for history in histories]
+    summary = [summarize(history) for history in histories]
     names = _names([history.run.path for history in histories])
     flat = [flatten(history.config) for history in histories]
     keys = list(dict.fromkeys(key for config in flat for key in config))
@@ -83,8 +83,8 @@ def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
     return Comparison(
         names=names,
         histories=histories,
-        facts=facts,
-        rows=[row for row in (_row(facts, *entry) for entry in _ROWS) if any(value != _ABSENT for value in row[1])],
+        summary=summary,
+        rows=[row for row in (_row(summary, *entry) for entry in _ROWS) if any(value != _ABSENT for value in row[1])],
         differences=[(key, values) for key, values in table if len(set(values)) > 1],
     )
 
@@ -144,16 +144,16 @@ def write_comparison(runs: Sequence[str | Path | Run], path: str | Path) -> Path
 
 
 def _row(
-    facts: list[Facts],
+    summary: list[RunSummary],
     what: str,
-    say: Callable[[Facts], str],
-    value: Callable[[Facts], float | None] | None,
+    say: Callable[[RunSummary], str],
+    value: Callable[[RunSummary], float | None] | None,
     better: int,
 ) -> tuple[str, list[str], int | None]:
     best = None
-    words = [say(f) for f in facts]
-    if value is not None and len(facts) > 1:
-        known = [(better * number_, index) for index, f in enumerate(facts) if (number_ := value(f)) is not None]
+    words = [say(f) for f in summary]
+    if value is not None and len(summary) > 1:
+        known = [(better * number_, index) for index, f in enumerate(summary) if (number_ := value(f)) is not None]
         top = [index for score, index in known if score == max(known)[0]]
         # A difference that the words do not show is no better.
         best = top[0] if top and len(known) > 1 and words.count(words[top[0]]) == 1 else None
@@ -176,11 +176,11 @@ def _line(text: str) -> str:
 
 def _headline(found: Comparison) -> str:
     if len(found.names) == 1:
-        return outcome(found.facts[0], found.histories[0])
+        return outcome(found.summary[0], found.histories[0])
     best = next((best for what, _, best in found.rows if what == "held-out bits per byte"), None)
     if best is None:
         return ""
-    bits = number(found.facts[best].bits_per_byte)
+    bits = number(found.summary[best].bits_per_byte)
     return f"{clean(found.names[best], 80)} predicts held-out text best, at {bits} bits per byte."
 
 

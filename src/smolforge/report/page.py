@@ -23,10 +23,10 @@ from smolforge.files import write_atomically
 from smolforge.report.axes import BITS, BYTES, NATS, NORM, RATE, SHARE, SPEED, TIME, TOKENS
 from smolforge.report.chart import Chart, Level, Line, Mark
 from smolforge.report.curves import smooth, smooth_ratio
-from smolforge.report.facts import Facts, facts_of, flatten, outcome, waiting_share
+from smolforge.report.formatting import MISSING, clean, count, duration, number, percent, size, whole
 from smolforge.report.history import History, read_history
-from smolforge.report.stories import stories
-from smolforge.report.words import MISSING, clean, count, duration, number, percent, size, whole
+from smolforge.report.samples import stories
+from smolforge.report.summary import RunSummary, flatten, outcome, summarize, waiting_share
 from smolforge.run import Run
 
 _MAX_DECISIONS = 60
@@ -42,16 +42,16 @@ def write_report(run_path: str | Path | Run) -> Path:
         RunFailed: no room on the disk; an earlier page is untouched.
     """
     history = read_history(run_path)
-    facts = facts_of(history)
+    summary = summarize(history)
     told = stories(history.samples)
     page = render(
         "report.html",
         history=history,
         title=clean(history.name, 120),
-        outcome=outcome(facts, history),
-        progress=progress(facts),
-        tiles=tiles(facts, history),
-        charts=[chart.draw() for chart in charts(history, facts)],
+        outcome=outcome(summary, history),
+        progress=progress(summary),
+        tiles=tiles(summary, history),
+        charts=[chart.draw() for chart in charts(history, summary)],
         stories=told,
         hidden_samples=sum(story.hidden for story in told),
         command=shlex.join(["smolforge", "train", clean(_shown(history.run.config_path)), "--out", "NEW"]),
@@ -103,50 +103,54 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def progress(facts: Facts) -> int | None:
+def progress(summary: RunSummary) -> int | None:
     """Percent of the run that is done, for the bar under the title; None where it is over or not known."""
-    if facts.finished or facts.steps is None or not facts.total_steps:
+    if summary.finished or summary.steps is None or not summary.total_steps:
         return None
-    return min(100, round(100 * facts.steps / facts.total_steps))
+    return min(100, round(100 * summary.steps / summary.total_steps))
 
 
-def tiles(facts: Facts, history: History) -> list[tuple[str, str, str]]:
+def tiles(summary: RunSummary, history: History) -> list[tuple[str, str, str]]:
     """(what, value, more) of the numbers on top."""
     entries = [
-        ("held-out bits per byte", number(facts.bits_per_byte), _best(facts)),
-        ("above the source's entropy", percent(facts.gap), f"floor {number(facts.entropy_bits_per_byte)} bits/byte"),
-        ("held-out loss", number(facts.validation_loss), "nats per token"),
-        ("training loss", number(facts.loss), "mean of the last 1%"),
-        ("tokens", count(facts.tokens), f"{whole(facts.steps)} steps"),
-        ("running time", duration(facts.seconds), _pauses(facts)),
-        ("tokens per second", count(facts.tokens_per_second), _mfu(facts)),
-        ("parameters", count(facts.parameters, 4), str(history.key("model.architecture", ""))),
-        ("memory at most", size(facts.peak_memory_bytes), ""),
-        ("waiting for data", percent(facts.data_wait), "of the running time"),
+        ("held-out bits per byte", number(summary.bits_per_byte), _best(summary)),
+        (
+            "above the source's entropy",
+            percent(summary.gap),
+            f"floor {number(summary.entropy_bits_per_byte)} bits/byte",
+        ),
+        ("held-out loss", number(summary.validation_loss), "nats per token"),
+        ("training loss", number(summary.loss), "mean of the last 1%"),
+        ("tokens", count(summary.tokens), f"{whole(summary.steps)} steps"),
+        ("running time", duration(summary.seconds), _pauses(summary)),
+        ("tokens per second", count(summary.tokens_per_second), _mfu(summary)),
+        ("parameters", count(summary.parameters, 4), str(history.key("model.architecture", ""))),
+        ("memory at most", size(summary.peak_memory_bytes), ""),
+        ("waiting for data", percent(summary.data_wait), "of the running time"),
     ]
     return [(clean(what), value, clean(more, 60)) for what, value, more in entries if value != "–"]
 
 
-def _best(facts: Facts) -> str:
-    best, last = facts.best_bits_per_byte, facts.bits_per_byte
+def _best(summary: RunSummary) -> str:
+    best, last = summary.best_bits_per_byte, summary.bits_per_byte
     if best is None or last is None or last <= best * 1.001:
         return "the last is best"
     return f"best {number(best)}"
 
 
-def _pauses(facts: Facts) -> str:
-    return {0: "in one go", 1: "resumed once"}.get(facts.resumes, f"resumed {facts.resumes} times")
+def _pauses(summary: RunSummary) -> str:
+    return {0: "in one go", 1: "resumed once"}.get(summary.resumes, f"resumed {summary.resumes} times")
 
 
-def _mfu(facts: Facts) -> str:
-    return f"median · {percent(facts.mfu)} of the peak" if facts.mfu else "median"
+def _mfu(summary: RunSummary) -> str:
+    return f"median · {percent(summary.mfu)} of the peak" if summary.mfu else "median"
 
 
-def charts(history: History, facts: Facts) -> list[Chart]:
+def charts(history: History, summary: RunSummary) -> list[Chart]:
     """The plots of the page, the most telling first; empty ones draw nothing."""
     training, validation = history.training, history.validation
     tokens, seconds = training["tokens"], training["seconds"]
-    floor = [Level("the source's own entropy", facts.entropy_bits_per_byte)] if facts.entropy_bits_per_byte else []
+    floor = [Level("the source's own entropy", summary.entropy_bits_per_byte)] if summary.entropy_bits_per_byte else []
     clip = history.key("training.grad_clip")
     clipped = _clipped(training["grad_norm"], clip)
 
@@ -174,7 +178,7 @@ def charts(history: History, facts: Facts) -> list[Chart]:
     ]
     bits = [Line("held-out", validation["tokens"], validation["bits_per_byte"], "points", "c2")]
     waiting = waiting_share(history)
-    gap = f"The last value lies {percent(facts.gap)} above the floor." if facts.gap and facts.gap > 0 else ""
+    gap = f"The last value lies {percent(summary.gap)} above the floor." if summary.gap and summary.gap > 0 else ""
     return [
         Chart("Loss", TOKENS, NATS, loss, marks=marks(history, tokens), wide=True, hint=step_at),
         Chart("Held-out bits per byte", TOKENS, BITS, bits, levels=floor, hint=step_at, note=gap),
@@ -187,7 +191,7 @@ def charts(history: History, facts: Facts) -> list[Chart]:
         Chart("Memory", TOKENS, BYTES, [Line("memory", tokens, training["memory_bytes"], colour="c4")], log=False,
               zero=True, hint=step_at),
         of("Waiting for data", waiting, SHARE, log=False, zero=True,
-           note=f"{percent(facts.data_wait)} of the running time in all."),
+           note=f"{percent(summary.data_wait)} of the running time in all."),
         Chart("Model FLOP utilisation", TOKENS, SHARE, _noisy(tokens, training["mfu"]), log=False, zero=True,
               hint=step_at),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from smolforge.report.words import clean, whole
+from smolforge.report.formatting import clean, whole
 
 MAX_PROMPTS = 8
 MAX_CARDS = 5

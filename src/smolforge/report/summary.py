@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from smolforge.report.curves import smooth
+from smolforge.report.formatting import MISSING, clean, count, duration, known, number, percent, whole
 from smolforge.report.history import History
-from smolforge.report.words import MISSING, clean, count, duration, known, number, percent, whole
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunSummary:
     """One run in numbers; None is not known (yet)."""
 
     name: str
@@ -50,7 +50,7 @@ class Facts:
         return asdict(self)
 
 
-def facts_of(history: History) -> Facts:
+def summarize(history: History) -> RunSummary:
     """The numbers of a run, from what was read of it."""
     training, validation = history.training, history.validation
     bits = validation["bits_per_byte"]
@@ -59,7 +59,7 @@ def facts_of(history: History) -> Facts:
     steps = _furthest(training["step"], validation["step"])
     total = _total_steps(history)
     waited = waiting_share(history)
-    return Facts(
+    return RunSummary(
         name=history.name,
         path=str(history.run.path),
         finished=history.ended or (steps is not None and total is not None and steps >= total),
@@ -94,33 +94,35 @@ def waiting_share(history: History) -> np.ndarray:
     return np.where(np.isfinite(share) & (took > 0), share.clip(0, 1), np.nan)
 
 
-def outcome(facts: Facts, history: History) -> str:
+def outcome(summary: RunSummary, history: History) -> str:
     """The run in one sentence."""
-    if facts.steps is None or facts.tokens is None:
+    if summary.steps is None or summary.tokens is None:
         return "The run has been set up; no step is logged yet."
-    size = f"A {count(facts.parameters)}-parameter" if facts.parameters else "A"
+    size = f"A {count(summary.parameters)}-parameter" if summary.parameters else "A"
     what = {"llama": "Llama", "recreation": "recreated-SmolLM2"}.get(str(history.key("model.architecture")), "language")
     sources = history.key("data.sources", {})
     names = list(sources) if isinstance(sources, dict) else []
     on = clean(" and ".join(map(str, names)), 80) if 0 < len(names) <= 2 else f"{len(names)} sources" if names else ""
-    span = f"{count(facts.tokens)} tokens{f' of {on}' if on else ''}"
-    if facts.finished:
-        sentence = f"{size} {what} model learned from {span} in {_unbroken(facts.seconds)} ({whole(facts.steps)} steps)"
-    else:
-        share = f" of {whole(facts.total_steps)}" if facts.total_steps else ""
-        done = f", {percent(facts.steps / facts.total_steps, 0)}" if facts.total_steps else ""
+    span = f"{count(summary.tokens)} tokens{f' of {on}' if on else ''}"
+    if summary.finished:
         sentence = (
-            f"{size} {what} model has learned from {span} so far, in {_unbroken(facts.seconds)} "
-            f"(step {whole(facts.steps)}{share}{done})"
+            f"{size} {what} model learned from {span} in {_unbroken(summary.seconds)} ({whole(summary.steps)} steps)"
         )
-    if facts.bits_per_byte is None:
-        return f"{sentence}; its training loss is {number(facts.loss)}." if known(facts.loss) else f"{sentence}."
-    sentence += f" and predicts held-out text at {number(facts.bits_per_byte)} bits per byte"
-    if facts.gap is None:
+    else:
+        share = f" of {whole(summary.total_steps)}" if summary.total_steps else ""
+        done = f", {percent(summary.steps / summary.total_steps, 0)}" if summary.total_steps else ""
+        sentence = (
+            f"{size} {what} model has learned from {span} so far, in {_unbroken(summary.seconds)} "
+            f"(step {whole(summary.steps)}{share}{done})"
+        )
+    if summary.bits_per_byte is None:
+        return f"{sentence}; its training loss is {number(summary.loss)}." if known(summary.loss) else f"{sentence}."
+    sentence += f" and predicts held-out text at {number(summary.bits_per_byte)} bits per byte"
+    if summary.gap is None:
         return f"{sentence}."
-    side = "above" if facts.gap >= 0 else "below"
-    floor = number(facts.entropy_bits_per_byte)
-    return f"{sentence}, {percent(abs(facts.gap))} {side} the {floor} of the source itself."
+    side = "above" if summary.gap >= 0 else "below"
+    floor = number(summary.entropy_bits_per_byte)
+    return f"{sentence}, {percent(abs(summary.gap))} {side} the {floor} of the source itself."
 
 
 def _unbroken(seconds: float | None) -> str:
