@@ -6,7 +6,7 @@
 // prints one JSON line: the median seconds of 40 passes with 2 threads over weights of 32, 16, 8 or 4 bits (4 has
 // groups of 32 with a bfloat16 scale each, and a head of 8, as smolforge packs them). Weights lie row by row, four
 // rows are read at a time; threads meet at a barrier after each matrix, as a decoder's must. Written apart from
-// native.cpp on purpose, so that the two can be wrong in different ways.
+// decode.cpp on purpose, so that the two can be wrong in different ways.
 
 #include <immintrin.h>
 #include <sys/mman.h>

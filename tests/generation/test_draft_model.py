@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import make_model
 
-from smolforge import cli, native
+from smolforge import cli, kernels
 from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.errors import BadInput, RunFailed
@@ -19,7 +19,6 @@ from smolforge.generation import Engine, Sampling
 from smolforge.generation.cache import TensorCache
 from smolforge.generation.cost import ENOUGH, FORGET, Cost
 from smolforge.generation.draft import MOST, fastest, speed
-from smolforge.generation.native import SOURCES
 from smolforge.generation.paired import PairedCache
 from smolforge.generation.sampler import Sampler
 from smolforge.generation.scheduler import Piece
@@ -31,8 +30,8 @@ CHANCE = Sampling(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=
 def native_step():
     """Drafts need rows that do not depend on their batch."""
     try:
-        native.load(SOURCES)
-    except native.NativeUnavailable as error:
+        kernels.library()
+    except kernels.NativeUnavailable as error:
         pytest.skip(str(error))
 
 

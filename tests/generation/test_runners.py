@@ -12,15 +12,15 @@ import pytest
 import torch
 from tiny_llama import SHAPES, make_model
 
-from smolforge import native
+from smolforge import kernels
 from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import choose
-from smolforge.generation.native import SOURCES, NativeRunner
+from smolforge.generation.native import NativeRunner
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
 from smolforge.generation.runner import ModuleRunner
 from smolforge.generation.scheduler import Piece
 from smolforge.generation.stock import StockRunner
-from smolforge.native import NativeUnavailable
+from smolforge.kernels import NativeUnavailable, build
 
 LENGTH = 90
 # Relative error of the logits against the same rounded weights in fp32: what rounding of activations may cost.
@@ -204,11 +204,11 @@ def test_int4_leaves_the_head_at_int8():
 
 def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
     monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
-    native.load.cache_clear()
+    kernels.library.cache_clear()
     try:
         runner, decisions = choose.choose_runner(make_model(), "int8")
     finally:
-        native.load.cache_clear()
+        kernels.library.cache_clear()
     assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
 
 
@@ -246,11 +246,11 @@ def test_where_no_compiler_is_installed_pip_brings_one(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("SMOLFORGE_NATIVE", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NativeUnavailable, match="pip install ziglang"):
-        native.find_compiler()
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: name == "ziglang")
-    assert native.find_compiler() == (sys.executable, "-m", "ziglang", "c++")
+        build.find_compiler()
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert build.find_compiler() == (sys.executable, "-m", "ziglang", "c++")
 
 
 @pytest.mark.slow
@@ -261,11 +261,11 @@ def test_what_ziglang_builds_computes_the_same(monkeypatch, tmp_path, precision)
     expected = whole(NativeRunner(model, precision), ids)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    native.load.cache_clear()
+    kernels.library.cache_clear()
     try:
         runner = NativeRunner(model, precision)
     finally:
-        native.load.cache_clear()
+        kernels.library.cache_clear()
     # Another compiler may fuse other multiplications with their additions.
     assert distance(whole(runner, ids), expected) < TOLERANCE[precision] / 10
 
@@ -276,13 +276,13 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     bad.chmod(0o755)
     monkeypatch.setenv("CXX", str(bad))
     with pytest.raises(NativeUnavailable, match="no such flag"):
-        native.build(SOURCES, tmp_path)
+        build.build(tmp_path)
 
 
 def test_the_library_is_built_once(tmp_path):
-    path = native.build(SOURCES, tmp_path)
+    path = build.build(tmp_path)
     made = path.stat().st_mtime_ns
-    assert native.build(SOURCES, tmp_path) == path and path.stat().st_mtime_ns == made
+    assert build.build(tmp_path) == path and path.stat().st_mtime_ns == made
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing half-built stays behind"
 
 

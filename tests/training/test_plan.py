@@ -8,7 +8,7 @@ import torch
 from tiny import TINY
 
 from smolforge import config as configuration
-from smolforge import native
+from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import attention, native_attention, native_loss, registry
@@ -70,7 +70,7 @@ def test_attention_without_the_native_one(no_native) -> None:
 
 @pytest.mark.parametrize("missing", [None, "no compiler"])
 def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
-    monkeypatch.setattr(native, "unavailable", lambda sources: missing)
+    monkeypatch.setattr(kernels, "unavailable", lambda: missing)
     chosen = make_plan(configured(precision="bf16-pure"), CPU, 1)
     (line,) = (reason for reason in chosen.reasons if reason.startswith("update: "))
     assert line.startswith(f"update: {chosen.update} (") and ("no compiler" in line) == (missing is not None)

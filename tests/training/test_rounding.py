@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import steps_of, undo_after, weights_of
 
-from smolforge import native
+from smolforge import kernels
 from smolforge.training import rounding
 from smolforge.training.rounding import RoundedAdamW, random_bits, round_stochastically
 
@@ -73,7 +73,7 @@ def test_small_updates_count() -> None:
 
 @pytest.mark.parametrize("update", [rounding.in_pieces, rounding.native_update])
 def test_found_inf_leaves_everything_as_it_is(update) -> None:
-    if update is rounding.native_update and native.unavailable(rounding.SOURCES):
+    if update is rounding.native_update and kernels.unavailable():
         pytest.skip("no C++ compiler to compile with")
     model, x = problem()
     optimizer = adam(model)

@@ -35,13 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Build."""
     import json
 
-    from smolforge import native
-    from smolforge.generation.native import SOURCES as STEP
-    from smolforge.model.native_attention import SOURCES as ATTENTION
-    from smolforge.model.native_loss import SOURCES as LOSS
-    from smolforge.training.rounding import SOURCES as UPDATE
+    from smolforge.kernels.build import build
 
-    libraries = {"step": STEP, "attention": ATTENTION, "loss": LOSS, "update": UPDATE}
-    paths = {name: str(native.build(sources, args.directory)) for name, sources in libraries.items()}
-    print(json.dumps(paths) if args.json else "\n".join(paths.values()))
+    path = str(build(args.directory))
+    print(json.dumps({"library": path}) if args.json else path)
     return 0

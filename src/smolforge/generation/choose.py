@@ -14,7 +14,7 @@ from smolforge.generation.native import NativeRunner
 from smolforge.generation.runner import ModuleRunner, Runner
 from smolforge.generation.static import StaticRunner
 from smolforge.generation.stock import StockRunner
-from smolforge.native import NativeUnavailable
+from smolforge.kernels import NativeUnavailable
 
 if TYPE_CHECKING:
     from smolforge.tokenizer import Tokenizer

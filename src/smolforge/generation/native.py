@@ -1,30 +1,26 @@
 """Running the native step: weights packed once, and a whole step handed to the library in one call.
 
-The layout of weights and caches is told at the head of native.cpp.
+The layout of weights and caches is told at the head of decode.cpp.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smolforge import native
 from smolforge.config import ModelConfig
 from smolforge.generation.arena import Arena
 from smolforge.generation.cache import Cache
 from smolforge.generation.quantize import INT4_GROUP, Precision
 from smolforge.generation.scheduler import Piece
+from smolforge.kernels import NativeUnavailable, library
 from smolforge.model.llama import rotary_angles
-from smolforge.native import NativeUnavailable
 
-_HERE = Path(__file__)
-SOURCES = (_HERE.with_name("native.cpp"), _HERE.with_name("pack.cpp"), native.THREADS, native.VECTORS)
-UNIT, GROUP = 32, 64  # as in native.cpp
+UNIT, GROUP = 32, 64  # as in decode.cpp
 F32, BF16, I8, I4 = range(4)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}
 
@@ -91,7 +87,7 @@ class NativeRunner:
         config: ModelConfig = module.config
         if config.architecture != "llama":
             raise NativeUnavailable(f"the native step runs Llama, not {config.architecture!r}")
-        self._library: Any = native.load(SOURCES)
+        self._library: Any = library()
         self._library.smolforge_open.restype = ctypes.c_void_p
         self.config, self.threads = config, threads or torch.get_num_threads()
         self.name = f"native step, {precision}, {self.threads} threads"

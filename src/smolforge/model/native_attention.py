@@ -8,16 +8,14 @@ multiple of 32) goes to `blocked`.
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smolforge import native
+from smolforge import kernels
 from smolforge.model.attention import blocked
 
-SOURCES = (Path(__file__).with_name("attention.cpp"), native.THREADS)
 WIDEST = 256  # head width
 
 
@@ -31,8 +29,8 @@ class _Tensor(ctypes.Structure):
 
 def unavailable() -> str | None:
     """Why there is no native attention on this machine, in words; None where there is."""
-    missing = native.unavailable(SOURCES)
-    if missing or native.load(SOURCES).smolforge_attention_available():
+    missing = kernels.unavailable()
+    if missing or kernels.library().smolforge_attention_available():
         return missing
     return "this processor does not multiply bf16 in 512-bit vectors"
 
@@ -68,7 +66,7 @@ def _tensor(x: Tensor) -> Any:
 
 def _call(name: str, q: Tensor, k: Tensor, *arguments: Any) -> None:
     sizes = _Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], torch.get_num_threads())
-    getattr(native.load(SOURCES), name)(ctypes.byref(sizes), *arguments)
+    getattr(kernels.library(), name)(ctypes.byref(sizes), *arguments)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:

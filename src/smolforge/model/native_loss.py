@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from smolforge import native
+from smolforge import kernels
 from smolforge.model import loss
-
-SOURCES = (Path(__file__).with_name("loss.cpp"), native.THREADS, native.VECTORS)
 
 
 def unavailable() -> str | None:
     """Why there is no native loss on this machine, in words; None where there is."""
-    return native.unavailable(SOURCES)
+    return kernels.unavailable()
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
@@ -37,7 +34,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) 
     if count and not bool(((targets == loss.IGNORE) | ((targets >= 0) & (targets < words))).all()):
         raise IndexError(f"a target is none of {words:,} columns")
     cross_entropy, z_loss = torch.empty(2, count, dtype=torch.float64)
-    native.load(SOURCES).smolforge_loss(
+    kernels.library().smolforge_loss(
         ctypes.c_int64(count), ctypes.c_int64(words), ctypes.c_void_p(logits.data_ptr()),
         int(logits.dtype == torch.bfloat16), ctypes.c_void_p(targets.data_ptr()), ctypes.c_int64(loss.IGNORE),
         ctypes.c_float(float(scale)), ctypes.c_float(z_weight), ctypes.c_void_p(cross_entropy.data_ptr()),

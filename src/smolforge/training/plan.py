@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from smolforge import native
+from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import native_attention, native_loss
 from smolforge.model.summary import flops_per_token
-from smolforge.training import memory, rounding
+from smolforge.training import memory
 from smolforge.training.precision import Precision, decide
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
@@ -191,7 +191,7 @@ def _loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
 
 
 def _update(device: torch.device) -> tuple[str, str]:
-    missing = native.unavailable(rounding.SOURCES) if device.type == "cpu" else f"the device is {device.type}"
+    missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
     what = "bf16 weights, rounded up or down at random"
     return ("torch", f"{what}; native: {missing}") if missing else ("native", f"{what}, in one pass over the memory")
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smolforge import native
-
-SOURCES = (Path(__file__).with_name("rounding.cpp"), native.THREADS, native.VECTORS)
+from smolforge import kernels
 
 # Odd multipliers of the hash and the shifts between them: "lowbias32" of Hash Prospector (Wellons 2018), as signed
 # 32-bit numbers, for torch has no unsigned shifts.
@@ -85,12 +82,12 @@ def native_update(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
     beta1: float, beta2: float,
 ) -> None:  # fmt: skip
-    """`_update` on a CPU, from rounding.cpp: one pass over the memory. Sharded parameters go to torch."""
+    """`_update` on a CPU, from adamw.cpp: one pass over the memory. Sharded parameters go to torch."""
     tensors = weight, gradient, first, second
     if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in tensors):
         in_pieces(*tensors, key, skip, rates, beta1, beta2)
     elif not skip:
-        native.load(SOURCES).smolforge_rounded_adamw(
+        kernels.library().smolforge_rounded_adamw(
             ctypes.c_int64(weight.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
             ctypes.c_uint32(int(key) & 0xFFFFFFFF), ctypes.c_void_p(rates.data_ptr()), ctypes.c_float(beta1),
             ctypes.c_float(beta2), torch.get_num_threads(),

@@ -27,8 +27,8 @@
 #include <cstdlib>
 #include <utility>
 
-#include "../threads.h"
-#include "../vectors.h"
+#include "threads.h"
+#include "vectors.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

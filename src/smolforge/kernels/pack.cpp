@@ -1,4 +1,4 @@
-// Packing: from the rows of a checkpoint, wherever they are mapped, straight into the units of native.cpp.
+// Packing: from the rows of a checkpoint, wherever they are mapped, straight into the units of decode.cpp.
 //
 // One pass, no copies between: 32 rows are read, rounded to their kind and written side by side. The numbers are
 // those of quantize.py. In every kind a packed row is a row of 32-bit words; a unit holds the words of one place of
@@ -6,8 +6,8 @@
 
 #include <cmath>
 
-#include "../threads.h"
-#include "../vectors.h"
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
 

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <cstddef>
 
-#include "../threads.h"
-#include "../vectors.h"
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
 

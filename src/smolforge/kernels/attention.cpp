@@ -22,7 +22,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../threads.h"
+#include "threads.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>

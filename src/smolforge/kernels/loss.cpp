@@ -5,8 +5,8 @@
 
 #include <cmath>
 
-#include "../threads.h"
-#include "../vectors.h"
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
 
