@@ -21,10 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from smolforge.serving import bench
+from smolforge.serving import load_test
 
 HERE = Path(__file__).parent
-SLOTS = max(bench.CLIENTS)
+SLOTS = max(load_test.CLIENTS)
 CONTEXT = 512  # positions of one slot
 
 
@@ -53,7 +53,7 @@ def prepare(workspace: Path, llama_python: str | None) -> Path:
     """The model as a Hugging Face directory and, for llama.cpp, as GGUF files."""
     model = workspace / "smollm2-135m-shape"
     if not model.is_dir():
-        bench.make_model(model)
+        load_test.make_model(model)
     for kind in ("q8_0", "bf16") if llama_python else ():
         out = workspace / f"{kind}.gguf"
         if not out.is_file():
@@ -77,20 +77,22 @@ def main() -> None:
     for name in commands(model, 0, args.llama_python, args.threads):
         if args.only is not None and name not in args.only:
             continue
-        port = bench.free_port()
+        port = load_test.free_port()
         command = commands(model, port, args.llama_python, args.threads)[name]
         environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
         # smolforge names its model; transformers loads the one it is asked for; llama.cpp does not look.
         asked = str(model) if name.startswith("transformers") else model.name
         try:
-            with bench.running(command, f"http://127.0.0.1:{port}", environment) as url:
+            with load_test.running(command, f"http://127.0.0.1:{port}", environment) as url:
                 say = lambda line, name=name: print(f"{name:18} {line}", file=sys.stderr, flush=True)  # noqa: E731
-                results[name] = bench.climb(url, asked, bench.CLIENTS, args.tokens, args.rounds, say)
-        except bench.RunFailed as error:  # one that does not run here must not end the comparison
+                results[name] = load_test.sweep(url, asked, load_test.CLIENTS, args.tokens, args.rounds, say)
+        except load_test.RunFailed as error:  # one that does not run here must not end the comparison
             print(f"{name}: {error}", file=sys.stderr)
     for name, levels in results.items():
         print(
-            bench.table({"model": name, "tokens": args.tokens, "quantize": name.rpartition("-")[2], "levels": levels})
+            load_test.table(
+                {"model": name, "tokens": args.tokens, "quantize": name.rpartition("-")[2], "levels": levels}
+            )
         )
     print(json.dumps({"benchmark": "serving", "tokens": args.tokens, "threads": args.threads, "results": results}))
 

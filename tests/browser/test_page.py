@@ -221,9 +221,9 @@ def test_the_snippet_runs_and_writes_what_the_page_wrote(visit):
 
 def test_time_lapse_over_three_checkpoints(visit):
     one = visit()
-    open_tab(one, "Time-lapse")
-    one.page.wait_for_selector("#sf-lapse-start:not(:disabled)")
-    one.page.click("#sf-lapse-start")
+    open_tab(one, "Time-timelapse")
+    one.page.wait_for_selector("#sf-timelapse-start:not(:disabled)")
+    one.page.click("#sf-timelapse-start")
     one.page.wait_for_selector(f".sf-card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
     cards = one.page.locator("#sf-cards .sf-card")
     assert cards.count() == 3
@@ -304,10 +304,10 @@ def test_screenshots(visit, scheme, device, width, height):
     page.wait_for_selector("#sf-popover:not([hidden])")
     shot("alternatives")
     page.keyboard.press("Escape")
-    open_tab(one, "Time-lapse")
-    page.click("#sf-lapse-start")
+    open_tab(one, "Time-timelapse")
+    page.click("#sf-timelapse-start")
     page.wait_for_selector(f".sf-card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
-    shot("lapse")
+    shot("timelapse")
     open_tab(one, "Training")
     page.wait_for_selector("#sf-charts svg")
     shot("training")

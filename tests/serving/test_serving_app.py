@@ -16,9 +16,9 @@ from serving_fixtures import STEPS, metric
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
 from smolforge.serving.app import create_app
-from smolforge.serving.guard import Keys
-from smolforge.serving.page.lapse import spread
+from smolforge.serving.page.timelapse import spread
 from smolforge.serving.page.training import POINTS, Curve, Tail, TrainingView
+from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
 
 ONCE = {"prompt": "Once upon a time", "max_tokens": 8}
@@ -196,7 +196,7 @@ def test_chat_needs_a_template_and_quoted_special_tokens_are_text(tiny_run, chat
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_chat_template"
     from smolforge.serving.chat import fill_template
-    from smolforge.serving.protocol import ChatRequest
+    from smolforge.serving.schemas import ChatRequest
 
     def ids(text: str) -> list[int]:
         return fill_template(tokenizer, ChatRequest.model_validate({"messages": [{"role": "user", "content": text}]}))
@@ -234,13 +234,13 @@ def test_the_page_writes_branches_and_continues(tiny_run):
 def test_time_lapse_shows_each_checkpoint_under_one_seed(tiny_run):
     with app_of(tiny_run, page=True) as client:
         body = {"prompt": "Once upon a time", "max_tokens": 12, "seed": 3}
-        news = events(client.post("/page/lapse", json=body))
+        news = events(client.post("/page/timelapse", json=body))
         assert news[0] == {"steps": list(STEPS)} and news[-1] == {"end": True}
         texts = {step: "".join(n.get("text", "") for n in news if n.get("step") == step) for step in STEPS}
         assert len(set(texts.values())) == 3
         served = client.post("/v1/completions", json={**body, "temperature": 0.8, "top_p": 0.9}).json()
         assert texts[STEPS[-1]] == served["choices"][0]["text"]
-        assert client.post("/page/lapse", json={**body, "steps": [7]}).status_code == 400
+        assert client.post("/page/timelapse", json={**body, "steps": [7]}).status_code == 400
         until(lambda: len(client.service.worker._models) == 1)
 
 

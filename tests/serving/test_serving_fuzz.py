@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/page/write", "/page/lapse"]
+PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/page/write", "/page/timelapse"]
 WORDS = [
     "prompt", "model", "max_tokens", "temperature", "top_p", "n", "stream", "stop", "seed", "logprobs", "echo", "logit_bias",
     "messages", "role", "content", "user", "stream_options", "tokens", "ids", "steps", "top_k", "suffix", "type", "text",

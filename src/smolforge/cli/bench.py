@@ -78,10 +78,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     """Serve a model to 1, 4, 8 and 16 clients and say what each of them sees."""
-    from smolforge.serving import bench
+    from smolforge.serving import load_test
 
-    result = bench.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize, say=_say)
-    return _tell(args, bench, result)
+    result = load_test.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize, say=_say)
+    return _tell(args, load_test, result)
 
 
 def _data(args: argparse.Namespace) -> int:

@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
     )
     with contextlib.ExitStack() as stack:
         if args.serve is not None and os.environ.get("RANK", "0") == "0":
-            from smolforge.serving.beside import beside
+            from smolforge.serving.sidecar import sidecar
 
-            stack.enter_context(beside(choose_place(request), args.serve))
+            stack.enter_context(sidecar(choose_place(request), args.serve))
         finished, code = train(request)
     if args.json:
         print_outcome(finished)

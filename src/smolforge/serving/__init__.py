@@ -1,15 +1,15 @@
 """A model behind one port: a page for people and an API that OpenAI's clients already speak.
 
-    request → guard → app → protocol → Worker.submit → engine (its own thread) → Generation → answer
+    request → security → app → schemas → EngineThread.submit → engine (its own thread) → ServerRequest → answer
 
 settings.py     what a server is told, checked before anything starts
 models.py       what is served: a model directory, or a run whose newest checkpoint is followed
-worker.py       the thread that owns the engines; generation.py  a request as the event loop sees it
-guard.py        who may enter: hosts, origins, keys, bodies; errors.py  everything said in OpenAI's shape
-beside.py       a server beside a training; bench.py    what a server gives to how many clients
-protocol.py     what clients may send; completions.py, chat.py, tokens.py  what they get
+engine_thread.py     the thread that owns the engines; request.py  a request as the event loop sees it
+security.py       who may enter: hosts, origins, keys, bodies; errors.py  everything said in OpenAI's shape
+sidecar.py       a server beside a training; load_test.py  what a server gives to how many clients
+schemas.py     what clients may send; completions.py, chat.py, tokens.py  what they get
 metrics.py      Prometheus; shutdown and signals live in server.py
-page/           the page: Gradio for the controls, our own script for tokens; training.py, lapse.py feed it
+page/           the page: Gradio for the controls, our own script for tokens; training.py, timelapse.py feed it
 
 Nothing heavy is imported before it is used.
 """

@@ -20,14 +20,14 @@ from starlette.responses import JSONResponse, Response
 
 from smolforge.errors import SmolforgeError
 from smolforge.serving import chat, completions, login, tokens
-from smolforge.serving.answers import as_api_error
+from smolforge.serving.engine_thread import EngineThread
 from smolforge.serving.errors import ApiError
-from smolforge.serving.guard import Bodies, Guard, Keys
 from smolforge.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from smolforge.serving.models import LoadedModel, ModelSource
-from smolforge.serving.service import Service
+from smolforge.serving.security import BodyMiddleware, Keys, SecurityMiddleware
 from smolforge.serving.settings import ServeSettings
-from smolforge.serving.worker import Worker
+from smolforge.serving.state import Service
+from smolforge.serving.streaming import as_api_error
 
 log = logging.getLogger("smolforge.serving")
 DESCRIPTION = "The OpenAI API over a model of one's own. Fields that are not supported are refused, never ignored."
@@ -72,7 +72,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     """
     source = ModelSource(settings.model, settings.name)
     metrics = Metrics()
-    worker = Worker(settings.max_queue)
+    worker = EngineThread(settings.max_queue)
     service = Service(settings, source, worker, metrics)
     keys = Keys(settings.api_key)
     metrics.watch(worker)
@@ -95,9 +95,9 @@ def create_app(settings: ServeSettings) -> FastAPI:
     routers = [completions.router(service), chat.router(service), tokens.router(service), about(service)]
     routers.append(login.router(service, keys))
     if settings.page:
-        from smolforge.serving.page import assets, lapse, training, write
+        from smolforge.serving.page import assets, timelapse, training, write
 
-        routers += [assets.router(), write.router(service), lapse.router(service), training.router(service)]
+        routers += [assets.router(), write.router(service), timelapse.router(service), training.router(service)]
     for routes in routers:
         app.include_router(routes)
     app.add_exception_handler(ApiError, _told)
@@ -111,11 +111,11 @@ def create_app(settings: ServeSettings) -> FastAPI:
 
         mount(app, service)
     app.add_middleware(
-        Bodies, settings=settings, metrics=metrics, stopping=service.stopping,
+        BodyMiddleware, settings=settings, metrics=metrics, stopping=service.stopping,
         label=lambda path: path if path in methods else ("/v1/models/" if path.startswith("/v1/") else "page"),
         ours=lambda path: path in methods,
     )  # fmt: skip
-    app.add_middleware(Guard, settings=settings, keys=keys, methods=methods, metrics=metrics)
+    app.add_middleware(SecurityMiddleware, settings=settings, keys=keys, methods=methods, metrics=metrics)
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 

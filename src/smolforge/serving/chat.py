@@ -15,12 +15,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from smolforge.serving.answers import DONE, EITHER, EventStream, event, held
 from smolforge.serving.completions import Key, fingerprint, new_transcripts
 from smolforge.serving.errors import ApiError, refused
-from smolforge.serving.generation import Generation
-from smolforge.serving.protocol import ChatRequest
-from smolforge.serving.service import Service
+from smolforge.serving.schemas import ChatRequest
+from smolforge.serving.server_request import ServerRequest
+from smolforge.serving.state import Service
+from smolforge.serving.streaming import DONE, EITHER, EventStream, cancel_on_exit, event
 from smolforge.serving.transcript import Entry, chat_logprobs
 from smolforge.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def router(service: Service) -> APIRouter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(service.client(request))
             generation = await service.submit([ids], sampling)
-            stack.enter_context(held(service.worker, generation, service.settings.request_seconds))
+            stack.enter_context(cancel_on_exit(service.worker, generation, service.settings.request_seconds))
             answer = ChatAnswer(service, generation, body)
             if body.stream:
                 return EventStream(answer.stream(), stack.pop_all())
@@ -113,7 +113,7 @@ def _bos(tokenizer: Tokenizer) -> str | None:
 class ChatAnswer:
     """The answer to one conversation, whole or as a stream of chunks."""
 
-    def __init__(self, service: Service, generation: Generation, body: ChatRequest) -> None:
+    def __init__(self, service: Service, generation: ServerRequest, body: ChatRequest) -> None:
         self.generation, self.body = generation, body
         self.tokenizer = generation.model.engine.tokenizer
         self.head = {

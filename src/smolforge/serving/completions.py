@@ -11,10 +11,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from smolforge.serving.answers import DONE, EITHER, EventStream, event, held
-from smolforge.serving.generation import Generation
-from smolforge.serving.protocol import CompletionRequest
-from smolforge.serving.service import Service
+from smolforge.serving.schemas import CompletionRequest
+from smolforge.serving.server_request import ServerRequest
+from smolforge.serving.state import Service
+from smolforge.serving.streaming import DONE, EITHER, EventStream, cancel_on_exit, event
 from smolforge.serving.transcript import Entry, Transcript, completion_logprobs
 
 Key = tuple[int, int]  # index of the prompt, index of the choice
@@ -33,7 +33,7 @@ def router(service: Service) -> APIRouter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(service.client(request))
             generation = await service.submit(prompts, sampling)
-            stack.enter_context(held(service.worker, generation, service.settings.request_seconds))
+            stack.enter_context(cancel_on_exit(service.worker, generation, service.settings.request_seconds))
             answer = CompletionAnswer(service, generation, body)
             if body.stream:
                 return EventStream(answer.stream(), stack.pop_all())
@@ -60,7 +60,7 @@ async def prompt_ids(service: Service, body: CompletionRequest) -> list[list[int
 class CompletionAnswer:
     """The answer to one request, whole or as a stream of chunks."""
 
-    def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
+    def __init__(self, service: Service, generation: ServerRequest, body: CompletionRequest) -> None:
         self.generation, self.body = generation, body
         self.tokenizer = generation.model.engine.tokenizer
         self.head = {
@@ -110,13 +110,13 @@ class CompletionAnswer:
         yield DONE
 
 
-def new_transcripts(generation: Generation) -> dict[Key, Transcript]:
+def new_transcripts(generation: ServerRequest) -> dict[Key, Transcript]:
     """One for each choice of each prompt, in order."""
     tokenizer, n = generation.model.engine.tokenizer, generation.sampling.n
     return {(p, c): Transcript(tokenizer) for p in range(len(generation.prompts)) for c in range(n)}
 
 
-def fingerprint(generation: Generation) -> str:
+def fingerprint(generation: ServerRequest) -> str:
     """Which weights wrote it: changes when a newer checkpoint takes over."""
     model = generation.model
     return f"smolforge-step-{model.step}" if model.step is not None else f"smolforge-{model.created}"

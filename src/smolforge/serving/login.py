@@ -9,8 +9,8 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from smolforge.serving.guard import COOKIE, Keys
-from smolforge.serving.service import Service
+from smolforge.serving.security import COOKIE, Keys
+from smolforge.serving.state import Service
 
 WRONG_KEY_SECONDS = 0.5  # slows guessing down; others are not held up
 _PAGE = """<!doctype html>

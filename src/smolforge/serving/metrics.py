@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from smolforge.serving.worker import Worker
+    from smolforge.serving.engine_thread import EngineThread
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -42,7 +42,7 @@ class Metrics:
             "smolforge_checkpoint_swaps", "Newer checkpoints that took over while serving.", registry=registry
         )
 
-    def watch(self, worker: Worker) -> None:
+    def watch(self, worker: EngineThread) -> None:
         """Read the worker's state whenever the metrics are read."""
 
         def gauge(name: str, text: str, read) -> None:
@@ -72,5 +72,5 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _cache_bytes(worker: Worker, kind: str) -> int:
+def _cache_bytes(worker: EngineThread, kind: str) -> int:
     return worker.model.engine.memory()[f"cache_{kind}"] if worker.model else 0

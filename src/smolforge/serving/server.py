@@ -22,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from smolforge.errors import BadInput
 from smolforge.serving.app import create_app
 from smolforge.serving.errors import ApiError
-from smolforge.serving.service import Service
 from smolforge.serving.settings import ServeSettings
+from smolforge.serving.state import Service
 
 log = logging.getLogger("smolforge.serving")
 HEAD_SECONDS = 20.0  # for the head of a request; a slower client is shut out

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from smolforge.serving.errors import refused
-from smolforge.serving.protocol import DetokenizeRequest, TokenizeRequest
-from smolforge.serving.service import Service
+from smolforge.serving.schemas import DetokenizeRequest, TokenizeRequest
+from smolforge.serving.state import Service
 from smolforge.serving.transcript import token_string
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge.config import THREE_PROMPTS
 from smolforge.serving.page.write import MAX_TOKENS, write_for_gradio
-from smolforge.serving.service import Service
+from smolforge.serving.state import Service
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -115,8 +115,8 @@ def _blocks(gr: Any, service: Service) -> Any:
                         )
                 with gr.Column(scale=7, min_width=300, elem_id="sf-paper-column"):
                     part("paper")
-            with gr.Tab("Time-lapse", id="lapse"):
-                part("lapse")
+            with gr.Tab("Time-timelapse", id="timelapse"):
+                part("timelapse")
             with gr.Tab("Training", id="training"):
                 part("training")
             with gr.Tab("API", id="api"):

@@ -18,7 +18,7 @@ from fastapi import APIRouter
 
 from smolforge.config import RunConfig
 from smolforge.run import Run
-from smolforge.serving.service import Service
+from smolforge.serving.state import Service
 
 POINTS = 1500
 CURVES = ("loss", "lr", "tokens_per_second", "grad_norm")

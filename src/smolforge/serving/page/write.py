@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from smolforge.generation.sampling import Sampling
-from smolforge.serving.answers import EventStream, event, held
-from smolforge.serving.generation import Generation
-from smolforge.serving.protocol import Text
-from smolforge.serving.service import Service
+from smolforge.serving.schemas import Text
+from smolforge.serving.server_request import ServerRequest
+from smolforge.serving.state import Service
+from smolforge.serving.streaming import EventStream, cancel_on_exit, event
 from smolforge.serving.transcript import token_string
 from smolforge.tokenizer import StreamDecoder, Tokenizer
 
@@ -75,7 +75,7 @@ def router(service: Service) -> APIRouter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(service.client(request))
             generation = await service.submit([ids + body.ids], sampling)
-            stack.enter_context(held(service.worker, generation, service.settings.request_seconds))
+            stack.enter_context(cancel_on_exit(service.worker, generation, service.settings.request_seconds))
             return EventStream(_events(generation, body.ids), stack.pop_all())
 
     return routes
@@ -86,7 +86,7 @@ async def prompt_ids(service: Service, prompt: str) -> list[int]:
     return await service.encode(prompt) if prompt else [service.tokenizer.eos_id]
 
 
-async def _events(generation: Generation, kept: list[int]) -> AsyncIterator[bytes]:
+async def _events(generation: ServerRequest, kept: list[int]) -> AsyncIterator[bytes]:
     model = generation.model
     tokenizer, context = model.engine.tokenizer, model.engine.context
     prompt = len(generation.prompts[0]) - len(kept)
@@ -120,7 +120,7 @@ async def write_for_gradio(service: Service, prompt: str, max_tokens: int, tempe
     ids = await prompt_ids(service, knobs.prompt)
     generation = await service.submit([ids], knobs.sampling(None))
     text = knobs.prompt
-    with held(service.worker, generation, service.settings.request_seconds):
+    with cancel_on_exit(service.worker, generation, service.settings.request_seconds):
         async for batch in generation.batches():
             text += "".join(step.text for _, step in batch)
             yield text

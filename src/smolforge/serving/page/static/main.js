@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { copy, make, number } from "./dom.js";
-import { lapse } from "./lapse.js";
+import { timelapse } from "./timelapse.js";
 import { Paper } from "./paper.js";
 import * as settings from "./settings.js";
 import { training } from "./training.js";
@@ -46,7 +46,7 @@ function header(place) {
 const parts = {
   header,
   paper: (place) => paper.mount(place),
-  lapse: (place) => lapse(place, () => state, watchers),
+  timelapse: (place) => timelapse(place, () => state, watchers),
   training: (place) => training(place),
   api: (place) => watchers.add(api(place, () => state)),
 };

@@ -57,7 +57,7 @@ export function training(place) {
     samples.replaceChildren(...[...byPrompt].map(([prompt, list]) => make("section", {},
       make("h3", {}, `“${prompt}” through time`),
       make("div", {}, ...list.reverse().map((sample) => make("article", { class: "sf-card" }, make("h4", {}, `step ${number(sample.step)}`),
-        make("p", { class: "sf-lapse-text" }, make("span", { class: "sf-said" }, prompt), sample.text)))))));
+        make("p", { class: "sf-timelapse-text" }, make("span", { class: "sf-said" }, prompt), sample.text)))))));
   }
 
   look();

@@ -7,27 +7,27 @@ import sys
 import pytest
 
 from smolforge.errors import RunFailed
-from smolforge.serving import bench
+from smolforge.serving import load_test
 
 
 def test_each_level_counts_all_its_tokens(tiny_run):
     told: list[str] = []
-    result = bench.measure(str(tiny_run), clients=(1, 3), tokens=6, rounds=2, say=told.append)
+    result = load_test.measure(str(tiny_run), clients=(1, 3), tokens=6, rounds=2, say=told.append)
     assert [level["clients"] for level in result["levels"]] == [1, 3]
     for level in result["levels"]:
         assert level["tokens"] == level["clients"] * 6 * 2
         assert level["tokens_per_second"] == level["tokens"] / level["seconds"]
         assert 0 < level["first_token_seconds"] <= level["slowest_first_token_seconds"] < level["seconds"]
     assert len(told) == 2 and told[0].startswith("1 clients")
-    rows = bench.table(result).splitlines()
+    rows = load_test.table(result).splitlines()
     assert "tiny" in rows[0] and [row.split()[0] for row in rows[2:]] == ["1", "3"]
 
 
 def test_a_server_that_ends_or_refuses_is_an_error(server):
     with (
         pytest.raises(RunFailed, match="did not start"),
-        bench.running([sys.executable, "-c", ""], "http://127.0.0.1:9"),
+        load_test.running([sys.executable, "-c", ""], "http://127.0.0.1:9"),
     ):
         pass
     with pytest.raises(RunFailed, match="401"):  # this one wants a key
-        bench.climb(server.url, "tiny-chat", (1,), 4, 1, print)
+        load_test.sweep(server.url, "tiny-chat", (1,), 4, 1, print)

@@ -15,15 +15,15 @@ from pydantic import Field
 from starlette.responses import Response
 
 from smolforge.errors import SmolforgeError
-from smolforge.serving.answers import EventStream, as_api_error, event, held
 from smolforge.serving.errors import refused
 from smolforge.serving.page.write import Knobs
-from smolforge.serving.service import Service
+from smolforge.serving.state import Service
+from smolforge.serving.streaming import EventStream, as_api_error, cancel_on_exit, event
 
 MOST = 8
 
 
-class LapseRequest(Knobs):
+class TimelapseRequest(Knobs):
     """A prompt and the steps to show; a spread over the run unless given."""
 
     steps: list[int] = Field(default_factory=list, max_length=MOST)
@@ -34,8 +34,8 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     turn = asyncio.Lock()
 
-    @routes.post("/page/lapse")
-    async def lapse(body: LapseRequest, request: Request) -> Response:
+    @routes.post("/page/timelapse")
+    async def timelapse(body: TimelapseRequest, request: Request) -> Response:
         known = service.source.steps()
         if not known:
             raise refused("steps", "this model belongs to no run with checkpoints")
@@ -67,7 +67,9 @@ def spread(steps: list[int], count: int) -> list[int]:
     return sorted(chosen)
 
 
-async def _events(service: Service, body: LapseRequest, steps: list[int], turn: asyncio.Lock) -> AsyncIterator[bytes]:
+async def _events(
+    service: Service, body: TimelapseRequest, steps: list[int], turn: asyncio.Lock
+) -> AsyncIterator[bytes]:
     yield event({"steps": steps})
     sampling = body.sampling(None)
     loop = asyncio.get_running_loop()
@@ -85,7 +87,7 @@ async def _events(service: Service, body: LapseRequest, steps: list[int], turn: 
             except SmolforgeError as error:  # a checkpoint that was pruned or damaged meanwhile: the others go on
                 yield event({"step": step, "state": "failed", "message": as_api_error(error).message})
                 continue
-            with held(service.worker, generation, settings.request_seconds):
+            with cancel_on_exit(service.worker, generation, settings.request_seconds):
                 async for batch in generation.batches():
                     news: dict[str, Any] = {"step": step, "text": "".join(part.text for _, part in batch)}
                     yield event(news)

@@ -17,8 +17,8 @@ from smolforge.serving.errors import ApiError, of_smolforge
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from smolforge.serving.generation import Generation
-    from smolforge.serving.worker import Worker
+    from smolforge.serving.engine_thread import EngineThread
+    from smolforge.serving.server_request import ServerRequest
 
 log = logging.getLogger("smolforge.serving")
 DONE = b"data: [DONE]\n\n"
@@ -37,7 +37,7 @@ EITHER: dict[int | str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def held(worker: Worker, generation: Generation, seconds: float) -> Iterator[Generation]:
+def cancel_on_exit(worker: EngineThread, generation: ServerRequest, seconds: float) -> Iterator[ServerRequest]:
     """A generation that is freed at the end of the block, however it ends, and ended after `seconds`."""
 
     def late() -> None:
@@ -73,7 +73,7 @@ class EventStream(Response):
         events: the bytes.
         hold: entered while they are sent: frees what they are made from.
 
-    Whoever disconnects is noticed by `guard.Bodies`, which cancels the task that runs this.
+    Whoever disconnects is noticed by `guard.BodyMiddleware`, which cancels the task that runs this.
     """
 
     media_type = "text/event-stream"

@@ -38,7 +38,7 @@ def measure(
     quantize: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Serve a model in a process of its own and press it with ever more clients.
+    """Serve a model in a process of its own and run_load it with ever more clients.
 
     Args:
         model: what to serve; SmolLM2-135M's shape with random weights unless given.
@@ -48,7 +48,7 @@ def measure(
         quantize: as of `smolforge serve`.
 
     Returns:
-        The model, the settings, and of each level what `press` found.
+        The model, the settings, and of each level what `run_load` found.
 
     Raises:
         SmolforgeError: the server did not start, or answered with an error.
@@ -63,7 +63,7 @@ def measure(
         command = [sys.executable, "-m", "smolforge", "serve", model, *options]
         url = stack.enter_context(running(command, f"http://127.0.0.1:{port}"))
         name = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        levels = climb(url, name, clients, tokens, rounds, say, ignore_eos=True)
+        levels = sweep(url, name, clients, tokens, rounds, say, ignore_eos=True)
     settings = {"tokens": tokens, "rounds": rounds, "quantize": quantize, "threads": os.cpu_count()}
     return {"bench": "serve", "model": name, **settings, "levels": levels}
 
@@ -81,20 +81,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def climb(
+def sweep(
     url: str, model: str, clients: Sequence[int], tokens: int, rounds: int, say: Callable[[str], None], **extra: Any
 ) -> list[dict[str, Any]]:
-    """`press` with each number of clients; `extra` goes into every request. No prompt is used twice."""
+    """`run_load` with each number of clients; `extra` goes into every request. No prompt is used twice."""
     prompts = _prompts()
-    asyncio.run(_press(url, model, 1, 8, 1, prompts, extra))  # what is made at the first request
+    asyncio.run(_run_load(url, model, 1, 8, 1, prompts, extra))  # what is made at the first request
     levels = []
     for count in clients:
-        levels.append(press(url, model, count, tokens, rounds, prompts, **extra))
+        levels.append(run_load(url, model, count, tokens, rounds, prompts, **extra))
         say(f"{count} clients: {levels[-1]['tokens_per_second']:.1f} tokens/s")
     return levels
 
 
-def press(
+def run_load(
     url: str, model: str, clients: int, tokens: int, rounds: int, prompts: Iterator[str], **extra: Any
 ) -> dict[str, Any]:
     """Let clients ask at once.
@@ -107,7 +107,7 @@ def press(
         RunFailed: an answer was an error.
     """
     began = time.perf_counter()
-    answers = asyncio.run(_press(url, model, clients, tokens, rounds, prompts, extra))
+    answers = asyncio.run(_run_load(url, model, clients, tokens, rounds, prompts, extra))
     seconds = time.perf_counter() - began
     written, waits = sum(count for count, _ in answers), [wait for _, wait in answers]
     return {
@@ -116,7 +116,7 @@ def press(
     }  # fmt: skip
 
 
-async def _press(
+async def _run_load(
     url: str, model: str, clients: int, tokens: int, rounds: int, prompts: Iterator[str], extra: dict[str, Any]
 ) -> list[tuple[int, float]]:
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as http:

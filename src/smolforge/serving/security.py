@@ -1,7 +1,7 @@
 """Who may enter. Everything a request must pass before a route sees it, as two layers of plain ASGI.
 
-`Guard` looks at the head: known path and method, host, origin, key; and puts security headers on every answer.
-`Bodies` reads the body within a size and a time, counts the request, and cancels a route whose client has left.
+`SecurityMiddleware` looks at the head: known path and method, host, origin, key; it also sets security headers.
+`BodyMiddleware` reads the body within a size and a time, counts the request, and cancels a route whose client has left.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Keys:
         )
 
 
-class Guard:
+class SecurityMiddleware:
     """The head of a request.
 
     Args:
@@ -183,7 +183,7 @@ def _hostname(host: str) -> str | None:
         return None
 
 
-class Bodies:
+class BodyMiddleware:
     """The body of a request, its count, and its client's leaving.
 
     Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smolforge.serving.models import LoadedModel
 
 
-class Generation:
+class ServerRequest:
     """Some prompts under one `Sampling`, and what was written of them so far.
 
     Attributes:

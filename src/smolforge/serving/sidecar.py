@@ -18,7 +18,7 @@ END_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def beside(run: Run, port: int) -> Iterator[None]:
+def sidecar(run: Run, port: int) -> Iterator[None]:
     """Serve `run` on 127.0.0.1 for as long as the block lasts.
 
     The server starts when the training has taken the run's place, answers 503 until the first checkpoint is there,
@@ -33,7 +33,7 @@ def beside(run: Run, port: int) -> Iterator[None]:
         socket.create_server(("127.0.0.1", port)).close()  # said now, not after the training has begun
     except OSError as error:
         raise BadInput(f"cannot use port {port}: {error.strerror}", field="--serve", hint="Give another.") from None
-    server = _Beside(run, port)
+    server = _Sidecar(run, port)
     server.start()
     try:
         yield
@@ -41,9 +41,9 @@ def beside(run: Run, port: int) -> Iterator[None]:
         server.end()
 
 
-class _Beside(threading.Thread):
+class _Sidecar(threading.Thread):
     def __init__(self, run: Run, port: int) -> None:
-        super().__init__(name="beside", daemon=True)
+        super().__init__(name="sidecar", daemon=True)
         self.run_to_serve, self.port = run, port
         self._began = time.time()
         self._over = threading.Event()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from smolforge.serving.errors import ApiError, busy, refused
-from smolforge.serving.generation import Generation
+from smolforge.serving.server_request import ServerRequest
 from smolforge.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from smolforge.generation.sampling import Sampling
+    from smolforge.serving.engine_thread import EngineThread
     from smolforge.serving.metrics import Metrics
     from smolforge.serving.models import LoadedModel, ModelSource
-    from smolforge.serving.worker import Worker
     from smolforge.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ class Service:
         failure: why the model could not be loaded at all; `server.serve` ends with it.
     """
 
-    def __init__(self, settings: ServeSettings, source: ModelSource, worker: Worker, metrics: Metrics) -> None:
+    def __init__(self, settings: ServeSettings, source: ModelSource, worker: EngineThread, metrics: Metrics) -> None:
         self.settings, self.source, self.worker, self.metrics = settings, source, worker, metrics
         self.stopping = asyncio.Event()
         self.failure: Exception | None = None
@@ -117,8 +117,8 @@ class Service:
 
     async def submit(
         self, prompts: list[list[int]], sampling: Sampling, model: LoadedModel | None = None
-    ) -> Generation:
-        """As of `Worker.submit`, and counted."""
+    ) -> ServerRequest:
+        """As of `EngineThread.submit`, and counted."""
         generation = await self.worker.submit(prompts, sampling, model)
         self.metrics.prompt_tokens.inc(generation.prompt_tokens)
         return generation

@@ -3,12 +3,12 @@
 import { events, make, number } from "./dom.js";
 import * as settings from "./settings.js";
 
-export function lapse(place, state, watchers) {
-  const button = make("button", { type: "button", id: "sf-lapse-start", class: "sf-big" }, "Watch it learn");
-  const stop = make("button", { type: "button", id: "sf-lapse-stop", class: "sf-tool", disabled: true }, "Stop");
+export function timelapse(place, state, watchers) {
+  const button = make("button", { type: "button", id: "sf-timelapse-start", class: "sf-big" }, "Watch it learn");
+  const stop = make("button", { type: "button", id: "sf-timelapse-stop", class: "sf-tool", disabled: true }, "Stop");
   const note = make("p", { class: "sf-note", role: "status" });
   const prompt = make("input", {
-    type: "text", id: "sf-lapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
+    type: "text", id: "sf-timelapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
   });
   const cards = make("div", { class: "sf-cards", id: "sf-cards" });
   let running = null;
@@ -24,10 +24,10 @@ export function lapse(place, state, watchers) {
     note.textContent = `the same prompt, the same seed (${seed}), at each step of training`;
     cards.replaceChildren();
     try {
-      await events("/page/lapse", { ...knobs, steps: [] }, running.signal, (news) => {
+      await events("/page/timelapse", { ...knobs, steps: [] }, running.signal, (news) => {
         if (news.steps) {
           for (const step of news.steps) {
-            const text = make("p", { class: "sf-lapse-text" }, make("span", { class: "sf-said" }, knobs.prompt));
+            const text = make("p", { class: "sf-timelapse-text" }, make("span", { class: "sf-said" }, knobs.prompt));
             const card = make("article", { class: "sf-card", "data-step": step }, make("h3", {}, `step ${number(step)}`), text);
             found.set(step, { card, text });
             cards.append(card);

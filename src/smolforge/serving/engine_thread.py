@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolforge.errors import SmolforgeError
 from smolforge.serving.errors import ApiError, busy
-from smolforge.serving.generation import Generation
 from smolforge.serving.models import LoadedModel
+from smolforge.serving.server_request import ServerRequest
 
 if TYPE_CHECKING:
     from smolforge.generation.request import Step
@@ -31,7 +31,7 @@ FAILURES = 3  # steps in a row that fail before the server calls itself broken
 RATE_SECONDS = 10.0
 
 
-class Worker:
+class EngineThread:
     """Runs generations. Everything but `_run` and what it calls belongs to the event loop.
 
     Args:
@@ -47,7 +47,7 @@ class Worker:
         self.max_queue = max_queue
         self.model: LoadedModel | None = None
         self.problem: str | None = None
-        self.live: set[Generation] = set()
+        self.live: set[ServerRequest] = set()
         self.draining = False
         self.batch_size = 0
         self.observe_step: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None
@@ -57,7 +57,7 @@ class Worker:
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._owners: dict[tuple[int, int], Generation] = {}  # (id of the model, id of its request)
+        self._owners: dict[tuple[int, int], ServerRequest] = {}  # (id of the model, id of its request)
         self._models: list[LoadedModel] = []  # of the thread: all that have work, and the served one
         self._served: LoadedModel | None = None
         self._failures = 0
@@ -109,7 +109,7 @@ class Worker:
 
     async def submit(
         self, prompts: list[list[int]], sampling: Sampling, model: LoadedModel | None = None
-    ) -> Generation:
+    ) -> ServerRequest:
         """Queue prompts; back as soon as the engine has taken all of them.
 
         Raises:
@@ -122,7 +122,7 @@ class Worker:
         if self.problem is not None or target is None:
             reason = self.problem or "the model is loading"
             raise ApiError(503, reason, code="not_ready", headers={"Retry-After": "2"})
-        generation = Generation(prompts, sampling, target)
+        generation = ServerRequest(prompts, sampling, target)
         if self.waiting + generation.sequences > self.max_queue:
             raise busy(f"{self.waiting} sequences are waiting already, at most {self.max_queue} may; try again soon")
         self.live.add(generation)
@@ -133,7 +133,7 @@ class Worker:
             raise
         return generation
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, generation: ServerRequest) -> None:
         """Free what a generation holds before the next step. Does nothing for one that has ended."""
         self.live.discard(generation)
         if not generation.finished:
@@ -199,7 +199,7 @@ class Worker:
                 elif model is not self._served:
                     self._models.remove(model)
 
-    def _add(self, generation: Generation) -> None:
+    def _add(self, generation: ServerRequest) -> None:
         model = generation.model
         if generation.finished:  # cancelled before it began
             return
@@ -217,7 +217,7 @@ class Worker:
         for request in requests:
             self._owners[id(model), request.id] = generation
 
-    def _remove(self, generation: Generation) -> None:
+    def _remove(self, generation: ServerRequest) -> None:
         for request in generation.requests:
             generation.model.engine.cancel(request)
             self._owners.pop((id(generation.model), request.id), None)
@@ -231,7 +231,7 @@ class Worker:
             return
         self._failures = 0
         rows = len({(step.request, step.choice) for step in steps})
-        news: dict[Generation, list[Step]] = collections.defaultdict(list)
+        news: dict[ServerRequest, list[Step]] = collections.defaultdict(list)
         for step in steps:
             owner = self._owners.get((id(model), step.request))
             if owner is not None:
@@ -248,7 +248,7 @@ class Worker:
 
     # What follows runs on the event loop again.
 
-    def _deliver(self, news: Sequence[tuple[Generation, list[Step]]], rows: int, seconds: float) -> None:
+    def _deliver(self, news: Sequence[tuple[ServerRequest, list[Step]]], rows: int, seconds: float) -> None:
         written = 0
         for generation, steps in news:
             if generation.finished:
@@ -265,7 +265,7 @@ class Worker:
         self._written.append((time.monotonic(), written))
         self.observe_step(rows, written, seconds)
 
-    def _fail(self, generations: set[Generation], error: Exception, broken: bool) -> None:
+    def _fail(self, generations: set[ServerRequest], error: Exception, broken: bool) -> None:
         told = ApiError(500, f"the model failed: {error}", code="model_failed")
         for generation in generations:
             self.live.discard(generation)

@@ -13,8 +13,8 @@ from tiny import tiny_file
 
 from smolforge.errors import BadInput
 from smolforge.run import Run
-from smolforge.serving.bench import free_port
-from smolforge.serving.beside import beside
+from smolforge.serving.load_test import free_port
+from smolforge.serving.sidecar import sidecar
 
 
 def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
@@ -53,6 +53,6 @@ def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
 def test_a_port_that_cannot_be_had_is_said_before_training(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for port in (taken.getsockname()[1], 0, 70000):
-            with pytest.raises(BadInput) as error, beside(Run(tmp_path), port):
+            with pytest.raises(BadInput) as error, sidecar(Run(tmp_path), port):
                 pass
             assert error.value.field == "--serve" and str(port) in str(error.value)
