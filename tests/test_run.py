@@ -272,7 +272,9 @@ def test_a_forked_child_does_not_keep_a_released_run(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_filesystem_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_filesystem_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import fcntl
 
     def unsupported(*_: Any) -> None:

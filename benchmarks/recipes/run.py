@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from smolforge.config import read_preset
 from smolforge.metrics_log import read_metrics
-from smolforge.training.setup import Request
+from smolforge.training.setup import TrainRequest
 from smolforge.training.train import train
 
 ARCHITECTURES = ("llama", "recreation")
@@ -57,7 +57,9 @@ def layers(architecture: str, recipe: str, seed: int, steps: int | None) -> dict
 def measure(place: Path, steps: int | None) -> dict[str, float]:
     """Train one run, or read it where it is finished; its figures."""
     architecture, recipe, seed = place.name.split("-")
-    run, code = train(Request("pocket", out=place, layers=layers(architecture, recipe, int(seed), steps)), quiet=True)
+    run, code = train(
+        TrainRequest("pocket", out=place, layers=layers(architecture, recipe, int(seed), steps)), quiet=True
+    )
     if code:
         sys.exit(code)
     rows = read_metrics(run)

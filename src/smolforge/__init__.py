@@ -2,7 +2,7 @@
 
     import smolforge
 
-    run, code = smolforge.train(smolforge.Request("pocket", out="runs/mine"))
+    run, code = smolforge.train(smolforge.TrainRequest("pocket", out="runs/mine"))
     engine = smolforge.Engine.load("runs/mine")
     for step in engine.stream(["Once upon a time"], smolforge.Sampling(seed=1)):
         print(step.text, end="")
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from smolforge.generation import Engine, Sampling
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
-    from smolforge.training.setup import Request
+    from smolforge.training.setup import TrainRequest
     from smolforge.training.train import train
 
 _HOMES = {
     "Corpus": ("data", "Corpus"),
     "Engine": ("generation", "Engine"),
     "Loader": ("data", "Loader"),
-    "Request": ("training.setup", "Request"),
+    "TrainRequest": ("training.setup", "TrainRequest"),
     "Run": ("run", "Run"),
     "RunConfig": ("config", "RunConfig"),
     "Sampling": ("generation", "Sampling"),
@@ -47,12 +47,12 @@ __all__ = [
     "Corpus",
     "Engine",
     "Loader",
-    "Request",
     "Run",
     "RunConfig",
     "Sampling",
     "SmolforgeError",
     "Tokenizer",
+    "TrainRequest",
     "build_config",
     "evaluate",
     "load_model",

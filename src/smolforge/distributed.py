@@ -1,4 +1,4 @@
-"""Ranks: who we are, and the few collectives that a run needs.
+"""DistributedContext: who we are, and the few collectives that a run needs.
 
 Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others; started alone it is
 rank 0 of 1 and every collective is a no-op, so the rest of the code never asks. Control messages (stop flags,
@@ -24,7 +24,7 @@ BUCKET_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process among the others.
 
     Attributes:
@@ -102,17 +102,17 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join(device: torch.device) -> Ranks:
+def init_distributed(device: torch.device) -> DistributedContext:
     """Meet the other ranks, as the launcher's environment describes them (RANK, WORLD_SIZE, LOCAL_RANK)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Ranks()
+        return DistributedContext()
     import torch.distributed as dist
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=HEARTBEAT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=HEARTBEAT)
-    return Ranks(dist.get_rank(), world, local_rank(), control)
+    return DistributedContext(dist.get_rank(), world, local_rank(), control)
 
 
 def local_rank() -> int:

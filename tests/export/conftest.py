@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny import TINY
 
-from smolforge.training.setup import Request
+from smolforge.training.setup import TrainRequest
 from smolforge.training.train import train
 
 
@@ -17,6 +17,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export")
     (place / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     layers = {"training": {"steps": 3}, "samples": {"every": 100}, "evaluation": {"every": 100}}
-    run, code = train(Request(str(place / "tiny.yaml"), out=place / "cat", layers=layers), quiet=True)
+    run, code = train(TrainRequest(str(place / "tiny.yaml"), out=place / "cat", layers=layers), quiet=True)
     assert code == 0
     return run.path

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from smolforge import config as configuration
-from smolforge.distributed import Ranks
+from smolforge.distributed import DistributedContext
 from smolforge.model import registry
-from smolforge.training import optimizers, plan, wiring
+from smolforge.training import apply_plan, optim, plan
 from smolforge.training.update import Updater
 
 transformers = pytest.importorskip("transformers", reason="the oracle")
@@ -50,15 +50,15 @@ def prepared(precision: str, loss: str, seed: int):
 
 def our_curve(seed: int, precision: str, loss: str = "chunked") -> np.ndarray:
     config, chosen, model = prepared(precision, loss, seed)
-    optimizer = optimizers.build(model, config.optimizer, CPU)
-    wiring.apply(model, optimizer, chosen)
-    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=Ranks())
+    optimizer = optim.build_optimizer(model, config.optimizer, CPU)
+    apply_plan.apply_plan(model, optimizer, chosen)
+    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
     curve = []
     for step, tokens in enumerate(batches(seed)):
         with chosen.precision.context(CPU):
             hidden = model.model(tokens[:, :-1].contiguous())
             scale = 1 / (BATCH * LENGTH)
-            total, nats = wiring.LOSSES[chosen.loss](
+            total, nats = apply_plan.LOSSES[chosen.loss](
                 hidden.flatten(0, 1), model.output_weight, tokens[:, 1:].flatten(), scale=scale
             )
         updater.backward(total)

@@ -11,8 +11,8 @@ from torch import nn
 from smolforge.config import ModelConfig, OptimizerConfig
 from smolforge.errors import BadInput
 from smolforge.model import registry
-from smolforge.training import optimizers
-from smolforge.training.muon import Muon, orthogonalised
+from smolforge.training import optim
+from smolforge.training.optim.muon import Muon, orthogonalised
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -34,8 +34,8 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
 
 def model_and_optimizer(config: OptimizerConfig = CONFIG) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = registry.build(ModelConfig(**SHAPE), seed=1)  # type: ignore[arg-type]
-    optimizer = optimizers.build(model, config, torch.device("cpu"))
-    optimizers.set_rate(optimizer, config.lr)
+    optimizer = optim.build_optimizer(model, config, torch.device("cpu"))
+    optim.set_rate(optimizer, config.lr)
     return model, optimizer
 
 
@@ -114,7 +114,7 @@ def test_groups_scale_the_rate_of_hidden_matrices_too() -> None:
 
 def test_bf16_weights_are_refused() -> None:
     try:
-        optimizers.build(registry.build(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG, torch.device("cpu"))  # type: ignore[arg-type]
+        optim.build_optimizer(registry.build(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG, torch.device("cpu"))  # type: ignore[arg-type]
     except BadInput as error:
         assert "fp32" in str(error) and error.field == "optimizer.name"
     else:

@@ -14,7 +14,7 @@ from smolforge.checkpoint.state import load_state
 from smolforge.errors import RunFailed
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
-from smolforge.training import loop, wiring
+from smolforge.training import apply_plan, loop
 
 TRAINING = {"steps": 12, "micro_batch": 8}
 
@@ -37,8 +37,8 @@ def poison(monkeypatch):
         return value, nats
 
     monkeypatch.setattr(loop.Loop, "_train", watched)
-    for name, way in wiring.LOSSES.items():
-        monkeypatch.setitem(wiring.LOSSES, name, functools.partial(spoiled, way))
+    for name, way in apply_plan.LOSSES.items():
+        monkeypatch.setitem(apply_plan.LOSSES, name, functools.partial(spoiled, way))
     return poisoned
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
-from smolforge.training.setup import Request
+from smolforge.training.setup import TrainRequest
 from smolforge.training.train import train
 
 TINY = {
@@ -42,7 +42,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     base = tiny_file(tmp_path)
 
     def make(name: str = "run", *, request: dict[str, Any] | None = None, **changes: Any) -> Run:
-        run, code = train(Request(base, out=tmp_path / name, layers=changes, **(request or {})), quiet=True)
+        run, code = train(TrainRequest(base, out=tmp_path / name, layers=changes, **(request or {})), quiet=True)
         assert code == 0
         return run
 

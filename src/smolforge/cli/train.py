@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
         layers["init"] = args.init
     time_limit = _seconds(args.time_limit) if args.time_limit else None
     skip = [_range(text) for text in args.skip_steps]
-    from smolforge.training.setup import Request, choose_place
+    from smolforge.training.setup import TrainRequest, choose_place
     from smolforge.training.train import train
 
-    request = Request(
+    request = TrainRequest(
         base=args.base,
         overrides=args.overrides,
         layers=layers,

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from smolforge.distributed import Ranks
+from smolforge.distributed import DistributedContext
 from smolforge.errors import DataError
 from smolforge.generation.runner import Runner
 from smolforge.generation.scheduler import CHUNK, Piece
@@ -92,7 +92,7 @@ def evaluate(
     batch: int = 1,
     device: torch.device | str = "cpu",
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
-    ranks: Ranks | None = None,
+    ranks: DistributedContext | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score `model` on a slice, the windows shared out over the ranks.
@@ -103,7 +103,7 @@ def evaluate(
         context: what the forward pass runs in, such as autocast.
         between: called between batches; it may raise to stop.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or DistributedContext()
     inputs, targets, documents = _windows(piece, length)
     mine = range(ranks.rank, len(inputs), ranks.world)
     nats = torch.zeros((), dtype=torch.float64, device=device)

@@ -15,11 +15,11 @@ import torch
 
 from smolforge import config as configuration
 from smolforge.config import RunConfig
-from smolforge.distributed import Ranks
+from smolforge.distributed import DistributedContext
 from smolforge.model import registry
 from smolforge.model.summary import flops_per_token
-from smolforge.training import allocator, compiling, optimizers, plan, wiring
-from smolforge.training.observer import memory_in_use
+from smolforge.training import allocator, apply_plan, compiling, optim, plan
+from smolforge.training.metrics import memory_in_use
 from smolforge.training.update import Updater
 
 PARTS = ("forward", "backward", "update")
@@ -60,9 +60,9 @@ def measure(
     if device.type == "cpu":
         allocator.keep_freed_memory()
     model = registry.build(config.model, dtype=chosen.precision.weights, device=device)
-    optimizer = optimizers.build(model, config.optimizer, device)
-    wiring.apply(model, optimizer, chosen)
-    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=Ranks())
+    optimizer = optim.build_optimizer(model, config.optimizer, device)
+    apply_plan.apply_plan(model, optimizer, chosen)
+    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
     tokens = torch.randint(config.model.vocab_size, (micro_batch, length + 1), device=device)
 
     def step() -> list[float]:
@@ -72,7 +72,7 @@ def measure(
             began = _now(device)
             with chosen.precision.context(device):
                 hidden = model.model(part[:, :-1].contiguous())
-                loss, nats = wiring.LOSSES[chosen.loss](
+                loss, nats = apply_plan.LOSSES[chosen.loss](
                     hidden.flatten(0, 1), model.output_weight, part[:, 1:].flatten(), scale=1 / (micro_batch * length)
                 )
             forward = _now(device)

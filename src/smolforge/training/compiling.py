@@ -15,8 +15,8 @@ import torch
 
 from smolforge.model import loss
 from smolforge.model.llama import LlamaForCausalLM
-from smolforge.training import rounding
-from smolforge.training.rounding import RoundedAdamW
+from smolforge.training.optim import stochastic_adamw
+from smolforge.training.optim.stochastic_adamw import StochasticAdamW
 
 
 def compile_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
@@ -25,8 +25,8 @@ def compile_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> N
     for layer in model.model.layers:
         layer.compile(dynamic=False)  # type: ignore[operator]
     loss.compiled_chunk_loss = torch.compile(loss.torch_chunk_loss, dynamic=False)
-    if isinstance(optimizer, RoundedAdamW) and optimizer.update is rounding.in_pieces:
-        optimizer.update = rounding.compiled_update()
+    if isinstance(optimizer, StochasticAdamW) and optimizer.update is stochastic_adamw.in_pieces:
+        optimizer.update = stochastic_adamw.compiled_update()
 
 
 def graphs() -> int:
@@ -41,8 +41,8 @@ def undo(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     for module in model.modules():
         module._compiled_call_impl = None
     loss.compiled_chunk_loss = loss.torch_chunk_loss
-    if isinstance(optimizer, RoundedAdamW) and optimizer.update is rounding.compiled_update():
-        optimizer.update = rounding.in_pieces
+    if isinstance(optimizer, StochasticAdamW) and optimizer.update is stochastic_adamw.compiled_update():
+        optimizer.update = stochastic_adamw.in_pieces
 
 
 def is_compile_error(error: BaseException) -> bool:

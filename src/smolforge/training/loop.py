@@ -2,7 +2,7 @@
 
 Order within a step: wait for the batch (polling for signals), agree with the other ranks whether to stop, run the
 micro-batches, update, log. Then, where due: save, validate, write samples. Saving comes first, so that a crash in
-evaluation loses nothing. Figures are read from the device one step late where reading would make it wait.
+evaluation loses nothing. StepMetrics are read from the device one step late where reading would make it wait.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from smolforge.checkpoint.background import Committer
 from smolforge.data import Batch, Loader
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.model.attention import positions_in_documents
-from smolforge.training import compiling, saving, schedules, wiring
-from smolforge.training.observer import Figures, Observer, due
+from smolforge.training import apply_plan, checkpointing, compiling, schedules
+from smolforge.training.checkpointing import Position
+from smolforge.training.metrics import MetricsLogger, StepMetrics, due
 from smolforge.training.profiling import Profiler
-from smolforge.training.progress import Console, Pace
-from smolforge.training.saving import Position
-from smolforge.training.setup import Session
-from smolforge.training.signals import Stop, StopRequested
+from smolforge.training.progress import Console, Throughput
+from smolforge.training.setup import TrainContext
+from smolforge.training.shutdown import GracefulShutdown, StopRequested
 from smolforge.training.update import Updater
 
 BAD_STEPS = 3  # non-finite steps in a row after which a run goes back
@@ -43,7 +43,7 @@ class RollBack(Exception):
 class Loop:
     """Runs a session from where it stands to its end, or until it is asked to stop."""
 
-    def __init__(self, session: Session, position: Position, stop: Stop, console: Console) -> None:
+    def __init__(self, session: TrainContext, position: Position, stop: GracefulShutdown, console: Console) -> None:
         self.session, self.position, self.stop, self.console = session, position, stop, console
         self.config, self.plan, self.ranks = session.config, session.plan, session.ranks
         self.total = self.config.total_steps
@@ -51,18 +51,18 @@ class Loop:
             session.model, session.optimizer,
             clip=self.config.training.grad_clip, ranks=self.ranks, scaler=session.scaler,
         )  # fmt: skip
-        self.pace = Pace(self.config.tokens_per_step)
-        self.pending: deque[Figures] = deque()
-        self.bad: list[Figures] = []
+        self.pace = Throughput(self.config.tokens_per_step)
+        self.pending: deque[StepMetrics] = deque()
+        self.bad: list[StepMetrics] = []
         self.data_seconds = 0.0
         self.save_seconds = 0.0
         self.saved_step = position.step if position.cursor else -1
-        self.observer = Observer(session, stop, console)
+        self.observer = MetricsLogger(session, stop, console)
         self.profiler: Profiler | None = None
         self.committer = Committer(
             session.run.checkpoints_path,
             asynchronous=self.config.checkpoint.asynchronous,
-            after=lambda path: saving.prune(session),
+            after=lambda path: checkpointing.prune(session),
         )
 
     def run(self) -> None:
@@ -109,9 +109,9 @@ class Loop:
             cursor=self.position.cursor,
             skip_steps=self.position.skip,
         ) as loader:
-            self.pace = Pace(config.tokens_per_step)
+            self.pace = Throughput(config.tokens_per_step)
             first, compiled = True, 0
-            wiring.apply(session.model, session.optimizer, self.plan)
+            apply_plan.apply_plan(session.model, session.optimizer, self.plan)
             while self.position.step < self.total:
                 with record_function("wait for data"):
                     batch = self._next_batch(loader)
@@ -123,7 +123,7 @@ class Loop:
                     self._train(batch)
                 if first:
                     first, compiled = False, compiling.graphs()
-                self._settle(keep=0 if self.plan.device.type == "cpu" else 1)
+                self._flush_metrics(keep=0 if self.plan.device.type == "cpu" else 1)
                 if self.profiler:
                     self.profiler.step(self.position.step)
                 self.pace.tick()
@@ -147,7 +147,7 @@ class Loop:
                 break
         self.data_seconds += time.perf_counter() - began
         if self.ranks.any(batch is None):
-            self._settle(keep=0)
+            self._flush_metrics(keep=0)
             if trouble or self.ranks.any(trouble is not None):
                 self._save()
                 raise trouble or SourceUnavailable("another rank lost its source; the run was saved")
@@ -171,7 +171,7 @@ class Loop:
             inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
             with record_function("forward"), self.plan.precision.context(device):
                 hidden = model.model(inputs, None if ids is None else positions_in_documents(ids), ids)
-                loss, nats = wiring.LOSSES[self.plan.loss](
+                loss, nats = apply_plan.LOSSES[self.plan.loss](
                     hidden.flatten(0, 1), model.output_weight, targets.flatten(),
                     scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
                 )  # fmt: skip
@@ -183,9 +183,9 @@ class Loop:
             norm, skipped = self.updater.step(lr, total)
         self.position.step += 1
         self.position.cursor = batch.cursor
-        self.pending.append(Figures(batch, self.position.step, total, norm, skipped, lr))
+        self.pending.append(StepMetrics(batch, self.position.step, total, norm, skipped, lr))
 
-    def _settle(self, keep: int) -> None:
+    def _flush_metrics(self, keep: int) -> None:
         """Read the figures of all but the newest `keep` steps; log them, and look for trouble."""
         while len(self.pending) > keep:
             figures = self.pending.popleft()
@@ -199,7 +199,7 @@ class Loop:
                 self.data_seconds = 0.0
             self.console.advance(figures.step)
 
-    def _skipped(self, figures: Figures) -> None:
+    def _skipped(self, figures: StepMetrics) -> None:
         """A step whose loss or gradient was not finite: its update did not happen."""
         self.bad.append(figures)
         documents = [str(address) for address in figures.batch.documents]
@@ -236,7 +236,7 @@ class Loop:
                 hint="Try a lower optimizer.lr or a longer schedule.warmup.",
             )
         rollbacks = self.position.rollbacks + 1
-        position = saving.restore(self.session, directory)
+        position = checkpointing.restore(self.session, directory)
         first, last = min(trouble.addresses), max(trouble.addresses)
         position.skip = [*position.skip, (first, last + 1)]
         position.rollbacks = rollbacks
@@ -256,7 +256,7 @@ class Loop:
         )
         if not (save or validate or sample):
             return
-        self._settle(keep=0)
+        self._flush_metrics(keep=0)
         began = time.perf_counter()
         # A state in the middle of trouble is no state to come back to.
         if save and (not self.bad or step == self.total):
@@ -267,7 +267,7 @@ class Loop:
             self.observer.sample(step)
         if validate and save and self.ranks.is_main:
             self.committer.wait()
-            saving.prune(self.session)
+            checkpointing.prune(self.session)
         self.pace.pause(time.perf_counter() - began)
 
     def _save(self) -> None:
@@ -277,10 +277,10 @@ class Loop:
             self.committer.wait()
             return
         began = time.perf_counter()
-        self._settle(keep=0)
-        tree = saving.state_tree(self.session, self.position)
+        self._flush_metrics(keep=0)
+        tree = checkpointing.state_tree(self.session, self.position)
         if self.ranks.is_main:
-            self.committer.save(step, tree, saving.writer(self.session, step))
+            self.committer.save(step, tree, checkpointing.writer(self.session, step))
             if step == self.total or self.stop.requested():
                 self.committer.wait()
         self.saved_step = step

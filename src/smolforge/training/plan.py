@@ -41,8 +41,8 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
-        attention: a key of `wiring.ATTENTION`.
-        loss: a key of `wiring.LOSSES`.
+        attention: a key of `apply_plan.ATTENTION`.
+        loss: a key of `apply_plan.LOSSES`.
         update: "native" or "torch": what updates weights that are rounded stochastically.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
@@ -71,7 +71,7 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def settle_batch(config: RunConfig, device: torch.device) -> RunConfig:
+def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
     """Fill in the global batch where the configuration leaves it open; it is part of the run from then on."""
     if config.training.tokens_per_step is not None:
         return config

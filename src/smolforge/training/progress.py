@@ -68,7 +68,7 @@ class Console:
             self.live = None
 
 
-class Pace:
+class Throughput:
     """Tokens per second over the last steps, and what is left at that pace."""
 
     def __init__(self, tokens_per_step: int, window: int = 20) -> None:

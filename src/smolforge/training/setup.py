@@ -25,7 +25,7 @@ from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import commit, format, locate
 from smolforge.config import RunConfig, TokenizerConfig
 from smolforge.data import Corpus
-from smolforge.distributed import Ranks
+from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SmolforgeError
 from smolforge.evaluation import Slice
 from smolforge.files import write_atomically
@@ -33,9 +33,9 @@ from smolforge.model import registry
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training import allocator, optimizers, plan
+from smolforge.training import allocator, optim, plan
 from smolforge.training.plan import Plan
-from smolforge.training.signals import StopRequested
+from smolforge.training.shutdown import StopRequested
 from smolforge.training.state import assign
 
 Say = Callable[[str], None]
@@ -49,7 +49,7 @@ IDENTITY = (
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """What a user asked of `smolforge train`.
 
     Attributes:
@@ -80,13 +80,13 @@ class Request:
 
 
 @dataclass
-class Session:
+class TrainContext:
     """Everything that the steps of a run need, opened."""
 
     run: Run
     config: RunConfig
     plan: Plan
-    ranks: Ranks
+    ranks: DistributedContext
     corpus: Corpus
     tokenizer: Tokenizer
     model: LlamaForCausalLM
@@ -96,7 +96,7 @@ class Session:
     say: Say
 
 
-def choose_place(request: Request) -> Run:
+def choose_place(request: TrainRequest) -> Run:
     """The directory of the run: as asked, or runs/NAME after the preset or file."""
     if request.out is not None:
         return Run(request.out)
@@ -123,7 +123,7 @@ def move_aside(run: Run, say: Say) -> None:
     say(f"the earlier run is kept in {target}")
 
 
-def settle_config(request: Request, run: Run, newest: Path | None) -> RunConfig:
+def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunConfig:
     """The configuration to go by: the run's own with changes on top, or a new one.
 
     Raises:
@@ -160,7 +160,7 @@ def settle_config(request: Request, run: Run, newest: Path | None) -> RunConfig:
 
 
 def open_tokenizer(
-    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: Ranks, say: Say
+    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext, say: Say
 ) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, the one trained earlier, a named one, or one trained now.
 
@@ -238,8 +238,8 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
 
 
 def open_session(
-    run: Run, config: RunConfig, newest: Path | None, ranks: Ranks, device: torch.device, say: Say
-) -> Session:
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, say: Say
+) -> TrainContext:
     """Open everything in the order in which it can fail; what fails before the run is begun leaves no trace.
 
     Raises:
@@ -261,8 +261,8 @@ def _forget(run: Run) -> None:
 
 
 def _open_session(
-    run: Run, config: RunConfig, newest: Path | None, ranks: Ranks, device: torch.device, say: Say
-) -> Session:
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, say: Say
+) -> TrainContext:
     chosen = plan.make_plan(config, device, ranks.world)
     index = ranks.broadcast(run.read_index() if ranks.is_main else None)
     cache = run.path / "cache"
@@ -283,15 +283,15 @@ def _open_session(
     model = new_model(config, chosen, newest, say)
     count = sum(p.numel() for p in model.parameters())
     say(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
-    optimizer = optimizers.build(model, config.optimizer, device)
+    optimizer = optim.build_optimizer(model, config.optimizer, device)
     held_out = None
     if config.data.holdout:
         held_out = evaluation.freeze(mixed_texts(corpus, held_out=True), tokenizer, config.evaluation.tokens)
     scaler = torch.amp.GradScaler(device.type) if chosen.precision.scaler else None
-    return Session(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
+    return TrainContext(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
 
 
-def write_environment(session: Session, command: str | None) -> None:
+def write_environment(session: TrainContext, command: str | None) -> None:
     """Keep what the run ran on, for the report."""
     environment = {
         "smolforge": _version(),

@@ -11,21 +11,21 @@ import torch
 
 from smolforge import distributed
 from smolforge.checkpoint import commit
-from smolforge.distributed import Ranks
+from smolforge.distributed import DistributedContext
 from smolforge.lock import RunLock
 from smolforge.metrics_log import read_metrics
 from smolforge.report import write_report
 from smolforge.run import Run
-from smolforge.training import plan, saving, setup
+from smolforge.training import checkpointing, plan, setup
+from smolforge.training.checkpointing import Position
 from smolforge.training.loop import Loop
 from smolforge.training.profiling import Profiler
 from smolforge.training.progress import Console
-from smolforge.training.saving import Position
-from smolforge.training.setup import Request, Session
-from smolforge.training.signals import Stop, StopRequested
+from smolforge.training.setup import TrainContext, TrainRequest
+from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
 
-def train(request: Request, *, quiet: bool = False) -> tuple[Run, int]:
+def train(request: TrainRequest, *, quiet: bool = False) -> tuple[Run, int]:
     """Begin or go on with a run.
 
     Returns:
@@ -35,10 +35,10 @@ def train(request: Request, *, quiet: bool = False) -> tuple[Run, int]:
         SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
     """
     device = plan.pick_device()
-    ranks = distributed.join(device)
+    ranks = distributed.init_distributed(device)
     console = Console(quiet=quiet or not ranks.is_main)
     run = setup.choose_place(request)
-    with Stop(request.time_limit, console.say) as stop, contextlib.ExitStack() as stack:
+    with GracefulShutdown(request.time_limit, console.say) as stop, contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
         try:
             session, position = _open(request, run, ranks, device, console, stack)
@@ -67,8 +67,13 @@ def train(request: Request, *, quiet: bool = False) -> tuple[Run, int]:
 
 
 def _open(
-    request: Request, run: Run, ranks: Ranks, device: torch.device, console: Console, stack: contextlib.ExitStack
-) -> tuple[Session, Position]:
+    request: TrainRequest,
+    run: Run,
+    ranks: DistributedContext,
+    device: torch.device,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> tuple[TrainContext, Position]:
     """Take the run's place and lock, and open all that its steps need."""
     if ranks.is_main:
         if request.fresh and run.exists:
@@ -78,8 +83,8 @@ def _open(
         run.check_place()
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path, console.say) if ranks.is_main else None)
-    config = setup.adopt_init(setup.settle_config(request, run, newest), newest)
-    config = plan.settle_batch(config, device)
+    config = setup.adopt_init(setup.resolve_config(request, run, newest), newest)
+    config = plan.resolve_batch(config, device)
     if ranks.is_main:
         run.prepare()
         stack.enter_context(RunLock(run))
@@ -90,17 +95,17 @@ def _open(
     return session, _begin(session, newest, request, console)
 
 
-def _begin(session: Session, newest: Path | None, request: Request, console: Console) -> Position:
+def _begin(session: TrainContext, newest: Path | None, request: TrainRequest, console: Console) -> Position:
     position = Position()
     if newest is not None:
-        position = saving.restore(session, newest)
+        position = checkpointing.restore(session, newest)
         console.say(f"resuming {session.run.path} from step {position.step:,}")
     if request.skip:
         position = replace(position, skip=sorted({*position.skip, *request.skip}))
     return position
 
 
-def _finish(session: Session, console: Console) -> None:
+def _finish(session: TrainContext, console: Console) -> None:
     run = session.run
     path = write_report(run.path)
     scores = [row for row in read_metrics(run) if "validation" in row]

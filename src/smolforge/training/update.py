@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smolforge.distributed import Ranks
-from smolforge.training.optimizers import set_rate
+from smolforge.distributed import DistributedContext
+from smolforge.training.optim import set_rate
 
 
 class Updater:
@@ -27,7 +27,7 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         *,
         clip: float,
-        ranks: Ranks,
+        ranks: DistributedContext,
         scaler: torch.amp.GradScaler | None = None,  # type: ignore[name-defined]
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
 from smolforge.files import read_json_lines
 from smolforge.training import state
-from smolforge.training.setup import Session
+from smolforge.training.setup import TrainContext
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Position:
     rollbacks: int = 0
 
 
-def state_tree(session: Session, position: Position) -> dict[str, Any]:
+def state_tree(session: TrainContext, position: Position) -> dict[str, Any]:
     """Everything to be saved, not yet copied. Called by all ranks together; rank 0's tree is the whole one."""
     cursors = session.ranks.gather(position.cursor)
     return {
@@ -54,7 +54,7 @@ def state_tree(session: Session, position: Position) -> dict[str, Any]:
     }
 
 
-def writer(session: Session, step: int) -> Callable[[Path, Any], None]:
+def writer(session: TrainContext, step: int) -> Callable[[Path, Any], None]:
     """What fills the directory of a checkpoint from a copied tree."""
 
     def fill(directory: Path, tree: Any) -> None:
@@ -66,7 +66,7 @@ def writer(session: Session, step: int) -> Callable[[Path, Any], None]:
     return fill
 
 
-def restore(session: Session, directory: Path) -> Position:
+def restore(session: TrainContext, directory: Path) -> Position:
     """Put a checkpoint's weights, moments and random generators back."""
     device = session.plan.device
     state.assign(session.model, directory)
@@ -80,7 +80,7 @@ def restore(session: Session, directory: Path) -> Position:
     return Position(tree["step"], tree["cursor"], [(a, b) for a, b in tree["skip"]], tree["rollbacks"])
 
 
-def best_step(session: Session) -> int | None:
+def best_step(session: TrainContext) -> int | None:
     """The step with the best validation among those that still have a checkpoint."""
     present = set(commit.steps(session.run.checkpoints_path))
     scores = {
@@ -91,7 +91,7 @@ def best_step(session: Session) -> int | None:
     return min(scores, key=lambda step: (scores[step], step)) if scores else None
 
 
-def prune(session: Session) -> None:
+def prune(session: TrainContext) -> None:
     """Keep what the configuration wants kept."""
     config = session.config.checkpoint
     commit.prune(

@@ -94,7 +94,7 @@ def native_update(
         )  # fmt: skip
 
 
-class RoundedAdamW(torch.optim.Optimizer):
+class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over bf16 parameters.
 
     Args:

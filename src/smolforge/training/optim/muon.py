@@ -50,7 +50,7 @@ class Muon(torch.optim.AdamW):
     """Muon over the groups marked `orthogonal`, fused AdamW over the others.
 
     Args:
-        params: parameter groups as `optimizers.parameter_groups` makes them.
+        params: parameter groups as `optim.parameter_groups` makes them.
         momentum: decay of the running mean of the gradient, of `orthogonal` groups.
 
     Attributes:

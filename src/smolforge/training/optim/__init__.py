@@ -15,8 +15,8 @@ from torch import nn
 
 from smolforge.config import OptimizerConfig
 from smolforge.errors import BadInput
-from smolforge.training.muon import Muon
-from smolforge.training.rounding import RoundedAdamW
+from smolforge.training.optim.muon import Muon
+from smolforge.training.optim.stochastic_adamw import StochasticAdamW
 
 # Maps from hidden to hidden, the parameters that Muon is for.
 _HIDDEN = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
 
 
-def build(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of `config` over all parameters of `model`.
 
     Raises:
@@ -61,9 +61,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), fused: one kernel updates all parameters.
 
-    Weights in bf16 are rounded stochastically, see `rounding.py`."""
+    Weights in bf16 are rounded stochastically, see `stochastic_adamw.py`."""
     if any(p.dtype == torch.bfloat16 for p in model.parameters()):
-        return RoundedAdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
+        return StochasticAdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )

@@ -20,7 +20,7 @@ class StopRequested(Exception):
     """Raised by a poll inside longer work, so that the loop can save and leave."""
 
 
-class Stop:
+class GracefulShutdown:
     """The flag, as a context in which the handlers are installed.
 
     Args:
@@ -37,7 +37,7 @@ class Stop:
         self._say = say
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> GracefulShutdown:
         for number in EXIT_CODES:
             self._before[number] = signal.signal(number, self._on_signal)
         return self

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny import steps_of, undo_after, weights_of
 
 from smolforge import kernels
-from smolforge.training import rounding
-from smolforge.training.rounding import RoundedAdamW, random_bits, round_stochastically
+from smolforge.training.optim import stochastic_adamw
+from smolforge.training.optim.stochastic_adamw import StochasticAdamW, random_bits, round_stochastically
 
 
 def test_rounding_is_unbiased_and_only_to_neighbours() -> None:
@@ -49,31 +49,31 @@ def problem() -> tuple[torch.nn.Linear, torch.Tensor]:
     return torch.nn.Linear(16, 8).bfloat16(), torch.randn(32, 16).bfloat16()
 
 
-def advance(model: torch.nn.Module, optimizer: RoundedAdamW, x: torch.Tensor, steps: int) -> None:
+def advance(model: torch.nn.Module, optimizer: StochasticAdamW, x: torch.Tensor, steps: int) -> None:
     for _ in range(steps):
         (model(x) - x[:, :8]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def adam(model: torch.nn.Module) -> RoundedAdamW:
+def adam(model: torch.nn.Module) -> StochasticAdamW:
     groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-    return RoundedAdamW(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    return StochasticAdamW(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
 
 
 def test_small_updates_count() -> None:
     """Updates of 1/20 of a bf16 step move the mean of many weights; rounded to nearest they would be lost."""
     weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
-    optimizer = RoundedAdamW([{"params": [weight]}], lr=2e-4, betas=(0.0, 0.0), eps=0.0)
+    optimizer = StochasticAdamW([{"params": [weight]}], lr=2e-4, betas=(0.0, 0.0), eps=0.0)
     for _ in range(20):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert abs(weight.float().mean().item() - (1 - 20 * 2e-4)) < 2e-4
 
 
-@pytest.mark.parametrize("update", [rounding.in_pieces, rounding.native_update])
+@pytest.mark.parametrize("update", [stochastic_adamw.in_pieces, stochastic_adamw.native_update])
 def test_found_inf_leaves_everything_as_it_is(update) -> None:
-    if update is rounding.native_update and kernels.unavailable():
+    if update is stochastic_adamw.native_update and kernels.unavailable():
         pytest.skip("no C++ compiler to compile with")
     model, x = problem()
     optimizer = adam(model)
@@ -109,7 +109,7 @@ def test_compiled_updates_round_as_the_others_do(way) -> None:
     model, x = problem()
     twin = copy.deepcopy(model)
     plain, compiled = adam(model), adam(twin)
-    compiled.update = rounding.native_update if way == "native" else rounding.compiled_update()
+    compiled.update = stochastic_adamw.native_update if way == "native" else stochastic_adamw.compiled_update()
     advance(model, plain, x, 3)
     advance(twin, compiled, x, 3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

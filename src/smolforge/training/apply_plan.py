@@ -10,23 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 from smolforge.model import attention, loss, native_attention, native_loss
 from smolforge.model.llama import LlamaForCausalLM, TiedHead
-from smolforge.training import compiling, rounding
+from smolforge.training import compiling
+from smolforge.training.optim import stochastic_adamw
+from smolforge.training.optim.stochastic_adamw import StochasticAdamW
 from smolforge.training.plan import Plan
-from smolforge.training.rounding import RoundedAdamW
 
 ATTENTION = {**attention.WAYS, "native": native_attention.attend}
 LOSSES = {**loss.WAYS, "native": native_loss.native_loss}
 
 
-def apply(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, chosen: Plan) -> None:
+def apply_plan(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, chosen: Plan) -> None:
     """Use the planned attention, keep or recompute activations, compile or not."""
     model.set_attention(ATTENTION[chosen.attention])
     if isinstance(model.lm_head, TiedHead) and chosen.device.type == "cpu" and not torch.distributed.is_initialized():
         # The table's gradient as embedding is a few rows beside the head's, which is whole: added to it they cost
         # nothing, where a whole one would be made of zeros, filled and added (docs/log.md). DDP wants whole ones.
         model.model.embed_tokens.sparse = True
-    if isinstance(optimizer, RoundedAdamW) and chosen.update == "native":
-        optimizer.update = rounding.native_update
+    if isinstance(optimizer, StochasticAdamW) and chosen.update == "native":
+        optimizer.update = stochastic_adamw.native_update
     if chosen.recompute or chosen.compile:
         model.model.run_layer = functools.partial(run_layer, recompute=chosen.recompute)
     if chosen.compile:

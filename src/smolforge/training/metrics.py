@@ -23,14 +23,14 @@ from smolforge.generation.sampling import Sampling
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
 from smolforge.training import plan
-from smolforge.training.progress import Console, Pace
-from smolforge.training.setup import Session
-from smolforge.training.signals import Stop
+from smolforge.training.progress import Console, Throughput
+from smolforge.training.setup import TrainContext
+from smolforge.training.shutdown import GracefulShutdown
 from smolforge.training.trackers import Trackers, open_trackers
 
 
 @dataclass
-class Figures:
+class StepMetrics:
     """Of one step, still on the device."""
 
     batch: Batch
@@ -41,7 +41,7 @@ class Figures:
     lr: float
 
 
-class Observer:
+class MetricsLogger:
     """Watches the steps of a session.
 
     Args:
@@ -50,7 +50,7 @@ class Observer:
         console: the live line.
     """
 
-    def __init__(self, session: Session, stop: Stop, console: Console) -> None:
+    def __init__(self, session: TrainContext, stop: GracefulShutdown, console: Console) -> None:
         self.session, self.stop, self.console = session, stop, console
         self.config, self.plan, self.ranks = session.config, session.plan, session.ranks
         self.total = self.config.total_steps
@@ -88,7 +88,7 @@ class Observer:
         if self.metrics:
             self.metrics.append({"step": step, "event": event, **details, "time": time.time()})
 
-    def figures(self, figures: Figures, pace: Pace, data_seconds: float) -> None:
+    def figures(self, figures: StepMetrics, pace: Throughput, data_seconds: float) -> None:
         """Log a step: how it went, how fast, and how long it waited for data since the last one that was logged."""
         digests = [pair for part in self.ranks.gather(figures.batch.digests) for pair in part]
         if not self.ranks.is_main:
