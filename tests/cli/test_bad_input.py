@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_file
 
-from smolforge import cli
-from smolforge.data import tales
+from smolforge import cli, tales
 
 
 @pytest.fixture

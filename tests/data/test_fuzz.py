@@ -108,7 +108,7 @@ def test_a_dictionary_bomb_is_stopped_while_it_unpacks(tmp_path: Path, monkeypat
     path = tmp_path / "bomb.parquet"
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array(["x" * 1_000_000]))
     pq.write_table(pa.table({"text": column}), path, store_schema=False)
-    monkeypatch.setattr("smolforge.data.formats.parquet.MAX_UNPACKED", 100 << 20)
+    monkeypatch.setattr("smolforge.data.readers.parquet.MAX_UNPACKED", 100 << 20)
     assert path.stat().st_size < 2_000_000
     with pytest.raises(SmolforgeError, match="unpack to over"):
         read_all(path, tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge.data.order import MAX_SLICE_BYTES, MAX_SLICE_ROWS, Order, Slice, cut, permutation
+from smolforge.data.order import MAX_SLICE_BYTES, MAX_SLICE_ROWS, Order, RowRange, cut, permutation
 
 GROUPS = st.lists(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10**9)), max_size=6), min_size=1, max_size=5)
 
@@ -49,7 +49,7 @@ PINNED = [9, 3, 5, 8, 2, 1, 7, 6, 0, 4]
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
 def test_each_slice_comes_once_per_epoch_over_all_lanes(n: int, lanes: int, seed: int, epochs: int) -> None:
-    order = Order([Slice(0, i, 0, 3, 9) for i in range(n)], seed=seed, source=0, lanes=lanes)
+    order = Order([RowRange(0, i, 0, 3, 9) for i in range(n)], seed=seed, source=0, lanes=lanes)
     seen = []
     for lane in range(lanes):
         k = 0
@@ -60,12 +60,12 @@ def test_each_slice_comes_once_per_epoch_over_all_lanes(n: int, lanes: int, seed
 
 
 def test_every_lane_gets_text_even_from_one_slice() -> None:
-    order = Order([Slice(0, 0, 0, 1, 9)], seed=0, source=0, lanes=8)
+    order = Order([RowRange(0, 0, 0, 1, 9)], seed=0, source=0, lanes=8)
     assert [order.place(lane, 0) for lane in range(8)] == [(lane, 0) for lane in range(8)]
 
 
 def test_epochs_far_back_can_be_asked_again() -> None:
-    order = Order([Slice(0, i, 0, 1, 9) for i in range(5)], seed=0, source=0, lanes=1)
+    order = Order([RowRange(0, i, 0, 1, 9) for i in range(5)], seed=0, source=0, lanes=1)
     first = [order.place(0, k) for k in range(5)]
     for k in range(200):
         order.place(0, k)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data.conftest import batches, digests, named, parquet
 from faults.server import FaultServer
 from smolforge.data import Network
-from smolforge.data.formats import parquet as reader
-from smolforge.data.formats.footer import BadFooter, column_chunks
+from smolforge.data.readers import parquet as reader
+from smolforge.data.readers.footer import BadFooter, column_chunks
 from smolforge.errors import DataError
 
 

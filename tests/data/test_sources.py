@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.conftest import batches, digests, jsonl, named, parquet
-from smolforge.data.formats.txt import PIECE, first_piece, pieces, pieces_of_file
+from smolforge.data.readers.txt import PIECE, first_piece, pieces, pieces_of_file
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
 TEXTS = named(30)

@@ -275,7 +275,7 @@ def test_tales_streams_without_files(opened: Any) -> None:
     held = list(itertools.islice(corpus.documents(held_out=True), 2))
     assert [d.source for d in held] == ["tales", "tales"]
     address = made[0].documents[0]
-    from smolforge.data import tales
+    from smolforge import tales
 
     text = tales.document(address.row_group * 512 + address.row).text
     assert bytes(t - 1 for t in made[0].tokens[0].tolist() if t).decode("utf-8", "ignore")[:20] == text[:20]

@@ -113,8 +113,8 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
 
     from smolforge.checkpoint.format import write_model
     from smolforge.config import RunConfig, read_preset
-    from smolforge.data.tales import document
     from smolforge.model.registry import build
+    from smolforge.tales import document
     from smolforge.tokenizer import train
 
     config = RunConfig.model_validate(read_preset("pocket")).model

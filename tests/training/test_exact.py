@@ -17,8 +17,8 @@ from launch import clone, finish, interrupt, start, start_ranks, steps_done, wai
 from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from faults.server import Drop, FaultServer, Slow, Status, every
+from smolforge import tales
 from smolforge.checkpoint import commit
-from smolforge.data import tales
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
 

@@ -16,8 +16,8 @@ from launch import finish, is_saving, start, steps_done, wait_until
 from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from faults.server import Drop, FaultServer, Status
+from smolforge import tales
 from smolforge.checkpoint import commit
-from smolforge.data import tales
 from smolforge.run import Run
 
 SECONDS = float(os.environ.get("SMOLFORGE_SOAK_SECONDS", "1000"))

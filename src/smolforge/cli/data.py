@@ -80,7 +80,7 @@ def _write(args: argparse.Namespace) -> int:
     """Write documents of the embedded corpus into a file, in Cosmopedia-v2's schema."""
     from typing import get_args
 
-    from smolforge.data import tales
+    from smolforge import tales
     from smolforge.errors import BadInput
 
     kind = next((kind for kind in get_args(tales.Kind) if args.path.endswith(f".{kind}")), None)

@@ -1,8 +1,8 @@
 """The stream: from a word for a source to batches with an address.
 
     source -> index -> order -> packing -> loader
-    kinds/    index    order    packing    loader      where text is, what is in it, who reads it when,
-    formats/           cursor                          windows of tokens, batches of windows
+    sources/   index    order    packing    loader      where text is, what is in it, who reads it when,
+    readers/          cursor                          windows of tokens, batches of windows
 
 The batch of step N is a pure function of the sources, the tokenizer, the seed and the cursor. Threads, prefetch
 and the number of ranks decide when something is read, never what comes out.

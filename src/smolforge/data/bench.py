@@ -6,12 +6,13 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from smolforge import tokenizer as tokenizers
 from smolforge.config import DataConfig
-from smolforge.data import Corpus, tales
+from smolforge.data import Corpus
 from smolforge.data.loader import Loader
 
 # SmolLM2-135M at 2,048 positions, bf16, 45% MFU of 989 TFLOP/s (issue of fast training): the hungriest single GPU.
@@ -44,7 +45,7 @@ def measure(
         if not sources:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="smolforge-bench-")))
             say(f"writing {DOCUMENTS:,} documents of tales as parquet")
-            sources = [str(tales.write(folder / "tales.parquet", documents=range(DOCUMENTS)))]
+            sources = [str(_write_tales(folder / "tales.parquet"))]
         config = DataConfig(sources=dict.fromkeys(sources, 1.0), sequence_length=length)
         corpus = stack.enter_context(Corpus.open(config, say=say))
         if tokenizer is None:
@@ -75,6 +76,16 @@ def measure(
         "h200_tokens_per_second": H200_TOKENS_PER_SECOND,
         "cores_for_an_h200": H200_TOKENS_PER_SECOND / per_core,
     }
+
+
+def _write_tales(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with Corpus.open(DataConfig(sources={"tales": 1.0})) as corpus:
+        texts = [document.text for document in islice(corpus.documents(), DOCUMENTS)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000)
+    return path
 
 
 def table(result: dict[str, Any]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from smolforge.config import DataConfig
 from smolforge.data import index as indexing
-from smolforge.data.ahead import ReadAhead
 from smolforge.data.cache import Cache
 from smolforge.data.document import Address, Document, is_blank, is_held_out
 from smolforge.data.network import Network, is_offline
-from smolforge.data.order import Order, Slice, cut
+from smolforge.data.order import Order, RowRange, cut
+from smolforge.data.readahead import ReadAhead
 from smolforge.data.shard import Context, Rows
 from smolforge.errors import DataError
 
@@ -37,7 +37,7 @@ class Corpus:
         self.specs = list(config.sources)
         self.weights = [float(weight) for weight in config.sources.values()]
         self._formats = [formats for _, formats in opened]
-        self._kinds = [source.kind for source, _ in opened]
+        self._entropies = [source.entropy_bits_per_byte for source, _ in opened]
         self.remote = any(shard.remote for source, _ in opened for shard in source.shards)
         self._orders = [
             Order(
@@ -105,11 +105,8 @@ class Corpus:
     @property
     def entropy_bits_per_byte(self) -> float | None:
         """Entropy of the text in bits per byte, known for `tales` alone; None for anything else."""
-        if self._kinds != ["tales"]:
-            return None
-        from smolforge.data import tales
-
-        return tales.entropy_bits_per_byte()
+        known = self._entropies[0]
+        return known() if known is not None and len(self._entropies) == 1 else None
 
     def documents(self, *, held_out: bool | None = None) -> Iterator[Document]:
         """All documents in canonical order, once, read as they are asked for.
@@ -154,7 +151,7 @@ class Corpus:
         """The order of one source."""
         return self._orders[source]
 
-    def read(self, source: int, piece: Slice) -> Rows:
+    def read(self, source: int, piece: RowRange) -> Rows:
         """The rows of a slice, numbered from 0."""
         format = self._formats[source][piece.shard]
         rows = format.rows(piece.group, piece.start, piece.rows)
@@ -167,7 +164,7 @@ class Corpus:
             piece = order.slices[order.place(lane, k)[1]]
             self._formats[source][piece.shard].ahead(piece.group)
 
-    def address(self, source: int, piece: Slice, row: int) -> Address:
+    def address(self, source: int, piece: RowRange, row: int) -> Address:
         """Address of a row of a slice."""
         file = self._formats[source][piece.shard].shard.name
         return Address(self.specs[source], file, piece.group, piece.start + row)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from smolforge.data import kinds
-from smolforge.data.formats import reader
+from smolforge.data import sources
+from smolforge.data.readers import reader
 from smolforge.data.shard import Context, Format, Shard, Source
 from smolforge.errors import DataError, SourceChanged
 
@@ -35,7 +35,7 @@ def build(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[
     """
     entries, opened = [], []
     for spec in specs:
-        source = kinds.resolve(spec, context)
+        source = sources.resolve(spec, context)
         formats = [reader(shard, context) for shard in source.shards]
         described = _scan(source, formats, context)
         entry = {
@@ -77,7 +77,7 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
         for key, now in (("column", context.column), ("separator", context.separator)):
             if entry[key] != now:
                 raise SourceChanged(f"{spec}: the {key} was {entry[key]!r} and is {now!r}", hint=_NEW_RUN)
-        source = kinds.resolve(spec, context, entry)
+        source = sources.resolve(spec, context, entry)
         if (source.kind, source.revision) != (entry["kind"], entry["revision"]):
             raise SourceChanged(
                 f"{spec} was {entry['kind']} at {entry['revision']} and is {source.kind} at {source.revision}",

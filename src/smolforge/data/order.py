@@ -26,7 +26,7 @@ MAX_SLICE_ROWS = 1 << 20
 SLICES_PER_LANE = 2
 
 
-class Slice(NamedTuple):
+class RowRange(NamedTuple):
     """Consecutive rows of one row group: what a lane reads at a time."""
 
     shard: int
@@ -36,7 +36,7 @@ class Slice(NamedTuple):
     bytes: int
 
 
-def cut(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[Slice]:
+def cut(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[RowRange]:
     """Slices of a source in canonical order.
 
     Args:
@@ -47,14 +47,14 @@ def cut(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[Slice]:
     filled = [(s, g, rows, size) for s, g, rows, size in all_groups if rows]
     total = sum(rows for _, _, rows, _ in filled)
     wanted = SLICES_PER_LANE * lanes
-    slices: list[Slice] = []
+    slices: list[RowRange] = []
     for shard, group, rows, size in filled:
         parts = max(-(-size // MAX_SLICE_BYTES), -(-rows // MAX_SLICE_ROWS), 1)
         if len(filled) < wanted:
             parts = max(parts, -(-rows * wanted // total))
         parts = min(parts, rows)
         edges = [rows * i // parts for i in range(parts + 1)]
-        slices += [Slice(shard, group, a, b - a, size * (b - a) // rows) for a, b in pairwise(edges)]
+        slices += [RowRange(shard, group, a, b - a, size * (b - a) // rows) for a, b in pairwise(edges)]
     return slices
 
 
@@ -75,7 +75,7 @@ class Order:
         lanes: number of lanes.
     """
 
-    def __init__(self, slices: Sequence[Slice], *, seed: int, source: int, lanes: int) -> None:
+    def __init__(self, slices: Sequence[RowRange], *, seed: int, source: int, lanes: int) -> None:
         self.slices = slices
         self.seed, self.source, self.lanes = seed, source, lanes
         self._lock = threading.Lock()

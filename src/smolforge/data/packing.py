@@ -17,7 +17,7 @@ import numpy as np
 
 from smolforge.data.cursor import LaneCursor, Position
 from smolforge.data.document import Address, is_blank, is_held_out
-from smolforge.data.order import Slice, permutation
+from smolforge.data.order import RowRange, permutation
 from smolforge.data.shard import Rows
 from smolforge.errors import CheckpointError
 
@@ -130,7 +130,7 @@ class LaneSource:
             self._until = self.position.row
         return self._slice
 
-    def _encode(self, piece: Slice, rows: Rows, order: np.ndarray) -> None:
+    def _encode(self, piece: RowRange, rows: Rows, order: np.ndarray) -> None:
         """Tokenize the next rows from the position on, leaving out those held out or blank."""
         typical = piece.bytes // piece.rows or 4096
         count = min(max(ENCODE_BYTES // typical, 1), MAX_ENCODE_ROWS)

@@ -1,8 +1,8 @@
 """A shard is a file of text somewhere; a source is the list of its shards, resolved to a revision.
 
-The three words that the rest of the room speaks. *Kinds* (`kinds/`, one file per kind of SRC) turn the user's
+The three words that the rest of the room speaks. *Sources* (`sources/`, one file per kind of SRC) turn the user's
 word into a `Source`. A `Shard` gives bytes by range and says what must not change about it. *Formats*
-(`formats/`, one file per format) turn a shard into rows: `Format.scan` counts them once for the index,
+(`readers/`, one file per format) turn a shard into rows: `Format.scan` counts them once for the index,
 `Format.rows` reads a few of them.
 """
 
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smolforge.data.document import Row
 
 if TYPE_CHECKING:
-    from smolforge.data.ahead import ReadAhead
     from smolforge.data.cache import Cache
     from smolforge.data.network import Network
+    from smolforge.data.readahead import ReadAhead
 
 Say = Callable[[str], None]
 
@@ -97,7 +97,7 @@ class Source:
     kind: str
     shards: list[Shard]
     revision: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    entropy_bits_per_byte: Callable[[], float] | None = None
 
 
 class Rows(Protocol):

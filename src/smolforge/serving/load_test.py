@@ -150,7 +150,7 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, floa
 
 
 def _prompts() -> Iterator[str]:
-    from smolforge.data.tales import document
+    from smolforge.tales import document
 
     return (document(i).text[:PROMPT_LETTERS].rstrip() for i in itertools.count())
 
@@ -199,8 +199,8 @@ def make_model(place: Path) -> Path:
     from smolforge import tokenizer as tokenizers
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
-    from smolforge.data.tales import document
     from smolforge.model.registry import build
+    from smolforge.tales import document
 
     config = ModelConfig()
     texts = [document(i).text for i in range(300)]

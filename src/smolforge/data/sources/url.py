@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from smolforge.data.formats import format_of, known_endings
+from smolforge.data.readers import format_of, known_endings
 from smolforge.data.remote import NoRanges, RemoteFile
 from smolforge.data.shard import Context, Shard, Source
 from smolforge.errors import DataError

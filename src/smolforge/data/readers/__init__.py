@@ -7,10 +7,10 @@ import importlib
 from smolforge.data.shard import Context, Format, Shard
 
 FORMATS = {
-    "parquet": "smolforge.data.formats.parquet:Parquet",
-    "jsonl": "smolforge.data.formats.jsonl:JsonLines",
-    "txt": "smolforge.data.formats.txt:PlainText",
-    "tales": "smolforge.data.kinds.tales:TalesFormat",
+    "parquet": "smolforge.data.readers.parquet:Parquet",
+    "jsonl": "smolforge.data.readers.jsonl:JsonLines",
+    "txt": "smolforge.data.readers.txt:PlainText",
+    "tales": "smolforge.tales.source:TalesReader",
 }
 ENDINGS = {
     ".parquet": "parquet",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from smolforge.data.tales.grammar import Draft, Grammar
+    from smolforge.tales.grammar import Draft, Grammar
 
 COLUMNS = ("prompt", "text", "token_length", "audience", "format", "seed_data")
 """Cosmopedia v2's columns, in its order."""
@@ -95,7 +95,7 @@ class TalesDocument:
 @functools.cache
 def language() -> Grammar:
     """The compiled grammar; read once per process."""
-    from smolforge.data.tales.grammar import Grammar
+    from smolforge.tales.grammar import Grammar
 
     return Grammar((Path(__file__).parent / name).read_text(encoding="utf-8") for name in FILES)
 
@@ -187,6 +187,6 @@ def write(
     Raises:
         ValueError: the kind is unknown.
     """
-    from smolforge.data.tales import shards
+    from smolforge.tales import shards
 
     return shards.write(Path(path), kind, (document(i, seed) for i in documents), row_group_size)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Keep(Generic[T]):
+class LRUCache(Generic[T]):
     """Thread-safe; threads that ask for the same thing at once wait for one of them to make it.
 
     Args:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smolforge.data.cards import configurations, inside, select, training_patterns, wildcard_free_folder
-from smolforge.data.formats import format_of, known_endings
-from smolforge.data.kinds.web import RemoteShard
 from smolforge.data.network import Trouble, passes, retry_after
+from smolforge.data.readers import format_of, known_endings
 from smolforge.data.remote import RemoteFile
 from smolforge.data.shard import Context, Source
+from smolforge.data.sources.url import RemoteShard
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
 T = TypeVar("T")

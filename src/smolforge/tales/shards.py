@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from smolforge.data.tales import TalesDocument
+    from smolforge.tales import TalesDocument
 
 KINDS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt")
 SEPARATOR = "<|endoftext|>"

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from smolforge.data.tales import english
+from smolforge.tales import english
 
 Entry = dict[str, Any]
 """The forms of a word by name, and under `/part` the lists that belong to it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.data.document import Row
-from smolforge.data.formats.plain import GROUP_BYTES, PlainBytes, not_utf8
+from smolforge.data.readers.plain import GROUP_BYTES, PlainBytes, not_utf8
 from smolforge.data.shard import Rows
 from smolforge.errors import DataError
 

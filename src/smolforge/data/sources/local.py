@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.formats import format_of, known_endings
+from smolforge.data.readers import format_of, known_endings
 from smolforge.data.shard import Context, Shard, Source
 from smolforge.errors import DataError, SourceChanged
 

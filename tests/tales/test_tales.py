@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from smolforge.data import tales
-from smolforge.data.tales import english
-from smolforge.data.tales.grammar import ALT, DRAW, OWN, SUB, Grammar, GrammarError
+from smolforge import tales
+from smolforge.tales import english
+from smolforge.tales.grammar import ALT, DRAW, OWN, SUB, Grammar, GrammarError
 
 SMALL = """
 @bird noun
@@ -57,7 +57,7 @@ def test_document_is_a_pure_function_of_seed_and_index() -> None:
     assert tales.document(3) == first
     assert tales.document(10**30, seed=7) == later
     assert tales.document(3, seed=1).text != first.text
-    code = "from smolforge.data import tales; print(tales.document(3).text, end='')"
+    code = "from smolforge import tales; print(tales.document(3).text, end='')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout == first.text
     with pytest.raises(ValueError, match="-1"):
@@ -66,7 +66,7 @@ def test_document_is_a_pure_function_of_seed_and_index() -> None:
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys; from smolforge.data import tales; tales.document(0);"
+        "import sys; from smolforge import tales; tales.document(0);"
         "print(sorted({'torch', 'numpy', 'pyarrow', 'tokenizers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

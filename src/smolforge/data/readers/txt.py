@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smolforge.data.document import Row
-from smolforge.data.formats.plain import GROUP_BYTES, PlainBytes, not_utf8
+from smolforge.data.readers.plain import GROUP_BYTES, PlainBytes, not_utf8
 from smolforge.data.shard import Rows
 from smolforge.errors import DataError
 

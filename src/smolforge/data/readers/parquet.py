@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from smolforge.data.document import Row
-from smolforge.data.formats.footer import BadFooter, column_chunks
-from smolforge.data.keep import Keep
+from smolforge.data.lru import LRUCache
+from smolforge.data.readers.footer import BadFooter, column_chunks
 from smolforge.data.shard import Context, Format, Rows, Shard
 from smolforge.errors import DataError, SmolforgeError
 
@@ -30,8 +30,8 @@ MAX_HELD_CHUNK = 64 << 20  # larger column chunks are streamed
 STREAM = 4 << 20
 MAX_UNPACKED = 512 << 20  # text of one slice, after decompression
 BATCH_ROWS = 64
-FOOTERS = Keep[Any](64 << 20)  # parsed footers, shared: a corpus of a thousand shards must not hold them all
-GROUPS = Keep[Any](128 << 20)  # decoded row groups that several lanes take slices of
+FOOTERS = LRUCache[Any](64 << 20)  # parsed footers, shared: a corpus of a thousand shards must not hold them all
+GROUPS = LRUCache[Any](128 << 20)  # decoded row groups that several lanes take slices of
 SHARED_GROUP = 32 << 20
 
 

@@ -28,12 +28,12 @@ class TalesShard(Shard):
         raise DataError("the embedded corpus has no bytes to read")
 
     def whole(self) -> Path:
-        raise DataError("the embedded corpus is no file", hint="`smolforge.data.tales.write` makes files of it.")
+        raise DataError("the embedded corpus is no file", hint="`smolforge.tales.write` makes files of it.")
 
     def identity(self) -> dict[str, Any]:
         import hashlib
 
-        from smolforge.data import tales
+        from smolforge import tales
 
         probe = "\0".join(tales.document(i * (DOCUMENTS // PROBE)).text for i in range(PROBE))
         return {"documents": DOCUMENTS, "hash": hashlib.blake2b(probe.encode(), digest_size=16).hexdigest()}
@@ -46,12 +46,12 @@ class TalesRows:
         self.first = first
 
     def take(self, rows: Sequence[int]) -> list[Row]:
-        from smolforge.data import tales
+        from smolforge import tales
 
         return [Row(tales.document(self.first + row).text) for row in rows]
 
 
-class TalesFormat(Format):
+class TalesReader(Format):
     """Row groups of 512 documents."""
 
     def scan(self) -> list[list[int]]:
@@ -68,4 +68,6 @@ def matches(spec: str) -> bool:
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
     """The one shard of the generator."""
-    return Source(spec, "tales", [TalesShard()])
+    from smolforge import tales
+
+    return Source(spec, "tales", [TalesShard()], entropy_bits_per_byte=tales.entropy_bits_per_byte)
