@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from faults.server import FaultServer
 from smolforge.config import DataConfig
 from smolforge.data import Batch, Corpus, Loader, Network, data_digest, merge_cursors
+
+Logged = Callable[[], list[str]]
 
 
 class Bytes:
@@ -40,10 +43,6 @@ class Clock:
         self.now += seconds
 
 
-class Heard(list[str]):
-    """What was said."""
-
-
 @pytest.fixture
 def clock() -> Clock:
     """Time under control."""
@@ -51,17 +50,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def heard() -> Heard:
-    """Messages."""
-    return Heard()
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """The messages that the code has logged so far."""
+    caplog.set_level(logging.INFO, logger="smolforge")
+    return lambda: list(caplog.messages)
 
 
 @pytest.fixture
-def network(clock: Clock, heard: Heard) -> Network:
-    """A network that waits on `clock` and speaks into `heard`."""
-    return Network(
-        patience=900, say=heard.append, timeout=5, sleep=clock.sleep, clock=lambda: clock.now, jitter=lambda: 1.0
-    )
+def network(clock: Clock) -> Network:
+    """A network that waits on `clock`."""
+    return Network(patience=900, timeout=5, sleep=clock.sleep, clock=lambda: clock.now, jitter=lambda: 1.0)
 
 
 @pytest.fixture
@@ -72,15 +70,13 @@ def server() -> Iterator[FaultServer]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, heard: Heard) -> Iterator[Callable[..., Corpus]]:
+def opened(tmp_path: Path) -> Iterator[Callable[..., Corpus]]:
     """Opens corpora with their cache in the test's folder, and closes them."""
     corpora: list[Corpus] = []
 
     def open_one(*sources: Any, index: Any = None, offline: bool = False, network: Any = None, **keys: Any) -> Corpus:
         config = configured(*sources, **keys)
-        corpus = Corpus.open(
-            config, index=index, cache_dir=tmp_path / "cache", offline=offline, say=heard.append, network=network
-        )
+        corpus = Corpus.open(config, index=index, cache_dir=tmp_path / "cache", offline=offline, network=network)
         corpora.append(corpus)
         return corpus
 

@@ -74,7 +74,7 @@ def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
 
 def read_all(path: Path, cache: Path) -> int:
     """Number of documents, read like a run does: the index first, then every row group."""
-    with Corpus.open(configured(path, cache=1 << 22), cache_dir=cache, say=lambda _: None) as corpus:
+    with Corpus.open(configured(path, cache=1 << 22), cache_dir=cache) as corpus:
         return sum(len(d.text) > 0 for d in corpus.documents())
 
 

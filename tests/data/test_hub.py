@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data.conftest import Heard, batches, digests, jsonl, named, parquet
+from data.conftest import Logged, batches, digests, jsonl, named, parquet
 from faults.server import Drop, FaultServer, Status, as_hub, every, first
 from smolforge.data import Corpus, Network
 from smolforge.data.cards import inside, pattern_regex, training_patterns
@@ -110,7 +110,7 @@ def test_what_is_not_there_is_said(opened: Any, network: Network, hub: FaultServ
 
 
 def test_a_faulty_hub_gives_the_same_stream(
-    opened: Any, network: Network, hub: FaultServer, heard: Heard, tmp_path: Path
+    opened: Any, network: Network, hub: FaultServer, logged: Logged, tmp_path: Path
 ) -> None:
     truth = digests(batches(opened("owner/set:cosmo", network=network, cache=0), 20))
     for fault in (
@@ -122,7 +122,7 @@ def test_a_faulty_hub_gives_the_same_stream(
         hub.fault = fault
         for workers in (0, 2):
             assert digests(batches(opened("owner/set:cosmo", network=network, cache=0, workers=workers), 20)) == truth
-    assert any("503" in line for line in heard)
+    assert any("503" in line for line in logged())
 
 
 def test_redirects_are_kept_while_they_last_and_renewed_when_expired(
@@ -269,4 +269,4 @@ def test_patterns_of_cards(pattern: str, yes: str, no: str) -> None:
                                      [{"config_name": "a", "data_files": [{"split": "train", "path": 3}]}]])  # fmt: skip
 def test_a_card_that_makes_no_sense_names_nothing(configs: Any) -> None:
     with contextlib.suppress(SmolforgeError):
-        assert training_patterns({"configs": configs}, "a", lambda _: None, "spec") == []
+        assert training_patterns({"configs": configs}, "a", "spec") == []

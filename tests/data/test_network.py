@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.conftest import Bytes, Clock, Heard, batches, digests, jsonl, named, parquet, resumed
+from data.conftest import Bytes, Clock, Logged, batches, digests, jsonl, named, parquet, resumed
 from faults.server import Drop, FaultServer, Flip, Length, NoRanges, Slow, Status, every, first
 from smolforge.data import Loader, Network
 from smolforge.data.network import Trouble, retry_after
@@ -81,7 +81,7 @@ def test_files_without_ranges_of_their_own_are_fetched_once(
 
 
 def test_waits_grow_with_jitter_and_honour_retry_after(
-    opened: Any, network: Network, server: FaultServer, remote: str, clock: Clock, heard: Heard
+    opened: Any, network: Network, server: FaultServer, remote: str, clock: Clock, logged: Logged
 ) -> None:
     server.fault = first(6, Status(503))
     opened(remote, network=network)
@@ -91,9 +91,9 @@ def test_waits_grow_with_jitter_and_honour_retry_after(
     server.fault = first(3, Status(429, {"Retry-After": "30"}))
     opened(remote, network=network, cache=0)
     assert clock.slept == [30.0, 30.0, 30.0]
-    assert sum(": 503 " in line for line in heard) == 1
-    assert sum(": 429 " in line for line in heard) == 1
-    assert all(remote.split("/")[2] in line for line in heard)
+    assert sum(": 503 " in line for line in logged()) == 1
+    assert sum(": 429 " in line for line in logged()) == 1
+    assert all(remote.split("/")[2] in line for line in logged())
 
 
 def test_patience_ends_and_says_so(
@@ -261,9 +261,7 @@ def test_a_deep_resume_reads_under_one_percent_of_a_million_rows(
         assert len(ranges) == 16 + 3  # one row group per lane, the footer in two parts, a look at size and ETag
 
 
-def test_waiting_for_a_silent_network_can_be_polled_and_ended(
-    opened: Any, server: FaultServer, remote: str, heard: Heard
-) -> None:
+def test_waiting_for_a_silent_network_can_be_polled_and_ended(opened: Any, server: FaultServer, remote: str) -> None:
     asleep, wake = threading.Event(), threading.Event()
 
     def sleep(_: float) -> None:
@@ -274,7 +272,7 @@ def test_waiting_for_a_silent_network_can_be_polled_and_ended(
         asleep.clear()
         wake.clear()
         server.fault = None
-        corpus = opened(remote, network=Network(patience=900, say=heard.append, sleep=sleep), cache=0)
+        corpus = opened(remote, network=Network(patience=900, sleep=sleep), cache=0)
         server.fault = lambda _: Status(503)
         with Loader(corpus, Bytes(), sequences_per_step=4, workers=workers) as loader:
             assert not loader.wait(0.01)

@@ -274,10 +274,10 @@ def test_a_damaged_index_is_refused(opened: Any, tmp_path: Path) -> None:
             opened(path, index=damage)
 
 
-def test_mixed_documents_take_turns_by_weight(opened: Any, tmp_path: Path) -> None:
+def test_the_texts_of_a_mixture_keep_to_its_weights(opened: Any, tmp_path: Path) -> None:
     a = jsonl(tmp_path / "a.jsonl", ["a" * 100] * 50)
     b = jsonl(tmp_path / "b.jsonl", ["b" * 300] * 50)
     corpus = opened((a, 0.75), (b, 0.25), holdout=0)
-    first = [d.text[0] for d, _ in zip(corpus.mixed(held_out=False), range(40), strict=False)]
+    first = [text[0] for text, _ in zip(corpus.texts(held_out=False), range(40), strict=False)]
     assert 34 <= first.count("a") <= 38
-    assert len(list(corpus.mixed())) == 100
+    assert len(list(corpus.texts())) == 100

@@ -52,8 +52,10 @@ def run(argv: Sequence[str]) -> int:
     # Large blocks on pages of 2 MiB: a twelfth of a training step went into pages of 4 KiB (docs/log.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from smolforge import logging
     from smolforge.errors import SmolforgeError
 
+    logging.show()
     args = parser(verb=argv[0] if argv else None).parse_args(argv)
     args.words = list(argv)
     if args.verb is None:

@@ -88,7 +88,7 @@ def _data(args: argparse.Namespace) -> int:
     """Read, tokenize and pack without a model, and say how much training that feeds."""
     from smolforge.data import bench
 
-    return _tell(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds, say=_say))
+    return _tell(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds))
 
 
 def _say(line: str) -> None:

@@ -49,7 +49,7 @@ def _which(args: argparse.Namespace) -> int:
     config = configuration.build(str(run.config_path))
     newest = commit.newest_whole(run.checkpoints_path, say)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
-    corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache", say=say)
+    corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache")
     # The nearest cursor at or before the step saves replaying the run from its beginning.
     cursor, skip, done = None, [], 0
     for step in commit.steps(run.checkpoints_path):

@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     length = args.length or min(positions, 2048)
     if not 1 <= length <= positions:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="--length")
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    corpus = Corpus.open(DataConfig(sources=parse_sources(args.data), text_column=args.text_column), say=say)
+    corpus = Corpus.open(DataConfig(sources=parse_sources(args.data), text_column=args.text_column))
     texts = (document.text for document in corpus.documents(held_out=True if args.held_out else None))
     piece = freeze(texts, tokenizer, tokens)
     windows = -(-(len(piece.tokens) - 1) // length)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from smolforge import tokenizer as tokenizers
 from smolforge.config import DataConfig
 from smolforge.data import Corpus
 from smolforge.data.loader import Loader
+
+logger = logging.getLogger(__name__)
 
 # SmolLM2-135M at 2,048 positions, bf16, 45% MFU of 989 TFLOP/s (issue of fast training): the hungriest single GPU.
 H200_TOKENS_PER_SECOND = 361_000
@@ -28,7 +31,6 @@ def measure(
     tokenizer: str | None = None,
     seconds: float = 10.0,
     length: int = 2048,
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make batches for a while, in the thread that measures.
 
@@ -44,12 +46,12 @@ def measure(
     with contextlib.ExitStack() as stack:
         if not sources:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="smolforge-bench-")))
-            say(f"writing {DOCUMENTS:,} documents of tales as parquet")
+            logger.info("writing %s documents of tales as parquet", f"{DOCUMENTS:,}")
             sources = [str(_write_tales(folder / "tales.parquet"))]
         config = DataConfig(sources=dict.fromkeys(sources, 1.0), sequence_length=length)
-        corpus = stack.enter_context(Corpus.open(config, say=say))
+        corpus = stack.enter_context(Corpus.open(config))
         if tokenizer is None:
-            say(f"training a tokenizer of {VOCABULARY:,} tokens")
+            logger.info("training a tokenizer of %s tokens", f"{VOCABULARY:,}")
             texts = (document.text for _, document in zip(range(1000), corpus.documents(), strict=False))
             encoder = tokenizers.train(texts, VOCABULARY)
         else:

@@ -5,16 +5,19 @@ A card is written by whoever owns the dataset: a pattern or path that leaves the
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from smolforge.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 File = tuple[str, int, str]  # path, bytes, oid
 
 
-def training_patterns(card: dict[str, Any], config: str, say: Callable[[str], None], spec: str) -> list[str]:
+def training_patterns(card: dict[str, Any], config: str, spec: str) -> list[str]:
     """The patterns that a dataset card names for a configuration's training split; none where it names none.
 
     Raises:
@@ -33,7 +36,8 @@ def training_patterns(card: dict[str, Any], config: str, say: Callable[[str], No
             names = [str(item.get("split")) for item in splits]
             chosen = [item for item in splits if item.get("split") == "train"] or splits
             if len(names) > 1:
-                say(f"{spec}: of the splits {', '.join(names)} {'train is' if 'train' in names else 'all are'} used")
+                used = "train is" if "train" in names else "all are"
+                logger.info("%s: of the splits %s, %s used", spec, ", ".join(names), used)
             for item in chosen:
                 path = item.get("path")
                 paths = path if isinstance(path, list) else [path]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ from smolforge.data.order import Order, RowRange, cut
 from smolforge.data.readahead import ReadAhead
 from smolforge.data.shard import Context, Rows
 from smolforge.errors import DataError
-
-
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 class Corpus:
@@ -58,7 +53,6 @@ class Corpus:
         index: dict[str, Any] | None = None,
         cache_dir: Path | None = None,
         offline: bool = False,
-        say: Callable[[str], None] = _to_stderr,
         network: Network | None = None,
     ) -> Corpus:
         """Resolve the sources and read their index.
@@ -68,7 +62,6 @@ class Corpus:
             index: an earlier `data_index.json`; sources are checked against it and not scanned again.
             cache_dir: folder of the cache; `$SMOLFORGE_CACHE` or the user's cache folder unless given.
             offline: use only what is on this machine (also where HF_HUB_OFFLINE is set).
-            say: takes the messages that a person should see, such as a network that is waited for.
             network: how the network is asked and waited for; made from the configuration unless given.
 
         Raises:
@@ -82,9 +75,8 @@ class Corpus:
             separator=config.separator or None,
             read_ahead=ReadAhead(config.read_ahead),
             offline=offline,
-            say=say,
             cache=Cache(cache_dir, config.cache),
-            network=network or Network(patience=config.patience, say=say),
+            network=network or Network(patience=config.patience),
         )
         context.cache.trim()
         try:
@@ -117,21 +109,21 @@ class Corpus:
         for source in range(len(self.specs)):
             yield from self.documents_of(source, held_out=held_out)
 
-    def mixed(self, *, held_out: bool | None = None) -> Iterator[Document]:
-        """The same documents, the sources taking turns by weight (in bytes of text) until all are exhausted.
+    def texts(self, *, held_out: bool | None = None) -> Iterator[str]:
+        """The texts of `documents`, the sources alternating so that each one's characters keep to its weight.
 
-        Its first documents stand for the mixture: what a tokenizer learns from, what an evaluation measures.
+        The first texts represent the mixture: a tokenizer is trained on them, an evaluation measures them.
         """
         streams = {s: self.documents_of(s, held_out=held_out) for s in range(len(self.specs))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
-            source = min(streams, key=lambda s: drawn[s] / self.weights[s])
+            source = min(streams, key=lambda s: (drawn[s] / self.weights[s], s))
             document = next(streams[source], None)
             if document is None:
                 del streams[source]
                 continue
-            drawn[source] += len(document.text.encode("utf-8", "replace"))
-            yield document
+            drawn[source] += len(document.text)
+            yield document.text
 
     def documents_of(self, source: int, *, held_out: bool | None = None) -> Iterator[Document]:
         """The documents of one source in canonical order."""

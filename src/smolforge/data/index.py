@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,8 @@ from smolforge.data import sources
 from smolforge.data.readers import reader
 from smolforge.data.shard import Context, Format, Shard, Source
 from smolforge.errors import DataError, SourceChanged
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 THREADS = 8  # shards looked at side by side
@@ -37,7 +40,7 @@ def build(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[
     for spec in specs:
         source = sources.resolve(spec, context)
         formats = [reader(shard, context) for shard in source.shards]
-        described = _scan(source, formats, context)
+        described = _scan(source, formats)
         entry = {
             "source": spec,
             "kind": source.kind,
@@ -89,7 +92,7 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
     return opened
 
 
-def _scan(source: Source, formats: list[Format], context: Context) -> list[dict[str, Any]]:
+def _scan(source: Source, formats: list[Format]) -> list[dict[str, Any]]:
     count = len(formats)
     told = 0
 
@@ -112,7 +115,7 @@ def _scan(source: Source, formats: list[Format], context: Context) -> list[dict[
             for done, future in enumerate(futures):
                 described.append(future.result())
                 if done - told >= TELL_EVERY:
-                    context.say(f"{source.spec}: {done} of {count} shards indexed")
+                    logger.info("%s: %d of %d shards indexed", source.spec, done, count)
                     told = done
         except BaseException:
             for future in futures:

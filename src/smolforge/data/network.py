@@ -9,6 +9,7 @@ the patience begins anew. Sleep, clock and jitter are given by the caller where 
 from __future__ import annotations
 
 import email.utils
+import logging
 import os
 import random
 import threading
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
 TELL_AGAIN = 600.0  # seconds between two messages about the same kind of trouble
@@ -52,7 +54,6 @@ class Network:
 
     Args:
         patience: seconds that something silent is tried again.
-        say: takes one message per kind of trouble and ten minutes.
         timeout: seconds that a connection or one read may take.
         sleep, clock, jitter: time itself, and a number in [0, 1).
     """
@@ -61,13 +62,12 @@ class Network:
         self,
         *,
         patience: float = 900.0,
-        say: Callable[[str], None] = lambda _: None,
         timeout: float = 30.0,
         sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.patience, self.say, self.timeout = patience, say, timeout
+        self.patience, self.timeout = patience, timeout
         self.clock, self.jitter = clock, jitter
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
@@ -138,7 +138,7 @@ class Network:
             if last is not None and now - last < TELL_AGAIN:
                 return
             self._told[(place, trouble)] = now
-        self.say(f"{place}: {trouble} while {what} was read; trying again in {wait:.1f} s")
+        logger.warning("%s: %s while reading %s; trying again in %.1f s", place, trouble, what, wait)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

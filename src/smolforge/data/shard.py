@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from smolforge.data.network import Network
     from smolforge.data.readahead import ReadAhead
 
-Say = Callable[[str], None]
-
 
 @dataclass
 class Context:
@@ -32,7 +30,6 @@ class Context:
     separator: str | None
     read_ahead: ReadAhead
     offline: bool
-    say: Say
     cache: Cache
     network: Network
 

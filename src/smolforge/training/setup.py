@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -184,21 +184,7 @@ def open_tokenizer(
 def _train_tokenizer(config: TokenizerConfig, corpus: Corpus, say: Say) -> Tokenizer:
     wanted = config.train.documents
     say(f"tokenizer: training {config.train.vocab_size:,} tokens on {wanted:,} documents")
-    return tokenizers.train(islice(mixed_texts(corpus, held_out=False), wanted), config.train.vocab_size)
-
-
-def mixed_texts(corpus: Corpus, *, held_out: bool) -> Iterator[str]:
-    """Texts of all sources in canonical order, dealt so that each source's characters keep to its weight."""
-    streams = {i: corpus.documents_of(i, held_out=held_out) for i in range(len(corpus.specs))}
-    given = dict.fromkeys(streams, 0.0)
-    while streams:
-        source = min(streams, key=lambda i: (given[i] / corpus.weights[i], i))
-        document = next(streams[source], None)
-        if document is None:
-            del streams[source]
-            continue
-        given[source] += len(document.text)
-        yield document.text
+    return tokenizers.train(islice(corpus.texts(held_out=False), wanted), config.train.vocab_size)
 
 
 def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> LlamaForCausalLM:
@@ -267,12 +253,12 @@ def _open_session(
     index = ranks.broadcast(run.read_index() if ranks.is_main else None)
     cache = run.path / "cache"
     if ranks.is_main:
-        corpus = Corpus.open(config.data, index=index, cache_dir=cache, say=say)
+        corpus = Corpus.open(config.data, index=index, cache_dir=cache)
         if index is None:
             run.write_index(corpus.index)
     index = ranks.broadcast(corpus.index if ranks.is_main else None)
     if not ranks.is_main:
-        corpus = Corpus.open(config.data, index=index, cache_dir=cache, say=say)
+        corpus = Corpus.open(config.data, index=index, cache_dir=cache)
     tokenizer = open_tokenizer(config, corpus, run, newest, ranks, say)
     for reason in chosen.reasons:
         say(reason)
@@ -286,7 +272,7 @@ def _open_session(
     optimizer = optim.build_optimizer(model, config.optimizer, device)
     held_out = None
     if config.data.holdout:
-        held_out = evaluation.freeze(mixed_texts(corpus, held_out=True), tokenizer, config.evaluation.tokens)
+        held_out = evaluation.freeze(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
     scaler = torch.amp.GradScaler(device.type) if chosen.precision.scaler else None
     return TrainContext(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
 

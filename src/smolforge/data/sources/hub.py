@@ -116,7 +116,7 @@ class _Hub:
     def of_config(self, info: Any, revision: str, config: str) -> list[tuple[str, int, str]]:
         """(path, size, oid) of a configuration's training files."""
         card = info.card_data.to_dict() if info.card_data else {}
-        patterns = training_patterns(card, config, self.context.say, self.spec)
+        patterns = training_patterns(card, config, self.spec)
         if patterns:
             return _known(self._matching(revision, patterns))
         for folder in (config, f"data/{config}"):
@@ -169,7 +169,7 @@ class _Hub:
         else:
             readme = root / "README.md"
             card = DatasetCard.load(readme).data.to_dict() if readme.is_file() else {}
-            patterns = training_patterns(card, str(config), self.context.say, self.spec)
+            patterns = training_patterns(card, str(config), self.spec)
             wanted = select(found, patterns or [f"{config}/**", f"data/{config}/**"])
             wanted = wanted if patterns else _training(wanted)
         files = _known(wanted)
