@@ -12,7 +12,7 @@ import sys
 import time
 
 from smolforge.config import THREE_PROMPTS
-from smolforge.generation import Engine, Sampling
+from smolforge.generation import Engine, SamplingParams
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     engines = {
-        name: Engine.load(args.model, quantize=args.quantize, draft=draft)
+        name: Engine.from_pretrained(args.model, quantize=args.quantize, draft=draft)
         for name, draft in (("alone", None), ("drafted", args.draft))
     }
     drafted = engines["drafted"]
@@ -38,7 +38,7 @@ def main() -> int:
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(args.rounds + 1):  # the first warms up
         texts = []
-        sampling = Sampling(temperature=args.temperature, max_tokens=args.tokens, seed=turn, ignore_eos=True)
+        sampling = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, seed=turn, ignore_eos=True)
         for name, engine in engines.items():
             engine.scheduler.pool.clear()
             began = time.perf_counter()

@@ -42,7 +42,7 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
 def smolforge(directory: Path, precision: str, device: str) -> Contestant:
     """The runner alone, as `smolforge bench generate` has it."""
     from smolforge.checkpoint.locate import load
-    from smolforge.generation.scheduler import Piece
+    from smolforge.generation.sequence import ScheduledChunk
     from smolforge.generation.static import StaticRunner
 
     runner = StaticRunner(load(directory, device=device)[0], precision)  # type: ignore[arg-type]
@@ -51,13 +51,13 @@ def smolforge(directory: Path, precision: str, device: str) -> Contestant:
 
     def run(rows: list[list[int]]) -> None:
         caches = [runner.new_cache(PROMPT + NEW) for _ in rows]
-        pieces = [Piece(cache, row, 0, 1) for cache, row in zip(caches, rows, strict=True)]
+        pieces = [ScheduledChunk(cache, row, 0, 1) for cache, row in zip(caches, rows, strict=True)]
         for at in range(PROMPT, PROMPT + NEW):
             tokens = runner.forward(pieces).argmax(-1).tolist()
-            pieces = [Piece(cache, [token], at, 1) for cache, token in zip(caches, tokens, strict=True)]
+            pieces = [ScheduledChunk(cache, [token], at, 1) for cache, token in zip(caches, tokens, strict=True)]
 
     def logits(row: list[int]) -> Any:
-        return runner.forward([Piece(runner.new_cache(PROMPT), row, 0, 1)])[0]
+        return runner.forward([ScheduledChunk(runner.new_cache(PROMPT), row, 0, 1)])[0]
 
     return Contestant(runner.weight_bytes, run, logits, runner.name)
 

@@ -43,15 +43,16 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
     import torch
 
     from smolforge.checkpoint.locate import load
-    from smolforge.generation.native import NativeRunner
-    from smolforge.generation.scheduler import CHUNK, Piece
+    from smolforge.generation.runners.cpu import CpuRunner
+    from smolforge.generation.scheduler import CHUNK
+    from smolforge.generation.sequence import ScheduledChunk
     from smolforge.generation.stock import StockRunner
 
     torch.set_num_threads(threads)
     kind, precision = variant.split("-")
     start = time.perf_counter()
     module, _, _ = load(workspace / "hf")
-    runner = (NativeRunner if kind == "native" else StockRunner)(module, precision)  # type: ignore[arg-type]
+    runner = (CpuRunner if kind == "native" else StockRunner)(module, precision)  # type: ignore[arg-type]
     me = Contestant()
     me.load_seconds, me.weight_bytes = time.perf_counter() - start, runner.weight_bytes
     state: dict = {}
@@ -61,7 +62,7 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
         state.update(caches=[runner.new_cache(length + 256) for _ in rows], at=length)
         for at in range(0, length, CHUNK):
             pieces = [
-                Piece(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))
+                ScheduledChunk(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))
                 for cache, row in zip(state["caches"], rows, strict=True)
             ]
             logits = runner.forward(pieces)
@@ -69,7 +70,8 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
 
     def decode(count: int) -> None:
         for _ in range(count):
-            pieces = [Piece(c, [t], state["at"], 1) for c, t in zip(state["caches"], state["next"], strict=True)]
+            at, tokens = state["at"], zip(state["caches"], state["next"], strict=True)
+            pieces = [ScheduledChunk(cache, [token], at, 1) for cache, token in tokens]
             state["next"] = runner.forward(pieces).argmax(-1).tolist()
             state["at"] += 1
 
@@ -81,11 +83,11 @@ def engine(variant: str, workspace: Path, threads: int) -> Contestant:
     """The whole engine with the seed's own sampling (temperature 0.8, top-p 0.9): what a user gets."""
     import torch
 
-    from smolforge.generation import Engine, Sampling
+    from smolforge.generation import Engine, SamplingParams
 
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    whole = Engine.load(workspace / "hf", quantize=variant.split("-")[1])
+    whole = Engine.from_pretrained(workspace / "hf", quantize=variant.split("-")[1])
     me = Contestant()
     me.load_seconds, me.weight_bytes = time.perf_counter() - start, whole.runner.weight_bytes
     requests: list = []
@@ -94,7 +96,7 @@ def engine(variant: str, workspace: Path, threads: int) -> Contestant:
         for request in requests:
             whole.cancel(request)
         whole.scheduler.pool.clear()
-        sampling = Sampling(max_tokens=256, seed=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=256, seed=0, ignore_eos=True)
         requests[:] = [whole.add(row, sampling) for row in rows]
         while any(request.choices[0].written == 0 for request in requests):
             whole.step()

@@ -3,8 +3,8 @@
     import smolforge
 
     run, code = smolforge.train(smolforge.TrainRequest("pocket", out="runs/mine"))
-    engine = smolforge.Engine.load("runs/mine")
-    for step in engine.stream(["Once upon a time"], smolforge.Sampling(seed=1)):
+    engine = smolforge.Engine.from_pretrained("runs/mine")
+    for step in engine.stream(["Once upon a time"], smolforge.SamplingParams(seed=1)):
         print(step.text, end="")
 
 Names are imported when they are first used: `import smolforge` alone costs nothing.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from smolforge.data import Corpus, Loader
     from smolforge.errors import SmolforgeError
     from smolforge.evaluation import evaluate
-    from smolforge.generation import Engine, Sampling
+    from smolforge.generation import Engine, SamplingParams
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
     from smolforge.training.setup import TrainRequest
@@ -35,7 +35,7 @@ _HOMES = {
     "TrainRequest": ("training.setup", "TrainRequest"),
     "Run": ("run", "Run"),
     "RunConfig": ("config", "RunConfig"),
-    "Sampling": ("generation", "Sampling"),
+    "SamplingParams": ("generation", "SamplingParams"),
     "SmolforgeError": ("errors", "SmolforgeError"),
     "Tokenizer": ("tokenizer", "Tokenizer"),
     "build_config": ("config", "build"),
@@ -49,7 +49,7 @@ __all__ = [
     "Loader",
     "Run",
     "RunConfig",
-    "Sampling",
+    "SamplingParams",
     "SmolforgeError",
     "Tokenizer",
     "TrainRequest",

@@ -7,8 +7,8 @@ import pytest
 from smolforge import tokenizer as tokenizers
 from smolforge.config import ModelConfig
 from smolforge.evaluation import evaluate, evaluate_runner, freeze
-from smolforge.generation.choose import choose_runner
-from smolforge.generation.runner import ModuleRunner
+from smolforge.generation.runners import select_runner
+from smolforge.generation.runners.module import ModuleRunner
 from smolforge.model.registry import build
 
 TEXTS = ["a fox met an owl.", "The owl and the fox went a long way, " * 12, "", "ende 🙂"]
@@ -31,7 +31,7 @@ def model_and_slice():
 def test_a_runner_in_fp32_has_the_score_of_the_model(model_and_slice, length):
     model, piece = model_and_slice
     expected = evaluate(model, piece, length=length)
-    for runner in (ModuleRunner(model), choose_runner(model, "fp32")[0]):
+    for runner in (ModuleRunner(model), select_runner(model, "fp32")[0]):
         score = evaluate_runner(runner, piece, length=length)
         assert score.loss == pytest.approx(expected.loss, rel=1e-5)
         assert (score.tokens, score.n_bytes, score.documents) == (expected.tokens, expected.n_bytes, expected.documents)
@@ -42,7 +42,7 @@ def test_fewer_bits_cost_something_but_little(model_and_slice):
     expected = evaluate(model, piece, length=64).bits_per_byte
     prices = {
         precision: abs(
-            evaluate_runner(choose_runner(model, precision)[0], piece, length=64).bits_per_byte / expected - 1
+            evaluate_runner(select_runner(model, precision)[0], piece, length=64).bits_per_byte / expected - 1
         )
         for precision in ("bf16", "int8", "int4")
     }

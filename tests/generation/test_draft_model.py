@@ -15,15 +15,14 @@ from smolforge import cli, kernels
 from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation import Engine, Sampling
-from smolforge.generation.cache import TensorCache
-from smolforge.generation.cost import ENOUGH, FORGET, Cost
-from smolforge.generation.draft import MOST, fastest, speed
-from smolforge.generation.paired import PairedCache
+from smolforge.generation import Engine, SamplingParams
+from smolforge.generation.draft_model import PairedCache
+from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.sampler import Sampler
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.sequence import ScheduledChunk
+from smolforge.generation.speculative import ENOUGH, FORGET, MOST, Cost, fastest, speed
 
-CHANCE = Sampling(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)
+CHANCE = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +36,7 @@ def native_step():
 
 def drafted(tokenizer, draft, *, cost=0.0, lookup=False, model=None, **options):
     """An engine with a draft that is thought to cost so much, whatever the clock says."""
-    engine = Engine.of(model or make_model(), tokenizer, quantize="fp32", draft=draft, **options)
+    engine = Engine.from_model(model or make_model(), tokenizer, quantize="fp32", draft=draft, **options)
     assert engine.speculation and engine.speculation.draft
     ledger = engine.speculation.draft.cost
     ledger.bytes_ratio, ledger.draft_took = cost, lambda rows, seconds: None
@@ -69,13 +68,13 @@ def engines(tokenizer, near):
     return (
         drafted(tokenizer, near, lookup=True),
         drafted(tokenizer, make_model("one-kv", seed=5, context=40)),
-        Engine.of(make_model(), tokenizer, quantize="fp32", speculate=False),
+        Engine.from_model(make_model(), tokenizer, quantize="fp32", speculate=False),
     )
 
 
 def steps_of(engine, prompts, sampling):
     return sorted(
-        ((s.request, s.choice, s.token_id, s.text, s.logprob, s.top_logprobs, s.finish_reason)
+        ((s.request, s.index, s.token_id, s.text, s.logprob, s.top_logprobs, s.finish_reason)
          for s in engine.stream(prompts, sampling)),
         key=lambda step: step[:2],
     )  # fmt: skip
@@ -99,9 +98,9 @@ def run(engine, request):
 def test_the_text_is_the_same_to_the_last_bit(
     engines, unit, times, temperature, seed, repetition, presence, frequency, tokens, n, least, logprobs, echo, clear
 ):
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=temperature, seed=seed, max_tokens=tokens, repetition_penalty=repetition,
-        presence_penalty=presence, frequency_penalty=frequency, n=n, stop=("qu",), stop_ids=(5, 6, 7),
+        presence_penalty=presence, frequency_penalty=frequency, n=n, stop=("qu",), stop_token_ids=(5, 6, 7),
         min_tokens=min(least, tokens), logprobs=logprobs, echo=echo,
     )  # fmt: skip
     prompts = [unit * times, [7, *unit], [9]]
@@ -120,7 +119,7 @@ def test_the_drafts_above_were_used(engines):
         engine.guessed = engine.guessed_right = 0
         engine.speculation.draft.rate.value = 0.9
         for seed in range(5):
-            list(engine.stream([[5, 6, seed]], Sampling(temperature=1.0, seed=seed, ignore_eos=True)))
+            list(engine.stream([[5, 6, seed]], SamplingParams(temperature=1.0, seed=seed, ignore_eos=True)))
         assert engine.guessed > 0
     assert engines[0].guessed_right > 0.2 * engines[0].guessed
 
@@ -130,7 +129,7 @@ def test_the_drafts_above_were_used(engines):
 )
 def test_the_same_model_is_always_right(tokenizer, penalties):
     engine = drafted(tokenizer, make_model())
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=100, seed=1, ignore_eos=True, **penalties)
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=100, seed=1, ignore_eos=True, **penalties)
     request = engine.add([5, 6, 7, 8], sampling)
     assert run(engine, request) <= 16  # 99 tokens at nine a step, once the rate has risen so far
     assert request.written == 100
@@ -141,10 +140,10 @@ def test_the_end_is_guessed_and_nothing_behind_it(tokenizer):
     engine = drafted(tokenizer, make_model())
     for seed in range(5):
         request = engine.add(
-            [5, 6, 7], Sampling(temperature=1.0, seed=seed, stop_ids=tuple(range(100, 130)), stop="qu")
+            [5, 6, 7], SamplingParams(temperature=1.0, seed=seed, stop_token_ids=tuple(range(100, 130)), stop="qu")
         )
         run(engine, request)
-        assert request.choices[0].finish_reason == "stop"
+        assert request.sequences[0].finish_reason == "stop"
     assert engine.guessed > 20
     assert engine.guessed - engine.guessed_right <= 5, "stop strings are not known to the draft"
 
@@ -159,7 +158,7 @@ def check_against_a_fresh_draft(engine, monkeypatch):
         for choice, found in guesses.items():
             tokens = list(choice.tokens)
             for guess in found[:1]:
-                piece = Piece(draft.runner.new_cache(len(tokens)), tokens, 0, 1)
+                piece = ScheduledChunk(draft.runner.new_cache(len(tokens)), tokens, 0, 1)
                 assert guess == choice.sampler.choose(forward([piece])[0], choice.written)
         return guesses
 
@@ -192,14 +191,14 @@ def test_rows_that_the_draft_never_read_are_not_copied(tokenizer, near, monkeypa
     assert engine.guessed == 0 and engine.memory()["cache_kept"]
     engine.speculation.draft.cost.bytes_ratio = 0.0
     lengths = check_against_a_fresh_draft(engine, monkeypatch)
-    again = engine.add(first.choices[0].tokens[:50], CHANCE)
+    again = engine.add(first.sequences[0].tokens[:50], CHANCE)
     run(engine, again)
     assert engine.guessed > 0 and lengths[0] == 50
 
 
 def test_a_step_that_failed_is_taken_again(tokenizer, near, monkeypatch):
     engine = drafted(tokenizer, near)
-    alone = Engine.of(make_model(), tokenizer, quantize="fp32", speculate=False)
+    alone = Engine.from_model(make_model(), tokenizer, quantize="fp32", speculate=False)
     expected = alone.add([5, 6, 7], CHANCE)
     run(alone, expected)
     check_against_a_fresh_draft(engine, monkeypatch)
@@ -215,18 +214,18 @@ def test_a_step_that_failed_is_taken_again(tokenizer, near, monkeypatch):
     while not request.finished:
         with contextlib.suppress(RuntimeError):
             engine.step()
-    assert request.choices[0].tokens == expected.choices[0].tokens and engine.guessed > 0
+    assert request.sequences[0].tokens == expected.sequences[0].tokens and engine.guessed > 0
 
 
 def test_a_low_rate_is_tried_again(tokenizer):
     engine = drafted(tokenizer, make_model())
-    request = engine.add([5, 6, 7], Sampling(temperature=1.0, max_tokens=100, seed=1, ignore_eos=True))
-    request.choices[0].draft_rate.value = 0.2
+    request = engine.add([5, 6, 7], SamplingParams(temperature=1.0, max_tokens=100, seed=1, ignore_eos=True))
+    request.sequences[0].draft_rate.value = 0.2
     assert 15 < run(engine, request) < 50
 
 
 def test_both_models_are_timed_and_prompts_are_not(tokenizer, monkeypatch):
-    engine = Engine.of(make_model(), tokenizer, quantize="fp32", draft=make_model())
+    engine = Engine.from_model(make_model(), tokenizer, quantize="fp32", draft=make_model())
     cost = engine.speculation.draft.cost
     cost.bytes_ratio, rows = 0.01, {"draft": [], "model": []}
     for who in rows:
@@ -264,7 +263,9 @@ def test_choices_of_a_prompt_copy_its_rows(tokenizer):
     engine.speculation.draft.runner.forward = lambda pieces: (
         rows.extend(len(p.tokens) for p in pieces) or forward(pieces)
     )
-    request = engine.add(list(range(1, 150)), Sampling(temperature=1.0, max_tokens=9, n=3, seed=1, ignore_eos=True))
+    request = engine.add(
+        list(range(1, 150)), SamplingParams(temperature=1.0, max_tokens=9, n=3, seed=1, ignore_eos=True)
+    )
     run(engine, request)
     assert [count for count in rows if count > 2] == [149], "the prompt is read once"
     assert engine.guessed_right == engine.guessed > 0
@@ -273,7 +274,7 @@ def test_choices_of_a_prompt_copy_its_rows(tokenizer):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])
 def test_guesses_never_pass_the_limit(tokenizer, tokens):
     engine = drafted(tokenizer, make_model())
-    request = engine.add([5, 6], Sampling(temperature=1.0, max_tokens=tokens, seed=2, ignore_eos=True))
+    request = engine.add([5, 6], SamplingParams(temperature=1.0, max_tokens=tokens, seed=2, ignore_eos=True))
     forward = engine.runner.forward
 
     def watched(pieces):
@@ -318,16 +319,16 @@ def test_every_byte_of_both_caches_is_counted_and_given_back(tokenizer, near):
     engine = drafted(tokenizer, near)
     both = [engine.runner, engine.speculation.draft.runner]
     need = sum(runner.cache_bytes(63) for runner in both)
-    alone = Engine.of(make_model(), tokenizer, quantize="fp32")
+    alone = Engine.from_model(make_model(), tokenizer, quantize="fp32")
     assert engine.memory()["weights"] == sum(runner.weight_bytes for runner in both)
     assert engine.memory()["draft_weights"] == both[1].weight_bytes == alone.memory()["weights"]
     assert alone.memory()["draft_weights"] == 0
     first, second = engine.add([5, 6, 7], CHANCE), engine.add([5, 6, 8], CHANCE)
     engine.step(), engine.step()
-    cache = first.choices[0].cache
+    cache = first.sequences[0].cache
     assert engine.memory()["cache_reserved"] == 2 * need == 2 * (cache.model.memory.nbytes + cache.draft.memory.nbytes)
     engine.cancel(first)
-    assert first.choices[0].cache is None and engine.memory()["cache_reserved"] == need
+    assert first.sequences[0].cache is None and engine.memory()["cache_reserved"] == need
     run(engine, second)
     assert engine.memory()["cache_reserved"] == 0
     assert engine.memory()["cache_kept"] == 2 * need
@@ -358,13 +359,13 @@ def test_a_draft_that_costs_too_much_is_not_asked(tokenizer):
     engine = drafted(tokenizer, make_model(), cost=0.8)
     run(engine, engine.add([5, 6, 7], CHANCE))
     assert engine.guessed == 0
-    plain = Engine.of(make_model(), tokenizer, quantize="fp32", draft=make_model())
+    plain = Engine.from_model(make_model(), tokenizer, quantize="fp32", draft=make_model())
     assert any("1.00 of the bytes" in line and "could not pay" in line for line in plain.decisions)
     assert run(plain, plain.add([5, 6, 7], CHANCE)) >= 30  # written all the same
 
 
 def test_of_lookup_and_draft_the_better_is_taken(tokenizer):
-    sampling = Sampling(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
+    sampling = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
 
     def guesses_of_the_draft(cost, lookup_rate):
         engine = drafted(tokenizer, make_model(), cost=cost, lookup=True)
@@ -372,8 +373,8 @@ def test_of_lookup_and_draft_the_better_is_taken(tokenizer):
         propose = engine.speculation.draft.propose
         engine.speculation.draft.propose = lambda asked: drawn.append(len(asked)) or propose(asked)
         request = engine.add([9] * 8, sampling)
-        request.choices[0].lookup.rate.value = lookup_rate
-        request.choices[0].draft_rate.value = 0.8
+        request.sequences[0].lookup.rate.value = lookup_rate
+        request.sequences[0].draft_rate.value = 0.8
         run(engine, request)
         assert engine.guessed_right > 70
         return sum(drawn)
@@ -383,20 +384,20 @@ def test_of_lookup_and_draft_the_better_is_taken(tokenizer):
 
 
 def test_other_runners_do_without_and_say_why(tokenizer, monkeypatch):
-    live = Engine.of(make_model(), tokenizer, draft=make_model())
+    live = Engine.from_model(make_model(), tokenizer, draft=make_model())
     assert live.speculation is None
     assert any(line.startswith("draft: ") and "not used" in line and "module" in line for line in live.decisions)
-    off = Engine.of(make_model(), tokenizer, quantize="fp32", speculate=False, draft=make_model())
+    off = Engine.from_model(make_model(), tokenizer, quantize="fp32", speculate=False, draft=make_model())
     assert off.speculation is None and any("does not speculate" in line for line in off.decisions)
     assert off.memory()["draft_weights"] == 0
     with pytest.raises(BadInput, match="tokenizer"):
-        Engine.of(make_model(), tokenizer, draft=make_model(), draft_tokenizer=tokenizers.train(["other"], 300))
+        Engine.from_model(make_model(), tokenizer, draft=make_model(), draft_tokenizer=tokenizers.train(["other"], 300))
 
 
 def test_a_draft_of_other_tokens_is_refused(tokenizer):
     def error(draft, other):
         with pytest.raises(BadInput) as caught:
-            Engine.of(make_model(), tokenizer, quantize="fp32", draft=draft, draft_tokenizer=other)
+            Engine.from_model(make_model(), tokenizer, quantize="fp32", draft=draft, draft_tokenizer=other)
         assert caught.value.field == "draft" and caught.value.hint
         return caught.value.message
 
@@ -429,7 +430,10 @@ def test_a_broken_draft_is_named(tokenizer):
 
 def test_drawing_ahead_leaves_the_sampler_as_it_is():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    for sampling in (Sampling(repetition_penalty=1.5, seed=1), Sampling(frequency_penalty=1.0, presence_penalty=1.0)):
+    for sampling in (
+        SamplingParams(repetition_penalty=1.5, seed=1),
+        SamplingParams(frequency_penalty=1.0, presence_penalty=1.0),
+    ):
         sampler, told = Sampler(sampling, [1, 2], 1), Sampler(sampling, [1, 2], 1)
         ahead = sampler.ahead()
         for token_id in (7, 8, 7):

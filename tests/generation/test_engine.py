@@ -9,27 +9,27 @@ import torch
 from tiny_llama import SHAPES, as_transformers, make_model
 
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation import Engine, Sampling
-from smolforge.generation.native import NativeRunner
-from smolforge.generation.runner import ModuleRunner
+from smolforge.generation import Engine, SamplingParams
+from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.static import StaticRunner
 from smolforge.generation.stock import StockRunner
 
 PATHS = [
     ModuleRunner,
-    *(functools.partial(kind, precision="fp32") for kind in (NativeRunner, StockRunner, StaticRunner)),
+    *(functools.partial(kind, precision="fp32") for kind in (CpuRunner, StockRunner, StaticRunner)),
 ]
-GREEDY = Sampling(temperature=0, max_tokens=60, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 
 def collect(steps):
     """{(request, choice): (token ids, text, finish reason)} of a stream."""
     out: dict = {}
     for step in steps:
-        ids, text, reason = out.get((step.request, step.choice), ([], "", None))
+        ids, text, reason = out.get((step.request, step.index), ([], "", None))
         assert reason is None, "a step came after the last one"
         ids = ids + ([step.token_id] if step.token_id is not None and not step.prompt else [])
-        out[step.request, step.choice] = ids, text + step.text, step.finish_reason
+        out[step.request, step.index] = ids, text + step.text, step.finish_reason
     return out
 
 
@@ -58,14 +58,14 @@ def test_greedy_equals_transformers_at_length(seed, tokenizer):
     theirs = oracle.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False)[0, len(prompt) :]
     for path in PATHS:
         engine = Engine(path(model), tokenizer)
-        ours = collect(engine.stream([prompt], Sampling(temperature=0, max_tokens=200, ignore_eos=True)))
+        ours = collect(engine.stream([prompt], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)))
         assert ours[0, 0][0] == theirs.tolist()
 
 
 @pytest.mark.parametrize("quantize", [None, "fp32", "int8", "int4"])
 def test_seeded_text_is_the_same_among_fifteen_mates_who_come_and_go(quantize, tokenizer):
-    engine = Engine.of(make_model(), tokenizer, quantize=quantize, max_batch=16)
-    wanted = Sampling(seed=42, max_tokens=70, temperature=1.2, logprobs=2, ignore_eos=True)
+    engine = Engine.from_model(make_model(), tokenizer, quantize=quantize, max_batch=16)
+    wanted = SamplingParams(seed=42, max_tokens=70, temperature=1.2, logprobs=2, ignore_eos=True)
     prompt = tokenizer.encode("once upon a time in a galaxy " * 3)
     alone = list(engine.stream([prompt], wanted))
     generator = torch.Generator().manual_seed(9)
@@ -79,7 +79,7 @@ def test_seeded_text_is_the_same_among_fifteen_mates_who_come_and_go(quantize, t
             ids = torch.randint(0, 400, (1 + number(120),), generator=generator).tolist()
             if number(3) == 0:
                 ids = prompt[: 1 + number(len(prompt))] + ids[:5]  # a common prefix, to be copied
-            mates.append(engine.add(ids, Sampling(max_tokens=1 + number(40), seed=number(1000), n=1 + number(2))))
+            mates.append(engine.add(ids, SamplingParams(max_tokens=1 + number(40), seed=number(1000), n=1 + number(2))))
         if turn == 7:
             request = engine.add(prompt, wanted)
         steps = engine.step()
@@ -95,64 +95,64 @@ def test_seeded_text_is_the_same_among_fifteen_mates_who_come_and_go(quantize, t
 
 
 def test_choices_differ_and_repeat(tokenizer):
-    engine = Engine.of(make_model(), tokenizer, quantize="fp32")
-    sampling = Sampling(seed=3, n=4, max_tokens=20, temperature=1.0, top_p=1.0)
+    engine = Engine.from_model(make_model(), tokenizer, quantize="fp32")
+    sampling = SamplingParams(seed=3, n=4, max_tokens=20, temperature=1.0, top_p=1.0)
     first, second = (collect(engine.stream(["hello world"], sampling)) for _ in range(2))
     assert first == second and len({tuple(ids) for ids, _, _ in first.values()}) == 4
 
 
 def test_without_a_seed_one_is_drawn_and_kept(tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
-    a, b = (engine.add("hello", Sampling(max_tokens=1)) for _ in range(2))
+    engine = Engine.from_model(make_model(), tokenizer)
+    a, b = (engine.add("hello", SamplingParams(max_tokens=1)) for _ in range(2))
     assert a.seed != b.seed
 
 
 def test_stop_strings_across_tokens(tokenizer):
-    engine = Engine.of(make_model(), tokenizer, quantize="fp32")
-    sampling = Sampling(seed=5, max_tokens=80, temperature=1.0, ignore_eos=True)
+    engine = Engine.from_model(make_model(), tokenizer, quantize="fp32")
+    sampling = SamplingParams(seed=5, max_tokens=80, temperature=1.0, ignore_eos=True)
     text = collect(engine.stream(["hello"], sampling))[0, 0][1]
     for start in (3, 10, 20):
         stop = text[start : start + 4]
-        steps = list(engine.stream(["hello"], Sampling(**{**vars(sampling), "stop": stop})))
+        steps = list(engine.stream(["hello"], SamplingParams(**{**vars(sampling), "stop": stop})))
         assert "".join(step.text for step in steps) == text[: text.index(stop)]
         assert steps[-1].finish_reason == "stop"
 
 
 def test_ends(tokenizer):
     model = make_model()
-    engine = Engine.of(model, tokenizer)
+    engine = Engine.from_model(model, tokenizer)
     greedy = collect(engine.stream(["hello"], GREEDY))[0, 0][0]
     at = next(i for i, t in enumerate(greedy) if t not in greedy[:i] and i > 2)
-    stopped = collect(engine.stream(["hello"], Sampling(temperature=0, stop_ids=(greedy[at],))))[0, 0]
+    stopped = collect(engine.stream(["hello"], SamplingParams(temperature=0, stop_token_ids=(greedy[at],))))[0, 0]
     assert stopped[0] == greedy[: at + 1] and stopped[2] == "stop"
     assert tokenizer.decode(greedy[:at]) == stopped[1], "the stop token is not shown"
-    ended = Engine.of(model, tokenizer, eos_ids=[greedy[at]])
-    assert collect(ended.stream(["hello"], Sampling(temperature=0)))[0, 0] == stopped
-    waited = collect(ended.stream(["hello"], Sampling(temperature=0, min_tokens=at + 5)))[0, 0]
+    ended = Engine.from_model(model, tokenizer, eos_ids=[greedy[at]])
+    assert collect(ended.stream(["hello"], SamplingParams(temperature=0)))[0, 0] == stopped
+    waited = collect(ended.stream(["hello"], SamplingParams(temperature=0, min_tokens=at + 5)))[0, 0]
     assert len(waited[0]) >= at + 5
-    long = collect(engine.stream([[5] * 250], Sampling(temperature=0, ignore_eos=True)))[0, 0]
+    long = collect(engine.stream([[5] * 250], SamplingParams(temperature=0, ignore_eos=True)))[0, 0]
     assert len(long[0]) == 6 and long[2] == "length", "the context ends at 256"
 
 
 def test_max_tokens_one_and_zero(tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
-    assert len(list(engine.stream(["hello"], Sampling(max_tokens=1)))) == 1
-    steps = list(engine.stream(["hello world"], Sampling(max_tokens=0, echo=True)))
+    engine = Engine.from_model(make_model(), tokenizer)
+    assert len(list(engine.stream(["hello"], SamplingParams(max_tokens=1)))) == 1
+    steps = list(engine.stream(["hello world"], SamplingParams(max_tokens=0, echo=True)))
     assert "".join(step.text for step in steps) == "hello world" and steps[-1].finish_reason == "length"
-    steps = list(engine.stream([[7] * 256], Sampling(max_tokens=0)))
+    steps = list(engine.stream([[7] * 256], SamplingParams(max_tokens=0)))
     assert [step.finish_reason for step in steps] == ["length"], "a full context is a prompt one may echo"
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_echo_with_logprobs(max_tokens, tokenizer):
     model = make_model("plain", context=1024)
-    engine = Engine.of(model, tokenizer)
+    engine = Engine.from_model(model, tokenizer)
     prompt = torch.randint(1, 400, (600,), generator=torch.Generator().manual_seed(0)).tolist()  # several chunks
-    steps = list(engine.stream([prompt], Sampling(max_tokens=max_tokens, echo=True, logprobs=2, n=2)))
+    steps = list(engine.stream([prompt], SamplingParams(max_tokens=max_tokens, echo=True, logprobs=2, n=2)))
     with torch.no_grad():
         logs = model(torch.tensor([prompt]))[0].log_softmax(-1)
     for choice in (0, 1):
-        echoed = [step for step in steps if step.prompt and step.choice == choice]
+        echoed = [step for step in steps if step.prompt and step.index == choice]
         assert [step.token_id for step in echoed] == prompt and echoed[0].logprob is None
         expected = [float(logs[i, t]) for i, t in enumerate(prompt[1:])]
         assert [step.logprob for step in echoed[1:]] == pytest.approx(expected, abs=1e-3)
@@ -167,7 +167,7 @@ def test_echo_with_logprobs(max_tokens, tokenizer):
     ],
 )  # fmt: skip
 def test_bad_prompts(prompt, words, tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
+    engine = Engine.from_model(make_model(), tokenizer)
     with pytest.raises(BadInput) as caught:
         engine.add(prompt)
     assert caught.value.field == "prompt" and words in str(caught.value)
@@ -175,30 +175,30 @@ def test_bad_prompts(prompt, words, tokenizer):
 
 
 def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
+    engine = Engine.from_model(make_model(), tokenizer)
     with pytest.raises(BadInput):
         list(engine.stream(["hello", ""]))
     assert not engine.busy
 
 
 def test_ids_outside_the_vocabulary(tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
-    for sampling in (Sampling(stop_ids=(400,)), Sampling(logit_bias={400: 1.0})):
+    engine = Engine.from_model(make_model(), tokenizer)
+    for sampling in (SamplingParams(stop_token_ids=(400,)), SamplingParams(logit_bias={400: 1.0})):
         with pytest.raises(BadInput, match="400"):
             engine.add("hello", sampling)
 
 
 def test_a_request_larger_than_the_whole_cache_is_refused(tokenizer):
-    engine = Engine.of(make_model(), tokenizer, cache_bytes=10_000)
+    engine = Engine.from_model(make_model(), tokenizer, cache_bytes=10_000)
     with pytest.raises(BadInput, match="bytes of cache"):
-        engine.add("hello", Sampling(max_tokens=200))
+        engine.add("hello", SamplingParams(max_tokens=200))
 
 
 def test_waiting_for_memory_is_no_error(tokenizer):
     model = make_model()
-    need = Engine.of(model, tokenizer).runner.cache_bytes(50)
-    engine = Engine.of(model, tokenizer, cache_bytes=2 * need)
-    out = collect(engine.stream([[3]] * 7, Sampling(max_tokens=40, ignore_eos=True, seed=1)))
+    need = Engine.from_model(model, tokenizer).runner.cache_bytes(50)
+    engine = Engine.from_model(model, tokenizer, cache_bytes=2 * need)
+    out = collect(engine.stream([[3]] * 7, SamplingParams(max_tokens=40, ignore_eos=True, seed=1)))
     assert len(out) == 7 and all(len(ids) == 40 for ids, _, _ in out.values())
 
 
@@ -206,14 +206,14 @@ def test_logits_that_are_no_numbers_are_said(tokenizer):
     model = make_model()
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
-    for sampling in (Sampling(), Sampling(temperature=0)):
+    for sampling in (SamplingParams(), SamplingParams(temperature=0)):
         with pytest.raises(RunFailed, match="not numbers"):
-            list(Engine.of(model, tokenizer).stream(["hello"], sampling))
+            list(Engine.from_model(model, tokenizer).stream(["hello"], sampling))
 
 
 def test_closing_a_stream_frees_everything(tokenizer):
-    engine = Engine.of(make_model(), tokenizer)
-    stream = engine.stream(["hello", "world"], Sampling(n=3))
+    engine = Engine.from_model(make_model(), tokenizer)
+    stream = engine.stream(["hello", "world"], SamplingParams(n=3))
     next(stream)
     assert engine.memory()["cache_reserved"] > 0
     stream.close()
@@ -221,9 +221,9 @@ def test_closing_a_stream_frees_everything(tokenizer):
 
 
 def test_prompts_are_read_in_chunks_between_others_tokens(tokenizer):
-    engine = Engine.of(make_model(context=2048), tokenizer, quantize="fp32")
-    stream = engine.add([3], Sampling(max_tokens=50, ignore_eos=True, seed=0))
+    engine = Engine.from_model(make_model(context=2048), tokenizer, quantize="fp32")
+    stream = engine.add([3], SamplingParams(max_tokens=50, ignore_eos=True, seed=0))
     engine.step()
-    engine.add([4] * 1500, Sampling(max_tokens=5))
+    engine.add([4] * 1500, SamplingParams(max_tokens=5))
     turns = [len([s for s in engine.step() if s.request == stream.id]) for _ in range(6)]
     assert turns == [1] * 6, "the running stream gets its token in every step"

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tiny_llama import make_model
 
 from smolforge import tokenizer as tokenizers
-from smolforge.generation import Engine, Sampling
+from smolforge.generation import Engine, SamplingParams
 
 MODEL = make_model(context=64)
 DRAFT = make_model("one-kv", seed=1, context=32)
@@ -28,7 +28,7 @@ class Requests(RuleBasedStateMachine):
     @initialize(quantize=st.sampled_from(["fp32", None]), draft=st.sampled_from([None, MODEL, DRAFT]))
     def start(self, quantize, draft):
         self.quantize = quantize
-        self.engine = Engine.of(
+        self.engine = Engine.from_model(
             MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40, draft=draft
         )
         if self.engine.speculation and self.engine.speculation.draft:
@@ -42,7 +42,7 @@ class Requests(RuleBasedStateMachine):
         seed=st.integers(0, 2), echo=st.booleans(), logprobs=st.sampled_from([None, 0, 2]),
     )  # fmt: skip
     def add(self, length, token, max_tokens, n, seed, echo, logprobs):
-        sampling = Sampling(max_tokens=max_tokens, n=n, seed=seed, echo=echo, logprobs=logprobs, temperature=1.0)
+        sampling = SamplingParams(max_tokens=max_tokens, n=n, seed=seed, echo=echo, logprobs=logprobs, temperature=1.0)
         prompt = [token] * (length // 2) + [token + 1] * (length - length // 2)
         request = self.engine.add(prompt, sampling)
         self.requests[request.id] = request
@@ -55,7 +55,7 @@ class Requests(RuleBasedStateMachine):
         if live:
             request = data.draw(st.sampled_from(live))
             self.engine.cancel(request)
-            assert request.finished and all(choice.cache is None for choice in request.choices)
+            assert request.finished and all(choice.cache is None for choice in request.sequences)
 
     @rule(count=st.integers(1, 8))
     def run(self, count):
@@ -73,7 +73,7 @@ class Requests(RuleBasedStateMachine):
         assert pool.reserved == sum(choice.cache.nbytes for choice in scheduler.running)
         assert pool.kept == sum(cache.nbytes for _, cache in pool._old)
         assert pool.reserved + pool.kept <= pool.budget
-        live = {id(choice) for r in self.requests.values() if not r.finished for choice in r.choices}
+        live = {id(choice) for r in self.requests.values() if not r.finished for choice in r.sequences}
         assert {id(choice) for choice in [*scheduler.running, *scheduler.waiting]} <= live
 
     def teardown(self):
@@ -92,18 +92,18 @@ class Requests(RuleBasedStateMachine):
     def seen_of(self, request):
         steps = self.seen[request.id]
         return [
-            [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.choice == index]
-            for index in range(request.sampling.n)
+            [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.index == index]
+            for index in range(request.params.n)
         ]
 
     def expected(self, request):
-        key = self.quantize, tuple(request.prompt), repr(request.sampling)
+        key = self.quantize, tuple(request.prompt), repr(request.params)
         if key not in self.alone:
-            engine = Engine.of(MODEL, TOKENIZER, quantize=self.quantize)
-            steps = list(engine.stream([request.prompt], request.sampling))
+            engine = Engine.from_model(MODEL, TOKENIZER, quantize=self.quantize)
+            steps = list(engine.stream([request.prompt], request.params))
             self.alone[key] = [
-                [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.choice == index]
-                for index in range(request.sampling.n)
+                [(s.token_id, s.text, s.finish_reason, s.prompt) for s in steps if s.index == index]
+                for index in range(request.params.n)
             ]
         return self.alone[key]
 

@@ -19,20 +19,20 @@ SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, nu
 PROGRAM = """
 import gc, json, sys
 from pathlib import Path
-from smolforge.generation import Engine, Sampling
+from smolforge.generation import Engine, SamplingParams
 from smolforge.generation.bench import resident_bytes
 
 def fill(engine):
     room = engine.context - 1
-    for _ in engine.stream([[5] * room], Sampling(max_tokens=1, ignore_eos=True)):
+    for _ in engine.stream([[5] * room], SamplingParams(max_tokens=1, ignore_eos=True)):
         most = engine.memory()["cache_reserved"] + engine.memory()["cache_kept"]
     return most
 
 small, model, precision = sys.argv[1:]
-fill(Engine.load(small, quantize=precision))  # torch, its threads and buffers
+fill(Engine.from_pretrained(small, quantize=precision))  # torch, its threads and buffers
 gc.collect()
 start = resident_bytes()
-engine = Engine.load(model, quantize=precision)
+engine = Engine.from_pretrained(model, quantize=precision)
 gc.collect()
 loaded = resident_bytes()
 cache = fill(engine)

@@ -11,7 +11,7 @@ from transformers.generation import logits_process as theirs
 
 from smolforge.generation import processors
 from smolforge.generation.sampler import Sampler
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 
 PAIRS = [
     (processors.temperature(0.7), theirs.TemperatureLogitsWarper(0.7)),
@@ -44,7 +44,7 @@ def test_repetition_penalty_equals_transformers(penalty):
 
 
 def test_frequency_and_presence_are_openais_formula():
-    sampler = Sampler(Sampling(frequency_penalty=0.5, presence_penalty=0.25, temperature=0), [9], seed=0)
+    sampler = Sampler(SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, temperature=0), [9], seed=0)
     for token_id in (3, 3, 4):
         sampler.observe(token_id)
     scores = torch.zeros(10)
@@ -55,7 +55,7 @@ def test_frequency_and_presence_are_openais_formula():
 
 
 def test_bias_and_min_tokens():
-    sampler = Sampler(Sampling(logit_bias={2: 100.0}, min_tokens=2, temperature=0), [0], seed=0, end_ids=[2])
+    sampler = Sampler(SamplingParams(logit_bias={2: 100.0}, min_tokens=2, temperature=0), [0], seed=0, end_ids=[2])
     scores = torch.zeros(5)
     assert sampler.pick(scores, 0).token_id != 2
     assert sampler.pick(scores, 2).token_id == 2
@@ -68,7 +68,7 @@ def test_bias_and_min_tokens():
 )  # fmt: skip
 def test_keeps_what_the_chain_of_processors_keeps(seed, top_k, top_p, min_p, temperature, scale):
     scores = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * scale
-    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    sampling = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     full = scores.double()
     for process in processors.chain(sampling):
         full = process(full)
@@ -80,17 +80,17 @@ def test_keeps_what_the_chain_of_processors_keeps(seed, top_k, top_p, min_p, tem
 
 
 def test_ties_with_the_last_of_top_k_stay():
-    ids, _ = Sampler(Sampling(top_k=5, top_p=1.0, temperature=1.0), [0], seed=0).weights(torch.zeros(5000))
+    ids, _ = Sampler(SamplingParams(top_k=5, top_p=1.0, temperature=1.0), [0], seed=0).weights(torch.zeros(5000))
     assert len(ids) == 5000
 
 
 def test_top_p_of_equal_weights_keeps_its_share_and_no_more():
-    ids, _ = Sampler(Sampling(top_p=0.25, temperature=1.0), [0], seed=0).weights(torch.zeros(4096))
+    ids, _ = Sampler(SamplingParams(top_p=0.25, temperature=1.0), [0], seed=0).weights(torch.zeros(4096))
     assert len(ids) == 1024
 
 
 def test_the_forbidden_stay_out_of_a_nucleus_of_everything():
     scores = torch.randn(49152, generator=torch.Generator().manual_seed(0))
     scores[7] = processors.NEVER
-    ids, _ = Sampler(Sampling(top_p=0.999999999, temperature=1.0), [0], seed=0).weights(scores)
+    ids, _ = Sampler(SamplingParams(top_p=0.999999999, temperature=1.0), [0], seed=0).weights(scores)
     assert 7 not in ids and len(ids) > 49000

@@ -14,11 +14,11 @@ from tiny_llama import SHAPES, make_model
 
 from smolforge import kernels
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation import choose
-from smolforge.generation.native import NativeRunner
+from smolforge.generation import runners as choose
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
-from smolforge.generation.runner import ModuleRunner
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.module import ModuleRunner
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.stock import StockRunner
 from smolforge.kernels import NativeUnavailable, build
 
@@ -53,14 +53,14 @@ def one_by_one(runner, ids, prompt=37):
     """Logits of all positions: a prompt in two pieces, then single tokens."""
     cache = runner.new_cache(len(ids))
     cut = prompt // 2 + 1
-    parts = [runner.forward([Piece(cache, ids[:cut], 0, cut)])]
-    parts.append(runner.forward([Piece(cache, ids[cut:prompt], cut, prompt - cut)]))
-    parts += [runner.forward([Piece(cache, [ids[i]], i, 1)]) for i in range(prompt, len(ids))]
+    parts = [runner.forward([ScheduledChunk(cache, ids[:cut], 0, cut)])]
+    parts.append(runner.forward([ScheduledChunk(cache, ids[cut:prompt], cut, prompt - cut)]))
+    parts += [runner.forward([ScheduledChunk(cache, [ids[i]], i, 1)]) for i in range(prompt, len(ids))]
     return torch.cat(parts)
 
 
 def whole(runner, ids):
-    return runner.forward([Piece(runner.new_cache(len(ids)), ids, 0, len(ids))])
+    return runner.forward([ScheduledChunk(runner.new_cache(len(ids)), ids, 0, len(ids))])
 
 
 def distance(a, b):
@@ -69,7 +69,7 @@ def distance(a, b):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", [NativeRunner, StockRunner])
+@pytest.mark.parametrize("kind", [CpuRunner, StockRunner])
 def test_logits_are_those_of_the_rounded_weights(kind, shape, precision):
     model = calm(shape)
     ids = tokens(model)
@@ -86,7 +86,7 @@ def test_more_bits_are_nearer_the_model(shape):
     ids = tokens(model)
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
-    errors = [distance(whole(NativeRunner(model, precision), ids), expected) for precision in PRECISIONS]
+    errors = [distance(whole(CpuRunner(model, precision), ids), expected) for precision in PRECISIONS]
     assert errors == sorted(errors) and errors[0] < TOLERANCE["fp32"] and errors[-1] < 0.5
 
 
@@ -113,18 +113,18 @@ def test_module_runner_sees_changed_weights_and_keeps_training_mode():
 def test_native_rows_are_bitwise_the_same_however_they_are_run(shape, precision):
     model = make_model(shape)
     ids, mates = tokens(model), [tokens(model, 60, seed) for seed in range(1, 16)]
-    alone = whole(NativeRunner(model, precision, threads=1), ids)
-    runner = NativeRunner(model, precision, threads=2)
+    alone = whole(CpuRunner(model, precision, threads=1), ids)
+    runner = CpuRunner(model, precision, threads=2)
     assert torch.equal(one_by_one(runner, ids), alone)
     cache, others = runner.new_cache(LENGTH), [runner.new_cache(60) for _ in mates]
     rows = []
     for start in range(0, LENGTH, 6):  # the mates' prompts and tokens run in the same steps
         company = [
-            Piece(c, m[start : start + 1 + i % 3], start, 1)
+            ScheduledChunk(c, m[start : start + 1 + i % 3], start, 1)
             for i, (c, m) in enumerate(zip(others, mates, strict=True)) if start + 3 < 60 and (start // 6 + i) % 4
         ]  # fmt: skip
         half = len(company) // 2
-        pieces = [*company[:half], Piece(cache, ids[start : start + 6], start, 6), *company[half:]]
+        pieces = [*company[:half], ScheduledChunk(cache, ids[start : start + 6], start, 6), *company[half:]]
         rows.append(runner.forward(pieces)[half : half + 6])
     assert torch.equal(torch.cat(rows), alone)
 
@@ -134,31 +134,30 @@ def test_a_step_takes_the_threads_that_openmp_gives(limit):
     """There may be fewer than asked for, and a step must not wait for those that never come."""
     program = """
 from tiny_llama import make_model
-from smolforge.generation.native import NativeRunner
-from smolforge.generation.scheduler import Piece
-runner = NativeRunner(make_model(), "int8", threads=4)
-print(runner.forward([Piece(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).double().sum().item())
+from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.sequence import ScheduledChunk
+runner = CpuRunner(make_model(), "int8", threads=4)
+print(runner.forward([ScheduledChunk(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).double().sum().item())
 """
-    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit), "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    runner = NativeRunner(make_model(), "int8", threads=1)
-    expected = runner.forward([Piece(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).double().sum().item()
+    runner = CpuRunner(make_model(), "int8", threads=1)
+    expected = runner.forward([ScheduledChunk(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).double().sum().item()
     assert float(done.stdout) == expected
 
 
-@pytest.mark.parametrize(
-    "runner_of", [lambda m: NativeRunner(m, "int8"), lambda m: StockRunner(m, "fp32"), ModuleRunner]
-)
+@pytest.mark.parametrize("runner_of", [lambda m: CpuRunner(m, "int8"), lambda m: StockRunner(m, "fp32"), ModuleRunner])
 def test_a_copied_prefix_continues_as_the_original(runner_of):
     model = make_model()
     runner, ids = runner_of(model), tokens(model)
     first, second = runner.new_cache(LENGTH), runner.new_cache(200)
-    runner.forward([Piece(first, ids[:50], 0, 0)])
+    runner.forward([ScheduledChunk(first, ids[:50], 0, 0)])
     second.copy_prefix(first, 41)
-    expected = torch.cat([runner.forward([Piece(first, [ids[i]], i, 1)]) for i in range(41, 60)])
-    copied = torch.cat([runner.forward([Piece(second, [ids[i]], i, 1)]) for i in range(41, 60)])
+    expected = torch.cat([runner.forward([ScheduledChunk(first, [ids[i]], i, 1)]) for i in range(41, 60)])
+    copied = torch.cat([runner.forward([ScheduledChunk(second, [ids[i]], i, 1)]) for i in range(41, 60)])
     assert torch.equal(copied, expected)
 
 
@@ -166,7 +165,7 @@ def test_a_copied_prefix_continues_as_the_original(runner_of):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_caches_take_what_was_said(shape, capacity):
     model = make_model(shape)
-    for runner in (NativeRunner(model, "int8"), StockRunner(model, "int8"), ModuleRunner(model)):
+    for runner in (CpuRunner(model, "int8"), StockRunner(model, "int8"), ModuleRunner(model)):
         assert runner.new_cache(capacity).nbytes == runner.cache_bytes(capacity)
 
 
@@ -175,7 +174,7 @@ def test_weights_are_held_once():
     numbers = sum(p.numel() for p in model.parameters())
     tables = 2 * 256 * model.config.dim * 4
     for precision, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
-        held = NativeRunner(model, precision).weight_bytes
+        held = CpuRunner(model, precision).weight_bytes
         assert held <= numbers * size * 1.08 + tables, precision
 
 
@@ -206,7 +205,7 @@ def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
     monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
     kernels.library.cache_clear()
     try:
-        runner, decisions = choose.choose_runner(make_model(), "int8")
+        runner, decisions = choose.select_runner(make_model(), "int8")
     finally:
         kernels.library.cache_clear()
     assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
@@ -235,9 +234,9 @@ def test_no_precision_hides_damaged_weights(damage, name):
     for precision in PRECISIONS:
         if precision in ("int8", "int4"):
             with pytest.raises(RunFailed, match=name):
-                choose.choose_runner(model, precision)
+                choose.select_runner(model, precision)
         else:
-            for runner in (choose.choose_runner(model, precision)[0], StockRunner(model, precision)):
+            for runner in (choose.select_runner(model, precision)[0], StockRunner(model, precision)):
                 assert not whole(runner, ids).isfinite().all(1).any()
 
 
@@ -258,12 +257,12 @@ def test_where_no_compiler_is_installed_pip_brings_one(monkeypatch, tmp_path):
 def test_what_ziglang_builds_computes_the_same(monkeypatch, tmp_path, precision):
     pytest.importorskip("ziglang", reason="pip install ziglang: a compiler for machines that have none")
     model, ids = make_model(), list(range(3, 40))
-    expected = whole(NativeRunner(model, precision), ids)
+    expected = whole(CpuRunner(model, precision), ids)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     kernels.library.cache_clear()
     try:
-        runner = NativeRunner(model, precision)
+        runner = CpuRunner(model, precision)
     finally:
         kernels.library.cache_clear()
     # Another compiler may fuse other multiplications with their additions.
@@ -287,7 +286,7 @@ def test_the_library_is_built_once(tmp_path):
 
 
 def test_choices_are_explained():
-    runner, decisions = choose.choose_runner(make_model(), "auto")
+    runner, decisions = choose.select_runner(make_model(), "auto")
     assert "fp32" in runner.name and "cache" in decisions[0]
     with pytest.raises(BadInput, match="int3"):
-        choose.choose_runner(make_model(), "int3")
+        choose.select_runner(make_model(), "int3")

@@ -11,7 +11,7 @@ import torch
 from smolforge.errors import BadInput
 from smolforge.generation import processors
 from smolforge.generation.sampler import Sampler, describe, draw, uniform
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 
 DRAWS = 100_000
 
@@ -24,12 +24,12 @@ def chi_square_limit(degrees: int) -> float:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(temperature=1.0, top_p=1.0),
-        Sampling(temperature=0.7, top_p=0.8),
-        Sampling(temperature=1.5, top_p=1.0, top_k=12),
-        Sampling(temperature=1.0, top_p=1.0, min_p=0.05),
-        Sampling(temperature=1.0, top_p=1.0, typical_p=0.7),
-        Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.5, logit_bias={4: 2.0}),
+        SamplingParams(temperature=1.0, top_p=1.0),
+        SamplingParams(temperature=0.7, top_p=0.8),
+        SamplingParams(temperature=1.5, top_p=1.0, top_k=12),
+        SamplingParams(temperature=1.0, top_p=1.0, min_p=0.05),
+        SamplingParams(temperature=1.0, top_p=1.0, typical_p=0.7),
+        SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.5, logit_bias={4: 2.0}),
     ],
 )
 def test_chi_square(sampling):
@@ -74,7 +74,7 @@ def test_draw_at_the_borders():
 
 def test_logprobs_are_the_models_own():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    picked = Sampler(Sampling(logprobs=5, temperature=0.1, logit_bias={7: 100.0}), [0], seed=0).pick(logits, 0)
+    picked = Sampler(SamplingParams(logprobs=5, temperature=0.1, logit_bias={7: 100.0}), [0], seed=0).pick(logits, 0)
     assert picked.token_id == 7
     logs = logits.log_softmax(0)
     assert picked.logprob == pytest.approx(float(logs[7]), abs=1e-5)
@@ -89,15 +89,15 @@ def test_logprobs_are_the_models_own():
         ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("typical_p", 0), ("top_k", -1), ("top_k", 2.5),
         ("max_tokens", -1), ("max_tokens", True), ("n", 0), ("n", 10_000), ("repetition_penalty", 0),
         ("frequency_penalty", 3), ("presence_penalty", float("inf")), ("stop", ("",)), ("stop", (3,)),
-        ("stop_ids", (-1,)), ("logit_bias", {1: 101}), ("logit_bias", {"a": 1}), ("seed", 1.5), ("seed", 2**64),
+        ("stop_token_ids", (-1,)), ("logit_bias", {1: 101}), ("logit_bias", {"a": 1}), ("seed", 1.5), ("seed", 2**64),
         ("logprobs", 21), ("logprobs", True), ("min_tokens", 101), ("echo", 1),
     ],
 )  # fmt: skip
 def test_bad_settings_name_their_field(field, value):
     with pytest.raises(BadInput) as caught:
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
     assert caught.value.field == field
 
 
 def test_a_lone_stop_string_is_one_stop():
-    assert Sampling(stop="end").stop == ("end",)
+    assert SamplingParams(stop="end").stop == ("end",)

@@ -17,14 +17,15 @@ from test_runners import TOLERANCE, calm, distance, one_by_one, rounded, tokens,
 from tiny_llama import SHAPES, make_model
 
 from smolforge.errors import BadInput
-from smolforge.generation import Engine, Sampling, choose
+from smolforge.generation import Engine, SamplingParams
 from smolforge.generation import quantize as precisions
-from smolforge.generation.cache import Pool
+from smolforge.generation import runners as choose
 from smolforge.generation.kernels import choose_kernels, disagreement
+from smolforge.generation.kv_cache import CachePool
 from smolforge.generation.paged_attention import PagedKernels
 from smolforge.generation.pages import FIRST, PAGE, PagePool
-from smolforge.generation.runner import ModuleRunner
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.runners.module import ModuleRunner
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.static import MOST_ROWS, StaticRunner
 
 TIGHT = {**TOLERANCE, "fp32": 1e-5}
@@ -70,7 +71,7 @@ def test_prompts_and_tokens_in_one_step_do_not_mix(shape):
                 count = min(left, rng.choice([1, 1, 1, 2, 7, 40]))
                 logits = rng.randint(0, count)
                 end = done[i] + count
-                pieces.append(Piece(caches[i], texts[i][done[i] : end], done[i], logits))
+                pieces.append(ScheduledChunk(caches[i], texts[i][done[i] : end], done[i], logits))
                 rows.append(expected[i][end - logits : end])
                 done[i] = end
         if pieces:
@@ -86,11 +87,13 @@ def test_rows_that_fill_up_a_batch_touch_nobody(count):
     runner = StaticRunner(model, "fp32")
     texts = [tokens(model, 5 + seed % 3, seed) for seed in range(count)]
     caches = [runner.new_cache(40) for _ in texts]
-    runner.forward([Piece(c, ids[:-1], 0, 0) for c, ids in zip(caches, texts, strict=True)])
+    runner.forward([ScheduledChunk(c, ids[:-1], 0, 0) for c, ids in zip(caches, texts, strict=True)])
     for layer in runner._pool.layers:
         layer[:PAGE] = 1e4
     before = [layer.clone() for layer in runner._pool.layers]
-    logits = runner.forward([Piece(c, ids[-1:], len(ids) - 1, 1) for c, ids in zip(caches, texts, strict=True)])
+    logits = runner.forward(
+        [ScheduledChunk(c, ids[-1:], len(ids) - 1, 1) for c, ids in zip(caches, texts, strict=True)]
+    )
     for ids, row in zip(texts, logits, strict=True):
         assert distance(row, expected_of(model, ids)[-1]) < 1e-5
     written = {int(c.table[0]) * PAGE + len(ids) - 1 for c, ids in zip(caches, texts, strict=True)}
@@ -115,10 +118,10 @@ def test_a_copied_prefix_continues_as_the_original(length):
     model = make_model()
     runner, ids = StaticRunner(model, "fp32"), tokens(model)
     first, second = runner.new_cache(len(ids)), runner.new_cache(200)
-    runner.forward([Piece(first, ids[:60], 0, 0)])
+    runner.forward([ScheduledChunk(first, ids[:60], 0, 0)])
     second.copy_prefix(first, length)
     del first
-    logits = torch.cat([runner.forward([Piece(second, [ids[i]], i, 1)]) for i in range(length, 70)])
+    logits = torch.cat([runner.forward([ScheduledChunk(second, [ids[i]], i, 1)]) for i in range(length, 70)])
     assert distance(logits, expected_of(model, ids)[length:70]) < 1e-5
 
 
@@ -144,9 +147,9 @@ def test_recordings_are_few_and_made_anew_when_the_pages_move():
     ids, held = tokens(model, 140), []
     caches = [runner.new_cache(len(ids)) for _ in range(3)]
     for cache in caches:
-        runner.forward([Piece(cache, ids[:120], 0, 0)])
+        runner.forward([ScheduledChunk(cache, ids[:120], 0, 0)])
     for at in range(120, 140):
-        logits = runner.forward([Piece(cache, ids[at : at + 1], at, 1) for cache in caches])
+        logits = runner.forward([ScheduledChunk(cache, ids[at : at + 1], at, 1) for cache in caches])
         assert distance(logits, expected_of(model, ids)[at].expand(3, -1)) < 1e-5
         if at == 130:
             assert {tuple(shape) for shape in recorder.recorded} == {(4, 2 + 4), (4, 2 + 8)}
@@ -178,20 +181,20 @@ def test_weights_are_counted():
 
 
 class Leases(RuleBasedStateMachine):
-    """Leases, drops and copies through `cache.Pool`: no page is lost or held twice, no written row is disturbed."""
+    """Leases, drops and copies through `cache.CachePool`: no page is lost or held twice, no written row is disturbed."""
 
     def __init__(self):
         super().__init__()
         self.pages = PagePool(2, 1, 2, torch.float32, torch.device("cpu"))
         cost = lambda n: self.pages.pages_for(n) * self.pages.page_bytes  # noqa: E731
-        self.pool = Pool(self.pages.lease, cost, 200 * self.pages.page_bytes, keep=2)
+        self.pool = CachePool(self.pages.lease, cost, 200 * self.pages.page_bytes, keep=2)
         self.held = []  # (cache, the number all its rows hold)
         self.peak = 0
 
     @rule(capacity=st.integers(1, 40 * PAGE), mark=st.integers(1, 10**6))
     def take(self, capacity, mark):
         if self.pool.has_room(capacity):
-            cache = self.pool.take(capacity)
+            cache = self.pool.allocate(capacity)
             rows = self.pages.rows(cache.table)
             assert all(not layer[rows].any() for layer in self.pages.layers), "a new cache is not empty"
             self.write(cache, mark)
@@ -201,7 +204,7 @@ class Leases(RuleBasedStateMachine):
     def give_back(self, which, keep):
         if self.held:
             cache, _ = self.held.pop(which % len(self.held))
-            self.pool.give_back(cache, [1, 2] if keep else [])
+            self.pool.free(cache, [1, 2] if keep else [])
 
     @rule(a=st.integers(0, 100), b=st.integers(0, 100))
     def copy(self, a, b):
@@ -246,14 +249,14 @@ TestLeases = Leases.TestCase
 def test_the_engine_writes_what_it_writes_with_the_module(shape, tokenizer):
     model = make_model(shape)
     prompts = [tokens(model, length, seed) for seed, length in enumerate([1, 5, 60, 2, 100, 33, 7])]
-    sampling = Sampling(max_tokens=40, temperature=0, ignore_eos=True, n=2)
+    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, n=2)
     texts = []
     for runner in (ModuleRunner(model), StaticRunner(model, "fp32")):
         budget = 5 * runner.cache_bytes(140)  # not all at once
         engine = Engine(runner, tokenizer, max_batch=6, cache_bytes=budget)
         written = {}
         for step in engine.stream(prompts, sampling):
-            written.setdefault((step.request, step.choice), []).append(step.token_id)
+            written.setdefault((step.request, step.index), []).append(step.token_id)
         texts.append(written)
     assert texts[0] == texts[1] and len(texts[0]) == 14 and len({tuple(t) for t in texts[0].values()}) == 7
     gc.collect()
@@ -263,7 +266,7 @@ def test_the_engine_writes_what_it_writes_with_the_module(shape, tokenizer):
 def test_a_cancelled_request_gives_its_pages_back(tokenizer):
     runner = StaticRunner(make_model(), "fp32")
     engine = Engine(runner, tokenizer)
-    request = engine.add(list(range(50)), Sampling(max_tokens=100, n=3))
+    request = engine.add(list(range(50)), SamplingParams(max_tokens=100, n=3))
     engine.step()
     assert runner._pool.leased > 0
     engine.cancel(request)
@@ -358,7 +361,9 @@ def test_replayed_graphs_compute_what_is_computed_without(shape, precision):
         caches = [[runner.new_cache(150) for _ in range(count)] for runner in (eager, graphs)]
         for start, end in ((0, 100), *((at, at + 1) for at in range(100, 150))):
             rows = [
-                runner.forward([Piece(c, ids[start:end], start, 1) for c, ids in zip(own, texts, strict=False)])
+                runner.forward(
+                    [ScheduledChunk(c, ids[start:end], start, 1) for c, ids in zip(own, texts, strict=False)]
+                )
                 for runner, own in zip((eager, graphs), caches, strict=True)
             ]
             assert distance(rows[1], rows[0]) < TIGHT[precision], (count, start)
@@ -369,5 +374,5 @@ def test_replayed_graphs_compute_what_is_computed_without(shape, precision):
 
 @needs_cuda
 def test_a_llama_on_a_gpu_gets_graphs():
-    runner, decisions = choose.choose_runner(make_model().to("cuda"))
+    runner, decisions = choose.select_runner(make_model().to("cuda"))
     assert isinstance(runner, StaticRunner) and "CUDA graphs, bf16" in " ".join(decisions)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from smolforge.config import ModelConfig
-from smolforge.generation.cache import TensorCache
+from smolforge.generation.kv_cache import TensorCache
 from smolforge.model import registry
 from smolforge.model.attention import sdpa
 from smolforge.model.recreation import rotate_odd

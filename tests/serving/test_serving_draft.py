@@ -11,7 +11,7 @@ import pytest
 from serving_fixtures import serving
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.locate import load
-from smolforge.generation import Engine, Sampling
+from smolforge.generation import Engine, SamplingParams
 from smolforge.model.registry import build
 from smolforge.tokenizer import train
 
@@ -19,10 +19,10 @@ BODY = {"prompt": "Once upon a time", "seed": 7, "max_tokens": 60, "temperature"
 
 
 def test_a_server_with_a_draft_gives_the_same_answers(tiny_run):
-    alone = Engine.load(tiny_run)
+    alone = Engine.from_pretrained(tiny_run)
     if not alone.speculates:
         pytest.skip("no native step here")
-    expected = "".join(step.text for step in alone.stream(["Once upon a time"], Sampling(seed=7, max_tokens=60)))
+    expected = "".join(step.text for step in alone.stream(["Once upon a time"], SamplingParams(seed=7, max_tokens=60)))
     with serving(tiny_run, "--draft", str(tiny_run / "checkpoints" / "step-00000015"), "--no-page") as server:
         assert server.post("/v1/completions", BODY).json()["choices"][0]["text"] == expected
         assert any("draft: " in line and "step-00000015" in line for line in server.log)

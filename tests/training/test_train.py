@@ -44,7 +44,7 @@ def test_a_run_leaves_what_it_promises(make_run) -> None:
 def test_transformers_loads_the_checkpoint_and_writes_the_same(make_run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from smolforge.generation import Engine, Sampling
+    from smolforge.generation import Engine, SamplingParams
 
     run = make_run()
     directory = run.checkpoints_path / "last"
@@ -52,8 +52,8 @@ def test_transformers_loads_the_checkpoint_and_writes_the_same(make_run) -> None
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     expected = theirs.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
-    engine = Engine.load(run.path, quantize="fp32")
-    wanted = Sampling(temperature=0, max_tokens=100, ignore_eos=True)
+    engine = Engine.from_pretrained(run.path, quantize="fp32")
+    wanted = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     ours = [step.token_id for step in engine.stream(["Once upon a time"], wanted) if step.token_id is not None]
     assert ours == expected[0, ids.shape[1] :].tolist()
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.data import Corpus
     from smolforge.errors import BadInput
     from smolforge.evaluation import evaluate, evaluate_runner, freeze
-    from smolforge.generation.choose import choose_runner
+    from smolforge.generation.runners import select_runner
 
     try:
         tokens = parse_count(args.tokens)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quantize:
         outcome["precisions"] = {}
         for precision in dict.fromkeys(args.quantize):
-            runner, _ = choose_runner(model, precision)
+            runner, _ = select_runner(model, precision)
             served = evaluate_runner(runner, piece, length=min(length, len(piece.tokens) - 1))
             price = served.bits_per_byte / score.bits_per_byte - 1
             outcome["precisions"][precision] = {**served.to_json(), "price": price, "runner": runner.name}

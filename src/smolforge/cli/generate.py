@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolforge.generation.engine import Engine
-    from smolforge.generation.sampling import Sampling
+    from smolforge.generation.sampling_params import SamplingParams
 
 EXAMPLES = """\
 examples:
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Generate."""
     from smolforge.config import THREE_PROMPTS
     from smolforge.generation.engine import Engine
-    from smolforge.generation.sampling import Sampling
+    from smolforge.generation.sampling_params import SamplingParams
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         n=args.n,
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts] or list(THREE_PROMPTS)
-    engine = Engine.load(args.model, quantize=args.quantize, draft=args.draft)
+    engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     if args.json:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return _streaming(engine, prompts, sampling)
 
 
-def _streaming(engine: Engine, prompts: list[str], sampling: Sampling) -> int:
+def _streaming(engine: Engine, prompts: list[str], sampling: SamplingParams) -> int:
     # One continuation at a time, so that the stream reads like writing.
     from dataclasses import replace
 
@@ -116,14 +116,14 @@ def _streaming(engine: Engine, prompts: list[str], sampling: Sampling) -> int:
 _REASONS = {"stop": "the text ended", "length": "the length limit was reached"}
 
 
-def _as_json(engine: Engine, prompts: list[str], sampling: Sampling) -> int:
+def _as_json(engine: Engine, prompts: list[str], sampling: SamplingParams) -> int:
     import json
 
     texts: dict[tuple[int, int], dict[str, Any]] = {}
     for step in engine.stream(prompts, sampling):
         entry = texts.setdefault(
-            (step.request, step.choice),
-            {"prompt": prompts[step.request], "choice": step.choice, "text": "", "tokens": 0, "finish_reason": None},
+            (step.request, step.index),
+            {"prompt": prompts[step.request], "choice": step.index, "text": "", "tokens": 0, "finish_reason": None},
         )
         entry["text"] += step.text
         entry["tokens"] += step.token_id is not None and not step.prompt

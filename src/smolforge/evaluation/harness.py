@@ -32,7 +32,7 @@ from tokenizers import Tokenizer as Backend
 
 from smolforge.errors import BadInput, SmolforgeError, SourceUnavailable, nearest
 from smolforge.generation.engine import Engine
-from smolforge.generation.sampling import MAX_STOPS, Sampling
+from smolforge.generation.sampling_params import MAX_STOPS, SamplingParams
 
 if TYPE_CHECKING:
     from smolforge.model.llama import LlamaForCausalLM
@@ -144,7 +144,7 @@ class SmolforgeLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string; those with equal settings go together."""
-        engine = Engine.of(self.module, self.text, max_batch=self.batch_size)
+        engine = Engine.from_model(self.module, self.text, max_batch=self.batch_size)
         eos = self.text.decode([self.eot_token_id], skip_special_tokens=False)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -172,13 +172,13 @@ class SmolforgeLM(TemplateLM):
         return texts
 
 
-def _sampling(knobs: dict[str, Any], stop: tuple[str, ...]) -> Sampling:
+def _sampling(knobs: dict[str, Any], stop: tuple[str, ...]) -> SamplingParams:
     """lm-eval's generation arguments; without do_sample it is greedy."""
     known = {key: knobs[key] for key in ("top_p", "top_k", "min_p", "repetition_penalty") if key in knobs}
     sampled = bool(knobs.get("do_sample"))
     temperature = float(knobs.get("temperature", 1.0)) if sampled else 0.0
     settings = {"top_p": 1.0, **known}
-    return Sampling(max_tokens=int(knobs["max_gen_toks"]), temperature=temperature, stop=stop, **settings)
+    return SamplingParams(max_tokens=int(knobs["max_gen_toks"]), temperature=temperature, stop=stop, **settings)
 
 
 def run_tasks(

@@ -19,8 +19,9 @@ import torch
 
 from smolforge.distributed import DistributedContext
 from smolforge.errors import DataError
-from smolforge.generation.runner import Runner
-from smolforge.generation.scheduler import CHUNK, Piece
+from smolforge.generation.runners import Runner
+from smolforge.generation.scheduler import CHUNK
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.model.attention import positions_in_documents
 from smolforge.model.llama import LlamaForCausalLM
 from smolforge.model.loss import IGNORE, summed_loss
@@ -141,7 +142,7 @@ def evaluate_runner(runner: Runner, piece: Slice, *, length: int) -> Score:
             cache = runner.new_cache(len(rows))
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
-                logits = runner.forward([Piece(cache, tokens[part].tolist(), start, len(part))])
+                logits = runner.forward([ScheduledChunk(cache, tokens[part].tolist(), start, len(part))])
                 wanted = torch.from_numpy(targets[part].astype(np.int64))
                 nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
     return _score(nats, piece)

@@ -1,6 +1,6 @@
 """Text from a model: the engine, what a request asks for, and the fast ways of running one step.
 
-    prompt → Engine.add → Scheduler.plan → Runner.forward → Sampler.pick → TextStream.push → Step
+    prompt → Engine.add → Scheduler.plan → Runner.forward → Sampler.pick → TextStream.push → StepOutput
 
 `engine` holds the loop; `scheduler` decides who runs, `cache` owns the memory, a runner (`runner`, `stock`,
 `native`, on a GPU `static`; picked by `choose`) does the arithmetic, `sampler` and `processors` draw, `text` shows.
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolforge.generation.engine import Engine as Engine
-    from smolforge.generation.request import Request as Request
-    from smolforge.generation.request import Step as Step
-    from smolforge.generation.sampling import Sampling as Sampling
+    from smolforge.generation.sampling_params import SamplingParams as SamplingParams
+    from smolforge.generation.sequence import Request as Request
+    from smolforge.generation.sequence import StepOutput as StepOutput
 
-_HOMES = {"Engine": "engine", "Request": "request", "Step": "request", "Sampling": "sampling"}
+_HOMES = {"Engine": "engine", "Request": "sequence", "StepOutput": "sequence", "SamplingParams": "sampling_params"}
 
 
 def __getattr__(name: str) -> Any:

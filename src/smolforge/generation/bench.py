@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from smolforge.config import ModelConfig
-from smolforge.generation.choose import choose_runner
-from smolforge.generation.runner import Runner
-from smolforge.generation.scheduler import CHUNK, Piece
+from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.scheduler import CHUNK
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.model.registry import build
 
 PRECISIONS = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16", "int8")}
@@ -61,7 +61,7 @@ def measure(
         result["device"] = torch.cuda.get_device_name()
     for precision in precisions:
         held = resident_bytes()
-        runner, decisions = choose_runner(module, precision)
+        runner, decisions = select_runner(module, precision)
         grown = resident_bytes() - held
         for line in decisions if device == "cuda" else decisions[-1:]:
             say(line)
@@ -115,7 +115,7 @@ def _first(runner: Runner, length: int) -> float:
     cache, row = runner.new_cache(length + 1), [3 + i % 300 for i in range(length)]
     began = time.perf_counter()
     for at in range(0, length, CHUNK):
-        runner.forward([Piece(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))])
+        runner.forward([ScheduledChunk(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))])
     return time.perf_counter() - began
 
 
@@ -124,12 +124,13 @@ def _decode(runner: Runner, batch: int, tokens: int) -> float:
     caches = [runner.new_cache(PROMPT + tokens) for _ in range(batch)]
     prompts = [[3 + (i + row) % 300 for i in range(PROMPT)] for row in range(batch)]
     following = [
-        int(runner.forward([Piece(cache, row, 0, 1)]).argmax()) for cache, row in zip(caches, prompts, strict=True)
+        int(runner.forward([ScheduledChunk(cache, row, 0, 1)]).argmax())
+        for cache, row in zip(caches, prompts, strict=True)
     ]
     began = time.perf_counter()
     for at in range(PROMPT, PROMPT + tokens):
-        pieces = [Piece(cache, [token], at, 1) for cache, token in zip(caches, following, strict=True)]
-        following = runner.forward(pieces).argmax(-1).tolist()
+        chunks = [ScheduledChunk(cache, [token], at, 1) for cache, token in zip(caches, following, strict=True)]
+        following = runner.forward(chunks).argmax(-1).tolist()
     return time.perf_counter() - began
 
 

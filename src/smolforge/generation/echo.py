@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from smolforge.generation.sampler import Picked, describe
-from smolforge.generation.text import Decoder
+from smolforge.generation.detokenizer import Decoder
+from smolforge.generation.sampler import SampledToken, describe
 
 
 class Echo:
@@ -24,7 +24,7 @@ class Echo:
         self._at = 0
         self._follows: Tensor | None = None  # the logits that the last token read left for the next
 
-    def report(self, upto: int, logits: Tensor | None = None) -> Iterator[tuple[Picked, str]]:
+    def report(self, upto: int, logits: Tensor | None = None) -> Iterator[tuple[SampledToken, str]]:
         """Tokens up to position `upto`, each with its text; the first has no log-probability.
 
         Args:
@@ -41,4 +41,4 @@ class Echo:
             self._at += 1
             if self._at == len(self._prompt):
                 text += self._decoder.flush()
-            yield picked or Picked(token_id), text
+            yield picked or SampledToken(token_id), text

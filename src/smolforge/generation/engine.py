@@ -1,7 +1,7 @@
 """The engine: requests in, steps out. Everything that writes text goes through here.
 
-    engine = Engine.load("RUN")                       # or Engine.of(module, tokenizer) for live weights
-    for step in engine.stream(["Once upon a time"], Sampling(seed=1)):
+    engine = Engine.from_pretrained("RUN")  # or Engine.from_model(module, tokenizer) for live weights
+    for step in engine.stream(["Once upon a time"], SamplingParams(seed=1)):
         print(step.text, end="")
 
 A server uses the same in smaller bites: `add` a request, call `step` until it is finished, `cancel` when the
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,18 @@ import torch
 from torch import Tensor
 
 from smolforge.errors import BadInput, RunFailed, SmolforgeError
-from smolforge.generation.cache import Pool
-from smolforge.generation.choose import choose_draft, choose_runner
-from smolforge.generation.draft_model import DraftModel
+from smolforge.generation.detokenizer import TextStream
+from smolforge.generation.draft_model import DraftModel, PairedRunner, select_draft
 from smolforge.generation.echo import Echo
-from smolforge.generation.paired import PairedRunner
-from smolforge.generation.prompt import prompt_ids
-from smolforge.generation.request import Choice, FinishReason, Request, Step
-from smolforge.generation.runner import ModuleRunner, Runner
-from smolforge.generation.sampler import Picked, Sampler
-from smolforge.generation.sampling import Sampling
-from smolforge.generation.scheduler import Piece, Scheduler
-from smolforge.generation.speculation import Speculation
-from smolforge.generation.text import TextStream
+from smolforge.generation.kv_cache import CachePool
+from smolforge.generation.prompt import Prompt, prompt_ids
+from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.runners.module import ModuleRunner
+from smolforge.generation.sampler import SampledToken, Sampler
+from smolforge.generation.sampling_params import SamplingParams
+from smolforge.generation.scheduler import Scheduler
+from smolforge.generation.sequence import FinishReason, Request, ScheduledChunk, Sequence, StepOutput
+from smolforge.generation.speculative import Speculation
 
 if TYPE_CHECKING:
     from smolforge.tokenizer import Tokenizer
@@ -68,11 +67,11 @@ class Engine:
         *,
         max_batch: int = 16,
         cache_bytes: int = DEFAULT_CACHE,
-        eos_ids: Sequence[int] | None = None,
+        eos_ids: Iterable[int] | None = None,
         context: int | None = None,
         speculate: bool = True,
         draft: DraftModel | None = None,
-        decisions: Sequence[str] = (),
+        decisions: Iterable[str] = (),
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.vocab_size = runner.config.vocab_size
@@ -87,14 +86,14 @@ class Engine:
             self.decisions.append("draft: the draft model is not used, since this engine does not speculate")
         self.speculation = Speculation(draft) if self.speculates else None
         self._paired = PairedRunner(runner, draft.runner) if draft is not None else runner
-        pool = Pool(self._paired.new_cache, self._paired.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
+        pool = CachePool(self._paired.new_cache, self._paired.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
         self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
         self.guessed = self.guessed_right = 0
         self._next_id = 0
-        self._ready: list[Step] = []  # steps of requests that need no model
+        self._ready: list[StepOutput] = []  # steps of requests that need no model
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         module: Any,
         tokenizer: Tokenizer,
@@ -124,16 +123,16 @@ class Engine:
         if quantize is None:
             runner, decisions = ModuleRunner(module), []
         else:
-            runner, decisions = choose_runner(module, quantize, threads=threads)
+            runner, decisions = select_runner(module, quantize, threads=threads)
         chosen = None
         if draft is not None:
             other = draft_tokenizer or tokenizer
-            chosen, why = choose_draft(draft, other, runner, tokenizer, name=draft_name, threads=threads)
+            chosen, why = select_draft(draft, other, runner, tokenizer, name=draft_name, threads=threads)
             decisions = [*decisions, *why]
         return cls(runner, tokenizer, draft=chosen, decisions=decisions, **settings)
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls, model: str | Path, *, quantize: str = "auto", device: str = "auto", draft: str | Path | None = None,
         **settings: Any,
     ) -> Engine:  # fmt: skip
@@ -143,7 +142,7 @@ class Engine:
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: "cpu", "cuda", or "auto" for a GPU where there is one.
             draft: a smaller model of the same tokenizer, named as `model` is, that guesses the next tokens.
-            settings: as of `of`.
+            settings: as of `from_model`.
 
         Raises:
             CheckpointError: the model or its draft cannot be used.
@@ -166,7 +165,7 @@ class Engine:
                 raise
             itself = " (the model itself)" if where.resolve() == directory.resolve() else ""
             settings["draft_name"] = f"{where}{itself}"
-        engine = cls.of(module, tokenizer, quantize=quantize, **settings)
+        engine = cls.from_model(module, tokenizer, quantize=quantize, **settings)
         engine.directory = directory
         return engine
 
@@ -175,7 +174,7 @@ class Engine:
         """Whether anything waits or runs."""
         return bool(self._ready or self.scheduler.waiting or self.scheduler.running)
 
-    def add(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Request:
+    def add(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Request:
         """Queue a request.
 
         Args:
@@ -186,7 +185,7 @@ class Engine:
             BadInput: the prompt is empty, holds an id that is no token, or leaves no room in the context; or
                 the request needs more cache than there is.
         """
-        sampling = sampling or Sampling()
+        sampling = sampling or SamplingParams()
         ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
         sampling.check_vocabulary(self.vocab_size)
         room = self.context if sampling.max_tokens == 0 else self.context - 1
@@ -207,20 +206,22 @@ class Engine:
         seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
         request = Request(self._next_id, ids, sampling, seed)
         self._next_id += 1
-        ends = frozenset((*sampling.stop_ids, *(() if sampling.ignore_eos else self.eos_ids)))
+        stop_token_ids = frozenset((*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_ids)))
         for index in range(sampling.n):
-            sampler = Sampler(sampling, ids, seed, index, sorted(ends))
+            sampler = Sampler(sampling, ids, seed, index, sorted(stop_token_ids))
             text = TextStream(self.tokenizer.stream(), sampling.stop)
             echo = Echo(ids, self.tokenizer.stream(), sampling.logprobs) if sampling.echo else None
-            choice = Choice(request, index, list(ids), sampler, text, limit, ends, echo=echo)
+            sequence = Sequence(request, index, list(ids), sampler, text, limit, stop_token_ids, echo=echo)
             if self.speculation is not None:
-                self.speculation.begin(choice)
-            request.choices.append(choice)
+                self.speculation.begin(sequence)
+            request.sequences.append(sequence)
         if sampling.max_tokens == 0 and not (sampling.echo and sampling.logprobs is not None):
-            for choice in request.choices:
-                self._ready += self._echo(choice, len(ids))
-                choice.finish_reason = "length"
-                self._ready.append(Step(request.id, choice.index, None, choice.text.flush(), finish_reason="length"))
+            for sequence in request.sequences:
+                self._ready += self._echo(sequence, len(ids))
+                sequence.finish_reason = "length"
+                self._ready.append(
+                    StepOutput(request.id, sequence.index, None, sequence.text.flush(), finish_reason="length")
+                )
         else:
             self.scheduler.add(request)
         return request
@@ -230,11 +231,11 @@ class Engine:
         if request.finished:
             return
         request.cancelled = True
-        for choice in request.choices:
-            self.scheduler.remove(choice)
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
         self._ready = [step for step in self._ready if step.request != request.id]
 
-    def step(self) -> list[Step]:
+    def step(self) -> list[StepOutput]:
         """Run the model once over all that is running; the steps that came of it, possibly none."""
         steps, self._ready = self._ready, []
         work = self.scheduler.plan()
@@ -243,17 +244,17 @@ class Engine:
         if self.speculation is not None:
             work = self.speculation.extend(work, len(self.scheduler.running))
         began, row = time.perf_counter(), 0
-        logits = _finite(self._paired.forward([piece for _, piece in work]))
-        for choice, piece in work:
-            choice.computed = piece.start + len(piece.tokens) - piece.guessed
-            steps += self._advance(choice, piece, logits[row : row + piece.logits])
-            row += piece.logits
+        logits = _finite(self._paired.forward([chunk for _, chunk in work]))
+        for sequence, chunk in work:
+            sequence.computed = chunk.start + len(chunk.tokens) - chunk.guessed
+            steps += self._advance(sequence, chunk, logits[row : row + chunk.logits])
+            row += chunk.logits
         if self.speculation is not None:
             self.speculation.took(work, time.perf_counter() - began)
         return steps
 
-    def stream(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None) -> Iterator[Step]:
-        """All steps of some prompts, as they come; `Step.request` is the index of the prompt.
+    def stream(self, prompts: Iterable[Prompt], sampling: SamplingParams | None = None) -> Iterator[StepOutput]:
+        """All steps of some prompts, as they come; `StepOutput.request` is the index of the prompt.
 
         For an engine that nobody else uses meanwhile. Closing the iterator cancels what is left.
 
@@ -286,64 +287,66 @@ class Engine:
             "cache_budget": pool.budget,
         }
 
-    def _advance(self, choice: Choice, piece: Piece, logits: Tensor) -> list[Step]:
-        """What a piece of one choice brings: echoed prompt tokens, or the next token."""
-        sampling, prompt = choice.request.sampling, choice.request.prompt
-        steps: list[Step] = []
-        if piece.start < len(prompt):
-            described = logits if choice.wants_prompt_logits else None
-            steps = self._echo(choice, min(choice.computed, len(prompt)), described)
-        if choice.pending or not piece.logits:
+    def _advance(self, sequence: Sequence, chunk: ScheduledChunk, logits: Tensor) -> list[StepOutput]:
+        """What a chunk of one sequence brings: echoed prompt tokens, or the next token."""
+        sampling, prompt = sequence.request.params, sequence.request.prompt
+        steps: list[StepOutput] = []
+        if chunk.start < len(prompt):
+            described = logits if sequence.wants_prompt_logits else None
+            steps = self._echo(sequence, min(sequence.computed, len(prompt)), described)
+        if sequence.pending or not chunk.logits:
             return steps
         if sampling.max_tokens == 0:
-            return [*steps, self._finish(choice, "length", None, "")]
-        logits = logits[-1 - piece.guessed :]
+            return [*steps, self._finish(sequence, "length", None, "")]
+        logits = logits[-1 - chunk.guessed :]
         right = 0
-        for row in range(piece.guessed + 1):
-            picked = choice.sampler.pick(logits[row], choice.written)
-            steps.append(self._write(choice, picked))
-            if row == piece.guessed or picked.token_id != piece.tokens[1 + row]:
+        for row in range(chunk.guessed + 1):
+            picked = sequence.sampler.pick(logits[row], sequence.written)
+            steps.append(self._write(sequence, picked))
+            if row == chunk.guessed or picked.token_id != chunk.tokens[1 + row]:
                 break
             right += 1
-            if choice.finish_reason:
+            if sequence.finish_reason:
                 break
-            choice.computed += 1  # the guess was right, and its keys and values are there
-        if piece.guessed and self.speculation is not None:
-            self.speculation.learn(choice, piece.guessed, right)
-            self.guessed += piece.guessed
+            sequence.computed += 1  # the guess was right, and its keys and values are there
+        if chunk.guessed and self.speculation is not None:
+            self.speculation.learn(sequence, chunk.guessed, right)
+            self.guessed += chunk.guessed
             self.guessed_right += right
         return steps
 
-    def _write(self, choice: Choice, picked: Picked) -> Step:
-        """Append a drawn token; the step that shows it, or that ends the choice."""
-        choice.tokens.append(picked.token_id)
-        choice.sampler.observe(picked.token_id)
-        if picked.token_id in choice.ends:
-            return self._finish(choice, "stop", picked, "")
-        text = choice.text.push(picked.token_id)
-        if choice.text.stopped:
-            return self._finish(choice, "stop", picked, text)
-        if len(choice.tokens) >= choice.limit:
-            return self._finish(choice, "length", picked, text)
-        return Step(choice.request.id, choice.index, picked.token_id, text, picked.logprob, picked.top_logprobs)
+    def _write(self, sequence: Sequence, picked: SampledToken) -> StepOutput:
+        """Append a drawn token; the step that shows it, or that ends the sequence."""
+        sequence.tokens.append(picked.token_id)
+        sequence.sampler.observe(picked.token_id)
+        if picked.token_id in sequence.stop_token_ids:
+            return self._finish(sequence, "stop", picked, "")
+        text = sequence.text.push(picked.token_id)
+        if sequence.text.stopped:
+            return self._finish(sequence, "stop", picked, text)
+        if len(sequence.tokens) >= sequence.limit:
+            return self._finish(sequence, "length", picked, text)
+        return StepOutput(
+            sequence.request.id, sequence.index, picked.token_id, text, picked.logprob, picked.top_logprobs
+        )
 
-    def _finish(self, choice: Choice, reason: FinishReason, picked: Picked | None, text: str) -> Step:
-        text += choice.text.flush()
-        if choice.text.stopped:
+    def _finish(self, sequence: Sequence, reason: FinishReason, picked: SampledToken | None, text: str) -> StepOutput:
+        text += sequence.text.flush()
+        if sequence.text.stopped:
             reason = "stop"
-        choice.finish_reason = reason
-        self.scheduler.remove(choice)
-        where = choice.request.id, choice.index
+        sequence.finish_reason = reason
+        self.scheduler.remove(sequence)
+        where = sequence.request.id, sequence.index
         if picked is None:
-            return Step(*where, None, text, finish_reason=reason)
-        return Step(*where, picked.token_id, text, picked.logprob, picked.top_logprobs, reason)
+            return StepOutput(*where, None, text, finish_reason=reason)
+        return StepOutput(*where, picked.token_id, text, picked.logprob, picked.top_logprobs, reason)
 
-    def _echo(self, choice: Choice, upto: int, logits: Tensor | None = None) -> list[Step]:
-        if choice.echo is None:
+    def _echo(self, sequence: Sequence, upto: int, logits: Tensor | None = None) -> list[StepOutput]:
+        if sequence.echo is None:
             return []
         return [
-            Step(choice.request.id, choice.index, p.token_id, text, p.logprob, p.top_logprobs, prompt=True)
-            for p, text in choice.echo.report(upto, logits)
+            StepOutput(sequence.request.id, sequence.index, p.token_id, text, p.logprob, p.top_logprobs, prompt=True)
+            for p, text in sequence.echo.report(upto, logits)
         ]
 
 

@@ -5,7 +5,7 @@ takes is exactly its pages, and nothing is ever moved to make room. A page comes
 is dropped: nobody else needs to know that there are pages.
 
 The memory grows by half when leases want more, and keeps the most that was ever out at once. So it never holds
-more than 1.5 times what `cache.Pool` granted (and FIRST pages). Growing changes addresses: `generation` counts it.
+more than 1.5 times what `cache.CachePool` granted (and FIRST pages). Growing changes addresses: `generation` counts it.
 
 Shapes: P pages, K key/value heads, d head_dim. Page 0 belongs to no sequence: rows that only fill up a batch write
 there, and what a table does not cover reads from there.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolforge.generation.cache import Cache
+from smolforge.generation.kv_cache import Cache
 
 PAGE = 32  # positions: few enough that a short sequence wastes little, many enough to be read in long runs
 FIRST = 64  # pages of the first allocation

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 
 Processor = Callable[[Tensor], Tensor]
 NEVER = float("-inf")
@@ -113,7 +113,7 @@ def forbid(ids: list[int]) -> Processor:
     return process
 
 
-def chain(sampling: Sampling) -> list[Processor]:
+def chain(sampling: SamplingParams) -> list[Processor]:
     """The filters that `sampling` asks for, in transformers' order: temperature, top-k, top-p, min-p, typical."""
     steps: list[Processor] = []
     if sampling.temperature not in (0, 1):

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from smolforge.tokenizer import Tokenizer
 
 
-def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+Prompt = str | Sequence[int]  # text, or token ids
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """The ids of a prompt, at least one, all below `vocab_size`.
 
     Args:

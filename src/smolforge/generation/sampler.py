@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from smolforge.generation import processors
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 
 FEW = 1024  # weights that are sorted at once
 BLOCK = 256  # tokens that are looked at as one first
@@ -31,7 +31,7 @@ NO_TOP: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Picked:
+class SampledToken:
     """One drawn token, with the model's own (unfiltered, temperature 1) log-probabilities if asked for."""
 
     token_id: int
@@ -57,7 +57,7 @@ class Sampler:
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], seed: int, choice: int = 0, end_ids: Sequence[int] = ()
+        self, sampling: SamplingParams, prompt: Sequence[int], seed: int, choice: int = 0, end_ids: Sequence[int] = ()
     ) -> None:
         self.sampling = sampling
         self.seed, self.choice = seed, choice
@@ -88,11 +88,11 @@ class Sampler:
             return int(scores.argmax())
         return draw(*self.weights(scores), uniform(self.seed, self.choice, index))
 
-    def pick(self, logits: Tensor, index: int) -> Picked:
+    def pick(self, logits: Tensor, index: int) -> SampledToken:
         """As `choose`, with the log-probabilities that were asked for."""
         token_id = self.choose(logits, index)
         if self.sampling.logprobs is None:
-            return Picked(token_id)
+            return SampledToken(token_id)
         return describe(logits, token_id, self.sampling.logprobs)
 
     def weights(self, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -147,12 +147,12 @@ def draw(ids: np.ndarray, weights: np.ndarray, u: float) -> int:
     return int(ids[block * BLOCK + min(int(np.searchsorted(cumulative, wanted, side="right")), last)])
 
 
-def describe(logits: Tensor, token_id: int, top: int) -> Picked:
+def describe(logits: Tensor, token_id: int, top: int) -> SampledToken:
     """A token with its log-probability and the `top` likeliest alternatives, under plain softmax of logits (V,)."""
     total = torch.logsumexp(logits, -1)
     best = torch.topk(logits, top) if top else None
     alternatives = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True) if best else ()
-    return Picked(token_id, float(logits[token_id] - total), tuple(alternatives))
+    return SampledToken(token_id, float(logits[token_id] - total), tuple(alternatives))
 
 
 @functools.lru_cache(8)

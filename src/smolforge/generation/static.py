@@ -28,7 +28,7 @@ from smolforge.generation.kernels import choose_kernels
 from smolforge.generation.paged_attention import PagedKernels, attend_earlier, earlier_mask, gathered
 from smolforge.generation.pages import PAGE, PagedCache, PagePool
 from smolforge.generation.quantize import Precision
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.sequence import ScheduledChunk
 
 MOST_ROWS = 64  # of one batch; more single tokens run as several
 FEWEST_PAGES = 4  # in a table: shorter texts share the recording of this size
@@ -84,24 +84,24 @@ class StaticRunner:
         return self._pool.lease(capacity)
 
     @torch.no_grad()
-    def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run the prompts' pieces, then the single tokens in batches; logits in the order of the pieces."""
-        singles = [i for i, piece in enumerate(pieces) if len(piece.tokens) == 1]
-        prompts = [i for i, piece in enumerate(pieces) if len(piece.tokens) > 1]
+    def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Run the prompts' chunks, then the single tokens in batches; logits in the order of the chunks."""
+        singles = [i for i, piece in enumerate(chunks) if len(piece.tokens) == 1]
+        prompts = [i for i, piece in enumerate(chunks) if len(piece.tokens) > 1]
         results: dict[int, Tensor] = {}
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             if prompts:
-                logits = self._run_prompts([pieces[i] for i in prompts])
-                results.update(zip(prompts, logits.split([pieces[i].logits for i in prompts]), strict=True))
+                logits = self._run_prompts([chunks[i] for i in prompts])
+                results.update(zip(prompts, logits.split([chunks[i].logits for i in prompts]), strict=True))
             for at in range(0, len(singles), MOST_ROWS):
                 chunk = singles[at : at + MOST_ROWS]
-                logits = self._run_singles([pieces[i] for i in chunk])
-                if len(chunk) == len(pieces) and all(piece.logits for piece in pieces):
+                logits = self._run_singles([chunks[i] for i in chunk])
+                if len(chunk) == len(chunks) and all(piece.logits for piece in chunks):
                     return logits  # without a copy: it is large
-                results.update((i, logits[row : row + pieces[i].logits]) for row, i in enumerate(chunk))
-        return torch.cat([results[i] for i in range(len(pieces))]) if results else self._no_logits()
+                results.update((i, logits[row : row + chunks[i].logits]) for row, i in enumerate(chunk))
+        return torch.cat([results[i] for i in range(len(chunks))]) if results else self._no_logits()
 
-    def _run_singles(self, pieces: Sequence[Piece]) -> Tensor:
+    def _run_singles(self, pieces: Sequence[ScheduledChunk]) -> Tensor:
         """Logits (rows, V) of the next token of each sequence."""
         longest = max(piece.start for piece in pieces) // PAGE + 1
         shape = _power_of_two(len(pieces)), 2 + max(_power_of_two(longest), FEWEST_PAGES)
@@ -125,7 +125,7 @@ class StaticRunner:
         attend = self._kernels.over_pages(self._fused.rotary, self._pool.layers, inputs)
         return self._fused.logits(self._fused.hidden(inputs[:, 0], attend))
 
-    def _run_prompts(self, pieces: Sequence[Piece]) -> Tensor:
+    def _run_prompts(self, pieces: Sequence[ScheduledChunk]) -> Tensor:
         """Logits of the pieces' last rows, as many as each wants; attention goes piece by piece."""
         device, spans, wanted, count = self._device, [], [], 0
         ids: list[int] = []
@@ -174,7 +174,7 @@ class StaticRunner:
         return torch.empty(0, self.config.vocab_size)
 
 
-def _cache(piece: Piece) -> PagedCache:
+def _cache(piece: ScheduledChunk) -> PagedCache:
     assert isinstance(piece.cache, PagedCache)
     return piece.cache
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
 from smolforge.generation.arena import Arena
-from smolforge.generation.cache import TensorCache
 from smolforge.generation.fused import attend_piece, joined_weights
+from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.products import Int8Rounding, one_row, product
 from smolforge.generation.quantize import Int8, Precision, Weight, quantize
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.model.llama import LlamaRMSNorm, rotary_angles
 
 
@@ -57,16 +57,16 @@ class StockRunner:
         """An empty cache."""
         return TensorCache(self.config, capacity, self._dtype, torch.device("cpu"))
 
-    def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run all rows of all pieces together; attention goes piece by piece."""
+    def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Run all rows of all chunks together; attention goes piece by piece."""
         wanted, rows = [], 0
-        for piece in pieces:
+        for piece in chunks:
             rows += len(piece.tokens)
             wanted += range(rows - piece.logits, rows)
-        caches = [p.cache.memory for p in pieces]  # type: ignore[attr-defined]
-        starts, ends = [p.start for p in pieces], [p.start + len(p.tokens) for p in pieces]
+        caches = [p.cache.memory for p in chunks]  # type: ignore[attr-defined]
+        starts, ends = [p.start for p in chunks], [p.start + len(p.tokens) for p in chunks]
         masks = [piece_mask(start, end) for start, end in zip(starts, ends, strict=True)]
-        ids = torch.tensor([token for piece in pieces for token in piece.tokens])
+        ids = torch.tensor([token for piece in chunks for token in piece.tokens])
         # The simple executor: the other one studies every new number of rows for two calls before it is as fast.
         simple = torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
         with torch.inference_mode(), simple, one_row() if rows == 1 else contextlib.nullcontext():

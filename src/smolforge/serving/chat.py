@@ -132,7 +132,7 @@ class ChatAnswer:
         transcripts, entries = new_transcripts(self.generation), {}
         async for batch in self.generation.batches():
             for prompt, step in batch:
-                key: Key = prompt, step.choice
+                key: Key = prompt, step.index
                 entries.setdefault(key, []).extend(transcripts[key].push(step))
         choices = [
             {
@@ -159,11 +159,11 @@ class ChatAnswer:
         async for batch in self.generation.batches():
             out = bytearray()
             for prompt, step in batch:
-                entries = transcripts[prompt, step.choice].push(step)
+                entries = transcripts[prompt, step.index].push(step)
                 if step.text or entries:
-                    out += chunk(step.choice, {"content": step.text}, self._logprobs(entries), None)
+                    out += chunk(step.index, {"content": step.text}, self._logprobs(entries), None)
                 if step.finish_reason:
-                    out += chunk(step.choice, {}, None, step.finish_reason)
+                    out += chunk(step.index, {}, None, step.finish_reason)
             if out:
                 yield bytes(out)
         if self.body.include_usage:

@@ -83,7 +83,7 @@ class CompletionAnswer:
         transcripts, entries = new_transcripts(self.generation), {}
         async for batch in self.generation.batches():
             for prompt, step in batch:
-                key = prompt, step.choice
+                key = prompt, step.index
                 entries.setdefault(key, []).extend(transcripts[key].push(step))
         choices = [
             self._choice(key, transcript.text, entries[key], transcript.finish_reason)
@@ -98,7 +98,7 @@ class CompletionAnswer:
         async for batch in self.generation.batches():
             out = bytearray()
             for prompt, step in batch:
-                key = prompt, step.choice
+                key = prompt, step.index
                 entries = transcripts[key].push(step)
                 if step.text or entries or step.finish_reason:
                     choice = self._choice(key, step.text, entries, step.finish_reason)

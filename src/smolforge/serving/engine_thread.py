@@ -22,8 +22,8 @@ from smolforge.serving.models import LoadedModel
 from smolforge.serving.server_request import ServerRequest
 
 if TYPE_CHECKING:
-    from smolforge.generation.request import Step
-    from smolforge.generation.sampling import Sampling
+    from smolforge.generation.sampling_params import SamplingParams
+    from smolforge.generation.sequence import StepOutput
 
 log = logging.getLogger("smolforge.serving")
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class EngineThread:
         self.model = model
 
     async def submit(
-        self, prompts: list[list[int]], sampling: Sampling, model: LoadedModel | None = None
+        self, prompts: list[list[int]], sampling: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
         """Queue prompts; back as soon as the engine has taken all of them.
 
@@ -230,8 +230,8 @@ class EngineThread:
             self._broken_step(model, error)
             return
         self._failures = 0
-        rows = len({(step.request, step.choice) for step in steps})
-        news: dict[ServerRequest, list[Step]] = collections.defaultdict(list)
+        rows = len({(step.request, step.index) for step in steps})
+        news: dict[ServerRequest, list[StepOutput]] = collections.defaultdict(list)
         for step in steps:
             owner = self._owners.get((id(model), step.request))
             if owner is not None:
@@ -248,7 +248,7 @@ class EngineThread:
 
     # What follows runs on the event loop again.
 
-    def _deliver(self, news: Sequence[tuple[ServerRequest, list[Step]]], rows: int, seconds: float) -> None:
+    def _deliver(self, news: Sequence[tuple[ServerRequest, list[StepOutput]]], rows: int, seconds: float) -> None:
         written = 0
         for generation, steps in news:
             if generation.finished:

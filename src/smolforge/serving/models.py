@@ -93,7 +93,7 @@ class ModelSource:
         from smolforge.generation.engine import Engine
 
         target = self.model if step is None else self.checkpoint(step)
-        engine = Engine.load(target, quantize=quantize, max_batch=max_batch, draft=draft)
+        engine = Engine.from_pretrained(target, quantize=quantize, max_batch=max_batch, draft=draft)
         directory = engine.directory
         assert directory is not None
         weights = directory / "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from smolforge.errors import BadInput
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 from smolforge.serving.errors import refused
 
 MAX_LOGPROBS = 5  # OpenAI's bound for completions
@@ -241,23 +241,23 @@ class _Sampled(_Body):
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
 
-    def _sampling(self, **more: Any) -> Sampling:
+    def _sampling(self, **more: Any) -> SamplingParams:
         given = {name: getattr(self, name) for name in self._same if getattr(self, name) is not None}
         try:
-            return Sampling(
+            return SamplingParams(
                 n=self.n or 1,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 top_k=max(0, self.top_k or 0),
                 logit_bias=self.logit_bias,
                 stop=tuple(self.stop),
-                stop_ids=tuple(self.stop_token_ids or ()),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
                 seed=self.seed,
                 **given,
                 **more,
             )
         except BadInput as error:
-            if error.field == "stop_ids":
+            if error.field == "stop_token_ids":
                 error.field = "stop_token_ids"
             raise
 
@@ -279,7 +279,7 @@ class CompletionRequest(_Sampled):
                 "best_of", "is not supported; ask for n choices and rank them by logprobs", "unsupported_parameter"
             )
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """As the engine wants it.
 
         Raises:
@@ -327,7 +327,7 @@ class ChatRequest(_Sampled):
             if message.role == "tool" or (message.model_extra or {}).get("tool_calls"):
                 raise refused("messages", "tool calls are not supported", "unsupported_parameter")
 
-    def sampling(self, room: int) -> Sampling:
+    def sampling(self, room: int) -> SamplingParams:
         """As the engine wants it; `room` is the default of max_tokens.
 
         Raises:

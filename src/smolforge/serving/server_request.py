@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.generation.request import Request, Step
-    from smolforge.generation.sampling import Sampling
+    from smolforge.generation.sampling_params import SamplingParams
+    from smolforge.generation.sequence import Request, StepOutput
     from smolforge.serving.models import LoadedModel
 
 
 class ServerRequest:
-    """Some prompts under one `Sampling`, and what was written of them so far.
+    """Some prompts under one `SamplingParams`, and what was written of them so far.
 
     Attributes:
         prompts: token ids of each.
@@ -29,7 +29,7 @@ class ServerRequest:
         first_token: seconds from arrival to the first written token, or None.
     """
 
-    def __init__(self, prompts: list[list[int]], sampling: Sampling, model: LoadedModel) -> None:
+    def __init__(self, prompts: list[list[int]], sampling: SamplingParams, model: LoadedModel) -> None:
         self.prompts, self.sampling, self.model = prompts, sampling, model
         self.requests: list[Request] = []
         self.finished = False
@@ -39,7 +39,7 @@ class ServerRequest:
         self._open = self.sequences
         self._started: set[tuple[int, int]] = set()
         self._index: dict[int, int] = {}
-        self._ready: list[tuple[int, Step]] = []
+        self._ready: list[tuple[int, StepOutput]] = []
         self._error: BaseException | None = None
         self._news = asyncio.Event()
 
@@ -68,11 +68,11 @@ class ServerRequest:
         self.requests = requests
         self._index = {request.id: i for i, request in enumerate(requests)}
 
-    def deliver(self, steps: list[Step]) -> None:
+    def deliver(self, steps: list[StepOutput]) -> None:
         """New steps, in order."""
         for step in steps:
-            if (step.request, step.choice) not in self._started:
-                self._started.add((step.request, step.choice))
+            if (step.request, step.index) not in self._started:
+                self._started.add((step.request, step.index))
                 self.waiting -= 1
             if self.first_token is None and not step.prompt:
                 self.first_token = time.monotonic() - self.arrived
@@ -88,7 +88,7 @@ class ServerRequest:
             self.finished, self._error = True, error
             self._news.set()
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Step]]]:
+    async def batches(self) -> AsyncIterator[list[tuple[int, StepOutput]]]:
         """(index of the prompt, step), as many as have come, until all have ended.
 
         Raises:

@@ -23,8 +23,8 @@ class ServeSettings:
         cors_origins: other web origins whose scripts may call the API; none unless given.
         frame_origins: web origins whose pages may show this one in a frame, such as a Space's; none unless given.
         name: id of the model in the API; the directory's or the Hub's name unless given.
-        quantize: as of `Engine.load`.
-        draft: a smaller model that guesses ahead, as of `Engine.load`; none unless given.
+        quantize: as of `Engine.from_pretrained`.
+        draft: a smaller model that guesses ahead, as of `Engine.from_pretrained`; none unless given.
         max_batch: sequences that run at once.
         max_queue: sequences that may wait; further ones get 429.
         max_per_client: unfinished requests of one client (key and address); further ones get 429.

@@ -15,7 +15,7 @@ from smolforge.serving.server_request import ServerRequest
 from smolforge.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from smolforge.generation.sampling import Sampling
+    from smolforge.generation.sampling_params import SamplingParams
     from smolforge.serving.engine_thread import EngineThread
     from smolforge.serving.metrics import Metrics
     from smolforge.serving.models import LoadedModel, ModelSource
@@ -116,7 +116,7 @@ class Service:
                 del self._clients[who]
 
     async def submit(
-        self, prompts: list[list[int]], sampling: Sampling, model: LoadedModel | None = None
+        self, prompts: list[list[int]], sampling: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
         """As of `EngineThread.submit`, and counted."""
         generation = await self.worker.submit(prompts, sampling, model)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.generation.request import Step
+    from smolforge.generation.sequence import StepOutput
     from smolforge.tokenizer import Tokenizer
 
 # JSON has no minus infinity; OpenAI's own clients meet -9999.0 for "practically never".
@@ -51,7 +51,7 @@ class Transcript:
         """All that was shown."""
         return "".join(self.parts)
 
-    def push(self, step: Step) -> list[Entry]:
+    def push(self, step: StepOutput) -> list[Entry]:
         """Take a step; the tokens that may be reported now."""
         if self._in_prompt and not step.prompt:
             self._in_prompt = False

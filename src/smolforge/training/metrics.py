@@ -19,7 +19,7 @@ from smolforge.data import Batch, data_digest
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
 from smolforge.generation.engine import Engine
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
 from smolforge.training import plan
@@ -177,11 +177,11 @@ class MetricsLogger:
         wanted = self.config.samples
         self.session.model.eval()
         try:
-            engine = Engine.of(self.session.model, self.session.tokenizer)
+            engine = Engine.from_model(self.session.model, self.session.tokenizer)
             room = engine.context - 1
             prompts = [p for p in wanted.prompts if 0 < len(self.session.tokenizer.encode(p)) <= room]
             texts, reasons = [""] * len(prompts), [""] * len(prompts)
-            sampling = Sampling(
+            sampling = SamplingParams(
                 max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=step
             )
             with torch.no_grad():

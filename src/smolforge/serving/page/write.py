@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from smolforge.generation.sampling import Sampling
+from smolforge.generation.sampling_params import SamplingParams
 from smolforge.serving.schemas import Text
 from smolforge.serving.server_request import ServerRequest
 from smolforge.serving.state import Service
@@ -36,9 +36,9 @@ class Knobs(BaseModel):
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
 
-    def sampling(self, logprobs: int | None) -> Sampling:
+    def sampling(self, logprobs: int | None) -> SamplingParams:
         """As the engine wants it."""
-        return Sampling(**self.model_dump(exclude={"prompt", "ids", "steps"}), logprobs=logprobs)
+        return SamplingParams(**self.model_dump(exclude={"prompt", "ids", "steps"}), logprobs=logprobs)
 
 
 class WriteRequest(Knobs):

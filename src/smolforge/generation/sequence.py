@@ -1,6 +1,6 @@
-"""The nouns of generation: a request, its choices while they grow, and the steps that everyone reads.
+"""The nouns of generation: a request, its sequences while they grow, and the steps that everyone reads.
 
-`Step` is the one typed object that the command line, the page, the API and training share.
+`StepOutput` is the one typed object that the command line, the page, the API and training share.
 """
 
 from __future__ import annotations
@@ -8,34 +8,35 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from smolforge.generation.draft import Lookup, Rate
+from smolforge.generation.detokenizer import TextStream
 from smolforge.generation.echo import Echo
+from smolforge.generation.kv_cache import Cache
 from smolforge.generation.sampler import NO_TOP, Sampler
-from smolforge.generation.sampling import Sampling
-from smolforge.generation.text import TextStream
+from smolforge.generation.sampling_params import SamplingParams
+from smolforge.generation.speculative import NgramDraft, Rate
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One token of one choice, or its end.
+class StepOutput:
+    """One token of one sequence, or its end.
 
     Attributes:
         request: id of the request; in `Engine.stream` the index of the prompt.
-        choice: index of the continuation, 0 <= choice < n.
+        index: of the continuation, 0 <= index < n.
         token_id: the token, or None in a last step that brings only text or the end.
-        text: what may now be shown. Joined over the steps of a choice it is the whole text; it may lag behind
+        text: what may now be shown. Joined over the steps of a sequence it is the whole text; it may lag behind
             the tokens (half characters, possible stop strings) and catches up.
         logprob: natural log of the token's probability under the model, where asked for.
         top_logprobs: the likeliest tokens, (id, logprob) each, best first.
-        finish_reason: set on the last step of a choice: "stop" (end of text, stop string or id) or "length"
+        finish_reason: set on the last step of a sequence: "stop" (end of text, stop string or id) or "length"
             (max_tokens or the context's end).
         prompt: the token belongs to the prompt (`echo`).
     """
 
     request: int
-    choice: int
+    index: int
     token_id: int | None
     text: str
     logprob: float | None = None
@@ -44,8 +45,29 @@ class Step:
     prompt: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class ScheduledChunk:
+    """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
+
+    Attributes:
+        logits: how many of the last rows want logits (0 in the middle of a prompt).
+        guessed: how many of the last tokens are guesses that the model is to judge.
+    """
+
+    cache: Cache
+    tokens: list[int]
+    start: int
+    logits: int
+    guessed: int = 0
+
+    def guess(self, tokens: list[int]) -> ScheduledChunk:
+        """This chunk, whose last row wants logits, with guesses of the tokens behind it."""
+        count = len(tokens)
+        return dataclasses.replace(self, tokens=self.tokens + tokens, logits=1 + count, guessed=count)
+
+
 @dataclasses.dataclass(eq=False)
-class Choice:
+class Sequence:
     """One continuation: its tokens, how many of them the cache holds, and how it is drawn and shown."""
 
     request: Request
@@ -54,12 +76,12 @@ class Choice:
     sampler: Sampler
     text: TextStream
     limit: int  # most tokens, prompt included: max_tokens or the context
-    ends: frozenset[int]  # tokens that end it
+    stop_token_ids: frozenset[int]  # tokens that end it
     computed: int = 0  # tokens whose keys and values are in the cache
     cache: Any = None
     finish_reason: FinishReason | None = None
     echo: Echo | None = None
-    lookup: Lookup | None = None  # guesses tokens from the text, where that keeps it bitwise
+    lookup: NgramDraft | None = None  # guesses tokens from the text, where that keeps it bitwise
     draft_rate: Rate | None = None  # how often a draft model's guesses of this text are right, where there is one
 
     @property
@@ -75,7 +97,7 @@ class Choice:
     @property
     def wants_prompt_logits(self) -> bool:
         """Whether the prompt's own log-probabilities are asked for."""
-        return self.request.sampling.echo and self.request.sampling.logprobs is not None
+        return self.request.params.echo and self.request.params.logprobs is not None
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,17 +113,17 @@ class Request:
 
     id: int
     prompt: list[int]
-    sampling: Sampling
+    params: SamplingParams
     seed: int
-    choices: list[Choice] = dataclasses.field(default_factory=list)
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
     cancelled: bool = False
 
     @property
     def finished(self) -> bool:
-        """Whether every choice has ended, or the request was cancelled."""
-        return self.cancelled or all(choice.finish_reason for choice in self.choices)
+        """Whether every sequence has ended, or the request was cancelled."""
+        return self.cancelled or all(sequence.finish_reason for sequence in self.sequences)
 
     @property
     def written(self) -> int:
-        """Tokens written so far, over all choices; the end-of-text token counts."""
-        return sum(choice.written for choice in self.choices)
+        """Tokens written so far, over all sequences; the end-of-text token counts."""
+        return sum(sequence.written for sequence in self.sequences)

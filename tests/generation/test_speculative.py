@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import make_model
 
-from smolforge.generation import Engine, Sampling
-from smolforge.generation.draft import MOST, Lookup, worthwhile
+from smolforge.generation import Engine, SamplingParams
+from smolforge.generation.speculative import MOST, NgramDraft, worthwhile
 
 
 @pytest.fixture(scope="module")
 def engines(tokenizer):
     """The same model with guesses and without."""
-    engines = [Engine.of(make_model(), tokenizer, quantize="int8", speculate=on) for on in (True, False)]
+    engines = [Engine.from_model(make_model(), tokenizer, quantize="int8", speculate=on) for on in (True, False)]
     if not engines[0].speculates:
         pytest.skip("no native step here, and the stock path is not bitwise the same in a batch")
     return engines
@@ -23,7 +23,7 @@ def engines(tokenizer):
 def steps_of(engine, prompts, sampling):
     engine.scheduler.pool.clear()
     return [
-        (s.request, s.choice, s.token_id, s.text, s.logprob, s.finish_reason) for s in engine.stream(prompts, sampling)
+        (s.request, s.index, s.token_id, s.text, s.logprob, s.finish_reason) for s in engine.stream(prompts, sampling)
     ]
 
 
@@ -33,7 +33,7 @@ def steps_of(engine, prompts, sampling):
     st.integers(0, 2**31), st.sampled_from([1.0, 1.3]), st.integers(1, 60), st.sampled_from([1, 3]),
 )  # fmt: skip
 def test_the_text_is_the_same_to_the_last_bit(engines, unit, times, temperature, seed, penalty, tokens, n):
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=temperature, seed=seed, max_tokens=tokens, repetition_penalty=penalty, logprobs=1, n=n, stop=("qu",)
     )
     prompts = [unit * times, [7, *unit]]
@@ -47,7 +47,7 @@ def test_a_text_that_repeats_takes_fewer_steps(engines):
     engine = engines[0]
     engine.guessed = engine.guessed_right = 0
     request = engine.add(
-        [5, 6, 7, 8] * 6, Sampling(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
+        [5, 6, 7, 8] * 6, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
     )
     steps = 0
     while not request.finished:
@@ -61,7 +61,7 @@ def test_a_text_that_repeats_takes_fewer_steps(engines):
 
 def test_what_cannot_be_guessed_is_soon_left_alone():
     tokens = [1, 2, 3, 4]
-    lookup = Lookup(tokens)
+    lookup = NgramDraft(tokens)
     proposed = 0
     for turn in range(200):
         tokens += [1, 2, 3, 4, 100 + turn]  # the same beginning, never the same end
@@ -74,10 +74,10 @@ def test_what_cannot_be_guessed_is_soon_left_alone():
 
 
 def test_guesses_follow_the_longest_agreement_and_go_round():
-    assert Lookup([1, 2, 3, 9, 5, 2, 3, 8, 1, 2, 3]).propose(1, 5)[0] == 9
-    assert Lookup([4, 7, 7, 7, 7]).propose(1, 2) == [7, 7]
-    assert Lookup([1, 2, 3, 4]).propose(1, 5) == []
-    assert Lookup([1, 2, 1, 2]).propose(1, 0) == []
+    assert NgramDraft([1, 2, 3, 9, 5, 2, 3, 8, 1, 2, 3]).propose(1, 5)[0] == 9
+    assert NgramDraft([4, 7, 7, 7, 7]).propose(1, 2) == [7, 7]
+    assert NgramDraft([1, 2, 3, 4]).propose(1, 5) == []
+    assert NgramDraft([1, 2, 1, 2]).propose(1, 0) == []
 
 
 @given(st.floats(0, 1), st.integers(1, 64))

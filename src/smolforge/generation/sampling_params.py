@@ -1,6 +1,6 @@
 """What a request asks for: every knob of one continuation, checked before anything runs.
 
-`Sampling` is data. The sampler turns it into a distribution (`sampler.py`), the text stream into stop strings
+`SamplingParams` is data. The sampler turns it into a distribution (`sampler.py`), the text stream into stop strings
 (`text.py`), the engine into limits. Names follow OpenAI's API where it has the knob, transformers' where not.
 """
 
@@ -19,7 +19,7 @@ MAX_CHOICES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to continue a prompt. Immutable and checked; defaults are the seed project's.
 
     Attributes:
@@ -34,8 +34,8 @@ class Sampling:
         presence_penalty: subtracted once from the logit of each token that was written.
         logit_bias: token id: added to its logit, in [-100, 100].
         stop: strings that end the text; never shown, and nothing before them is lost.
-        stop_ids: token ids that end the text, besides the end-of-text token.
-        min_tokens: end-of-text and `stop_ids` are impossible before this many tokens.
+        stop_token_ids: token ids that end the text, besides the end-of-text token.
+        min_tokens: end-of-text and `stop_token_ids` are impossible before this many tokens.
         seed: makes the text reproducible, alone and among any batch mates; drawn and kept if None.
         logprobs: report each token's log-probability and this many alternatives; None reports nothing.
         echo: report the prompt's tokens first.
@@ -57,7 +57,7 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     stop: tuple[str, ...] | str = ()
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     seed: int | None = None
     logprobs: int | None = None
@@ -119,11 +119,11 @@ class Sampling:
         object.__setattr__(self, "stop", stops)
 
     def _ids(self) -> None:
-        ids = tuple(self.stop_ids)
+        ids = tuple(self.stop_token_ids)
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field="stop_ids")
-        object.__setattr__(self, "stop_ids", ids)
+                raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field="stop_token_ids")
+        object.__setattr__(self, "stop_token_ids", ids)
         for token_id, bias in self.logit_bias.items():
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
                 raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field="logit_bias")
@@ -137,7 +137,7 @@ class Sampling:
         Raises:
             BadInput: an id is not below `vocab_size`.
         """
-        for name, ids in (("stop_ids", self.stop_ids), ("logit_bias", tuple(self.logit_bias))):
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", tuple(self.logit_bias))):
             for token_id in ids:
                 if token_id >= vocab_size:
                     raise BadInput(f"token {token_id} is not in the vocabulary of {vocab_size}", field=name)

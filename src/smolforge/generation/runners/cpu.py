@@ -14,9 +14,9 @@ from torch import Tensor
 
 from smolforge.config import ModelConfig
 from smolforge.generation.arena import Arena
-from smolforge.generation.cache import Cache
+from smolforge.generation.kv_cache import Cache
 from smolforge.generation.quantize import INT4_GROUP, Precision
-from smolforge.generation.scheduler import Piece
+from smolforge.generation.sequence import ScheduledChunk
 from smolforge.kernels import NativeUnavailable, library
 from smolforge.model.llama import rotary_angles
 
@@ -47,7 +47,7 @@ class _Shape(ctypes.Structure):
     ]  # fmt: skip
 
 
-class NativeCache:
+class CpuCache:
     """Keys and values of one sequence in the packed layout: (layers, K, capacity / 32, d * 32) and values alike."""
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype) -> None:
@@ -63,14 +63,14 @@ class NativeCache:
 
     def copy_prefix(self, other: Cache, length: int) -> None:
         """Take over the first `length` positions of another cache; whole units, the surplus is overwritten later."""
-        assert isinstance(other, NativeCache)
+        assert isinstance(other, CpuCache)
         units, pairs = -(-length // UNIT), -(-length // 2)
         self.keys[:, :, :units] = other.keys[:, :, :units]
         self.values[..., :pairs, :] = other.values[..., :pairs, :]
 
 
-class NativeRunner:
-    """Runs pieces through the native step.
+class CpuRunner:
+    """Runs chunks through the native step.
 
     Args:
         module: a Llama of `model/llama.py` on the CPU; its weights are packed and not kept.
@@ -130,25 +130,25 @@ class NativeRunner:
         rows = c.num_hidden_layers * c.num_key_value_heads * _up(capacity, UNIT)
         return rows * (c.dim + _up(c.dim, UNIT)) * self._dtype.itemsize
 
-    def new_cache(self, capacity: int) -> NativeCache:
+    def new_cache(self, capacity: int) -> CpuCache:
         """An empty cache."""
-        return NativeCache(self.config, capacity, self._dtype)
+        return CpuCache(self.config, capacity, self._dtype)
 
-    def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run all pieces in one step of the library."""
+    def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Run all chunks in one step of the library."""
         tokens: list[int] = []
         positions: list[int] = []
         caches: list[int] = []
         capacities: list[int] = []
         wanted: list[int] = []
-        for piece in pieces:
-            count, cache = len(piece.tokens), piece.cache
-            assert isinstance(cache, NativeCache) and piece.start + count <= cache.capacity, "a piece outgrew its cache"
-            tokens += piece.tokens
-            positions += range(piece.start, piece.start + count)
+        for chunk in chunks:
+            count, cache = len(chunk.tokens), chunk.cache
+            assert isinstance(cache, CpuCache) and chunk.start + count <= cache.capacity, "a chunk outgrew its cache"
+            tokens += chunk.tokens
+            positions += range(chunk.start, chunk.start + count)
             caches += [cache.memory.data_ptr()] * count
             capacities += [cache.capacity] * count
-            wanted += range(len(tokens) - piece.logits, len(tokens))
+            wanted += range(len(tokens) - chunk.logits, len(tokens))
         logits = torch.empty(len(wanted), self.config.vocab_size)
         self._library.smolforge_step(
             self._handle, len(tokens), _ints(tokens), _ints(positions), (ctypes.c_void_p * len(caches))(*caches),

@@ -61,7 +61,7 @@ class TensorCache:
         self.memory[:, :, :length] = other.memory[:, :, :length]
 
 
-class Pool:
+class CachePool:
     """Hands out caches within a budget.
 
     Args:
@@ -90,7 +90,7 @@ class Pool:
         """Whether a cache can be taken now, giving up kept ones if need be."""
         return self.reserved + self._bytes_for(capacity) <= self.budget
 
-    def take(self, capacity: int) -> Cache:
+    def allocate(self, capacity: int) -> Cache:
         """A new cache; `has_room` must have said yes."""
         need = self._bytes_for(capacity)
         assert self.reserved + need <= self.budget, "a cache was taken without room"
@@ -101,7 +101,7 @@ class Pool:
         self.reserved += need
         return cache
 
-    def give_back(self, cache: Cache, tokens: Sequence[int]) -> None:
+    def free(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Return a cache whose first rows belong to `tokens`."""
         self.reserved -= cache.nbytes
         if self._keep and tokens:

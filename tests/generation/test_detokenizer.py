@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge.generation.text import TextStream
+from smolforge.generation.detokenizer import TextStream
 
 
 class Letters:
