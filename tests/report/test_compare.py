@@ -29,7 +29,7 @@ def test_the_table_has_the_numbers_and_only_the_keys_that_differ(runs: list[Path
     assert "0.003" in lines["optimizer.lr"] and "0.001" in lines["optimizer.lr"]
     assert "cosine" in lines["schedule.name"] and "model.hidden_size" not in lines
     assert "3,148,224" in lines["parameters"] and "done" in lines["state"] and "not done" in lines["state"]
-    first, second = (summary.bits_per_byte for summary in comparison(runs).summary)
+    first, second = (summary.bits_per_byte for summary in comparison(runs).summaries)
     assert first < second and f"{first:.3f} *" in lines["held-out bits per byte"]
     assert max(map(len, table.splitlines())) <= 100
 
@@ -43,8 +43,10 @@ def test_the_numbers_are_json(runs: list[Path]) -> None:
 def test_the_page_lays_the_curves_over_each_other(runs: list[Path], tmp_path: Path) -> None:
     page = check_page(write_comparison(runs, tmp_path / "pages" / "both.html"))
     assert "wsd predicts held-out text best" in page.text
-    drawn = [a["class"] for tag, a in page.tags if tag == "path" and a.get("class", "").startswith("line ")]
-    assert drawn.count("line c1") == drawn.count("line c2") == 5
+    assert page.charts is not None and len(page.charts["charts"]) == 6
+    for chart in page.charts["charts"]:
+        assert [(series["label"], series["colour"]) for series in chart["series"]] == [("wsd", 1), ("cosine", 2)]
+    assert (len(page.column("Loss against time", 0)), len(page.column("Loss against time", 1))) == (120, 60)
     assert "optimizer.lr" in page.text and "hidden_size" not in page.text
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
 
+import smolforge.report
 from smolforge.errors import BadInput
 from smolforge.report import read_history, summarize, write_report
 from smolforge.report.history import TRAINING
-from smolforge.report.page import charts
-from smolforge.report.samples import MAX_CARDS, stories
+from smolforge.report.page import MAX_CARDS, charts, select_samples
 
 TWO_MB = 2_000_000
 _HTML = "html head meta link title style body main header footer section article p b i h1 h2 h3 div span dl dt dd ul li"
-_TAGS = set(f"{_HTML} pre figure figcaption table thead tbody tr th td svg g line text path rect script".split())
+_CHARTS = "figure figcaption button input label noscript details summary caption"
+_TAGS = set(f"{_HTML} {_CHARTS} pre table thead tbody tr th td script".split())
+_STATIC = Path(smolforge.report.__file__).parent / "static"
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -37,6 +40,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.scripts: list[str] = []
         self.open: list[str] = []
+        self.charts: dict[str, Any] | None = None
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -56,13 +60,23 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
+            if self.tags[-1][1].get("type") == "application/json":
+                self.charts = json.loads(data)
+            else:
+                self.scripts.append(data)
         elif not self.open or self.open[-1] != "style":
-            self.words.append(data)
+            self.words.append(f" {data}" if self.open and self.open[-1] in ("td", "th") else data)
 
     @property
     def text(self) -> str:
         return " ".join("".join(self.words).split())
+
+    def column(self, title: str, place: int, x: bool = False) -> list[float | None]:
+        """The values of a series of the chart with this title."""
+        assert self.charts
+        chart = next(chart for chart in self.charts["charts"] if chart["title"] == title)
+        series = chart["series"][place]
+        return self.charts["tables"][series["table"]][chart["x"] if x else series["column"]]
 
 
 def check_page(path: Path) -> Page:
@@ -74,12 +88,19 @@ def check_page(path: Path) -> Page:
         for name, value in attributes.items():
             assert not name.startswith("on") and name not in ("src", "srcset", "action", "xlink:href")
             assert name != "href" or value == "data:,"
-    assert "http://" not in page.source and "https://" not in page.source
-    assert "url(" not in page.source and "@import" not in page.source
-    assert len(page.scripts) == 1
-    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    library = (_STATIC / "uPlot.iife.min.js").read_text(encoding="utf-8")
+    assert len(page.scripts) == 2 and page.scripts[0] == library
+    rest = page.source.replace(library, "")
+    assert "http://" not in rest and "https://" not in rest
+    assert "url(" not in rest and "@import" not in rest
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
-    assert policy is not None and f"'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert policy is not None and "default-src 'none'" in policy
+    for script in page.scripts:
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    drawn = [a["aria-label"] for tag, a in page.tags if a.get("role") == "img"]
+    assert [label.partition(" against ")[0] for label in drawn if label] == [
+        chart["title"].partition(" against ")[0] for chart in (page.charts or {"charts": []})["charts"]
+    ], "each chart has words for who cannot see it"
     return page
 
 
@@ -98,10 +119,9 @@ def test_a_page_tells_everything_of_a_run(run: Path) -> None:
     assert f"{100 * (summary.bits_per_byte / 0.905 - 1):.1f}% above the 0.9050 of the source itself" in page.text
     for title in ("Loss", "Held-out bits per byte", "Loss against time", "Learning rate", "Gradient norm", "Throughput",
                   "Memory", "Waiting for data"):  # fmt: skip
-        assert any(a.get("aria-label", "").startswith(f"{title} against") for tag, a in page.tags if tag == "svg"), (
-            title
-        )
-    assert "the source's own entropy" in page.text
+        assert any((a.get("aria-label") or "").startswith(f"{title} against") for tag, a in page.tags), title
+    labels = [a.get("aria-label") or "" for _, a in page.tags]
+    assert any("the source's own entropy at 0.9050" in label for label in labels)
     for words in ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy",
                   "num_key_value_heads", "micro-batch 16 sequences", "2.13.0+cpu", "skip", "not finite"):  # fmt: skip
         assert words in page.text, words
@@ -109,15 +129,25 @@ def test_a_page_tells_everything_of_a_run(run: Path) -> None:
     assert not list(run.glob(".*")), "a temporary file was left"
 
 
-def test_hover_titles_hold_what_the_log_holds(run: Path) -> None:
-    source = write_report(run).read_text(encoding="utf-8")
-    titles = re.findall(r"<title>([^<]*)</title></rect>", source)
+def test_the_charts_hold_what_the_log_holds(run: Path) -> None:
+    page = check_page(write_report(run))
     rows = {row["step"]: row for line in (run / "metrics.jsonl").open() if "loss" in (row := json.loads(line))}
-    told = [re.search(r"step ([\d,]+)\s+training: ([\d.]+)", title) for title in titles]
-    checked = [(int(found[1].replace(",", "")), float(found[2])) for found in told if found]
-    assert len(checked) > 100
-    for step, loss in checked:
-        assert loss == pytest.approx(rows[step]["loss"], abs=6e-4)
+    assert page.charts is not None and page.charts["tables"][0]["step"] == sorted(rows)
+    assert page.column("Loss", 0, x=True) == [row["tokens"] for row in rows.values()]
+    assert page.column("Loss", 0) == pytest.approx([row["loss"] for row in rows.values()], rel=1e-4)
+    assert page.column("Gradient norm", 0) == pytest.approx([row["grad_norm"] for row in rows.values()], rel=1e-4)
+    assert len(page.column("Loss", 2)) == len(page.column("Held-out bits per byte", 0)) == 12
+    assert [mark["label"] for mark in page.charts["marks"]] == ["skip at step 213", "resume at step 320"]
+    assert page.charts["marks"][1]["tokens"] == 320 * 4096
+
+
+def test_the_numbers_are_a_table_too(run: Path) -> None:
+    page = check_page(write_report(run))
+    last = [json.loads(line) for line in (run / "metrics.jsonl").open() if "validation" in line][-1]["validation"]
+    assert any(tag == "noscript" for tag, _ in page.tags)
+    words = page.text.partition("held-out values are of the last validation")[2].partition("Samples")[0]
+    assert "learning rate gradient norm" in words and "640 2.621M 1 min 29 s" in words
+    assert f"{last['loss']:.3f} {last['bits_per_byte']:.3f}" in words
 
 
 HOSTILE = (
@@ -144,7 +174,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
     page = check_page(write_report(tmp_path))
-    assert "no step is logged yet" in page.text and not any(tag == "svg" for tag, _ in page.tags)
+    assert "no step is logged yet" in page.text and page.charts is None
     make_run(tmp_path / "set-up", rows=0, total=10)
     assert "no step is logged yet" in check_page(write_report(tmp_path / "set-up")).text
 
@@ -157,7 +187,7 @@ def test_no_run_at_all(tmp_path: Path) -> None:
 def test_one_row_is_enough(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 4096, "loss": 8.3, "lr": 0.001, "time": 5}\n')
     page = check_page(write_report(tmp_path))
-    assert "8.300" in page.text and any(tag == "svg" for tag, _ in page.tags)
+    assert "8.300" in page.text and page.charts
 
 
 def test_a_run_under_way_says_how_far_it_is(tmp_path: Path) -> None:
@@ -256,14 +286,6 @@ def test_the_command_survives_a_shell(tmp_path: Path) -> None:
     assert command and shlex.split(command[0])[2] == str(run / "config.yaml")
 
 
-def test_the_run_may_say_itself_that_it_is_done(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", rows=5, total=50)
-    assert not summarize(read_history(run)).finished
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "event": "done"}\n')
-    assert summarize(read_history(run)).finished
-
-
 def write_long(run: Path, rows: int) -> None:
     """A log of `rows` steps with one spike, written fast."""
     run.mkdir(exist_ok=True)
@@ -294,9 +316,14 @@ def check_long(run: Path, rows: int) -> None:
     history = read_history(run)
     assert len(history.training["step"]) == rows and sum(history.event_counts.values()) == 2000
     assert "1,800 more between these" in page.text
-    norm = next(chart for chart in charts(history, summarize(history)) if chart.title == "Gradient norm")
-    # A single spike among all rows is drawn at the top of its plot.
-    assert re.search(r"[ML][\d.]+ 0\.0L", str(norm.draw()))
+    assert (
+        page.charts is not None
+        and page.charts["tables"] == json.loads(charts(history, summarize(history)).to_json())["tables"]
+    )
+    norms = page.column("Gradient norm", 0)
+    assert max(norms) == 51 and len(norms) < 8000, "a single spike among all rows is drawn"
+    chart = next(chart for chart in page.charts["charts"] if chart["title"] == "Gradient norm")
+    assert chart["high"] < 2, "and does not flatten the others"
 
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
@@ -313,7 +340,7 @@ def test_a_million_rows_make_a_small_page(tmp_path: Path) -> None:
 @given(steps=st.lists(st.integers(0, 10_000), min_size=1, max_size=60))
 @settings(max_examples=50, deadline=None)
 def test_samples_shown_are_the_first_the_last_and_some_between(steps: list[int]) -> None:
-    told = stories([{"step": step, "prompt": "p", "text": f"p{step}"} for step in steps])
+    told = select_samples([{"step": step, "prompt": "p", "text": f"p{step}"} for step in steps])
     shown = [int(card.step.replace(",", "")) for card in told[0].cards]
     assert shown == sorted(set(shown)) and shown[0] == min(steps) and shown[-1] == max(steps)
     assert len(shown) == min(MAX_CARDS, len(set(steps))) and told[0].hidden == len(set(steps)) - len(shown)

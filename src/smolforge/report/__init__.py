@@ -1,16 +1,22 @@
-"""The page of a run, and runs laid over each other.
+"""The page of a run, and the comparison of runs.
 
-history.py   what a run has written so far, as columns
-summary.py   what it comes down to: the numbers and the one sentence
-curves.py    smoothing and thinning      axes.py  ticks       chart.py  one plot as inline SVG
-samples.py   the samples through time    formatting.py numbers as a person reads them
-page.py      RUN/report.html             compare.py  several runs, as a table and as a page
+A run writes rows to metrics.jsonl; this package reads them at any moment of the run, and writes one HTML file that
+opens without a network. The numbers travel in the page as one JSON object, thinned to what a screen can show, and
+uPlot (unmodified, in static/) draws them. Everything that a run wrote is untrusted: it is escaped, cut and cleaned.
+
+Read in this order:
+
+    history.py   read what a run has logged, as columns, and summarize it
+    charts.py    the data of charts: smoothing, thinning, ranges, one JSON object
+    page.py      RUN/report.html
+    compare.py   several runs as a table and as a page
+
+templates/charts.js gives the data to uPlot; templates/*.html are the pages.
 """
 
 from smolforge.report.compare import compare, comparison, write_comparison
-from smolforge.report.history import History, read_history
+from smolforge.report.history import History, RunSummary, read_history, summarize
 from smolforge.report.page import write_report
-from smolforge.report.summary import RunSummary, summarize
 
 __all__ = [
     "History",

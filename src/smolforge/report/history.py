@@ -1,7 +1,7 @@
-"""What a run has written so far, as columns.
+"""Read what a run has logged so far, as columns, and summarize it.
 
-Everything here may be absent, torn, half a run old, or made by somebody who wishes the reader ill: what cannot be
-read counts as absent. A million rows are read as a stream into columns of 8 bytes, never as a million objects.
+The files may be absent, torn or hostile: whatever cannot be read counts as absent. Rows are read as a stream into
+columns of 8-byte numbers, so a run of a million rows needs little memory.
 """
 
 from __future__ import annotations
@@ -10,49 +10,52 @@ import json
 import math
 from array import array
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from smolforge.checkpoint.card import count_parameters
+from smolforge.config import ModelConfig, RunConfig
 from smolforge.errors import BadInput
 from smolforge.files import read_json_lines
+from smolforge.formatting import clean, count, duration, is_known, number, percent, whole
+from smolforge.report.charts import Columns, smooth
 from smolforge.run import Run
 
 TRAINING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "data_seconds")
-VALIDATION = ("loss", "perplexity", "bits_per_byte")
+VALIDATION = ("step", "tokens", "loss", "bits_per_byte")
 MAX_EVENTS = 100
 MAX_TEXT = 4000
 MAX_FILE = 4 << 20
-# The gap before these is time in which nothing ran.
-_BREAKS = {"resume", "resumed", "start", "started"}
-_ENDS = {"done", "end", "finish", "finished", "complete", "completed"}
 
 
 @dataclass
 class History:
-    """One run, read."""
+    """What one run has logged.
+
+    Attributes:
+        training: columns of `TRAINING`, and `seconds` of running time; (rows,), NaN where absent.
+        validation: columns of `VALIDATION`, and `seconds`; (validations,).
+        entropy: bits per byte of the source itself, where it is known.
+        events: the first and the last `MAX_EVENTS` of them.
+    """
 
     run: Run
     name: str
-    training: dict[str, np.ndarray]
-    """Columns of `TRAINING`, and `seconds` of running time, (rows,), NaN where absent."""
-    validation: dict[str, np.ndarray]
-    """step, tokens, seconds and the columns of `VALIDATION`, (validations,)."""
+    training: Columns
+    validation: Columns
     entropy: float | None
-    """Bits per byte of the source itself, where it is known."""
     events: list[dict[str, Any]]
-    """The first and the last `MAX_EVENTS` of them."""
     event_counts: Counter[str]
     samples: list[dict[str, Any]]
     config: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
-    ended: bool = False
-    """Whether the run itself said that it is done."""
+    environment: dict[str, Any]
 
-    def key(self, path: str, default: Any = None) -> Any:
+    def setting(self, path: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted path."""
         value: Any = self.config
         for part in path.split("."):
@@ -61,23 +64,9 @@ class History:
             value = value[part]
         return default if value is None else value
 
-    def seconds_at(self, steps: np.ndarray) -> np.ndarray:
-        """Running time at which each of `steps` was logged, between rows in proportion."""
-        return self._at(steps, "seconds")
-
-    def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Tokens seen at each of `steps`, between rows in proportion."""
-        return self._at(steps, "tokens")
-
-    def _at(self, steps: np.ndarray, column: str) -> np.ndarray:
-        known = np.isfinite(self.training[column])
-        if not known.any():
-            return np.full(len(steps), np.nan)
-        return np.interp(steps, self.training["step"][known], self.training[column][known])
-
 
 def read_history(path: str | Path | Run) -> History:
-    """Everything that a run's directory says about it at this moment.
+    """Read everything that the directory of a run holds at this moment.
 
     Raises:
         BadInput: there is no such directory.
@@ -87,102 +76,85 @@ def read_history(path: str | Path | Run) -> History:
         raise BadInput(f"there is no run at {run.path}", field="RUN", hint="Give the directory that train wrote.")
     rows = _Rows()
     for row in read_json_lines(run.metrics_path):
-        rows.take(row)
+        rows.add(row)
     return History(
         run=run,
         name=run.path.resolve().name or str(run.path),
-        training=rows.training(),
-        validation=rows.validation(),
+        training=_newest(rows.training),
+        validation=_newest(rows.validation),
         entropy=rows.entropy,
-        events=rows.events + [event for event in rows.late_events if event not in rows.events],
+        events=[*rows.events, *rows.late_events],
         event_counts=rows.event_counts,
-        samples=[_cut(row) for row in read_json_lines(run.samples_path) if _finite(row.get("step")) is not None],
+        samples=[_sample(row) for row in read_json_lines(run.samples_path) if _finite(row.get("step")) is not None],
         config=_mapping(run.config_path, yaml.safe_load),
         environment=_mapping(run.path / "environment.json", json.loads),
-        ended=rows.ended,
     )
 
 
 class _Rows:
-    """Takes rows one by one; keeps numbers in columns and a clock of running time."""
+    """Sorts rows into columns as they are read, and measures running time."""
 
     def __init__(self) -> None:
-        self._training = {name: array("d") for name in (*TRAINING, "seconds")}
-        self._validation = {name: array("d") for name in ("step", "tokens", "seconds", *VALIDATION)}
+        self.training = {name: array("d") for name in (*TRAINING, "seconds")}
+        self.validation = {name: array("d") for name in (*VALIDATION, "seconds")}
         self.entropy: float | None = None
         self.events: list[dict[str, Any]] = []
         self.late_events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self.event_counts: Counter[str] = Counter()
-        self.ended = False
-        self._clock: float | None = None
-        self._last: float | None = None
+        self._seconds: float | None = None
+        self._last_time: float | None = None
 
-    def take(self, row: dict[str, Any]) -> None:
-        step = _finite(row.get("step"))
-        if step is None:
+    def add(self, row: dict[str, Any]) -> None:
+        if _finite(row.get("step")) is None:
             return
-        event = row.get("event")
-        seconds = self._tick(row, broken=isinstance(event, str) and event in _BREAKS)
+        event, validation = row.get("event"), row.get("validation")
+        seconds = self._running_seconds(row, resumed=event == "resume")
         if event is not None:
-            self._event(row, str(event))
-        elif isinstance(row.get("validation"), dict):
-            self._append(self._validation, {**row["validation"], **row, "seconds": seconds}, skip="loss", row=row)
+            self._add_event(row, str(event)[:80])
+        elif isinstance(validation, dict):
+            _append(self.validation, {**row, **validation, "step": row["step"], "seconds": seconds})
             entropy = _finite(row.get("entropy_bits_per_byte"))
             self.entropy = entropy if entropy and entropy > 0 else self.entropy
         elif "loss" in row:
-            self._append(self._training, {**row, "seconds": seconds}, row=row)
-            self.ended = False
+            _append(self.training, {**row, "seconds": seconds})
 
-    def _append(
-        self, columns: dict[str, array[float]], values: dict[str, Any], *, row: dict[str, Any], skip: str = ""
-    ) -> None:
-        for name, column in columns.items():
-            value = row["validation"].get(name) if skip and name == skip else values.get(name)
-            number = _finite(value)
-            column.append(math.nan if number is None else number)
-
-    def _tick(self, row: dict[str, Any], *, broken: bool) -> float | None:
-        """Running time at `row`: wall time between rows, without the gaps in which the run was down."""
+    def _running_seconds(self, row: dict[str, Any], *, resumed: bool) -> float | None:
+        """Wall time up to `row` without the gaps before each resume, in which nothing ran."""
         now = _finite(row.get("time"))
-        if broken:
-            self._last = now
+        if resumed:
+            self._last_time = now
         if now is None:
-            return self._clock
-        if self._clock is None:
+            return self._seconds
+        if self._seconds is None:
             speed, tokens = _finite(row.get("tokens_per_second")), _finite(row.get("tokens"))
-            self._clock = tokens / speed if speed and tokens and "loss" in row else None
-            if self._clock is None and "loss" in row:
-                self._clock = 0.0
-        elif self._last is not None:
-            self._clock += max(0.0, now - self._last)
-        self._last = now
-        return self._clock
+            if "loss" in row:
+                self._seconds = tokens / speed if speed and tokens else 0.0
+        elif self._last_time is not None:
+            self._seconds += max(0.0, now - self._last_time)
+        self._last_time = now
+        return self._seconds
 
-    def _event(self, row: dict[str, Any], kind: str) -> None:
-        kind = kind[:80]
+    def _add_event(self, row: dict[str, Any], kind: str) -> None:
         self.event_counts[kind] += 1
-        self.ended = kind in _ENDS
         kept = {str(key)[:80]: _short(value) for key, value in list(row.items())[:30]}
         (self.events if len(self.events) < MAX_EVENTS else self.late_events).append(kept)
 
-    def training(self) -> dict[str, np.ndarray]:
-        return _newest(self._training)
 
-    def validation(self) -> dict[str, np.ndarray]:
-        return _newest(self._validation)
+def _append(columns: dict[str, array[float]], row: dict[str, Any]) -> None:
+    for name, column in columns.items():
+        value = _finite(row.get(name))
+        column.append(math.nan if value is None else value)
 
 
-def _newest(columns: dict[str, array[float]]) -> dict[str, np.ndarray]:
-    """Columns without the rows whose step was written again later: a step that was repeated counts once."""
+def _newest(columns: dict[str, array[float]]) -> Columns:
+    """The columns without rows whose step was logged again later, as after a rollback or a resume."""
     arrays = {name: np.frombuffer(column, dtype=float) if column else np.empty(0) for name, column in columns.items()}
     step = arrays["step"]
     if len(step):
         lowest_after = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)
-        kept = step < lowest_after
-        arrays = {name: values[kept] for name, values in arrays.items()}
-        for name in ("tokens", "seconds"):  # what is drawn against must not run backwards
-            filled = np.where(np.isfinite(arrays[name]), arrays[name], -np.inf)
-            running = np.maximum.accumulate(filled)
+        arrays = {name: values[step < lowest_after] for name, values in arrays.items()}
+        for name in ("tokens", "seconds"):  # the x axes of charts must not decrease
+            running = np.maximum.accumulate(np.where(np.isfinite(arrays[name]), arrays[name], -np.inf))
             arrays[name] = np.where(np.isfinite(running), running, np.nan)
     return arrays
 
@@ -190,12 +162,8 @@ def _newest(columns: dict[str, array[float]]) -> dict[str, np.ndarray]:
 def _finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    # No quantity of a run comes near; beyond it the arithmetic of a plot would overflow.
-    return number if math.isfinite(number) and abs(number) < 1e30 else None
+    # No quantity of a run comes near 1e30, and larger values would overflow the arithmetic of charts.
+    return float(value) if abs(value) < 1e30 else None
 
 
 def _short(value: Any) -> Any:
@@ -204,14 +172,158 @@ def _short(value: Any) -> Any:
     return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))[:MAX_TEXT]
 
 
-def _cut(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: _short(row.get(key)) for key in ("step", "prompt", "text", "finish_reason", "seed")}
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _short(row.get(key)) for key in ("step", "prompt", "text", "finish_reason")}
 
 
-def _mapping(path: Path, load: Any) -> dict[str, Any]:
+def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            value = load(file.read(MAX_FILE).decode("utf-8", "replace"))
+            value = parse(file.read(MAX_FILE).decode("utf-8", "replace"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in numbers, shared by the report and `compare`; None is not known (yet).
+
+    Attributes:
+        seconds: running time, without the gaps in which the run was down.
+        loss: training loss in nats per token, the mean of the last 1% of the rows.
+        gap: how far the last held-out bits per byte lie above the source's own entropy, as a share of it.
+        tokens_per_second: median of the logged rows, like `mfu`.
+        data_wait: share of the running time that was spent waiting for data.
+    """
+
+    name: str
+    path: str
+    finished: bool
+    steps: int | None
+    total_steps: int | None
+    tokens: float | None
+    seconds: float | None
+    loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    best_bits_per_byte: float | None
+    entropy_bits_per_byte: float | None
+    gap: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    peak_memory_bytes: float | None
+    data_wait: float | None
+    parameters: int | None
+    resumes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def summarize(history: History) -> RunSummary:
+    """The numbers of a run."""
+    training, validation = history.training, history.validation
+    bits, floor, total = _last(validation["bits_per_byte"]), history.entropy, _total_steps(history)
+    steps = _reduce(np.max, np.append(training["step"], validation["step"]))
+    return RunSummary(
+        name=history.name,
+        path=str(history.run.path),
+        finished=steps is not None and total is not None and steps >= total,
+        steps=None if steps is None else int(steps),
+        total_steps=total,
+        tokens=_last(training["tokens"]),
+        seconds=_reduce(np.max, np.append(training["seconds"], validation["seconds"])),
+        loss=_last(smooth(training["loss"])),
+        validation_loss=_last(validation["loss"]),
+        bits_per_byte=bits,
+        best_bits_per_byte=_reduce(np.min, validation["bits_per_byte"]),
+        entropy_bits_per_byte=floor,
+        gap=bits / floor - 1 if bits is not None and floor else None,
+        tokens_per_second=_reduce(np.median, training["tokens_per_second"]),
+        mfu=_reduce(np.median, training["mfu"]),
+        peak_memory_bytes=_reduce(np.max, training["memory_bytes"]),
+        data_wait=_mean_wait(waiting_share(training), training["seconds"]),
+        parameters=_parameters(history),
+        resumes=history.event_counts["resume"],
+    )
+
+
+def waiting_share(training: Columns) -> np.ndarray:
+    """Share of each row's time that was spent waiting for data, (rows,) in [0, 1].
+
+    `data_seconds` are those since the row before, like tokens / tokens_per_second.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        took = np.diff(training["tokens"], prepend=0.0) / training["tokens_per_second"]
+        share = training["data_seconds"] / took
+    return np.where(np.isfinite(share) & (took > 0), share.clip(0, 1), np.nan)
+
+
+def describe(summary: RunSummary, history: History) -> str:
+    """The run in one sentence."""
+    if summary.steps is None or summary.tokens is None:
+        return "The run has been set up; no step is logged yet."
+    size = f"A {count(summary.parameters)}-parameter" if summary.parameters else "A"
+    names = {"llama": "Llama", "recreation": "recreated-SmolLM2"}
+    what = names.get(str(history.setting("model.architecture")), "language")
+    sources = history.setting("data.sources", {})
+    sources = list(sources) if isinstance(sources, dict) else []
+    data = clean(" and ".join(map(str, sources)), 80) if len(sources) <= 2 else f"{len(sources)} sources"
+    span = f"{count(summary.tokens)} tokens{f' of {data}' if data else ''}"
+    time = duration(summary.seconds).replace(" ", "\N{NO-BREAK SPACE}")
+    if summary.finished:
+        sentence = f"{size} {what} model learned from {span} in {time} ({whole(summary.steps)} steps)"
+    else:
+        total = summary.total_steps
+        done = f" of {whole(total)}, {percent(summary.steps / total, 0)}" if total else ""
+        sentence = f"{size} {what} model has learned from {span} so far, in {time} (step {whole(summary.steps)}{done})"
+    if summary.bits_per_byte is None:
+        return f"{sentence}; its training loss is {number(summary.loss)}." if is_known(summary.loss) else f"{sentence}."
+    sentence += f" and predicts held-out text at {number(summary.bits_per_byte)} bits per byte"
+    if summary.gap is None:
+        return f"{sentence}."
+    side = "above" if summary.gap >= 0 else "below"
+    floor = number(summary.entropy_bits_per_byte)
+    return f"{sentence}, {percent(abs(summary.gap))} {side} the {floor} of the source itself."
+
+
+def _reduce(function: Callable[[np.ndarray], Any], values: np.ndarray) -> float | None:
+    """`function` of the finite values, or None where there is none."""
+    known = values[np.isfinite(values)]
+    return float(function(known)) if len(known) else None
+
+
+def _last(values: np.ndarray) -> float | None:
+    return _reduce(lambda known: known[-1], values)
+
+
+def _mean_wait(share: np.ndarray, seconds: np.ndarray) -> float | None:
+    took = np.diff(seconds, prepend=0.0)
+    counted = np.isfinite(share) & np.isfinite(took) & (took >= 0)
+    if not counted.any():
+        return None
+    weights = took[counted]
+    return float(np.average(share[counted], weights=weights if weights.sum() > 0 else None))
+
+
+def _total_steps(history: History) -> int | None:
+    try:
+        return RunConfig.model_validate(history.config).total_steps if history.config else None
+    except ValueError:  # the configuration of another version; its length can still be read
+        steps = history.setting("training.steps")
+        return steps if isinstance(steps, int) else None
+
+
+def _parameters(history: History) -> int | None:
+    """Parameters of the configured model, counted on the meta device."""
+    section = history.setting("model")
+    if not isinstance(section, dict):
+        return None
+    try:
+        config = ModelConfig.model_validate(section)
+        # Even on the meta device, building takes time in proportion to the layers; real models have tens.
+        return count_parameters(config) if config.num_hidden_layers <= 1000 else None
+    except Exception:
+        return None  # a report is written for every run, also of a model that this version does not know

@@ -1,7 +1,7 @@
-"""The page of a run: RUN/report.html.
+"""Write RUN/report.html: one self-contained file that opens offline, at any time during a run.
 
-One file that opens anywhere, offline, at any time during a run. Nothing that came from the run is markup: the
-template escapes everything, and the page's own policy lets no script run but the one it was written with.
+Text that came from the run is never markup: the template escapes everything, and the page's own content policy allows
+no script but those it was written with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import base64
 import hashlib
 import shlex
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,34 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from smolforge.config import RunConfig
 from smolforge.files import write_atomically
-from smolforge.report.axes import BITS, BYTES, NATS, NORM, RATE, SHARE, SPEED, TIME, TOKENS
-from smolforge.report.chart import Chart, Level, Line, Mark
-from smolforge.report.curves import smooth, smooth_ratio
-from smolforge.report.formatting import MISSING, clean, count, duration, number, percent, size, whole
-from smolforge.report.history import History, read_history
-from smolforge.report.samples import stories
-from smolforge.report.summary import RunSummary, flatten, outcome, summarize, waiting_share
+from smolforge.formatting import (
+    MISSING,
+    clean,
+    count,
+    duration,
+    flatten,
+    is_known,
+    number,
+    percent,
+    setting,
+    size,
+    whole,
+)
+from smolforge.report.charts import Chart, ChartPage, Columns, Level, Mark, Series, smooth, smooth_ratio, thin
+from smolforge.report.history import History, RunSummary, describe, read_history, summarize, waiting_share
 from smolforge.run import Run
 
-_MAX_DECISIONS = 60
+SCRIPTS = ("static/uPlot.iife.min.js", "templates/charts.js")
+STYLES = ("static/uPlot.min.css", "templates/style.css")
+MAX_DECISIONS = 60
+MAX_PROMPTS = 8
+MAX_CARDS = 5
+"""Continuations shown of one prompt."""
+MAX_SAMPLE_BYTES = 400_000
+"""Bytes that all samples together may take on the page."""
+TABLE_ROWS = 24
 
 
 def write_report(run_path: str | Path | Run) -> Path:
@@ -43,40 +63,43 @@ def write_report(run_path: str | Path | Run) -> Path:
     """
     history = read_history(run_path)
     summary = summarize(history)
-    told = stories(history.samples)
+    samples = select_samples(history.samples)
+    hidden_events = sum(history.event_counts.values()) - len(history.events)
     page = render(
         "report.html",
         history=history,
         title=clean(history.name, 120),
-        outcome=outcome(summary, history),
-        progress=progress(summary),
-        tiles=tiles(summary, history),
-        charts=[chart.draw() for chart in charts(history, summary)],
-        stories=told,
-        hidden_samples=sum(story.hidden for story in told),
-        command=shlex.join(["smolforge", "train", clean(_shown(history.run.config_path)), "--out", "NEW"]),
-        sections=configuration(history),
-        environment=environment(history),
-        decisions=decisions(history),
-        events=events(history),
-        hidden_events=whole(hidden) if (hidden := sum(history.event_counts.values()) - len(history.events)) > 0 else "",
+        outcome=describe(summary, history),
+        progress=_progress(summary),
+        tiles=_tiles(summary, history),
+        page=charts(history, summary),
+        numbers=_numbers(history),
+        samples=samples,
+        hidden_samples=sum(sample.hidden for sample in samples),
+        command=shlex.join(["smolforge", "train", clean(_relative(history.run.config_path)), "--out", "NEW"]),
+        sections=_configuration(history),
+        environment=_environment(history),
+        decisions=_decisions(history),
+        events=_events(history),
+        hidden_events=whole(hidden_events) if hidden_events else "",
     )
     write_atomically(history.run.report_path, page)
     return history.run.report_path
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this room, everything escaped, with the page's style, script and policy."""
-    script = _text("hover.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    """A template of this package, everything escaped, with its styles, scripts and content policy."""
+    scripts = [_text(name) for name in SCRIPTS]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        _environment()
-        .get_template(template)
+        _templates()
+        .get_template(f"templates/{template}")
         .render(
-            style=Markup(_text("style.css")),
-            script=Markup(script),
-            policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
-            "base-uri 'none'; form-action 'none'",
+            style=Markup("\n".join(_text(name) for name in STYLES)),
+            scripts=[Markup(script) for script in scripts],
+            policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+            f"script-src {allowed}; base-uri 'none'; form-action 'none'",
             written=time.strftime("%Y-%m-%d %H:%M"),
             **values,
         )
@@ -84,203 +107,243 @@ def render(template: str, **values: Any) -> str:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
+def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(_text), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
 
 
+@lru_cache(maxsize=16)
 def _text(name: str) -> str:
-    return (resources.files("smolforge.report") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("smolforge.report") / name).read_text(encoding="utf-8")
 
 
-def _shown(path: Path) -> str:
-    """The path as one would type it from here."""
+def _relative(path: Path) -> str:
+    """The path as typed from the current directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
 
 
-def progress(summary: RunSummary) -> int | None:
-    """Percent of the run that is done, for the bar under the title; None where it is over or not known."""
+def _progress(summary: RunSummary) -> int | None:
+    """Percent of the run that is done; None where it has ended or its length is not known."""
     if summary.finished or summary.steps is None or not summary.total_steps:
         return None
     return min(100, round(100 * summary.steps / summary.total_steps))
 
 
-def tiles(summary: RunSummary, history: History) -> list[tuple[str, str, str]]:
-    """(what, value, more) of the numbers on top."""
+def _tiles(summary: RunSummary, history: History) -> list[tuple[str, str, str]]:
+    """(label, value, detail) of the numbers on top."""
+    best, last = summary.best_bits_per_byte, summary.bits_per_byte
+    is_best = best is None or last is None or last <= best * 1.001
+    floor = number(summary.entropy_bits_per_byte)
+    resumes = {0: "in one go", 1: "resumed once"}.get(summary.resumes, f"resumed {summary.resumes} times")
+    mfu = f" · {percent(summary.mfu)} of the peak" if summary.mfu else ""
     entries = [
-        ("held-out bits per byte", number(summary.bits_per_byte), _best(summary)),
-        (
-            "above the source's entropy",
-            percent(summary.gap),
-            f"floor {number(summary.entropy_bits_per_byte)} bits/byte",
-        ),
+        ("held-out bits per byte", number(last), "the last is best" if is_best else f"best {number(best)}"),
+        ("above the source's entropy", percent(summary.gap), f"floor {floor} bits/byte"),
         ("held-out loss", number(summary.validation_loss), "nats per token"),
         ("training loss", number(summary.loss), "mean of the last 1%"),
         ("tokens", count(summary.tokens), f"{whole(summary.steps)} steps"),
-        ("running time", duration(summary.seconds), _pauses(summary)),
-        ("tokens per second", count(summary.tokens_per_second), _mfu(summary)),
-        ("parameters", count(summary.parameters, 4), str(history.key("model.architecture", ""))),
-        ("memory at most", size(summary.peak_memory_bytes), ""),
+        ("running time", duration(summary.seconds), resumes),
+        ("tokens per second", count(summary.tokens_per_second), f"median{mfu}"),
+        ("parameters", count(summary.parameters, 4), str(history.setting("model.architecture", ""))),
+        ("peak memory", size(summary.peak_memory_bytes), ""),
         ("waiting for data", percent(summary.data_wait), "of the running time"),
     ]
-    return [(clean(what), value, clean(more, 60)) for what, value, more in entries if value != "–"]
+    return [(label, value, clean(detail, 60)) for label, value, detail in entries if value != MISSING]
 
 
-def _best(summary: RunSummary) -> str:
-    best, last = summary.best_bits_per_byte, summary.bits_per_byte
-    if best is None or last is None or last <= best * 1.001:
-        return "the last is best"
-    return f"best {number(best)}"
+def charts(history: History, summary: RunSummary) -> ChartPage:
+    """The charts of the page, the most telling first."""
+    training = history.training
+    columns: Columns = {
+        **training,
+        "waiting": waiting_share(training),
+        "loss_smooth": smooth(training["loss"]),
+        "grad_norm_smooth": smooth_ratio(training["grad_norm"]),
+    }
+    for name in ("tokens_per_second", "mfu", "waiting"):
+        columns[f"{name}_smooth"] = smooth(columns[name])
+    noisy = ("loss", "grad_norm", "tokens_per_second", "mfu", "waiting")
+    tables = [
+        thin(columns, x="tokens", extremes=(*noisy, "lr", "memory_bytes")),
+        thin(history.validation, x="tokens", extremes=("loss", "bits_per_byte")),
+    ]
 
+    def raw_and_smooth(column: str, label: str = "logged") -> list[Series]:
+        return [Series(column, label, "raw"), Series(f"{column}_smooth", "smoothed")]
 
-def _pauses(summary: RunSummary) -> str:
-    return {0: "in one go", 1: "resumed once"}.get(summary.resumes, f"resumed {summary.resumes} times")
-
-
-def _mfu(summary: RunSummary) -> str:
-    return f"median · {percent(summary.mfu)} of the peak" if summary.mfu else "median"
-
-
-def charts(history: History, summary: RunSummary) -> list[Chart]:
-    """The plots of the page, the most telling first; empty ones draw nothing."""
-    training, validation = history.training, history.validation
-    tokens, seconds = training["tokens"], training["seconds"]
+    loss = [*raw_and_smooth("loss", "training"), Series("loss", "held-out", "points", colour=2, table=1)]
+    bits = [Series("bits_per_byte", "held-out", "points", colour=2, table=1)]
     floor = [Level("the source's own entropy", summary.entropy_bits_per_byte)] if summary.entropy_bits_per_byte else []
-    clip = history.key("training.grad_clip")
+    gap = f"The last value is {percent(summary.gap)} above the source's entropy." if (summary.gap or 0) > 0 else ""
+    clip = history.setting("training.grad_clip")
     clipped = _clipped(training["grad_norm"], clip)
-
-    def of(title: str, column: np.ndarray, unit: Any, **more: Any) -> Chart:
-        return Chart(
-            title,
-            TOKENS,
-            unit,
-            _noisy(tokens, column, geometric=unit is NORM),
-            marks=marks(history, tokens),
-            hint=step_at,
-            **more,
-        )
-
-    def step_at(x: float) -> str:
-        return f"step {whole(float(np.interp(x, tokens, training['step'])))}"
-
-    loss = [
-        *_noisy(tokens, training["loss"], "training"),
-        Line("held-out", validation["tokens"], validation["loss"], "points", "c2"),
-    ]
-    timed = [
-        *_noisy(seconds, training["loss"], "training"),
-        Line("held-out", validation["seconds"], validation["loss"], "points", "c2"),
-    ]
-    bits = [Line("held-out", validation["tokens"], validation["bits_per_byte"], "points", "c2")]
-    waiting = waiting_share(history)
-    gap = f"The last value lies {percent(summary.gap)} above the floor." if summary.gap and summary.gap > 0 else ""
-    return [
-        Chart("Loss", TOKENS, NATS, loss, marks=marks(history, tokens), wide=True, hint=step_at),
-        Chart("Held-out bits per byte", TOKENS, BITS, bits, levels=floor, hint=step_at, note=gap),
-        Chart("Loss against time", TIME, NATS, timed, marks=marks(history, seconds)),
-        Chart("Learning rate", TOKENS, RATE, [Line("learning rate", tokens, training["lr"])], log=False, hint=step_at,
-              zero=True),
-        of("Gradient norm", training["grad_norm"], NORM, note=clipped,
-           levels=[Level(f"clipped at {clip:g}", clip, "right")] if clipped else ()),
-        of("Throughput", training["tokens_per_second"], SPEED, log=False, zero=True),
-        Chart("Memory", TOKENS, BYTES, [Line("memory", tokens, training["memory_bytes"], colour="c4")], log=False,
-              zero=True, hint=step_at),
-        of("Waiting for data", waiting, SHARE, log=False, zero=True,
-           note=f"{percent(summary.data_wait)} of the running time in all."),
-        Chart("Model FLOP utilisation", TOKENS, SHARE, _noisy(tokens, training["mfu"]), log=False, zero=True,
-              hint=step_at),
-    ]  # fmt: skip
-
-
-def _noisy(x: np.ndarray, y: np.ndarray, name: str = "logged", *, geometric: bool = False) -> list[Line]:
-    even = smooth_ratio(y) if geometric else smooth(y)
-    return [Line(name, x, y, "raw"), Line("smoothed", x, even, "line")]
+    waited = f"{percent(summary.data_wait)} of the running time in all."
+    rates: dict[str, Any] = {"log": False, "zero": True}
+    return ChartPage(
+        tables,
+        [
+            Chart("Loss", "nats", loss, marks=True, wide=True),
+            Chart("Held-out bits per byte", "bits", bits, levels=floor, note=gap),
+            Chart("Loss against time", "nats", loss, x="seconds", marks=True),
+            Chart("Learning rate", "rate", [Series("lr", "learning rate")], **rates),
+            Chart("Gradient norm", "norm", raw_and_smooth("grad_norm"), note=clipped, marks=True,
+                  levels=[Level(f"clipped at {clip:g}", float(clip), "right")] if clipped else ()),
+            Chart("Throughput", "speed", raw_and_smooth("tokens_per_second"), marks=True, **rates),
+            Chart("Memory", "bytes", [Series("memory_bytes", "memory", colour=4)], **rates),
+            Chart("Waiting for data", "share", raw_and_smooth("waiting"), marks=True, note=waited, **rates),
+            Chart("Model FLOP utilisation", "peak", raw_and_smooth("mfu"), **rates),
+        ],
+        _marks(history),
+    )  # fmt: skip
 
 
 def _clipped(norms: np.ndarray, clip: Any) -> str:
-    finite = norms[np.isfinite(norms)]
-    if not isinstance(clip, (int, float)) or not clip or not len(finite) or not (finite > clip).any():
+    known = norms[np.isfinite(norms)]
+    if not isinstance(clip, (int, float)) or not clip or not (known > clip).any():
         return ""
-    return f"Clipped in {percent(float((finite > clip).mean()))} of the logged steps."
+    return f"Clipped in {percent(float((known > clip).mean()))} of the logged steps."
 
 
-def marks(history: History, x: np.ndarray) -> list[Mark]:
-    """A vertical line per event, at its place on the x axis of `x`."""
-    known = np.isfinite(x)
+def _marks(history: History) -> list[Mark]:
+    """A vertical line per event, between the logged steps in proportion."""
+    training = history.training
+    known = np.isfinite(training["tokens"])
     if not known.any():
         return []
-    steps = history.training["step"][known]
+    steps = training["step"][known]
+
+    def at(event: dict[str, Any], column: str) -> float:
+        return float(np.interp(event["step"], steps, training[column][known]))
+
     return [
         Mark(
-            clean(event.get("event"), 40),
-            f"{event.get('event')} at step {whole(event.get('step'))}",
-            float(np.interp(event["step"], steps, x[known])),
+            clean(event["event"], 40),
+            clean(f"{event['event']} at step {whole(event['step'])}", 100),
+            at(event, "tokens"),
+            seconds if is_known(seconds := at(event, "seconds")) else None,
         )
         for event in history.events
-        if isinstance(event.get("step"), (int, float)) and str(event.get("event")) not in ("done", "finished")
     ]
 
 
-def configuration(history: History) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """[(section, [(key, value, differs from the default)])], sections in the order of the file."""
-    from smolforge.config import RunConfig
-
-    plain = flatten(RunConfig().model_dump(mode="json"))
-    sections: dict[str, list[tuple[str, str, bool]]] = {}
-    for path, value in flatten(history.config).items():
-        if value == MISSING and plain.get(path) == MISSING:
-            continue  # a key that is left open says nothing
-        section, dot, key = path.partition(".")
-        sections.setdefault(section if dot else "run", []).append(
-            (key if dot else section, value, plain.get(path) != value)
-        )
-    return list(sections.items())
-
-
-def environment(history: History) -> list[tuple[str, str]]:
-    """What environment.json says, but for the decisions."""
-    return [
-        (clean(key, 60), clean(value if isinstance(value, str) else _joined(value), 500))
-        for key, value in list(history.environment.items())[:40]
-        if key != "decisions" and value is not None
-    ]
-
-
-def decisions(history: History) -> list[str]:
-    """What training decided by itself, with its reasons."""
-    found = history.environment.get("decisions")
-    return [clean(_joined(item), 500) for item in found[:_MAX_DECISIONS]] if isinstance(found, list) else []
-
-
-def _joined(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {inner}" for key, inner in list(value.items())[:30])
-    if isinstance(value, (list, tuple)):
-        return " ".join(str(item) for item in value[:200])
-    return str(value)
-
-
-def events(history: History) -> list[tuple[str, str, str, str]]:
-    """(step, when, what, more) of each kept event."""
+def _numbers(history: History) -> list[list[str]]:
+    """The curves as rows of text, for who cannot see them: evenly chosen logged steps and the validations near them."""
+    training, validation = history.training, history.validation
+    total = len(training["step"])
+    if not total:
+        return []
     rows = []
-    for event in history.events:
-        stamp = event.get("time")
-        when = ""
-        if isinstance(stamp, (int, float)) and 1e8 < stamp < 1e11:
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp))
-        more = ", ".join(
-            f"{key} {_told(value)}"
-            for key, value in event.items()
-            if key not in ("step", "event", "time") and value is not None
-        )
-        rows.append((whole(event["step"]), when, clean(event.get("event"), 80), clean(more, 400)))
+    previous = -1.0
+    for row in np.unique(np.linspace(0, total - 1, TABLE_ROWS).round().astype(int)):
+        value = {name: float(column[row]) for name, column in training.items()}
+        near = np.flatnonzero((validation["step"] > previous) & (validation["step"] <= value["step"]))
+        held_out = {name: float(column[near[-1]]) for name, column in validation.items()} if len(near) else {}
+        previous = value["step"]
+        rows.append([
+            whole(value["step"]), count(value["tokens"], 4), duration(value["seconds"]), number(value["loss"]),
+            number(held_out.get("loss")), number(held_out.get("bits_per_byte")), number(value["lr"], 3),
+            number(value["grad_norm"], 3), count(value["tokens_per_second"]), size(value["memory_bytes"]),
+        ])  # fmt: skip
     return rows
 
 
-def _told(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+@dataclass(frozen=True)
+class Card:
+    """One continuation of a prompt."""
+
+    step: str
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PromptSamples:
+    """One prompt and its continuations, the oldest first; `hidden` more lie between those shown."""
+
+    prompt: str
+    cards: list[Card]
+    hidden: int
+
+
+def select_samples(samples: Sequence[dict[str, Any]]) -> list[PromptSamples]:
+    """The prompts in the order they first came, each with at most `MAX_CARDS` steps: first, last, some between."""
+    by_prompt: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in samples:
+        prompt = str(row.get("prompt") or "")
+        if prompt in by_prompt or len(by_prompt) < MAX_PROMPTS:
+            by_prompt.setdefault(prompt, {})[row["step"]] = row  # a step that was repeated counts once
+    limit = 4000
+    selected: list[PromptSamples] = []
+    while limit > 100:
+        limit //= 2
+        selected = [_prompt_samples(prompt, rows, limit) for prompt, rows in by_prompt.items()]
+        if sum(len(escape(card.text).encode()) for sample in selected for card in sample.cards) <= MAX_SAMPLE_BYTES:
+            break
+    return selected
+
+
+def _prompt_samples(prompt: str, rows: dict[float, dict[str, Any]], limit: int) -> PromptSamples:
+    steps = sorted(rows)
+    if len(steps) > MAX_CARDS:
+        # Between the first and the last, steps that are even on a logarithmic scale: early steps change the most.
+        places = np.unique(np.geomspace(1, len(steps), MAX_CARDS).round().astype(int)) - 1
+        others = np.setdiff1d(np.linspace(0, len(steps) - 1, 4 * MAX_CARDS).round().astype(int), places)
+        middle = others[len(others) // 2 :][: MAX_CARDS - len(places)]
+        shown = [steps[index] for index in sorted([*places, *middle])]
+    else:
+        shown = steps
+    return PromptSamples(
+        clean(prompt, 300), [_card(prompt, rows[step], limit) for step in shown], len(steps) - len(shown)
+    )
+
+
+def _card(prompt: str, row: dict[str, Any], limit: int) -> Card:
+    text = str(row.get("text") or "").removeprefix(prompt)
+    reason = str(row.get("finish_reason") or "length")
+    reason = {"stop": "ended by itself", "length": ""}.get(reason, reason)
+    return Card(whole(float(row["step"])), clean(text, limit), clean(reason, 40))
+
+
+def _configuration(history: History) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """[(section, [(key, value, differs from the default)])], sections in the order of the file."""
+    defaults = flatten(RunConfig().model_dump(mode="json"))
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    for path, value in flatten(history.config).items():
+        if value == MISSING and defaults.get(path) == MISSING:
+            continue  # a key that is not set
+        section, dot, key = path.partition(".")
+        entry = (key if dot else section, value, defaults.get(path) != value)
+        sections.setdefault(section if dot else "run", []).append(entry)
+    return list(sections.items())
+
+
+def _environment(history: History) -> list[tuple[str, str]]:
+    """The entries of environment.json without the decisions."""
+    return list(flatten({key: value for key, value in history.environment.items() if key != "decisions"}, 40).items())
+
+
+def _decisions(history: History) -> list[str]:
+    """What the plan decided, with its reasons."""
+    found = history.environment.get("decisions")
+    return [setting(item) for item in found[:MAX_DECISIONS]] if isinstance(found, list) else []
+
+
+def _events(history: History) -> list[tuple[str, str, str, str]]:
+    """(step, time, event, details) of each kept event."""
+    rows = []
+    for event in history.events:
+        stamp = event.get("time")
+        known = isinstance(stamp, (int, float)) and 1e8 < stamp < 1e11
+        details = ", ".join(
+            f"{key} {number(value) if isinstance(value, float) else value}"
+            for key, value in event.items()
+            if key not in ("step", "event", "time") and value is not None
+        )
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp)) if known else ""
+        rows.append((whole(event["step"]), when, clean(event["event"], 80), clean(details, 400)))
+    return rows
