@@ -145,7 +145,7 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
     from smolforge.metrics_log import MetricsLog
     from smolforge.model.registry import build
     from smolforge.run import Run
-    from smolforge.tokenizer import train
+    from smolforge.tokenizer import Tokenizer
 
     words = {
         "a": ["little", "brave", "sleepy", "clever"],
@@ -157,7 +157,7 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
         TOLD.format(a=a, b=b, c=c, d=d) for a in words["a"] for b in words["b"] for c in words["c"] for d in words["d"]
     ]
     texts += ["The future of artificial intelligence is small and bright.", "In the distant galaxy a star sang. 🌟"]
-    tokenizer = train(texts, 400)
+    tokenizer = Tokenizer.train(texts, 400)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=10000.0,
@@ -267,6 +267,6 @@ def server(chat_model) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tokenizer(chat_model):
     """Of the served model."""
-    from smolforge.tokenizer import load
+    from smolforge.tokenizer import Tokenizer
 
-    return load(chat_model)
+    return Tokenizer.from_pretrained(chat_model)

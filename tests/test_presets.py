@@ -34,7 +34,7 @@ def test_they_are_all_here() -> None:
 
 @pytest.mark.parametrize("name", configuration.preset_names())
 def test_preset_validates_and_says_what_it_is(name: str) -> None:
-    config = configuration.build(name)
+    config = configuration.build_config(name)
     text = (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     assert re.match(r"# \S.{20,110}\.\n", text), "the first line says what it is, for --help"
     assert RunConfig.model_validate(config.model_dump()) == config
@@ -47,7 +47,7 @@ def test_preset_validates_and_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters(name: str) -> None:
-    config = configuration.build(name)
+    config = configuration.build_config(name)
     assert count(config) == COUNTS[name]
     text = (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"{COUNTS[name]:,}" in text.splitlines()[0]
@@ -57,7 +57,7 @@ def test_parameters(name: str) -> None:
 def test_parameters_equal_transformers_count(name: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = configuration.build(name).model
+    model = configuration.build_config(name).model
     with torch.device("meta"):
         theirs = LlamaForCausalLM(
             LlamaConfig(
@@ -78,7 +78,7 @@ def test_released_shapes(real_data: Path, name: str) -> None:
     file = f"{name}.unverified.json" if name == "smollm2-1.7b" else f"{name}.json"
     path = real_data / "config" / file
     released = json.loads(path.read_text(encoding="utf-8"))
-    ours = configuration.build(name).model.model_dump()
+    ours = configuration.build_config(name).model.model_dump()
     same = set(ours) & set(released) - {"initializer_range"}
     assert len(same) >= 10
     assert {key: ours[key] for key in same} == {key: released[key] for key in same}
@@ -89,7 +89,7 @@ def test_released_recipes(real_data: Path, name: str, file: str) -> None:
     import yaml
 
     text = (real_data / "config" / "pretraining" / f"config_smollm2_{file}.yaml").read_text(encoding="utf-8")
-    theirs, ours = yaml.safe_load(text), configuration.build(name)
+    theirs, ours = yaml.safe_load(text), configuration.build_config(name)
     factory, rates = theirs["optimizer"]["optimizer_factory"], theirs["optimizer"]["learning_rate_scheduler"]
     assert ours.optimizer.lr == rates["learning_rate"]
     assert ours.optimizer.betas == (factory["adam_beta1"], factory["adam_beta2"])
@@ -111,7 +111,7 @@ def test_the_seeds_recipe(name: str) -> None:
     """The learning rate of torch's own OneCycleLR at each of the 5,000 steps, and the seed's numbers."""
     from smolforge.training.schedules import rate
 
-    config = configuration.build(name)
+    config = configuration.build_config(name)
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.AdamW([weight], lr=3e-4)
     theirs = torch.optim.lr_scheduler.OneCycleLR(
@@ -133,14 +133,14 @@ def test_the_seeds_recipe(name: str) -> None:
 
 
 def test_both_seed_presets_differ_in_the_architecture_only() -> None:
-    recipe, recreation = (configuration.build(name).model_dump() for name in ("seed-recipe", "seed-recreation"))
+    recipe, recreation = (configuration.build_config(name).model_dump() for name in ("seed-recipe", "seed-recreation"))
     assert {key for key in recipe if recipe[key] != recreation[key]} == {"preset", "model"}
 
 
 def test_settings_of_one_mapping_add_up() -> None:
-    base = configuration.build("pocket")
-    changed = configuration.build("pocket", ["tokenizer.train.vocab_size=512", "tokenizer.train.documents=200"])
+    base = configuration.build_config("pocket")
+    changed = configuration.build_config("pocket", ["tokenizer.train.vocab_size=512", "tokenizer.train.documents=200"])
     assert changed.tokenizer.model_dump() == {"train": {"vocab_size": 512, "documents": 200}}  # type: ignore[union-attr]
-    one = configuration.build("pocket", ["tokenizer.train.documents=200"])
+    one = configuration.build_config("pocket", ["tokenizer.train.documents=200"])
     assert one.tokenizer.train.vocab_size == base.tokenizer.train.vocab_size  # type: ignore[union-attr]
-    assert configuration.build("pocket", ["tokenizer=here"]).tokenizer == "here"
+    assert configuration.build_config("pocket", ["tokenizer=here"]).tokenizer == "here"

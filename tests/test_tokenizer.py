@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import tokenizer as tokenizers
 from smolforge.errors import BadInput, CheckpointError, SmolforgeError
-from smolforge.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer, stream_text
+from smolforge.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 
 CORPUS = [
     "Once upon a time there was a small café by the sea. It had 1234 guests, and 5 cats!\n\n",
@@ -33,7 +32,12 @@ TEXT = st.text(max_size=60) | st.text(st.sampled_from("ab 1é🙂\n<|endoftext>�
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return tokenizers.train(CORPUS, 400)
+    return Tokenizer.train(CORPUS, 400)
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = tokenizer.stream()
+    return [*map(decoder.push, ids), decoder.flush()]
 
 
 def test_a_trained_tokenizer_has_the_shape_of_smollm2s(trained: Tokenizer) -> None:
@@ -50,7 +54,7 @@ def test_training_is_the_same_in_another_process(trained: Tokenizer, tmp_path: P
     """A resumed or repeated run must end up with the same vocabulary, whatever the seeds of hash tables."""
     (tmp_path / "corpus.json").write_text(json.dumps(CORPUS))
     code = (
-        "import json, sys; from smolforge import tokenizer as t;"
+        "import json, sys; from smolforge.tokenizer import Tokenizer as t;"
         "sys.stdout.write(t.train(json.load(open(sys.argv[1])), 400).backend.to_str())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "corpus.json")]
@@ -60,11 +64,11 @@ def test_training_is_the_same_in_another_process(trained: Tokenizer, tmp_path: P
 @pytest.mark.parametrize("size", [0, 272])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size: int) -> None:
     with pytest.raises(BadInput, match="at least 273"):
-        tokenizers.train(["a"], size)
+        Tokenizer.train(["a"], size)
 
 
 def test_training_on_nothing_still_spells_everything() -> None:
-    bare = tokenizers.train([], 273)
+    bare = Tokenizer.train([], 273)
     assert bare.vocab_size == 273
     assert bare.decode(bare.encode("é 🙂 12")) == "é 🙂 12"
 
@@ -75,7 +79,7 @@ def test_nothing_is_lost(trained: Tokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
     assert b"".join(trained.token_bytes(i) for i in ids) == text.encode()
-    assert "".join(stream_text(trained, ids)) == text
+    assert "".join(stream(trained, ids)) == text
     assert not trained.special_ids & set(ids), "text is never a command"
     assert trained.encode_batch([text, "", text]) == [ids, [], ids]
 
@@ -85,7 +89,7 @@ def test_nothing_is_lost(trained: Tokenizer, text: str) -> None:
 def test_a_stream_of_any_tokens_joins_to_their_text(trained: Tokenizer, ids: list[int]) -> None:
     """Also where the tokens form no characters, and for ids that nobody has."""
     whole = trained.decode([i for i in ids if i >= 0])
-    pieces = list(stream_text(trained, ids))
+    pieces = stream(trained, ids)
     assert "".join(pieces) == whole
 
 
@@ -149,7 +153,7 @@ def test_transformers_reads_the_files_alike(trained: Tokenizer, tmp_path: Path, 
 
     trained.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    again = tokenizers.load(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
     assert again.encode(text) == trained.encode(text)
     assert theirs(text, split_special_tokens=True)["input_ids"] == trained.encode(text)
     assert theirs(text)["input_ids"] == trained.encode_with_special_tokens(text)
@@ -160,7 +164,7 @@ def test_saved_files(trained: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     trained.save(tmp_path / "a")
-    tokenizers.load(tmp_path / "a").save(tmp_path / "b")
+    Tokenizer.from_pretrained(tmp_path / "a").save(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (
@@ -171,14 +175,14 @@ def test_saved_files(trained: Tokenizer, tmp_path: Path) -> None:
     assert (theirs.eos_token_id, theirs.bos_token_id, len(theirs)) == (0, 0, 400)
     # What transformers writes is read back too.
     theirs.save_pretrained(tmp_path / "c")
-    assert tokenizers.load(tmp_path / "c").encode("two cats") == trained.encode("two cats")
+    assert Tokenizer.from_pretrained(tmp_path / "c").encode("two cats") == trained.encode("two cats")
 
 
 def test_chat_templates_wherever_they_are_kept(trained: Tokenizer, tmp_path: Path) -> None:
     trained.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "chat_template.jinja").write_text("from the file")
-    assert tokenizers.load(tmp_path).chat_template == "from the file"
+    assert Tokenizer.from_pretrained(tmp_path).chat_template == "from the file"
     for value, expected in (
         ("inline", "inline"),
         ([{"name": "default", "template": "named"}], "named"),
@@ -186,14 +190,14 @@ def test_chat_templates_wherever_they_are_kept(trained: Tokenizer, tmp_path: Pat
         (5, None),
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": value}))
-        assert tokenizers.load(tmp_path).chat_template == expected
+        assert Tokenizer.from_pretrained(tmp_path).chat_template == expected
 
 
 def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
-        tokenizers.load(tmp_path / "nowhere")
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        tokenizers.load(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_damaged_files_are_one_clear_error(trained: Tokenizer, tmp_path: Path, n
     trained.save(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(SmolforgeError):
-        tokenizers.load(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @settings(max_examples=150, deadline=None)
@@ -233,7 +237,7 @@ def test_fuzzed_files_give_clear_errors_or_a_tokenizer_that_works(
         )
     path.write_bytes(raw)
     try:
-        found = tokenizers.load(directory)
+        found = Tokenizer.from_pretrained(directory)
     except SmolforgeError:
         return
     found.decode(found.encode("a cat 12 é"))

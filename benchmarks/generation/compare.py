@@ -90,15 +90,15 @@ class Peer:
 
 def make_model(workspace: Path, llama_python: str | None) -> None:
     """The random model as a Hugging Face directory and, for llama.cpp, as GGUF files."""
-    from smolforge import tokenizer as tokenizers
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
     from smolforge.model.registry import build
+    from smolforge.tokenizer import Tokenizer
 
     if not (workspace / "hf").is_dir():
         config = ModelConfig()
         module = build(config, seed=0)
-        tokenizer = tokenizers.train(["once upon a time"], 300)
+        tokenizer = Tokenizer.train(["once upon a time"], 300)
         (workspace / "hf").mkdir(parents=True)
         write_model(workspace / "hf", config, module.state_dict(), tokenizer)
     if llama_python and not (workspace / "q4_0.gguf").is_file():

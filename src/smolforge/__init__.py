@@ -16,9 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.checkpoint.locate import load as load_model
-    from smolforge.config import RunConfig
-    from smolforge.config import build as build_config
+    from smolforge.checkpoint.locate import load_model
+    from smolforge.config import RunConfig, build_config
     from smolforge.data import Corpus, Loader
     from smolforge.errors import SmolforgeError
     from smolforge.evaluation import evaluate
@@ -38,9 +37,9 @@ _HOMES = {
     "SamplingParams": ("generation", "SamplingParams"),
     "SmolforgeError": ("errors", "SmolforgeError"),
     "Tokenizer": ("tokenizer", "Tokenizer"),
-    "build_config": ("config", "build"),
+    "build_config": ("config", "build_config"),
     "evaluate": ("evaluation", "evaluate"),
-    "load_model": ("checkpoint.locate", "load"),
+    "load_model": ("checkpoint.locate", "load_model"),
     "train": ("training.train", "train"),
 }
 __all__ = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
     "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>",
     "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>",
 )  # fmt: skip
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_FILE_BYTES = 256 << 20  # a tokenizer.json of the largest public vocabularies is about 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -53,6 +53,73 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token", END_OF_TEXT)
         self.chat_template: str | None = _template(self.config.get("chat_template"))
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Tokenizer:
+        """Load a tokenizer from a directory or a Hub id (`OWNER/NAME[@REVISION]`).
+
+        Raises:
+            CheckpointError: the directory has no tokenizer.json, or it cannot be read.
+        """
+        directory = Path(source)
+        if not directory.is_dir():
+            if not hub.is_model_id(str(source)):
+                raise CheckpointError(
+                    f"no such directory: {source}",
+                    field="tokenizer",
+                    hint="Give a directory with tokenizer.json, a Hub id such as HuggingFaceTB/cosmo2-tokenizer, "
+                    "or {train: {vocab_size: 4096}}.",
+                )
+            directory = hub.fetch_model(str(source), patterns=list(TOKENIZER_FILES))
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{directory} has no tokenizer.json", field="tokenizer")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+            raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
+        config = _read_json(directory / "tokenizer_config.json")
+        template = directory / "chat_template.jinja"  # where transformers 5 keeps it
+        if "chat_template" not in config and template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
+            config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+        return cls(backend, config)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train a byte-level BPE of SmolLM2's shape on `texts`.
+
+        Raises:
+            BadInput: `vocab_size` leaves no room for the 256 bytes and 17 special tokens.
+        """
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise BadInput(
+                f"{vocab_size} is too small",
+                field="tokenizer.train.vocab_size",
+                hint=f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}.",
+            )
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -161,81 +228,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character show as U+FFFD."""
         return self._utf8.decode(b"", final=True)
-
-
-def load(source: str | Path) -> Tokenizer:
-    """Load a tokenizer from a directory or a Hub id (`OWNER/NAME[@REVISION]`).
-
-    Raises:
-        CheckpointError: the directory has no tokenizer.json, or it cannot be read.
-    """
-    directory = Path(source)
-    if not directory.is_dir():
-        if not hub.is_model_id(str(source)):
-            raise CheckpointError(
-                f"no such directory: {source}",
-                field="tokenizer",
-                hint="Give a directory with tokenizer.json, a Hub id such as HuggingFaceTB/cosmo2-tokenizer, "
-                "or {train: {vocab_size: 4096}}.",
-            )
-        directory = hub.fetch_model(str(source), patterns=list(FILES))
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no tokenizer.json", field="tokenizer")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-        raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
-    config = _read_json(directory / "tokenizer_config.json")
-    template = directory / "chat_template.jinja"  # where transformers 5 keeps it
-    if "chat_template" not in config and template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
-        config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
-    return Tokenizer(backend, config)
-
-
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of SmolLM2's shape on `texts`.
-
-    Raises:
-        BadInput: `vocab_size` leaves no room for the 256 bytes and 17 special tokens.
-    """
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise BadInput(
-            f"{vocab_size} is too small",
-            field="tokenizer.train.vocab_size",
-            hint=f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}.",
-        )
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The pieces of text of a stream of tokens; joined they are the text of all of them."""
-    decoder = tokenizer.stream()
-    for token_id in ids:
-        yield decoder.push(token_id)
-    yield decoder.flush()
 
 
 @functools.cache

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.commit import commit
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.state import save_state
 from smolforge.config import ModelConfig
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Tiny:
     config: ModelConfig
     module: nn.Module
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer
 
     def write(self, directory: Path) -> None:
         """A whole model directory with training state, as training writes it."""
@@ -35,7 +35,7 @@ def tiny() -> Tiny:
         vocab_size=290, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    tokenizer = tokenizers.train(["the cat sat on the mat and saw the other cat " * 20], 290)
+    tokenizer = Tokenizer.train(["the cat sat on the mat and saw the other cat " * 20], 290)
     return Tiny(config, build(config, seed=7), tokenizer)
 
 

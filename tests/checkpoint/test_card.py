@@ -26,7 +26,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def make(*overrides: str) -> configs.RunConfig:
-    return configs.build(None, ["data.sequence_length=512", "training.steps=100", *overrides])
+    return configs.build_config(None, ["data.sequence_length=512", "training.steps=100", *overrides])
 
 
 def test_the_card_says_what_was_trained_on_what_and_how_well() -> None:

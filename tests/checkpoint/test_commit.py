@@ -19,7 +19,7 @@ import torch
 
 from smolforge.checkpoint import commit as commits
 from smolforge.checkpoint.commit import commit, newest_whole, prune, read_manifest, steps, sweep, verify
-from smolforge.checkpoint.locate import load
+from smolforge.checkpoint.locate import load_model
 from smolforge.checkpoint.verify import verify_tree
 from smolforge.errors import CheckpointError, RunFailed
 
@@ -127,9 +127,9 @@ def test_each_file_flipped_cut_or_removed_is_named_and_the_previous_used(checkpo
             assert len(said) == 1 and name in said[0] and "step-00000003" in said[0], said
             assert any(name in problem for problem in verify(newest))
             with pytest.raises(CheckpointError, match="damaged") as caught:
-                load(newest)
+                load_model(newest)
             assert name in str(caught.value) and str(previous) in str(caught.value)
-            assert load(checkpoints.parent, say=said.append)[2] == previous
+            assert load_model(checkpoints.parent, say=said.append)[2] == previous
             path.write_bytes(data)
     assert newest_whole(checkpoints) == newest
 
@@ -165,7 +165,7 @@ def test_200_random_corruptions_and_none_loads_silently(checkpoints: Path) -> No
         name = path.relative_to(newest).as_posix()
         assert any(name in problem for problem in verify(newest)), (trial, kind, name)
         with pytest.raises(CheckpointError):
-            load(newest)
+            load_model(newest)
         report = verify_tree(checkpoints.parent)
         assert not report.whole
         assert report.newest_whole == checkpoints / "step-00000002"

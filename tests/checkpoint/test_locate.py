@@ -11,7 +11,7 @@ import torch
 
 from smolforge import hub
 from smolforge.checkpoint.format import read_config, write_model
-from smolforge.checkpoint.locate import HUB_FILES, load, resolve
+from smolforge.checkpoint.locate import HUB_FILES, load_model, resolve_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError, SourceUnavailable
 from smolforge.model.registry import build
@@ -19,15 +19,15 @@ from smolforge.model.registry import build
 
 def test_every_form_of_a_name(checkpoints: Path, model_dir: Path) -> None:
     newest = checkpoints / "step-00000003"
-    assert resolve(checkpoints.parent) == resolve(checkpoints) == resolve(newest) == newest
-    assert resolve(str(checkpoints / "last")).resolve() == newest
-    assert resolve(model_dir) == model_dir
+    assert resolve_model(checkpoints.parent) == resolve_model(checkpoints) == resolve_model(newest) == newest
+    assert resolve_model(str(checkpoints / "last")).resolve() == newest
+    assert resolve_model(model_dir) == model_dir
 
 
 def test_a_hub_id_is_fetched_without_pickles(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(hub, "fetch_model", lambda name, patterns: (asked.append((name, patterns)), model_dir)[1])
-    assert resolve("HuggingFaceTB/SmolLM2-135M@main") == model_dir
+    assert resolve_model("HuggingFaceTB/SmolLM2-135M@main") == model_dir
     assert asked == [("HuggingFaceTB/SmolLM2-135M@main", HUB_FILES)]
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in HUB_FILES)
 
@@ -38,7 +38,7 @@ def test_a_silent_hub_says_that_there_is_no_such_directory_either(monkeypatch: p
 
     monkeypatch.setattr(hub, "fetch_model", silent)
     with pytest.raises(SourceUnavailable, match="no directory runs/pocket here"):
-        resolve("runs/pocket")
+        resolve_model("runs/pocket")
 
 
 def test_what_was_looked_for_is_said(tmp_path: Path, checkpoints: Path) -> None:
@@ -52,18 +52,18 @@ def test_what_was_looked_for_is_said(tmp_path: Path, checkpoints: Path) -> None:
         (tmp_path / "begun", "no checkpoint yet"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            resolve(path)
+            resolve_model(path)
     for manifest in checkpoints.glob("*/manifest.json"):
         manifest.unlink()
     said: list[str] = []
     with pytest.raises(CheckpointError, match="3 checkpoints, none of them whole"):
-        resolve(checkpoints.parent, say=said.append)
+        resolve_model(checkpoints.parent, say=said.append)
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
-        resolve(checkpoints / "last")
+        resolve_model(checkpoints / "last")
 
 
 def test_load_gives_equal_logits_and_no_second_copy(tiny: Any, model_dir: Path) -> None:
-    module, tokenizer, path = load(model_dir)
+    module, tokenizer, path = load_model(model_dir)
     assert path == model_dir and not module.training
     ids = torch.tensor([tokenizer.encode("the cat sat on")])
     with torch.no_grad():
@@ -77,19 +77,19 @@ def test_load_gives_equal_logits_and_no_second_copy(tiny: Any, model_dir: Path) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_load_in_another_type(model_dir: Path, dtype: torch.dtype) -> None:
-    module, _, _ = load(model_dir, dtype=dtype)
+    module, _, _ = load_model(model_dir, dtype=dtype)
     assert {p.dtype for p in module.parameters()} == {dtype}
 
 
 def test_a_file_with_mixed_types_gets_that_of_the_embedding(tiny: Any, tmp_path: Path) -> None:
     state = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tiny.module.state_dict().items()}
     write_model(tmp_path, tiny.config, state, tiny.tokenizer)
-    assert {p.dtype for p in load(tmp_path)[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(tmp_path)[0].parameters()} == {torch.bfloat16}
 
 
 def test_loaded_weights_may_be_trained_without_touching_the_file(model_dir: Path) -> None:
     before = (model_dir / "model.safetensors").read_bytes()
-    module, _, _ = load(model_dir)
+    module, _, _ = load_model(model_dir)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
@@ -104,26 +104,26 @@ def test_the_recreation_goes_through_the_same_doors(tiny: Any, tmp_path: Path) -
     module = build(config, seed=1)
     write_model(tmp_path, config, module.state_dict(), tiny.tokenizer)
     assert read_config(tmp_path) == config
-    again, _, _ = load(tmp_path)
+    again, _, _ = load_model(tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.equal(again(ids), module(ids))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
-    from smolforge import tokenizer as tokenizers
+    from smolforge.tokenizer import Tokenizer
 
-    bigger = tokenizers.train(["many other words to learn from, far more than before " * 9], 320)
+    bigger = Tokenizer.train(["many other words to learn from, far more than before " * 9], 320)
     assert bigger.vocab_size > 290
     bigger.save(model_dir)
     with pytest.raises(BadInput, match="the model only 290"):
-        load(model_dir)
+        load_model(model_dir)
 
 
 def test_a_plain_copy_of_a_checkpoint_is_still_verified(checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoints / "step-00000002", tmp_path / "my-model")
-    assert load(tmp_path / "my-model")[2] == tmp_path / "my-model"
+    assert load_model(tmp_path / "my-model")[2] == tmp_path / "my-model"
     with (tmp_path / "my-model" / "tokenizer.json").open("a") as file:
         file.write(" ")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        load(tmp_path / "my-model")
+        load_model(tmp_path / "my-model")

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import (
     ARCHITECTURES,
     check_weights,
@@ -24,6 +23,7 @@ from smolforge.checkpoint.format import (
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 
 def edit(directory: Path, name: str = "config.json", **changes: Any) -> Path:
@@ -281,7 +281,7 @@ def test_the_released_configurations_are_read(real_data: Path, tmp_path: Path) -
 
 
 def test_trained_tokenizer_survives_the_directory(tiny: Any, model_dir: Path) -> None:
-    again = tokenizers.load(model_dir)
+    again = Tokenizer.from_pretrained(model_dir)
     text = "the cat sat <|endoftext|> on 12 mats é 🙂"
     assert again.encode(text) == tiny.tokenizer.encode(text)
     assert again.eos_id == tiny.tokenizer.eos_id

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from smolforge.checkpoint.commit import newest_whole, read_manifest, verify
 from smolforge.checkpoint.format import read_config, read_generation_defaults, read_weights
-from smolforge.checkpoint.locate import load
+from smolforge.checkpoint.locate import load_model
 from smolforge.checkpoint.state import load_state
 from smolforge.checkpoint.weights import is_plain_name, read_header, read_safetensors
 from smolforge.errors import CheckpointError, SmolforgeError
@@ -177,11 +177,11 @@ def test_pickle_is_never_read(model_dir: Path, tmp_path: Path, name: str, monkey
     (model_dir / "model.safetensors").unlink()
     (model_dir / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match="pickle") as caught:
-        load(model_dir)
+        load_model(model_dir)
     assert name in str(caught.value) and "save_pretrained" in str(caught.value)
     (model_dir / name).rename(model_dir / "model.safetensors")
     with pytest.raises(CheckpointError):
-        load(model_dir)
+        load_model(model_dir)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -190,7 +190,7 @@ def test_code_that_a_config_points_at_is_not_run(model_dir: Path) -> None:
     path = model_dir / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
     (model_dir / "evil.py").write_text("raise SystemExit('run')")
-    load(model_dir)
+    load_model(model_dir)
 
 
 def test_a_config_that_claims_a_giant_takes_no_memory(tiny: Any, model_dir: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_config_that_claims_a_giant_takes_no_memory(tiny: Any, model_dir: Path
     path.write_text(json.dumps(values))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match="missing"):
-        load(model_dir)
+        load_model(model_dir)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes"
 
 
@@ -349,7 +349,7 @@ def test_fuzz_whole_directories(tiny: Any, tmp_path: Path) -> None:
             data[place : place + generator.randrange(1, 3)] = change
         (tmp_path / name).write_bytes(data)
         try:
-            module, tokenizer, _ = load(tmp_path)
+            module, tokenizer, _ = load_model(tmp_path)
             tokenizer.decode(tokenizer.encode("the cat"))
             assert {n: p.shape for n, p in module.named_parameters()} == {
                 n: p.shape for n, p in tiny.module.named_parameters()
@@ -358,7 +358,7 @@ def test_fuzz_whole_directories(tiny: Any, tmp_path: Path) -> None:
             refused += 1
         (tmp_path / name).write_bytes(contents[name])
     assert refused > 50
-    assert torch.equal(load(tmp_path)[0].output_weight, tiny.module.output_weight)
+    assert torch.equal(load_model(tmp_path)[0].output_weight, tiny.module.output_weight)
 
 
 def test_read_header_of_a_directory_or_nothing(tmp_path: Path) -> None:

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed
 from smolforge.export.gguf import KINDS, export_gguf, permute
 from smolforge.export.gguf_vocabulary import Vocabulary
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
 TEXTS = ["the cat sat on the mat and saw 12 other cats, naïvely 🙂 " * 20]
 
 
-def make(directory: Path, **changes: Any) -> tuple[torch.nn.Module, tokenizers.Tokenizer]:
+def make(directory: Path, **changes: Any) -> tuple[torch.nn.Module, Tokenizer]:
     """A model directory whose widths are multiples of 32, so that everything can be quantized."""
     shape: dict[str, Any] = {
         "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -33,7 +33,7 @@ def make(directory: Path, **changes: Any) -> tuple[torch.nn.Module, tokenizers.T
         "rms_norm_eps": 3e-5,
     }  # fmt: skip
     config = ModelConfig(**{**shape, **changes})
-    module, tokenizer = build(config, seed=5), tokenizers.train(TEXTS, 300)
+    module, tokenizer = build(config, seed=5), Tokenizer.train(TEXTS, 300)
     write_model(directory, config, module.state_dict(), tokenizer)
     return module, tokenizer
 
@@ -176,7 +176,7 @@ def test_refusals(tmp_path: Path) -> None:
         architecture="recreation", vocab_size=320, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
         num_hidden_layers=1, intermediate_size=64,
     )  # fmt: skip
-    write_model(tmp_path / "r", config, build(config).state_dict(), tokenizers.train(TEXTS, 300))
+    write_model(tmp_path / "r", config, build(config).state_dict(), Tokenizer.train(TEXTS, 300))
     with pytest.raises(BadInput, match="recreation"):
         export_gguf(tmp_path / "r", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
@@ -195,8 +195,8 @@ def test_refusals(tmp_path: Path) -> None:
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change: dict[str, Any], words: str) -> None:
     from tokenizers import Tokenizer as Backend
 
-    file = json.loads(tokenizers.train(TEXTS, 300).backend.to_str())
-    tokenizer = tokenizers.Tokenizer(Backend.from_str(json.dumps({**file, **change})))
+    file = json.loads(Tokenizer.train(TEXTS, 300).backend.to_str())
+    tokenizer = Tokenizer(Backend.from_str(json.dumps({**file, **change})))
     with pytest.raises(BadInput, match=words):
         Vocabulary.of(tokenizer, 320)
 
@@ -204,9 +204,9 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change: dict[str, A
 def test_the_plain_gpt2_rule_has_its_name() -> None:
     from tokenizers import Tokenizer as Backend
 
-    file = json.loads(tokenizers.train(TEXTS, 300).backend.to_str())
+    file = json.loads(Tokenizer.train(TEXTS, 300).backend.to_str())
     file["pre_tokenizer"] = file["pre_tokenizer"]["pretokenizers"][1]
-    assert Vocabulary.of(tokenizers.Tokenizer(Backend.from_str(json.dumps(file))), 320).rule == "gpt-2"
+    assert Vocabulary.of(Tokenizer(Backend.from_str(json.dumps(file))), 320).rule == "gpt-2"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e5])
@@ -246,7 +246,7 @@ def test_bf16_checkpoints_export_unchanged(tmp_path: Path) -> None:
 
 
 def test_the_genuine_tokenizer_goes_in_whole(real_data: Path) -> None:
-    tokenizer = tokenizers.load(real_data / "tokenizer" / "smollm2-135m-instruct")
+    tokenizer = Tokenizer.from_pretrained(real_data / "tokenizer" / "smollm2-135m-instruct")
     vocabulary = Vocabulary.of(tokenizer, 49_152)
     assert (len(vocabulary.tokens), vocabulary.rule, len(vocabulary.unused)) == (49_152, "smollm", 0)
     assert len(vocabulary.merges) > 48_000 and vocabulary.special == frozenset(range(17))

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.export.gguf import export_gguf
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 TORTURE = [
@@ -24,15 +24,15 @@ TORTURE = [
 
 
 @pytest.fixture(params=["trained", "smollm2"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, tokenizers.Tokenizer, Any]:
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Tokenizer, Any]:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if request.param == "trained":
-        tokenizer = tokenizers.train([*TORTURE, "once upon a time there was a small cat " * 30], 700)
+        tokenizer = Tokenizer.train([*TORTURE, "once upon a time there was a small cat " * 30], 700)
         shape: dict[str, Any] = {"vocab_size": 704, "hidden_size": 96, "intermediate_size": 160, "rope_theta": 5000.0,
                                  "num_attention_heads": 6, "num_key_value_heads": 2}  # fmt: skip
     else:
         real = request.getfixturevalue("real_data")
-        tokenizer, shape = tokenizers.load(real / "tokenizer" / "smollm2-135m"), {}
+        tokenizer, shape = Tokenizer.from_pretrained(real / "tokenizer" / "smollm2-135m"), {}
     config = ModelConfig(**{**shape, "num_hidden_layers": 3})
     module = build(config, seed=3)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_llama import make_model
 
-from smolforge import tokenizer as tokenizers
+from smolforge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def tokenizer():
     text = (
         "the quick brown fox jumps over the lazy dog and says hello world, once upon a time in a galaxy; naïve café 🙂"
     )
-    return tokenizers.train([text] * 20, 400)
+    return Tokenizer.train([text] * 20, 400)
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 from tiny_llama import make_model
 
 from smolforge import cli, kernels
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import Engine, SamplingParams
 from smolforge.generation.draft_model import PairedCache
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.sampler import Sampler
+<<<<<<< HEAD
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.speculative import ENOUGH, FORGET, MOST, Cost, fastest, speed
+=======
+from smolforge.generation.scheduler import Piece
+from smolforge.tokenizer import Tokenizer
+>>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
 CHANCE = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)
 
@@ -391,7 +395,11 @@ def test_other_runners_do_without_and_say_why(tokenizer, monkeypatch):
     assert off.speculation is None and any("does not speculate" in line for line in off.decisions)
     assert off.memory()["draft_weights"] == 0
     with pytest.raises(BadInput, match="tokenizer"):
-        Engine.from_model(make_model(), tokenizer, draft=make_model(), draft_tokenizer=tokenizers.train(["other"], 300))
+<<<<<<< HEAD
+        Engine.from_model(make_model(), tokenizer, draft=make_model(), draft_tokenizer=Tokenizer.train(["other"], 300))
+=======
+        Engine.of(make_model(), tokenizer, draft=make_model(), draft_tokenizer=Tokenizer.train(["other"], 300))
+>>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
 
 def test_a_draft_of_other_tokens_is_refused(tokenizer):
@@ -401,7 +409,7 @@ def test_a_draft_of_other_tokens_is_refused(tokenizer):
         assert caught.value.field == "draft" and caught.value.hint
         return caught.value.message
 
-    other = tokenizers.train(["some other text altogether"] * 9, 290)
+    other = Tokenizer.train(["some other text altogether"] * 9, 290)
     sizes = f"it has {other.vocab_size} tokens and the model's {tokenizer.vocab_size}"
     assert other.vocab_size != tokenizer.vocab_size and sizes in error(make_model(), other)
     vocabulary = json.loads(tokenizer.backend.to_str())
@@ -410,7 +418,7 @@ def test_a_draft_of_other_tokens_is_refused(tokenizer):
     words[one], words[two] = words[two], words[one]
     from tokenizers import Tokenizer as Backend
 
-    swapped = tokenizers.Tokenizer(Backend.from_str(json.dumps(vocabulary)))
+    swapped = Tokenizer(Backend.from_str(json.dumps(vocabulary)))
     message = error(make_model(), swapped)
     assert f"token {words[two]} is {two!r} in it and {one!r} in the model's" in message
     assert "writes 512 token ids and the model 400" in error(make_model(vocab_size=512), tokenizer)
@@ -474,7 +482,7 @@ def folders(tmp_path_factory, tokenizer):
     for name, module, words in (
         ("model", make_model("one-kv"), tokenizer),
         ("small", make_model(), tokenizer),
-        ("other", make_model(), tokenizers.train(["quite another text, quite another text"] * 9, 320)),
+        ("other", make_model(), Tokenizer.train(["quite another text, quite another text"] * 9, 320)),
     ):
         (place / name).mkdir()
         write_model(place / name, module.config, module.state_dict(), words, card="# Tiny\n")

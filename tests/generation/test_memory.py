@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=20,
                     num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048)  # fmt: skip
@@ -43,7 +43,7 @@ print(json.dumps({"weights": engine.memory()["weights"], "grown": loaded - start
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> tuple[Path, Path]:
-    tokenizer = tokenizers.train(["once upon a time"] * 3, 300)
+    tokenizer = Tokenizer.train(["once upon a time"] * 3, 300)
     made = []
     for name, layers in (("small", 1), ("model", SHAPE.num_hidden_layers)):
         config = SHAPE.model_copy(update={"num_hidden_layers": layers})

@@ -172,7 +172,7 @@ def test_caches_take_what_was_said(shape, capacity):
 def test_weights_are_held_once():
     model = make_model("one-kv", vocab_size=1024)
     numbers = sum(p.numel() for p in model.parameters())
-    tables = 2 * 256 * model.config.dim * 4
+    tables = 2 * 256 * model.config.head_dim * 4
     for precision, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
         held = CpuRunner(model, precision).weight_bytes
         assert held <= numbers * size * 1.08 + tables, precision

@@ -164,7 +164,7 @@ def test_caches_take_what_was_said(capacity, precision):
     before = runner._pool.leased
     cache = runner.new_cache(capacity)
     c = runner.config
-    position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.dim * (4 if precision == "fp32" else 2)
+    position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (4 if precision == "fp32" else 2)
     assert cache.capacity >= capacity and cache.nbytes == runner.cache_bytes(capacity) == position * cache.capacity
     assert (runner._pool.leased - before) * runner._pool.page_bytes == cache.nbytes
     held = sum(layer.nbytes for layer in runner._pool.layers)
@@ -174,7 +174,7 @@ def test_caches_take_what_was_said(capacity, precision):
 def test_weights_are_counted():
     model = make_model("one-kv", vocab_size=1024)
     numbers = sum(p.numel() for p in model.parameters())
-    tables = 2 * 256 * model.config.dim * 4
+    tables = 2 * 256 * model.config.head_dim * 4
     for precision, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
         held = StaticRunner(model, precision).weight_bytes
         assert numbers * size <= held <= numbers * size * 1.08 + tables, precision

@@ -33,8 +33,8 @@ def test_full_size_counts() -> None:
 
 
 def test_width_of_keys_and_values_is_derived() -> None:
-    assert (FULL.dim, FULL.kv_dim) == (64, 21)
-    assert ModelConfig().kv_dim == ModelConfig().dim == 64
+    assert (FULL.head_dim, FULL.kv_dim) == (64, 21)
+    assert ModelConfig().kv_dim == ModelConfig().head_dim == 64
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_attention_and_cache_see_padded_heads() -> None:
     assert torch.equal(model(tokens(2, 7)), expected)
     assert len(seen) == SMALL.num_hidden_layers
     for q, k, v in seen:
-        assert q.shape == k.shape == v.shape == (2, 3, 7, SMALL.dim)
+        assert q.shape == k.shape == v.shape == (2, 3, 7, SMALL.head_dim)
         assert not k[..., SMALL.kv_dim :].any() and not v[..., SMALL.kv_dim :].any()
         assert k[..., : SMALL.kv_dim].all() and q[..., SMALL.kv_dim :].all()
 
@@ -109,8 +109,8 @@ def test_two_thirds_of_queries_and_outputs_never_learn() -> None:
     model(tokens(2, 12)).logsumexp(-1).sum().backward()
     for layer in model.model.layers:
         queries, outputs = layer.attn.q_proj.weight.grad, layer.attn.o_proj.weight.grad
-        queries = queries.view(3, SMALL.dim, -1)  # (heads, d, D)
-        outputs = outputs.view(-1, 3, SMALL.dim)
+        queries = queries.view(3, SMALL.head_dim, -1)  # (heads, d, D)
+        outputs = outputs.view(-1, 3, SMALL.head_dim)
         narrow = SMALL.kv_dim
         assert queries[:, :narrow].any(-1).all() and not queries[:, narrow:].any()
         assert outputs[..., :narrow].any(0).all() and not outputs[..., narrow:].any()

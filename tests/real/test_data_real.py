@@ -12,13 +12,13 @@ import pytest
 
 from smolforge.config import DataConfig
 from smolforge.data import Corpus, Loader, data_digest, merge_cursors
-from smolforge.tokenizer import Tokenizer, load
+from smolforge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(real_data: Path) -> Tokenizer:
     """SmolLM2's own."""
-    return load(real_data / "tokenizer" / "smollm2-135m")
+    return Tokenizer.from_pretrained(real_data / "tokenizer" / "smollm2-135m")
 
 
 def configured(sources: dict[str, float], **keys: object) -> DataConfig:

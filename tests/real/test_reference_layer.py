@@ -66,7 +66,7 @@ def seen(real_data: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     layer.mlp.down_proj.register_forward_pre_hook(keep_input("swiglu"))
     layer.mlp.register_forward_hook(keep("mlp_down"))
     cache = Recorder()
-    cos, sin = (c[:, None] for c in rotary_angles(reference["position_ids"], config.dim, config.rope_theta))
+    cos, sin = (c[:, None] for c in rotary_angles(reference["position_ids"], config.head_dim, config.rope_theta))
     with torch.no_grad():
         ours["after_mlp"] = layer(reference["input.hidden"], cos, sin, None, cache)
     ours["key_cache"], ours["value_cache"] = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)

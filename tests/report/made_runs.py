@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from smolforge.config import THREE_PROMPTS, build
+from smolforge.config import THREE_PROMPTS, build_config
 
 STAGES = (
     ", the the of and a , was . to the in",
@@ -39,7 +39,7 @@ def make_run(
     model = "vocab_size=4096 hidden_size=192 num_hidden_layers=6 num_attention_heads=6 intermediate_size=512"
     sizes = [f"model.{size}" for size in f"{model} num_key_value_heads=2 max_position_embeddings=512".split()]
     other = [f"training.steps={total}", "data.sequence_length=256", f"optimizer.lr={lr}", "logging.every=1"]
-    config = build(None, [*sizes, *other, *(overrides or [])])
+    config = build_config(None, [*sizes, *other, *(overrides or [])])
     (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     steps = np.arange(1, rows + 1)
     share = steps / total

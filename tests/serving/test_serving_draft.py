@@ -10,10 +10,15 @@ import pytest
 
 from serving_fixtures import serving
 from smolforge.checkpoint.format import write_model
-from smolforge.checkpoint.locate import load
+<<<<<<< HEAD
+from smolforge.checkpoint.locate import load_model
 from smolforge.generation import Engine, SamplingParams
+=======
+from smolforge.checkpoint.locate import load_model
+from smolforge.generation import Engine, Sampling
+>>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 from smolforge.model.registry import build
-from smolforge.tokenizer import train
+from smolforge.tokenizer import Tokenizer
 
 BODY = {"prompt": "Once upon a time", "seed": 7, "max_tokens": 60, "temperature": 0.8, "top_p": 0.9}
 
@@ -30,8 +35,10 @@ def test_a_server_with_a_draft_gives_the_same_answers(tiny_run):
 
 
 def test_a_draft_that_does_not_fit_ends_the_server(tiny_run, tmp_path):
-    module, _, _ = load(tiny_run)
-    write_model(tmp_path, module.config, build(module.config, seed=0).state_dict(), train(["other"] * 9, 300), card="")
+    module, _, _ = load_model(tiny_run)
+    write_model(
+        tmp_path, module.config, build(module.config, seed=0).state_dict(), Tokenizer.train(["other"] * 9, 300), card=""
+    )
     command = [sys.executable, "-m", "smolforge", "serve", str(tiny_run), "--port", "0", "--no-page"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

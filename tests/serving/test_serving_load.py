@@ -115,11 +115,11 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
     from smolforge.config import RunConfig, read_preset
     from smolforge.model.registry import build
     from smolforge.tales import document
-    from smolforge.tokenizer import train
+    from smolforge.tokenizer import Tokenizer
 
     config = RunConfig.model_validate(read_preset("pocket")).model
     texts = [document(i).text for i in range(1000)]
-    tokenizer = train(texts, config.vocab_size)
+    tokenizer = Tokenizer.train(texts, config.vocab_size)
     torch.manual_seed(0)
     write_model(tmp_path / "pocket", config, build(config).state_dict(), tokenizer)
     with serving(tmp_path / "pocket", "--no-page") as server:

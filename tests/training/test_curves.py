@@ -38,7 +38,7 @@ def rate(config, step: int) -> float:
 
 def prepared(precision: str, loss: str, seed: int):
     sizes = [f"model.{name}={value}" for name, value in SHAPE.items()]
-    config = configuration.build(
+    config = configuration.build_config(
         "smollm2-135m",
         [*sizes, f"data.sequence_length={LENGTH}", f"training.micro_batch={BATCH}", f"training.loss={loss}",
          f"training.tokens_per_step={BATCH * LENGTH}", f"training.precision={precision}", "training.compile=off"],

@@ -13,10 +13,10 @@ from tiny import tiny_file
 
 from faults.server import FaultServer, as_hub
 from smolforge import cli
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
+from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 
 # Steps that change nothing: what is saved is what was loaded.
 STILL = ["--steps", "1", "--set", "optimizer.lr=1e-30", "--set", "evaluation.tokens=500"]
@@ -35,7 +35,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="50KB")
-    tokenizers.train(["the cat sat on the mat and saw the other cat, once upon a time " * 20], 300).save(directory)
+    Tokenizer.train(["the cat sat on the mat and saw the other cat, once upon a time " * 20], 300).save(directory)
     assert len(list(directory.glob("model-*.safetensors"))) > 2
     return directory
 
@@ -49,14 +49,14 @@ def assert_same_model(run: Run, directory: Path) -> None:
     """The run's checkpoint and the directory have one shape, one tokenizer, and equal weights and logits."""
     from transformers import AutoModelForCausalLM
 
-    ours, tokenizer, _ = locate.load(run.path)
+    ours, tokenizer, _ = locate.load_model(run.path)
     expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     state = expected.state_dict()
     assert {name: tuple(t.shape) for name, t in ours.state_dict().items()} == {
         n: tuple(t.shape) for n, t in state.items()
     }
     assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
-    assert tokenizer.encode("the other cat") == tokenizers.load(directory).encode("the other cat")
+    assert tokenizer.encode("the other cat") == Tokenizer.from_pretrained(directory).encode("the other cat")
     ids = torch.tensor([tokenizer.encode("the cat sat on the mat")])
     with torch.no_grad():
         assert (ours(ids) - expected(ids).logits).abs().max() < 1e-5
@@ -75,10 +75,10 @@ def test_from_one_file_in_fp32_whatever_the_preset_says_of_shape_and_tokenizer(t
 
     whole, strange = tmp_path / "whole", tmp_path / "strange"
     AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).save_pretrained(whole)
-    for file in tokenizers.FILES:
+    for file in TOKENIZER_FILES:
         if (theirs / file).exists():
             shutil.copy(theirs / file, whole)
-    tokenizers.train(["another tokenizer, whose ids mean nothing to these weights " * 9], 280).save(strange)
+    Tokenizer.train(["another tokenizer, whose ids mean nothing to these weights " * 9], 280).save(strange)
     assert (whole / "model.safetensors").exists()
     assert_same_model(train(tmp_path, whole, *STILL, "--set", f"tokenizer={strange}"), whole)
 
@@ -91,7 +91,7 @@ def test_it_learns_from_there_and_resumes_when_the_model_is_gone(theirs: Path, t
     assert cli.run(["train", "--out", str(run.path), "--steps", "+5"]) == 0
     losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.1
-    assert all(torch.isfinite(tensor).all() for tensor in locate.load(run.path)[0].state_dict().values())
+    assert all(torch.isfinite(tensor).all() for tensor in locate.load_model(run.path)[0].state_dict().values())
 
 
 def test_from_a_hub_id(
@@ -154,7 +154,7 @@ def test_a_refusal_is_one_clear_error(
         (model / "tokenizer.json").unlink()
         named = ["tokenizer.json"]
     elif name == "a larger tokenizer":
-        larger = tokenizers.train(["far more words than the model has rows for, many of them long " * 9], 330)
+        larger = Tokenizer.train(["far more words than the model has rows for, many of them long " * 9], 330)
         larger.save(model)
         named = [f"{larger.vocab_size} tokens", "304"]
     assert cli.run(["train", tiny_file(tmp_path), "--init", str(model), "--out", str(tmp_path / "run")]) == 2

@@ -138,5 +138,5 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 def test_configuration_reads_sizes() -> None:
-    built = configuration.build("pocket", ["training.memory=6GB"])
+    built = configuration.build_config("pocket", ["training.memory=6GB"])
     assert built.training.memory == 6 << 30

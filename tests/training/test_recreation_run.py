@@ -48,7 +48,7 @@ def test_it_trains_and_writes(finished: Run) -> None:
 
 
 def test_its_checkpoint_loads_and_says_that_it_is_no_llama(finished: Run) -> None:
-    module, tokenizer, directory = locate.load(finished.path)
+    module, tokenizer, directory = locate.load_model(finished.path)
     assert isinstance(module, SmollmV2Recreation)
     with torch.no_grad():
         assert module(torch.tensor([tokenizer.encode("Once upon a time")])).isfinite().all()
@@ -61,7 +61,7 @@ def test_transformers_refuses_it(finished: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(ValueError, match="smolforge_recreation"):
-        AutoModelForCausalLM.from_pretrained(locate.resolve(finished.path))
+        AutoModelForCausalLM.from_pretrained(locate.resolve_model(finished.path))
 
 
 def test_a_run_cut_at_step_3_ends_with_the_same_bytes(finished: Run, tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_fifty_more_steps_are_fifty_more(finished: Run, tmp_path: Path) -> None:
     """The seed's "further 50 steps" trained none."""
     more = Run(tmp_path / "run")
     shutil.copytree(finished.path, more.path, symlinks=True)
-    before = locate.load(more.path)[0].state_dict()
+    before = locate.load_model(more.path)[0].state_dict()
     assert cli.run(["train", "--out", str(more.path), "--steps", "+50", "--set", "samples.every=56"]) == 0
-    after = locate.load(more.path)
+    after = locate.load_model(more.path)
     assert after[2].name == "step-00000056" and len(losses(more)) == 56
     assert any(not torch.equal(before[name], weight) for name, weight in after[0].state_dict().items())
     assert sum(losses(more)[-10:]) < sum(losses(finished)[:6]) / 6 * 10

@@ -35,7 +35,7 @@ def test_a_run_leaves_what_it_promises(make_run) -> None:
     kept = sorted(path.name for path in run.checkpoints_path.iterdir() if path.is_dir() and not path.is_symlink())
     assert kept == ["step-00000010", "step-00000015", "step-00000020"]
     assert "http" not in [line[:4] for line in run.report_path.read_text().split('src="')[1:]]
-    saved = configuration.build(str(run.config_path))
+    saved = configuration.build_config(str(run.config_path))
     assert saved.model.hidden_size == 32 and saved.training.steps == 20
     environment = json.loads((run.path / "environment.json").read_text())
     assert any(line.startswith("precision: fp32") for line in environment["decisions"])

@@ -7,5 +7,4 @@ commit.py   written beside, fsynced, renamed; verified, found, pruned
 background.py  the same in a thread
 locate.py   from a name (run, directory, Hub id) to a loaded model
 card.py     the README of a checkpoint
-lightning.py  a Lightning .ckpt of the seed becomes such a directory
 """

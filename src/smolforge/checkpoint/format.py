@@ -125,7 +125,7 @@ def describe(config: ModelConfig, dtype: str, specials: Mapping[str, int]) -> di
         "attention_dropout": 0.0,
         **specials,
         "dtype": dtype,
-        "head_dim": config.dim,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "initializer_range": config.init_std,

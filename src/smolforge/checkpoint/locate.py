@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolforge import hub
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
 from smolforge.errors import CheckpointError, SourceUnavailable
 from smolforge.run import Run
+from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
     from smolforge.model.llama import LlamaForCausalLM
-    from smolforge.tokenizer import Tokenizer
 
 # What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
-HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *tokenizers.FILES]
+HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *TOKENIZER_FILES]
 _FORMS = (
     "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, "
     "or a Hub id such as HuggingFaceTB/SmolLM2-135M."
@@ -33,7 +32,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def resolve(model: str | Path, *, say: Callable[[str], None] = _say) -> Path:
+def resolve_model(model: str | Path, *, say: Callable[[str], None] = _say) -> Path:
     """The model directory that `model` means.
 
     A run gives its newest whole checkpoint; those refused are said. A checkpoint directory is verified. Any other
@@ -97,7 +96,7 @@ def _other_checkpoint(path: Path) -> str:
     return "Nothing is loaded from a directory whose bytes are not those that were written."
 
 
-def load(
+def load_model(
     model: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -117,9 +116,9 @@ def load(
     """
     from smolforge.model.registry import build
 
-    directory = resolve(model, say=say)
+    directory = resolve_model(model, say=say)
     config = read_config(directory)
-    tokenizer = tokenizers.load(directory)
+    tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
     where = str(weight_files(directory)[0])
     weights = check_weights(config, read_weights(directory), where)

@@ -72,7 +72,7 @@ def _generate(args: argparse.Namespace) -> int:
     from smolforge.checkpoint import locate
     from smolforge.generation import bench
 
-    module = locate.load(args.model)[0] if args.model else None
+    module = locate.load_model(args.model)[0] if args.model else None
     return _tell(args, bench, bench.measure(module, precisions=args.quantize, tokens=args.tokens, say=_say))
 
 

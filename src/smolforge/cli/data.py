@@ -33,12 +33,12 @@ def _which(args: argparse.Namespace) -> int:
     import json
 
     from smolforge import config as configuration
-    from smolforge import tokenizer as tokenizers
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
     from smolforge.data import Corpus, which
     from smolforge.errors import BadInput
     from smolforge.run import Run
+    from smolforge.tokenizer import Tokenizer
 
     run = Run(args.path)
     if not run.exists:
@@ -46,7 +46,7 @@ def _which(args: argparse.Namespace) -> int:
     if args.step < 1:
         raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    config = configuration.build(str(run.config_path))
+    config = configuration.build_config(str(run.config_path))
     newest = commit.newest_whole(run.checkpoints_path, say)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
     corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache")
@@ -65,7 +65,7 @@ def _which(args: argparse.Namespace) -> int:
         if (cursor["step"] if cursor else 0) <= a <= address:
             address += b - a
     documents = which(
-        corpus, tokenizers.load(source), cursor, address,
+        corpus, Tokenizer.from_pretrained(source), cursor, address,
         sequences_per_step=config.sequences_per_step, skip_steps=skip,
     )  # fmt: skip
     if args.json:

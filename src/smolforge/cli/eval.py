@@ -61,21 +61,26 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.config import DataConfig, parse_count
     from smolforge.data import Corpus
     from smolforge.errors import BadInput
+<<<<<<< HEAD
     from smolforge.evaluation import evaluate, evaluate_runner, freeze
     from smolforge.generation.runners import select_runner
+=======
+    from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
+    from smolforge.generation.choose import choose_runner
+>>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
     try:
         tokens = parse_count(args.tokens)
     except ValueError as error:
         raise BadInput(str(error), field="--tokens") from None
-    model, tokenizer, directory = locate.load(args.model)
+    model, tokenizer, directory = locate.load_model(args.model)
     positions = model.config.max_position_embeddings
     length = args.length or min(positions, 2048)
     if not 1 <= length <= positions:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="--length")
     corpus = Corpus.open(DataConfig(sources=parse_sources(args.data), text_column=args.text_column))
     texts = (document.text for document in corpus.documents(held_out=True if args.held_out else None))
-    piece = freeze(texts, tokenizer, tokens)
+    piece = tokenize_eval_set(texts, tokenizer, tokens)
     windows = -(-(len(piece.tokens) - 1) // length)
     score = evaluate(model, piece, length=min(length, len(piece.tokens) - 1), batch=min(4, windows))
     outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **score.to_json()}
@@ -122,12 +127,12 @@ def _run_tasks(args: argparse.Namespace) -> int:
     if not names:
         raise BadInput("names no task", field="--tasks", hint="Write --tasks hellaswag,arc_easy.")
     try:
-        from smolforge.evaluation.harness import run_tasks
+        from smolforge.evaluation.tasks import run_tasks
     except ModuleNotFoundError as error:
         raise BadInput(
             f"tasks need the package {error.name}", field="--tasks", hint="Install it: pip install 'smolforge[eval]'"
         ) from None
-    model, tokenizer, directory = locate.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, directory = locate.load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and the tasks print what they like
         found = run_tasks(

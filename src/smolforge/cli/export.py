@@ -13,16 +13,11 @@ examples:
   smolforge export runs/pocket --to gguf --out pocket.gguf --quantize q8_0
   smolforge export runs/pocket --to space --out pocket-space                   python pocket-space/app.py
   smolforge export runs/pocket --to checkpoint --out pocket-model              the model without training state
-  smolforge export seed.ckpt --to checkpoint --out seed-model                  the seed's Lightning checkpoint
   smolforge export runs/pocket --to hub --out OWNER/NAME --dry-run             what would be uploaded
 """
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-COSMO2 = "HuggingFaceTB/cosmo2-tokenizer"
 # Which options belong to which goal; another one is an error, not ignored.
-_ONLY = {
-    "quantize": "gguf", "name": "gguf", "title": "space", "tokenizer": "checkpoint", "rope_theta": "checkpoint",
-    "positions": "checkpoint", "private": "hub", "dry_run": "hub",
-}  # fmt: skip
+_ONLY = {"quantize": "gguf", "name": "gguf", "title": "space", "private": "hub", "dry_run": "hub"}
 
 
 def add(verbs: Any) -> None:
@@ -33,17 +28,12 @@ def add(verbs: Any) -> None:
         description="Write a model as one GGUF file, a Hugging Face Space or a plain model directory, or upload it.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run, a checkpoint, a model directory, a Hub id, or the seed's .ckpt"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a model directory or a Hub id")
     parser.add_argument("--to", required=True, choices=("gguf", "space", "checkpoint", "hub"), help="what to make")
     parser.add_argument("--out", required=True, metavar="PATH", help="the new file or directory; OWNER/NAME of the Hub")
     parser.add_argument("--quantize", choices=KINDS, help="gguf: type of the weights (default f16)")
     parser.add_argument("--name", help="gguf: what the file says it is (default: the directory's name)")
     parser.add_argument("--title", help="space: its title (default: the model's name)")
-    parser.add_argument("--tokenizer", metavar="TOK", help=f"checkpoint: that of the .ckpt (default {COSMO2})")
-    parser.add_argument("--rope-theta", type=float, metavar="N", help="checkpoint: base of the .ckpt's rotation")
-    parser.add_argument("--positions", type=int, metavar="N", help="checkpoint: longest sequence of the .ckpt")
     parser.add_argument("--private", action="store_true", default=None, help="hub: a new repository is private")
     parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only say what would be uploaded")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -96,35 +86,11 @@ def _space(args: argparse.Namespace) -> Outcome:
 
 
 def _checkpoint(args: argparse.Namespace) -> Outcome:
-    from smolforge.errors import BadInput
-
-    out, source = Path(args.out), Path(args.model).expanduser()
-    if source.is_file():
-        from smolforge.checkpoint.lightning import import_lightning
-
-        found = import_lightning(
-            source, out, args.tokenizer or COSMO2, rope_theta=args.rope_theta, max_position_embeddings=args.positions
-        )
-        config = found.config
-        outcome = {
-            "to": "checkpoint", "path": str(found.directory), "architecture": config.architecture, "step": found.step,
-            "left_out": found.left_out,
-        }  # fmt: skip
-        step = "" if found.step is None else f" at step {found.step:,}"
-        return outcome, [
-            f"{found.directory}: {config.architecture}{step}, {config.num_hidden_layers} layers, "
-            f"rotation base {config.rope_theta:,.0f} and {config.max_position_embeddings:,} positions assumed",
-            f"write with it:  smolforge generate {found.directory}",
-        ]
-    for option in ("tokenizer", "rope_theta", "positions"):
-        if getattr(args, option) is not None:
-            raise BadInput(
-                "is for a Lightning .ckpt; a model directory has its own", field=f"--{option.replace('_', '-')}"
-            )
-    from smolforge.checkpoint.locate import resolve
+    out = Path(args.out)
+    from smolforge.checkpoint.locate import resolve_model
     from smolforge.export.plain import copy_model
 
-    copy_model(resolve(args.model, say=_say), out)
+    copy_model(resolve_model(args.model, say=_say), out)
     return {"to": "checkpoint", "path": str(out)}, [f"{out}: the model without training state"]
 
 

@@ -44,10 +44,10 @@ def _shape(word: str) -> Any:
 
     looks_like_file = word.endswith((".yaml", ".yml"))
     if looks_like_file or word in configuration.preset_names():
-        return configuration.build(word).model
+        return configuration.build_config(word).model
     from smolforge.checkpoint import format, locate
     from smolforge.hub import is_model_id
 
     if not Path(word).exists() and not is_model_id(word):
-        return configuration.build(word).model  # says which presets there are
-    return format.read_config(locate.resolve(word))
+        return configuration.build_config(word).model  # says which presets there are
+    return format.read_config(locate.resolve_model(word))

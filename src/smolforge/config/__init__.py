@@ -9,8 +9,8 @@ All problems of all layers are collected and told at once, each with the nearest
     layers.py      a configuration from presets, files and overrides
 """
 
-from smolforge.config.keys import reference
-from smolforge.config.layers import build, preset_names, read_preset
+from smolforge.config.keys import key_table
+from smolforge.config.layers import build_config, preset_names, read_preset
 from smolforge.config.sections import (
     THREE_PROMPTS,
     DataConfig,
@@ -24,5 +24,5 @@ from smolforge.config.sizes import parse_count
 
 __all__ = [
     "THREE_PROMPTS", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig",
-    "build", "parse_count", "preset_names", "read_preset", "reference",
+    "build_config", "key_table", "parse_count", "preset_names", "read_preset",
 ]  # fmt: skip

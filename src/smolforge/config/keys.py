@@ -59,7 +59,7 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def reference() -> str:
+def key_table() -> str:
     """All keys with their defaults and meanings, as the Markdown tables of docs/configuration.md."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in RunConfig.model_fields.items():

@@ -49,7 +49,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return value
 
 
-def build(base: str | None = None, overrides: list[str] | None = None, **layers: Any) -> RunConfig:
+def build_config(base: str | None = None, overrides: list[str] | None = None, **layers: Any) -> RunConfig:
     """A validated configuration from a preset or YAML file and `key=value` overrides.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from smolforge.config.sizes import Count, Memory
 
@@ -33,8 +33,8 @@ class ModelConfig(_Section):
     """Query heads."""
     num_key_value_heads: int = Field(default=3, ge=1)
     """Key and value heads; divides the query heads."""
-    head_dim: int | None = Field(default=None, ge=2)
-    """Width of one head; hidden_size / num_attention_heads unless given."""
+    head_dim: Annotated[int, BeforeValidator(lambda value: 0 if value is None else value)] = Field(default=0, ge=0)
+    """Width of one head; 0 (or null) is replaced by hidden_size / num_attention_heads."""
     max_position_embeddings: Count = Field(default=8192, ge=1)
     """Longest context in tokens."""
     rope_theta: float = Field(default=100_000.0, gt=0)
@@ -53,7 +53,7 @@ class ModelConfig(_Section):
                 f"num_attention_heads: {self.num_attention_heads} query heads cannot be shared evenly by "
                 f"num_key_value_heads {self.num_key_value_heads}; the first must be a multiple of the second"
             )
-        if self.head_dim is None:
+        if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads "
@@ -78,16 +78,10 @@ class ModelConfig(_Section):
         return self
 
     @property
-    def dim(self) -> int:
-        """Width of one attention head, never None once validated."""
-        assert self.head_dim is not None
-        return self.head_dim
-
-    @property
     def kv_dim(self) -> int:
-        """Width of one key/value head as it is projected. In a Llama it is `dim`; in the recreation a third of it,
-        rounded down (64 → 21), which zeros fill up to `dim` before attention and cache see it."""
-        return self.dim // 3 if self.architecture == "recreation" else self.dim
+        """Width of one key/value head as it is projected. In a Llama it is `head_dim`; in the recreation a third of it,
+        rounded down (64 → 21), which zeros fill up to `head_dim` before attention and cache see it."""
+        return self.head_dim // 3 if self.architecture == "recreation" else self.head_dim
 
     @property
     def init_std(self) -> float:

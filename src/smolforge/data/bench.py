@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from smolforge import tokenizer as tokenizers
 from smolforge.config import DataConfig
 from smolforge.data import Corpus
 from smolforge.data.loader import Loader
+from smolforge.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def measure(
         if tokenizer is None:
             logger.info("training a tokenizer of %s tokens", f"{VOCABULARY:,}")
             texts = (document.text for _, document in zip(range(1000), corpus.documents(), strict=False))
-            encoder = tokenizers.train(texts, VOCABULARY)
+            encoder = Tokenizer.train(texts, VOCABULARY)
         else:
-            encoder = tokenizers.load(tokenizer)
+            encoder = Tokenizer.from_pretrained(tokenizer)
         loader = stack.enter_context(Loader(corpus, encoder, sequences_per_step=SEQUENCES, workers=0))
         next(loader)  # opens every lane
         batches, n_bytes = 0, 0

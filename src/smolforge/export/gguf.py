@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import check_vocabulary, check_weights, read_config
-from smolforge.checkpoint.locate import resolve
+from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed, unknown
 from smolforge.export.gguf_vocabulary import Vocabulary
 from smolforge.files import NO_ROOM, no_room, sync_directory
+from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ def export_gguf(
     """Write `model` to the GGUF file `out`, whole or not at all.
 
     Args:
-        model: anything that `checkpoint.locate.resolve` takes.
+        model: anything that `checkpoint.locate.resolve_model` takes.
         kind: f32, f16, bf16, q8_0, or q4_0 (whose head is q8_0). Norms are always f32.
         name: what the file says it is; the name of the directory unless given.
 
@@ -79,7 +79,7 @@ def export_gguf(
     if kind not in KINDS:
         raise unknown("kind of GGUF", kind, KINDS, field="quantize")
     gguf = _library()
-    directory = resolve(model, say=say)
+    directory = resolve_model(model, say=say)
     config = read_config(directory)
     if config.architecture != "llama":
         raise BadInput(
@@ -87,7 +87,7 @@ def export_gguf(
             field="model",
             hint="Only Llama models can be exported to GGUF.",
         )
-    tokenizer = tokenizers.load(directory)
+    tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
     vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
     weights = check_weights(config, read_weights(directory), str(directory))
@@ -222,9 +222,9 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.dim)
-    writer.add_value_length(config.dim)
-    writer.add_rope_dimension_count(config.dim)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import CARD, CONFIG, GENERATION_CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, read_weights, weight_files
 from smolforge.errors import BadInput, RunFailed
 from smolforge.files import no_room
+from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 
 
 def model_files(directory: Path) -> list[Path]:
@@ -25,10 +25,10 @@ def model_files(directory: Path) -> list[Path]:
         CheckpointError: the directory is no whole model.
     """
     config = read_config(directory)
-    check_vocabulary(config, tokenizers.load(directory))
+    check_vocabulary(config, Tokenizer.from_pretrained(directory))
     weights = weight_files(directory)
     check_weights(config, read_weights(directory), str(weights[0]))
-    others = [CONFIG, GENERATION_CONFIG, CARD, SHARD_INDEX, *tokenizers.FILES]
+    others = [CONFIG, GENERATION_CONFIG, CARD, SHARD_INDEX, *TOKENIZER_FILES]
     named = [path for name in others if (path := directory / name).is_file()]
     return sorted({*named, *weights})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolforge.checkpoint.format import CARD, read_config
-from smolforge.checkpoint.locate import resolve
+from smolforge.checkpoint.locate import resolve_model
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.export.plain import model_files
 from smolforge.export.space import card_license
@@ -48,7 +48,7 @@ def push(
     """Upload a model to the Hub, as one commit; the repository is made where it is missing.
 
     Args:
-        model: anything that `checkpoint.locate.resolve` takes.
+        model: anything that `checkpoint.locate.resolve_model` takes.
         repo: OWNER/NAME.
         private: only where the repository is made by this call.
         dry_run: only look what would go up; nothing is sent, and no network is needed.
@@ -60,7 +60,7 @@ def push(
     """
     if not _REPO.match(repo) or len(repo) > 96:
         raise BadInput(f"{repo!r} is no name of a repository", field="out", hint="Write OWNER/NAME.")
-    directory = resolve(model, say=say)
+    directory = resolve_model(model, say=say)
     paths = model_files(directory)
     found = Pushed(repo, [(path.name, path.stat().st_size) for path in paths], _notes(directory))
     if dry_run:

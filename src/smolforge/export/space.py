@@ -24,7 +24,7 @@ import yaml
 
 from smolforge.checkpoint.card import count_parameters
 from smolforge.checkpoint.format import CARD, read_config
-from smolforge.checkpoint.locate import resolve
+from smolforge.checkpoint.locate import resolve_model
 from smolforge.errors import BadInput
 from smolforge.export.plain import copy_model, fresh_directory
 
@@ -39,7 +39,7 @@ def export_space(
     """Write a Space that serves `model`; whole or not at all.
 
     Args:
-        model: anything that `checkpoint.locate.resolve` takes.
+        model: anything that `checkpoint.locate.resolve_model` takes.
         out: a directory that does not exist or is empty.
         title: name of the Space; that of the model's directory or Hub id unless given.
 
@@ -48,7 +48,7 @@ def export_space(
         CheckpointError: the model cannot be used.
         RunFailed: no room on the disk.
     """
-    out, directory = Path(out), resolve(model, say=say)
+    out, directory = Path(out), resolve_model(model, say=say)
     title = title or name_of(model)
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     with fresh_directory(out, needed=weights) as beside:

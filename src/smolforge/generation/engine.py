@@ -150,16 +150,16 @@ class Engine:
         """
         # The one place where this room asks another of its floor; everything else here takes modules.
         from smolforge.checkpoint.format import read_generation_defaults
-        from smolforge.checkpoint.locate import load
+        from smolforge.checkpoint.locate import load_model
 
         device = _device(device)
-        module, tokenizer, directory = load(model, device=device)
+        module, tokenizer, directory = load_model(model, device=device)
         if "eos_ids" not in settings:
             eos = read_generation_defaults(directory).get("eos_token_id")
             settings["eos_ids"] = None if eos is None else eos if isinstance(eos, list) else [eos]
         if draft is not None:
             try:
-                settings["draft"], settings["draft_tokenizer"], where = load(draft, device=device)
+                settings["draft"], settings["draft_tokenizer"], where = load_model(draft, device=device)
             except SmolforgeError as error:
                 error.field = "draft" if error.field in (None, "model") else f"draft: {error.field}"
                 raise

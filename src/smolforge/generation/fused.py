@@ -57,11 +57,11 @@ class Rotary:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         positions = torch.arange(config.max_position_embeddings, device=device)
-        self.cos, self.sin = (a.to(dtype) for a in rotary_angles(positions, config.dim, config.rope_theta))
+        self.cos, self.sin = (a.to(dtype) for a in rotary_angles(positions, config.head_dim, config.rope_theta))
 
     def at(self, positions: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         """For rows at some positions (M,): joint product → query (M, H, d), key and value (M, K, d)."""
-        heads, dim = (self.config.num_attention_heads, self.config.num_key_value_heads), self.config.dim
+        heads, dim = (self.config.num_attention_heads, self.config.num_key_value_heads), self.config.head_dim
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # (M, 1, d)
 
         def turn(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,14 +57,14 @@ def disagreement(
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)  # noqa: E731
     c, width, inner, pages = config, config.hidden_size, config.intermediate_size, 4
-    joint = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.dim
+    joint = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     packed = [to_int8(draw(*shape)) for shape in ((joint, width), (width, inner), (c.vocab_size, width))]
     rotary, worst = Rotary(c, dtype, device), 0.0
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for rows in batches:
             x, delta, weight, deep = draw(rows, width), draw(rows, width), draw(width), draw(rows, inner)
             qkv, gate_up = draw(rows, joint), draw(rows, 2 * inner)
-            memory = draw((1 + rows * pages) * PAGE, 2, c.num_key_value_heads, c.dim)
+            memory = draw((1 + rows * pages) * PAGE, 2, c.num_key_value_heads, c.head_dim)
             last = min(pages * PAGE, c.max_position_embeddings)
             token_and_position = torch.randint(last, (rows, 2), generator=generator, device=device)
             tables = torch.arange(1, 1 + rows * pages, device=device).view(rows, pages)

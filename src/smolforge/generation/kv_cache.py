@@ -38,7 +38,7 @@ class TensorCache:
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self._heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, 2 * self._heads, capacity, config.dim)
+        shape = (config.num_hidden_layers, 2 * self._heads, capacity, config.head_dim)
         self.memory = torch.empty(shape, dtype=dtype, device=device)
         self.capacity, self.length = capacity, 0
         self.nbytes = self.memory.nbytes
@@ -46,7 +46,7 @@ class TensorCache:
     @staticmethod
     def bytes_for(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
         """Bytes of a cache for `capacity` positions, before there is one."""
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.dim * dtype.itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.head_dim * dtype.itemsize
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (1, K, T, d); all so far, (1, K, S, d), as views."""

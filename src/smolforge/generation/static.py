@@ -67,7 +67,7 @@ class StaticRunner:
         self.weight_bytes = self._fused.weight_bytes
         on_cuda = device.type == "cuda"
         self._pool = PagePool(
-            config.num_hidden_layers, config.num_key_value_heads, config.dim, self._fused.dtype, device
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self._fused.dtype, device
         )  # fmt: skip
         self._graphs = Graphs(device) if on_cuda and graphs else None
         self._recorded_generation = 0

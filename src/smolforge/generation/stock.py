@@ -89,8 +89,8 @@ class _Llama(nn.Module):
         self.head = product(head, config.hidden_size, arena)
         shared = tied and isinstance(table, Tensor)  # the rows of a packed head cannot be read
         self.embed = _Embedding(self.head.get_buffer("weight") if shared else table)
-        cos, sin = rotary_angles(torch.arange(config.max_position_embeddings), config.dim, config.rope_theta)
-        half = config.dim // 2
+        cos, sin = rotary_angles(torch.arange(config.max_position_embeddings), config.head_dim, config.rope_theta)
+        half = config.head_dim // 2
         self.register_buffer("turns", torch.complex(cos[:, :half], sin[:, :half]))
         self.norm = _Norm(module.model.norm)
         self.vocab_size = config.vocab_size
@@ -132,7 +132,7 @@ class _Layer(nn.Module):
         self.qkv, self.o, self.gate_up, self.down = products
         self.norm1, self.norm2 = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.dim = config.dim
+        self.dim = config.head_dim
 
     def forward(
         self, x: Tensor, layer: int, turn: Tensor, caches: list[Tensor], starts: list[int], ends: list[int],
@@ -200,8 +200,8 @@ def _paired(qkv: Tensor, config: ModelConfig) -> Tensor:
 
     Query and key are ordered alike, so their products stay the same.
     """
-    turning = (config.num_attention_heads + config.num_key_value_heads) * config.dim
-    pairs = qkv[:turning].unflatten(0, (-1, 2, config.dim // 2)).transpose(1, 2)
+    turning = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    pairs = qkv[:turning].unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
     return torch.cat((pairs.flatten(0, 2), qkv[turning:]))
 
 

@@ -218,7 +218,7 @@ class TritonKernels(PagedKernels):
     def over_pages(self, rotary: Rotary, memories: list[Tensor], inputs: Tensor) -> Attend:
         """Rotation and writing in one kernel, attention in one or two; the pages are not gathered."""
         c, batch, pages = rotary.config, inputs.shape[0], inputs.shape[1] - 2
-        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.dim
+        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         group, inputs = heads // kv_heads, inputs.contiguous()
         splits = triton.next_power_of_2(triton.cdiv(PROGRAMS, batch * kv_heads))
         splits = min(splits, pages & -pages, MOST_SPLITS)  # it divides the pages, which are a power of two

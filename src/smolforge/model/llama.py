@@ -71,7 +71,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.dim
+        self.head_dim = config.head_dim
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
@@ -130,7 +130,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim, self.rope_theta = config.dim, config.rope_theta
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         # Runs one layer; training replaces it to recompute activations in the backward pass.
         self.run_layer: Callable[..., Tensor] = _plain
 

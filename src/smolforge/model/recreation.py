@@ -60,7 +60,7 @@ class RecreationAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
-        self.head_dim, self.kv_dim = config.dim, config.kv_dim
+        self.head_dim, self.kv_dim = config.head_dim, config.kv_dim
         width = config.hidden_size
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, self.heads * self.kv_dim, bias=False)

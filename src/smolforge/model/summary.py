@@ -119,7 +119,7 @@ def summarise(config: ModelConfig, sequence_length: int = 2048) -> Summary:
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
     """FLOPs of one token in a sequence of `sequence_length`, under `FLOPS_CONVENTION`."""
-    queries = config.num_attention_heads * config.dim
+    queries = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.kv_dim
     layer = config.hidden_size * (2 * queries + 2 * narrow + 3 * config.intermediate_size)
     weights = 6 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
@@ -155,7 +155,7 @@ def activations_per_token(config: ModelConfig) -> int:
     sees them (2 K d), and of the MLP gate, silu(gate), up and their product (4 I).
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return 4 * config.hidden_size + 2 * (heads + kv_heads) * config.dim + 4 * config.intermediate_size
+    return 4 * config.hidden_size + 2 * (heads + kv_heads) * config.head_dim + 4 * config.intermediate_size
 
 
 def _training_memory(config: ModelConfig, weights: dict[str, Tensor], length: int) -> dict[str, dict[str, int]]:
@@ -179,7 +179,7 @@ def _serving_memory(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str
     for name, weight in weights.items():
         for precision in totals:
             totals[precision] += _stored_bytes(weight, precision, head=_group(name, weight) in ("embedding", "head"))
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.dim
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {"weights": totals, "cache_per_token": {name: width * numbers for name, width in _CACHE_BYTES.items()}}
 
 

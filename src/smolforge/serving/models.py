@@ -47,7 +47,7 @@ class ModelSource:
         self.follows = False
         if not path.exists():
             if not hub.is_model_id(model):
-                locate.resolve(model)  # says what is wrong
+                locate.resolve_model(model)  # says what is wrong
             self.name = name or model
             return
         path = path.resolve()

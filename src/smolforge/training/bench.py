@@ -51,7 +51,9 @@ def measure(
     given = [f"data.sequence_length={length}", "training.steps=1000"]
     if not any(override.startswith("training.memory=") for override in overrides):
         given.append(f"training.micro_batch={micro_batch}")
-    config = configuration.build(preset, [*given, f"training.tokens_per_step={micro_batch * length}", *overrides])
+    config = configuration.build_config(
+        preset, [*given, f"training.tokens_per_step={micro_batch * length}", *overrides]
+    )
     chosen = plan.make_plan(config, device, 1)
     for reason in chosen.reasons:
         say(reason)

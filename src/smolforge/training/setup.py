@@ -21,13 +21,12 @@ import torch
 
 from smolforge import config as configuration
 from smolforge import evaluation
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import commit, format, locate
 from smolforge.config import RunConfig, TokenizerConfig
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SmolforgeError
-from smolforge.evaluation import Slice
+from smolforge.evaluation import EvalSlice
 from smolforge.files import write_atomically
 from smolforge.model import registry
 from smolforge.model.llama import LlamaForCausalLM
@@ -91,7 +90,7 @@ class TrainContext:
     tokenizer: Tokenizer
     model: LlamaForCausalLM
     optimizer: torch.optim.Optimizer
-    slice: Slice | None
+    slice: EvalSlice | None
     scaler: torch.amp.GradScaler | None
     say: Say
 
@@ -132,15 +131,15 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if not run.exists:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
-        return configuration.build(request.base or "pocket", list(request.overrides), **request.layers)
-    saved = configuration.build(str(run.config_path))
+        return configuration.build_config(request.base or "pocket", list(request.overrides), **request.layers)
+    saved = configuration.build_config(str(run.config_path))
     if request.base is not None and _name(request.base) != saved.preset and Path(request.base) != run.config_path:
         raise BadInput(
             f"{run.path} belongs to another run, begun from {saved.preset}",
             field="out",
             hint="Give another directory with --out, or --fresh to start over (the old run is moved aside).",
         )
-    changed = configuration.build(str(run.config_path), list(request.overrides), **request.layers)
+    changed = configuration.build_config(str(run.config_path), list(request.overrides), **request.layers)
     before, after = (_flat(c.model_dump(mode="json")) for c in (saved, changed))
     strange = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and _is_identity(key)
@@ -169,14 +168,14 @@ def open_tokenizer(
     """
     kept = run.path / "tokenizer"
     if newest is not None:
-        tokenizer = tokenizers.load(newest)
+        tokenizer = Tokenizer.from_pretrained(newest)
     elif isinstance(config.tokenizer, str):
-        tokenizer = tokenizers.load(config.tokenizer)
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     else:
         if ranks.is_main and not (kept / "tokenizer.json").is_file():
             _train_tokenizer(config.tokenizer, corpus, say).save(kept)
         ranks.barrier()
-        tokenizer = tokenizers.load(kept)
+        tokenizer = Tokenizer.from_pretrained(kept)
     format.check_vocabulary(config.model, tokenizer)
     return tokenizer
 
@@ -184,7 +183,7 @@ def open_tokenizer(
 def _train_tokenizer(config: TokenizerConfig, corpus: Corpus, say: Say) -> Tokenizer:
     wanted = config.train.documents
     say(f"tokenizer: training {config.train.vocab_size:,} tokens on {wanted:,} documents")
-    return tokenizers.train(islice(corpus.texts(held_out=False), wanted), config.train.vocab_size)
+    return Tokenizer.train(islice(corpus.texts(held_out=False), wanted), config.train.vocab_size)
 
 
 def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> LlamaForCausalLM:
@@ -197,7 +196,7 @@ def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) ->
         seed=config.training.seed if fresh and config.init is None else None,
     )
     if fresh and config.init is not None:
-        assign(model, locate.resolve(config.init))
+        assign(model, locate.resolve_model(config.init))
         say(f"weights and tokenizer: from {config.init}")
     return model
 
@@ -210,7 +209,7 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
     """
     if config.init is None or newest is not None:
         return config
-    directory = locate.resolve(config.init)
+    directory = locate.resolve_model(config.init)
     model = format.read_config(directory)
     positions = model.max_position_embeddings
     if config.data.sequence_length > positions:
@@ -272,7 +271,7 @@ def _open_session(
     optimizer = optim.build_optimizer(model, config.optimizer, device)
     held_out = None
     if config.data.holdout:
-        held_out = evaluation.freeze(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
+        held_out = evaluation.tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
     scaler = torch.amp.GradScaler(device.type) if chosen.precision.scaler else None
     return TrainContext(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
 

@@ -53,11 +53,11 @@ class CpuCache:
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype) -> None:
         heads = config.num_hidden_layers, config.num_key_value_heads
         self.capacity = _up(capacity, UNIT)
-        columns = _up(config.dim, UNIT)
-        keys = heads[0] * heads[1] * self.capacity * config.dim
+        columns = _up(config.head_dim, UNIT)
+        keys = heads[0] * heads[1] * self.capacity * config.head_dim
         # Zeros: rows that were never written are multiplied by 0, which must not meet an infinity.
         self.memory = torch.zeros(keys + heads[0] * heads[1] * self.capacity * columns, dtype=dtype)
-        self.keys = self.memory[:keys].view(*heads, self.capacity // UNIT, config.dim * UNIT)
+        self.keys = self.memory[:keys].view(*heads, self.capacity // UNIT, config.head_dim * UNIT)
         self.values = self.memory[keys:].view(*heads, columns // UNIT, self.capacity // 2, 2 * UNIT)
         self.nbytes = self.memory.nbytes
 
@@ -102,14 +102,14 @@ class CpuRunner:
             embedding = self._matrix(self._rows(table), table, precision, head=True)
         positions = torch.arange(config.max_position_embeddings)
         cos, sin = (
-            self._hold(angle[:, : config.dim // 2].contiguous())
-            for angle in rotary_angles(positions, config.dim, config.rope_theta)
+            self._hold(angle[:, : config.head_dim // 2].contiguous())
+            for angle in rotary_angles(positions, config.head_dim, config.rope_theta)
         )
         norm = self._vector(module.model.norm.weight)
         self.weight_bytes = sum(tensor.nbytes for tensor in self._held)
         shape = _Shape(
             config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-            config.dim, config.intermediate_size, config.vocab_size, F32 if precision == "fp32" else BF16,
+            config.head_dim, config.intermediate_size, config.vocab_size, F32 if precision == "fp32" else BF16,
             config.rms_norm_eps,
         )  # fmt: skip
         self._handle = ctypes.c_void_p(
@@ -128,7 +128,7 @@ class CpuRunner:
         """Bytes of a cache for `capacity` positions."""
         c = self.config
         rows = c.num_hidden_layers * c.num_key_value_heads * _up(capacity, UNIT)
-        return rows * (c.dim + _up(c.dim, UNIT)) * self._dtype.itemsize
+        return rows * (c.head_dim + _up(c.head_dim, UNIT)) * self._dtype.itemsize
 
     def new_cache(self, capacity: int) -> CpuCache:
         """An empty cache."""

@@ -1,4 +1,7 @@
-"""A Lightning checkpoint of the seed becomes a model directory.
+"""Import a Lightning checkpoint: write the model of a `.ckpt` as a Hugging Face model directory.
+
+    python examples/seed/import_lightning.py seed.ckpt --out imported
+    smolforge generate imported
 
 A `.ckpt` is a pickle. It is read with torch's restricted reader, which builds tensors and plain containers and
 refuses to call anything else, so a file made to run code is an error that names what it would have called. Which of
@@ -8,27 +11,28 @@ Lightning optimizer state has no place in a smolforge run, whose data position i
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import check_weights, write_model
 from smolforge.config import ModelConfig
-from smolforge.errors import BadInput, CheckpointError
+from smolforge.errors import BadInput, CheckpointError, SmolforgeError
+from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smolforge.tokenizer import Tokenizer
-
+COSMO2 = "HuggingFaceTB/cosmo2-tokenizer"
 # Tables that some modules keep beside their weights and that follow from the configuration.
 _TABLES = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 _EXPECTED = (
@@ -124,8 +128,8 @@ def import_lightning(
         raise CheckpointError(
             f"looks like a {config.architecture}, but {error.message}", field=str(path), hint=_EXPECTED
         ) from None
-    if not isinstance(tokenizer, tokenizers.Tokenizer):
-        tokenizer = tokenizers.load(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_pretrained(tokenizer)
     step = content.get("global_step")
     found = Imported(out, config, step if type(step) is int else None, left_out)
     _write(found, weights, tokenizer, source=path.name)
@@ -315,3 +319,34 @@ The weights of a Lightning checkpoint{step}, imported by smolforge. {what}
 {config.vocab_size:,}. The file names neither the rotation's base nor the longest sequence; assumed are
 {config.rope_theta:,.0f} and {config.max_position_embeddings:,}. What it was trained on is not in the file either.
 """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Import the checkpoint that the command line names; the exit code (2: it cannot be used)."""
+    parser = argparse.ArgumentParser(description="Write the model of a Lightning .ckpt as a model directory.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="the file that Lightning wrote")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new model directory")
+    parser.add_argument("--tokenizer", default=COSMO2, metavar="DIR|ID", help=f"its tokenizer (default {COSMO2})")
+    parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="width of a head (default 64)")
+    parser.add_argument("--rope-theta", type=float, metavar="N", help="base of the rotation")
+    parser.add_argument("--positions", type=int, metavar="N", help="longest sequence in tokens")
+    args = parser.parse_args(argv)
+    try:
+        found = import_lightning(
+            args.checkpoint, args.out, args.tokenizer, head_dim=args.head_dim, rope_theta=args.rope_theta,
+            max_position_embeddings=args.positions,
+        )  # fmt: skip
+    except SmolforgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    config, step = found.config, "" if found.step is None else f" at step {found.step:,}"
+    print(
+        f"{found.directory}: {config.architecture}{step}, {config.num_hidden_layers} layers, "
+        f"rotation base {config.rope_theta:,.0f} and {config.max_position_embeddings:,} positions assumed"
+    )
+    print(f"write with it:  smolforge generate {found.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from smolforge import tokenizer as tokenizers
 from smolforge.config import ModelConfig
+<<<<<<< HEAD:tests/evaluation/test_scores_of_runners.py
 from smolforge.evaluation import evaluate, evaluate_runner, freeze
 from smolforge.generation.runners import select_runner
 from smolforge.generation.runners.module import ModuleRunner
+=======
+from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
+from smolforge.generation.choose import choose_runner
+from smolforge.generation.runner import ModuleRunner
+>>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed):tests/evaluation/test_loss_of_runners.py
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 TEXTS = ["a fox met an owl.", "The owl and the fox went a long way, " * 12, "", "ende 🙂"]
 
 
 @pytest.fixture(scope="module")
 def model_and_slice():
-    tokenizer = tokenizers.train(TEXTS * 5, 300)
+    tokenizer = Tokenizer.train(TEXTS * 5, 300)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -24,7 +30,7 @@ def model_and_slice():
     model = build(config, seed=3)
     for parameter in model.parameters():
         parameter.data *= 3  # far from uniform, so that a wrong context would be seen
-    return model, freeze(TEXTS, tokenizer)
+    return model, tokenize_eval_set(TEXTS, tokenizer)
 
 
 @pytest.mark.parametrize("length", [16, 64, 500])

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from import_lightning import import_lightning, main, strip_prefixes
 from torch import Tensor, nn
 
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
-from smolforge.checkpoint.lightning import import_lightning, strip_prefixes
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {"vocab_size": 290, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
                          "num_attention_heads": 3, "head_dim": 16, "max_position_embeddings": 64}  # fmt: skip
@@ -28,8 +28,8 @@ PREFIXES = ["", "model.", "model._orig_mod.", "_orig_mod.model.", "_orig_mod.mod
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> tokenizers.Tokenizer:
-    return tokenizers.train(["the cat sat on the mat " * 20], 290)
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the cat sat on the mat " * 20], 290)
 
 
 def save(path: Path, state: dict[str, Tensor], **more: Any) -> Path:
@@ -55,7 +55,7 @@ def test_import_gives_the_same_logits(tmp_path: Path, tokenizer: Any, kind: str,
     path = save(tmp_path / "seed.ckpt", wrapped(module, prefix))
     found = import_lightning(path, tmp_path / "out", tokenizer, head_dim=16, max_position_embeddings=64)
     assert (found.step, found.left_out) == (5000, [])
-    loaded, _, _ = locate.load(tmp_path / "out")
+    loaded, _, _ = locate.load_model(tmp_path / "out")
     assert loaded.config == CONFIGS[kind] == found.config
     ids = torch.arange(12)[None]
     assert torch.equal(loaded(ids), module(ids))
@@ -80,7 +80,7 @@ def test_a_tied_head_and_tables_are_left_out(tmp_path: Path, tokenizer: Any, kin
     found = import_lightning(save(tmp_path / "a.ckpt", state), tmp_path / "out", tokenizer, head_dim=16)
     assert set(found.left_out) == {"lm_head.weight", "model.model.rotary_emb.inv_freq"}
     assert found.config.tie_word_embeddings
-    assert "lm_head.weight" not in locate.load(tmp_path / "out")[0].state_dict()
+    assert "lm_head.weight" not in locate.load_model(tmp_path / "out")[0].state_dict()
 
 
 def test_transformers_loads_the_imported_llama(tmp_path: Path, tokenizer: Any) -> None:
@@ -264,3 +264,16 @@ def test_names_that_become_one_are_refused() -> None:
     state = {"model.embed_tokens.weight": torch.zeros(2, 2), "_orig_mod.model.embed_tokens.weight": torch.ones(2, 2)}
     with pytest.raises(CheckpointError, match="twice"):
         strip_prefixes(state)
+
+
+def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    state = {f"model._orig_mod.{name}": tensor for name, tensor in build(RECREATION, seed=1).state_dict().items()}
+    path = save(tmp_path / "seed.ckpt", state)
+    words = [str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
+    # 48 rows are no heads of width 64, which is assumed unless given.
+    assert main(words) == 2 and "heads of width 64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--head-dim", "16", "--positions", "64"]) == 0
+    assert "recreation at step 5,000" in capsys.readouterr().out
+    assert locate.load_model(tmp_path / "out")[0].config == RECREATION

@@ -29,7 +29,7 @@ from smolforge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Slice:
+class EvalSlice:
     """A frozen piece of text, tokenized.
 
     Attributes:
@@ -60,7 +60,7 @@ class Score:
         return asdict(self)
 
 
-def freeze(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Slice:
+def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> EvalSlice:
     """Tokenize texts until `max_tokens` are reached; the last document is cut there.
 
     Raises:
@@ -82,12 +82,12 @@ def freeze(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = 
     if not n_bytes:
         raise DataError("there is no text to evaluate on", hint="The source is empty, or no document is held out.")
     tokens = np.concatenate([np.asarray(p, dtype=np.int32) for p in pieces])
-    return Slice(tokens, n_bytes, documents, tokenizer.eos_id)
+    return EvalSlice(tokens, n_bytes, documents, tokenizer.eos_id)
 
 
 def evaluate(
     model: LlamaForCausalLM,
-    piece: Slice,
+    piece: EvalSlice,
     *,
     length: int,
     batch: int = 1,
@@ -129,7 +129,7 @@ def evaluate(
     return _score(sum(ranks.gather(float(nats))), piece)
 
 
-def evaluate_runner(runner: Runner, piece: Slice, *, length: int) -> Score:
+def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:
     """The same score of what writes text: weights, keys and values in the precision that they are served in.
 
     Args:
@@ -148,7 +148,7 @@ def evaluate_runner(runner: Runner, piece: Slice, *, length: int) -> Score:
     return _score(nats, piece)
 
 
-def _score(total: float, piece: Slice) -> Score:
+def _score(total: float, piece: EvalSlice) -> Score:
     """total: nats of all that was predicted."""
     predicted = len(piece.tokens) - 1
     loss = total / predicted
@@ -162,7 +162,7 @@ def _score(total: float, piece: Slice) -> Score:
     )
 
 
-def _windows(piece: Slice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, length).
 
     The EOS before a document is a part of its own, so that the text itself starts at position 0, as a prompt does.

@@ -1,4 +1,4 @@
-"""notebooks/walkthrough.ipynb: it runs from its first cell to its last, and what is kept of it reads well."""
+"""examples/seed/walkthrough.ipynb: it runs from its first cell to its last, and what is kept of it reads well."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ nbformat = pytest.importorskip("nbformat", reason="the extra dev is not installe
 pytest.importorskip("nbclient", reason="the extra dev is not installed")
 pytest.importorskip("matplotlib", reason="the extra dev is not installed")
 
-PATH = Path(__file__).parents[1] / "notebooks" / "walkthrough.ipynb"
+PATH = Path(__file__).parents[2] / "examples" / "seed" / "walkthrough.ipynb"
 # Everything happens, on a model and a run of a twentieth of the size.
 SHORT = (
     "--steps 6 --set model.hidden_size=48 --set model.intermediate_size=64 --set model.num_hidden_layers=1 "
@@ -77,7 +77,7 @@ def test_it_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: py
 def test_it_runs_at_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "runs" / "walkthrough")
     book = execute(tmp_path, "", monkeypatch)
-    check(book, run, steps=configuration.build("pocket").total_steps)
+    check(book, run, steps=configuration.build_config("pocket").total_steps)
     losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
     assert losses[-1] < 2 < 7 < losses[0]
 

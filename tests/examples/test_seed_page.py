@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import import_lightning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,14 +24,14 @@ from faults.server import FaultServer, as_hub
 from serving_fixtures import serving
 from smolforge import cli
 from smolforge import config as configuration
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint import locate
 from smolforge.metrics_log import read_metrics
 from smolforge.model import registry
 from smolforge.run import Run
+from smolforge.tokenizer import Tokenizer
 from smolforge.training.schedules import rate
 
-PAGE = (Path(__file__).parents[1] / "docs" / "seed.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "seed.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("| ").split(" | ")]
     for line in PAGE.partition("## Its recipe and ours")[0].splitlines()
@@ -84,8 +85,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Fault
                 "cosmopedia-v2/train-00000-of-00104.parquet": shard.read_bytes(),
             },
         )
-        smaller = {"num_hidden_layers": 1, "vocab_size": tokenizers.load(tokenizer).vocab_size}
-        model = registry.build(configuration.build("seed-recreation").model.model_copy(update=smaller))
+        smaller = {"num_hidden_layers": 1, "vocab_size": Tokenizer.from_pretrained(tokenizer).vocab_size}
+        model = registry.build(configuration.build_config("seed-recreation").model.model_copy(update=smaller))
         state = {f"model._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"state_dict": state, "global_step": 2500}, folder / "seed.ckpt")
         yield folder, hub
@@ -105,7 +106,7 @@ def test_every_row_has_four_cells_and_ends_in_a_command() -> None:
     assert len(ROWS) > 30
     for row in ROWS:
         assert len(row) == 4, row
-        assert re.fullmatch(r"`smolforge [^`]+`", row[3]), row[3]
+        assert re.fullmatch(r"`(smolforge|python examples/seed/import_lightning.py) [^`]+`", row[3]), row[3]
         assert row[0] != "–" or row[1] != "–", "a row says something of the seed or of its code"
 
 
@@ -122,7 +123,9 @@ SHOWN: dict[str, Callable[[str, str], bool]] = {
     "generate": lambda out, _: all(prompt in out for prompt in configuration.THREE_PROMPTS),
     "verify": lambda out, _: f"step-{STEPS:08d}" in out,
     "to space": lambda out, _: Path("pocket-space/app.py").is_file(),
-    "export seed.ckpt": lambda out, _: "recreation at step 2,500" in out and locate.load("imported")[0] is not None,
+    "import_lightning.py seed.ckpt": lambda out, _: (
+        "recreation at step 2,500" in out and locate.load_model("imported")[0] is not None
+    ),
     "--steps +50": lambda out, err: f"resuming runs/pocket from step {STEPS}" in err and last_step() == STEPS + 50,
     "--resume": lambda out, err: "is complete" in err and last_step() == STEPS,
     "--profile": lambda out, err: len(list(Path("runs/pocket/profile").glob("*.json.gz"))) == 1,
@@ -155,7 +158,7 @@ def test_the_command_runs(
         return
     if " train pocket" in command:
         shutil.rmtree("runs/pocket")
-    code = cli.run(words_of(command))
+    code = import_lightning.main(command.split()[2:]) if command.startswith("python ") else cli.run(words_of(command))
     out, err = capsys.readouterr()
     refused = (
         None if torch.cuda.is_available() else next((f for w, f in NEEDS_CUDA.items() if command.endswith(w)), None)
@@ -178,16 +181,16 @@ def test_every_command_is_looked_at() -> None:
 
 
 def test_numbers_of_the_page() -> None:
-    config = configuration.build("seed-recreation")
+    config = configuration.build_config("seed-recreation")
     shape = config.model
     model = registry.build(shape, device="meta", seed=None)
     dead = sum(
-        shape.num_attention_heads * (shape.dim - shape.kv_dim) * shape.hidden_size * len(("q_proj", "o_proj"))
+        shape.num_attention_heads * (shape.head_dim - shape.kv_dim) * shape.hidden_size * len(("q_proj", "o_proj"))
         for _ in model.model.layers
     )
     assert f"{dead:,} parameters, a tenth of the model" in PAGE
     assert 0.095 < dead / sum(p.numel() for p in model.parameters()) < 0.105
-    assert f"columns {shape.kv_dim + 1} to {shape.dim} of every query" in PAGE
+    assert f"columns {shape.kv_dim + 1} to {shape.head_dim} of every query" in PAGE
     assert int(576 * 2.67) - 1 == shape.intermediate_size and shape.vocab_size == 3 * 2**14
     assert f"{rate(config.schedule, 2500, config.total_steps):.0%} of its peak" in PAGE
     assert f"{config.total_steps * config.tokens_per_step / 1e6:.1f}M tokens" in PAGE

@@ -11,17 +11,17 @@ import torch
 import yaml
 
 from smolforge import cli
-from smolforge import tokenizer as tokenizers
 from smolforge.checkpoint.format import write_model
-from smolforge.checkpoint.locate import load
+from smolforge.checkpoint.locate import load_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.registry import build
+from smolforge.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytest.importorskip("transformers", reason="the hf model of lm-eval needs it")
 
-from smolforge.evaluation.harness import SmolforgeLM, run_tasks
+from smolforge.evaluation.tasks import SmolforgeLM, run_tasks
 
 QUESTIONS = [
     ("The cat sat on the", [" mat", " moon and saw the other cat", " 12"], 0),
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    tokenizer = tokenizers.train(["the cat sat on the mat and saw the other cat, once upon a time " * 20], 300)
+    tokenizer = Tokenizer.train(["the cat sat on the mat and saw the other cat, once upon a time " * 20], 300)
     module = build(config, seed=7)
     with torch.no_grad():
         for parameter in module.parameters():  # wide logits: a wrong position would show
@@ -93,7 +93,7 @@ def reference(model: Path, batch: int = 1) -> Any:
 
 @pytest.fixture(scope="module")
 def both(model: Path) -> tuple[SmolforgeLM, Any]:
-    module, tokenizer, _ = load(model)
+    module, tokenizer, _ = load_model(model)
     return SmolforgeLM(module, tokenizer, batch=3), reference(model)
 
 
@@ -192,6 +192,6 @@ def test_tasks_that_cannot_be_used(
 
 
 def test_a_missing_folder(model: Path, tmp_path: Path) -> None:
-    module, tokenizer, _ = load(model)
+    module, tokenizer, _ = load_model(model)
     with pytest.raises(BadInput, match="no such folder"):
         run_tasks(module, tokenizer, ["x"], task_files=tmp_path / "nowhere")
