@@ -41,13 +41,8 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
 
 def smolforge(directory: Path, precision: str, device: str) -> Contestant:
     """The runner alone, as `smolforge bench generate` has it."""
-<<<<<<< HEAD
     from smolforge.checkpoint.locate import load_model
     from smolforge.generation.sequence import ScheduledChunk
-=======
-    from smolforge.checkpoint.locate import load_model
-    from smolforge.generation.scheduler import Piece
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
     from smolforge.generation.static import StaticRunner
 
     runner = StaticRunner(load_model(directory, device=device)[0], precision)  # type: ignore[arg-type]

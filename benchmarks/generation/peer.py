@@ -42,28 +42,17 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
     """variant: native-PRECISION or stock-PRECISION, straight on the runner."""
     import torch
 
-<<<<<<< HEAD
     from smolforge.checkpoint.locate import load_model
     from smolforge.generation.runners.cpu import CpuRunner
     from smolforge.generation.scheduler import CHUNK
     from smolforge.generation.sequence import ScheduledChunk
-=======
-    from smolforge.checkpoint.locate import load_model
-    from smolforge.generation.native import NativeRunner
-    from smolforge.generation.scheduler import CHUNK, Piece
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
     from smolforge.generation.stock import StockRunner
 
     torch.set_num_threads(threads)
     kind, precision = variant.split("-")
     start = time.perf_counter()
-<<<<<<< HEAD
     module, _, _ = load_model(workspace / "hf")
     runner = (CpuRunner if kind == "native" else StockRunner)(module, precision)  # type: ignore[arg-type]
-=======
-    module, _, _ = load_model(workspace / "hf")
-    runner = (NativeRunner if kind == "native" else StockRunner)(module, precision)  # type: ignore[arg-type]
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
     me = Contestant()
     me.load_seconds, me.weight_bytes = time.perf_counter() - start, runner.weight_bytes
     state: dict = {}

@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 
 from smolforge.config import ModelConfig
-<<<<<<< HEAD:tests/evaluation/test_scores_of_runners.py
-from smolforge.evaluation import evaluate, evaluate_runner, freeze
+from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
 from smolforge.generation.runners import select_runner
 from smolforge.generation.runners.module import ModuleRunner
-=======
-from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
-from smolforge.generation.choose import choose_runner
-from smolforge.generation.runner import ModuleRunner
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed):tests/evaluation/test_loss_of_runners.py
 from smolforge.model.registry import build
 from smolforge.tokenizer import Tokenizer
 

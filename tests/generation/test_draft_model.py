@@ -18,13 +18,9 @@ from smolforge.generation import Engine, SamplingParams
 from smolforge.generation.draft_model import PairedCache
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.sampler import Sampler
-<<<<<<< HEAD
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.speculative import ENOUGH, FORGET, MOST, Cost, fastest, speed
-=======
-from smolforge.generation.scheduler import Piece
 from smolforge.tokenizer import Tokenizer
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
 CHANCE = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)
 
@@ -395,11 +391,7 @@ def test_other_runners_do_without_and_say_why(tokenizer, monkeypatch):
     assert off.speculation is None and any("does not speculate" in line for line in off.decisions)
     assert off.memory()["draft_weights"] == 0
     with pytest.raises(BadInput, match="tokenizer"):
-<<<<<<< HEAD
         Engine.from_model(make_model(), tokenizer, draft=make_model(), draft_tokenizer=Tokenizer.train(["other"], 300))
-=======
-        Engine.of(make_model(), tokenizer, draft=make_model(), draft_tokenizer=Tokenizer.train(["other"], 300))
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
 
 def test_a_draft_of_other_tokens_is_refused(tokenizer):

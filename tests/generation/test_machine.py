@@ -10,12 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tiny_llama import make_model
 
-<<<<<<< HEAD
 from smolforge.generation import Engine, SamplingParams
-=======
-from smolforge.generation import Engine, Sampling
 from smolforge.tokenizer import Tokenizer
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 
 MODEL = make_model(context=64)
 DRAFT = make_model("one-kv", seed=1, context=32)

@@ -10,13 +10,8 @@ import pytest
 
 from serving_fixtures import serving
 from smolforge.checkpoint.format import write_model
-<<<<<<< HEAD
 from smolforge.checkpoint.locate import load_model
 from smolforge.generation import Engine, SamplingParams
-=======
-from smolforge.checkpoint.locate import load_model
-from smolforge.generation import Engine, Sampling
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
 from smolforge.model.registry import build
 from smolforge.tokenizer import Tokenizer
 

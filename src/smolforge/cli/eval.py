@@ -61,13 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.config import DataConfig, parse_count
     from smolforge.data import Corpus
     from smolforge.errors import BadInput
-<<<<<<< HEAD
-    from smolforge.evaluation import evaluate, evaluate_runner, freeze
-    from smolforge.generation.runners import select_runner
-=======
     from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
-    from smolforge.generation.choose import choose_runner
->>>>>>> 45a2fd6 (Names that say what they build: build_config, load_model, resolve_model, Tokenizer.from_pretrained and train; evaluation/loss.py and tasks.py; the Lightning importer moves to examples/seed)
+    from smolforge.generation.runners import select_runner
 
     try:
         tokens = parse_count(args.tokens)
