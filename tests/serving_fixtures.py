@@ -143,7 +143,7 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
     from smolforge.metrics_log import MetricsLog
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
 
@@ -163,7 +163,7 @@ def write_run(place: Path, idle_layers: int = 0) -> Path:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=10000.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = build(config)
+    model = build_model(config)
     stream = [i for text in tokenizer.encode_batch(texts) for i in [*text, tokenizer.eos_id]]
     data = torch.tensor(stream)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)

@@ -8,7 +8,7 @@ from smolforge.cli import run
 from smolforge.config import ModelConfig
 from smolforge.data import bench as data_bench
 from smolforge.generation import bench as generation_bench
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.training import bench as training_bench
 
 SMALL = [
@@ -31,7 +31,7 @@ def test_training(capsys) -> None:
 
 
 def test_writing() -> None:
-    module = build(ModelConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+    module = build_model(ModelConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                                num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=64))  # fmt: skip
     result = generation_bench.measure(
         module, precisions=["fp32", "int8"], batches=(1, 2), tokens=3, prompt=16, rounds=1

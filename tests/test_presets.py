@@ -11,7 +11,7 @@ import torch
 
 from smolforge import config as configuration
 from smolforge.config import RunConfig
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import SPECIAL_TOKENS
 
 COUNTS = {
@@ -25,7 +25,7 @@ RELEASED = ("smollm2-135m", "smollm2-360m", "smollm2-1.7b")
 
 
 def count(config: RunConfig) -> int:
-    return sum(p.numel() for p in registry.build(config.model, device="meta", seed=None).parameters())
+    return sum(p.numel() for p in build_model(config.model, device="meta", seed=None).parameters())
 
 
 def test_they_are_all_here() -> None:
@@ -103,7 +103,7 @@ def test_released_recipes(real_data: Path, name: str, file: str) -> None:
     assert ours.schedule.floor == rates["min_decay_lr"]
     assert ours.data.sequence_length == theirs["tokens"]["sequence_length"]
     assert ours.tokenizer == theirs["tokenizer"]["tokenizer_name_or_path"]
-    assert ours.model.init_std == pytest.approx(theirs["model"]["init_method"]["std"], rel=1e-3)
+    assert ours.model.initializer_range == pytest.approx(theirs["model"]["init_method"]["std"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["seed-recipe", "seed-recreation"])

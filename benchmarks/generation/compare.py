@@ -92,12 +92,12 @@ def make_model(workspace: Path, llama_python: str | None) -> None:
     """The random model as a Hugging Face directory and, for llama.cpp, as GGUF files."""
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
     from smolforge.tokenizer import Tokenizer
 
     if not (workspace / "hf").is_dir():
         config = ModelConfig()
-        module = build(config, seed=0)
+        module = build_model(config, seed=0)
         tokenizer = Tokenizer.train(["once upon a time"], 300)
         (workspace / "hf").mkdir(parents=True)
         write_model(workspace / "hf", config, module.state_dict(), tokenizer)

@@ -64,9 +64,9 @@ def litgpt(compiled: bool, length: int) -> tuple[torch.nn.Module, Loss]:
 def seed() -> tuple[torch.nn.Module, Loss]:
     """The seed's step: the plain model, all logits at once."""
     from smolforge.config import ModelConfig
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
 
-    model = build(ModelConfig(), seed=0)
+    model = build_model(ModelConfig(), seed=0)
     return model, lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 

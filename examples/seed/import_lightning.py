@@ -124,7 +124,7 @@ def import_lightning(
         left_out.append("lm_head.weight")
     try:
         weights = check_weights(config, weights, str(path))
-    except CheckpointError as error:
+    except (CheckpointError, BadInput) as error:
         raise CheckpointError(
             f"looks like a {config.architecture}, but {error.message}", field=str(path), hint=_EXPECTED
         ) from None
@@ -265,7 +265,7 @@ def recognise(
     layers = {int(match[1]) for key in weights if (match := re.match(names.layer, key))}
     try:
         return ModelConfig(
-            architecture=name,  # type: ignore[arg-type]
+            architecture=name,
             vocab_size=embedding.shape[0],
             hidden_size=embedding.shape[1],
             intermediate_size=weights[names.gate].shape[0],

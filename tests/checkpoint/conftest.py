@@ -13,7 +13,7 @@ from smolforge.checkpoint.commit import commit
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.state import save_state
 from smolforge.config import ModelConfig
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ def tiny() -> Tiny:
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     tokenizer = Tokenizer.train(["the cat sat on the mat and saw the other cat " * 20], 290)
-    return Tiny(config, build(config, seed=7), tokenizer)
+    return Tiny(config, build_model(config, seed=7), tokenizer)
 
 
 @pytest.fixture

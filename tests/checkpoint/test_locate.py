@@ -14,7 +14,7 @@ from smolforge.checkpoint.format import read_config, write_model
 from smolforge.checkpoint.locate import HUB_FILES, load_model, resolve_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError, SourceUnavailable
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 
 
 def test_every_form_of_a_name(checkpoints: Path, model_dir: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_recreation_goes_through_the_same_doors(tiny: Any, tmp_path: Path) -
         architecture="recreation", vocab_size=290, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=3,
     )  # fmt: skip
-    module = build(config, seed=1)
+    module = build_model(config, seed=1)
     write_model(tmp_path, config, module.state_dict(), tiny.tokenizer)
     assert read_config(tmp_path) == config
     again, _, _ = load_model(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from smolforge.checkpoint.format import write_model
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 
 pytestmark = pytest.mark.slow
 # What a version of transformers says of directories; JSON keeps every bit of a float.
@@ -69,7 +69,7 @@ def test_both_load_it_with_equal_logits(tiny: Any, tmp_path: Path, old: Path) ->
             # Neither value is a default of the library: one that is not read shows in the logits.
             changes = {"tie_word_embeddings": tied, "rope_theta": 5000.0, "rms_norm_eps": 1e-3}
             config = tiny.config.model_copy(update=changes)
-            models.append((build(config, seed=3, dtype=dtype), tmp_path / f"{tied}-{dtype}"))
+            models.append((build_model(config, seed=3, dtype=dtype), tmp_path / f"{tied}-{dtype}"))
             write_model(models[-1][1], config, models[-1][0].state_dict(), tiny.tokenizer)
     directories = [directory for _, directory in models]
     for (module, _), four, five in zip(models, ask(directories, old), ask(directories, None), strict=True):

@@ -8,7 +8,7 @@ from smolforge.config import ModelConfig
 from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
 from smolforge.generation.runners import select_runner
 from smolforge.generation.runners.module import ModuleRunner
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 TEXTS = ["a fox met an owl.", "The owl and the fox went a long way, " * 12, "", "ende 🙂"]
@@ -21,7 +21,7 @@ def model_and_slice():
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
-    model = build(config, seed=3)
+    model = build_model(config, seed=3)
     for parameter in model.parameters():
         parameter.data *= 3  # far from uniform, so that a wrong context would be seen
     return model, tokenize_eval_set(TEXTS, tokenizer)

@@ -15,7 +15,7 @@ from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.locate import load_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     tokenizer = Tokenizer.train(["the cat sat on the mat and saw the other cat, once upon a time " * 20], 300)
-    module = build(config, seed=7)
+    module = build_model(config, seed=7)
     with torch.no_grad():
         for parameter in module.parameters():  # wide logits: a wrong position would show
             parameter.mul_(3 if parameter.ndim == 2 else 1)

@@ -26,7 +26,8 @@ from smolforge import cli
 from smolforge import config as configuration
 from smolforge.checkpoint import locate
 from smolforge.metrics_log import read_metrics
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
+from smolforge.model.recreation import key_value_width
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training.schedules import rate
@@ -86,7 +87,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Fault
             },
         )
         smaller = {"num_hidden_layers": 1, "vocab_size": Tokenizer.from_pretrained(tokenizer).vocab_size}
-        model = registry.build(configuration.build_config("seed-recreation").model.model_copy(update=smaller))
+        model = build_model(configuration.build_config("seed-recreation").model.model_copy(update=smaller))
         state = {f"model._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"state_dict": state, "global_step": 2500}, folder / "seed.ckpt")
         yield folder, hub
@@ -183,14 +184,15 @@ def test_every_command_is_looked_at() -> None:
 def test_numbers_of_the_page() -> None:
     config = configuration.build_config("seed-recreation")
     shape = config.model
-    model = registry.build(shape, device="meta", seed=None)
+    model = build_model(shape, device="meta", seed=None)
+    narrow = key_value_width(shape)
     dead = sum(
-        shape.num_attention_heads * (shape.head_dim - shape.kv_dim) * shape.hidden_size * len(("q_proj", "o_proj"))
-        for _ in model.model.layers
+        shape.num_attention_heads * (shape.head_dim - narrow) * shape.hidden_size * len(("q_proj", "o_proj"))
+        for _ in model.decoder.layers
     )
     assert f"{dead:,} parameters, a tenth of the model" in PAGE
     assert 0.095 < dead / sum(p.numel() for p in model.parameters()) < 0.105
-    assert f"columns {shape.kv_dim + 1} to {shape.head_dim} of every query" in PAGE
+    assert f"columns {narrow + 1} to {shape.head_dim} of every query" in PAGE
     assert int(576 * 2.67) - 1 == shape.intermediate_size and shape.vocab_size == 3 * 2**14
     assert f"{rate(config.schedule, 2500, config.total_steps):.0%} of its peak" in PAGE
     assert f"{config.total_steps * config.tokens_per_step / 1e6:.1f}M tokens" in PAGE

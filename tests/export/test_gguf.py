@@ -17,7 +17,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed
 from smolforge.export.gguf import KINDS, export_gguf, permute
 from smolforge.export.gguf_vocabulary import Vocabulary
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -33,7 +33,7 @@ def make(directory: Path, **changes: Any) -> tuple[torch.nn.Module, Tokenizer]:
         "rms_norm_eps": 3e-5,
     }  # fmt: skip
     config = ModelConfig(**{**shape, **changes})
-    module, tokenizer = build(config, seed=5), Tokenizer.train(TEXTS, 300)
+    module, tokenizer = build_model(config, seed=5), Tokenizer.train(TEXTS, 300)
     write_model(directory, config, module.state_dict(), tokenizer)
     return module, tokenizer
 
@@ -176,7 +176,7 @@ def test_refusals(tmp_path: Path) -> None:
         architecture="recreation", vocab_size=320, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
         num_hidden_layers=1, intermediate_size=64,
     )  # fmt: skip
-    write_model(tmp_path / "r", config, build(config).state_dict(), Tokenizer.train(TEXTS, 300))
+    write_model(tmp_path / "r", config, build_model(config).state_dict(), Tokenizer.train(TEXTS, 300))
     with pytest.raises(BadInput, match="recreation"):
         export_gguf(tmp_path / "r", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()

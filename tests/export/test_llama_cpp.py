@@ -11,7 +11,7 @@ import torch
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.export.gguf import export_gguf
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Modul
         real = request.getfixturevalue("real_data")
         tokenizer, shape = Tokenizer.from_pretrained(real / "tokenizer" / "smollm2-135m"), {}
     config = ModelConfig(**{**shape, "num_hidden_layers": 3})
-    module = build(config, seed=3)
+    module = build_model(config, seed=3)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 2:

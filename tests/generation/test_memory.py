@@ -11,7 +11,7 @@ import pytest
 
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=20,
@@ -48,7 +48,7 @@ def directories(tmp_path_factory) -> tuple[Path, Path]:
     for name, layers in (("small", 1), ("model", SHAPE.num_hidden_layers)):
         config = SHAPE.model_copy(update={"num_hidden_layers": layers})
         made.append(tmp_path_factory.mktemp(name))
-        write_model(made[-1], config, build(config, seed=0).state_dict(), tokenizer)
+        write_model(made[-1], config, build_model(config, seed=0).state_dict(), tokenizer)
     return made[0], made[1]
 
 

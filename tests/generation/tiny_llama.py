@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from smolforge.config import ModelConfig
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 
 SHAPES = {
     "plain": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -20,7 +20,7 @@ def make_model(shape: str = "plain", *, seed: int = 0, vocab_size: int = 400, co
     config = ModelConfig(
         vocab_size=vocab_size, num_hidden_layers=2, max_position_embeddings=context, **SHAPES[shape]
     )  # fmt: skip
-    module = build(config, seed=seed)
+    module = build_model(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

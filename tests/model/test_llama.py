@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as Oracle
 
 from smolforge.config import ModelConfig
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 
 
 def random_config(seed: int) -> ModelConfig:
@@ -52,7 +52,7 @@ def oracle_of(config: ModelConfig) -> Oracle:
 @pytest.mark.parametrize("seed", range(20))
 def test_logits_and_gradients_equal_transformers(seed: int) -> None:
     config = random_config(seed)
-    ours = registry.build(config, seed=seed)
+    ours = build_model(config, seed=seed)
     theirs = oracle_of(config)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected
@@ -70,7 +70,7 @@ def test_logits_and_gradients_equal_transformers(seed: int) -> None:
 
 
 def test_smollm2_135m_counts() -> None:
-    model = registry.build(ModelConfig(), device="meta", seed=None)
+    model = build_model(ModelConfig(), device="meta", seed=None)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert len(model.state_dict()) == 272
     with torch.device("meta"):
@@ -93,7 +93,7 @@ class GrowingCache:
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 7], [4, 1, 3, 4], [12]])
 def test_a_cache_changes_nothing(pieces: list[int]) -> None:
     config = random_config(3)
-    model = registry.build(config, seed=1)
+    model = build_model(config, seed=1)
     ids = torch.randint(config.vocab_size, (2, 12))
     cache, start, parts = GrowingCache(), 0, []
     for length in pieces:
@@ -105,7 +105,7 @@ def test_a_cache_changes_nothing(pieces: list[int]) -> None:
 
 def test_attention_stops_at_document_borders() -> None:
     config = random_config(5)
-    model = registry.build(config, seed=1)
+    model = build_model(config, seed=1)
     first, second = torch.randint(config.vocab_size, (1, 6)), torch.randint(config.vocab_size, (1, 9))
     together = model(
         torch.cat((first, second), 1),
@@ -121,7 +121,7 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary() -> None:
     # (Residual projections of zero would give sqrt(D) more: the input token would predict itself.)
     config = ModelConfig(vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=12,
                          num_attention_heads=4, num_key_value_heads=2, initializer_range=0.02)  # fmt: skip
-    model = registry.build(config, seed=0)
+    model = build_model(config, seed=0)
     ids = torch.randint(4096, (4, 65), generator=torch.Generator().manual_seed(0))
     loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     assert abs(loss.item() - (math.log(4096) + 0.02**2 * 128 / 2)) < 0.05
@@ -130,6 +130,6 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary() -> None:
 def test_residual_projections_start_smaller() -> None:
     config = ModelConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    layer = registry.build(config, seed=0).model.layers[0]
+    layer = build_model(config, seed=0).model.layers[0]
     ratio = layer.self_attn.o_proj.weight.std() / layer.self_attn.q_proj.weight.std()
     assert abs(float(ratio) - 0.25) < 0.01

@@ -1,15 +1,17 @@
 """The chunked loss against autograd of the plain one."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from smolforge.model import native_loss
+from smolforge.model import loss, native_loss
 from smolforge.model.loss import IGNORE, chunked_loss, full_loss, torch_chunk_loss
 
 missing = native_loss.unavailable()
 needs_native = pytest.mark.skipif(missing is not None, reason=f"no native loss: {missing}")
-WAYS = [chunked_loss, pytest.param(native_loss.native_loss, marks=needs_native, id="native")]
+WAYS = [chunked_loss, pytest.param(loss.native_loss, marks=needs_native, id="native")]
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,13 +82,13 @@ def test_the_native_loss_shows_what_is_not_finite_and_no_target() -> None:
         native_loss.chunk_loss(torch.zeros(2, 40), torch.tensor([1, -1]), torch.tensor(1.0), 0.0)
 
 
-def peak_bytes(loss, tokens: int, vocabulary: int, chunk: int = 64, width: int = 32) -> int:
+def peak_bytes(loss, tokens: int, vocabulary: int, width: int = 32) -> int:
     """What torch's allocator held at most during a loss and its gradients, beyond their inputs."""
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss(hidden, weight, targets, scale=1 / tokens, chunk=chunk)[0].backward()
+        loss(hidden, weight, targets, scale=1 / tokens)[0].backward()
     kineto = profile.profiler
     assert kineto is not None
     held = most = 0
@@ -100,10 +102,14 @@ def peak_bytes(loss, tokens: int, vocabulary: int, chunk: int = 64, width: int =
 def test_the_peak_is_not_vocabulary_times_tokens() -> None:
     """A chunk of logits, and gradients as large as the inputs: eight times the tokens add their own gradients only."""
     few, many, vocabulary = 512, 4096, 2048
-    added = peak_bytes(chunked_loss, many, vocabulary) - peak_bytes(chunked_loss, few, vocabulary)
+    added = peak_bytes(functools.partial(chunked_loss, chunk=64), many, vocabulary) - peak_bytes(
+        functools.partial(chunked_loss, chunk=64), few, vocabulary
+    )
     logits = (many - few) * vocabulary * 4
     assert added <= 2 * (many - few) * 32 * 4, added  # logits are 64 times as many bytes as a gradient of the hidden
     assert peak_bytes(full_loss, many, vocabulary) - peak_bytes(full_loss, few, vocabulary) >= logits
     # And by the vocabulary it grows with a chunk's tokens, not with all.
-    wider = peak_bytes(chunked_loss, many, 2 * vocabulary) - peak_bytes(chunked_loss, many, vocabulary)
+    wider = peak_bytes(functools.partial(chunked_loss, chunk=64), many, 2 * vocabulary) - peak_bytes(
+        functools.partial(chunked_loss, chunk=64), many, vocabulary
+    )
     assert wider < 6 * 64 * vocabulary * 4 < many * vocabulary * 4, wider

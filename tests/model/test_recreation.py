@@ -4,18 +4,19 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from smolforge.config import ModelConfig
+from smolforge.errors import BadInput
 from smolforge.generation.kv_cache import TensorCache
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.model.attention import sdpa
-from smolforge.model.recreation import rotate_odd
+from smolforge.model.recreation import key_value_width, rotate_odd
 
 FULL = ModelConfig(architecture="recreation", num_key_value_heads=9, rope_theta=10_000.0)
 SMALL = ModelConfig(architecture="recreation", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=3, num_key_value_heads=3, rope_theta=10_000.0)  # fmt: skip
+NARROW = key_value_width(SMALL)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -23,7 +24,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def test_full_size_counts() -> None:
-    model = registry.build(FULL, device="meta", seed=None)
+    model = build_model(FULL, device="meta", seed=None)
     assert sum(p.numel() for p in model.parameters()) == 134_411_328
     assert len(model.state_dict()) == 272
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -33,8 +34,7 @@ def test_full_size_counts() -> None:
 
 
 def test_width_of_keys_and_values_is_derived() -> None:
-    assert (FULL.head_dim, FULL.kv_dim) == (64, 21)
-    assert ModelConfig().kv_dim == ModelConfig().head_dim == 64
+    assert (FULL.head_dim, key_value_width(FULL)) == (64, 21)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_width_of_keys_and_values_is_derived() -> None:
     [({"num_key_value_heads": 3}, "it must be 9, not 3"), ({"num_key_value_heads": 9, "head_dim": 5}, "at least 6")],
 )
 def test_shapes_that_it_cannot_have_are_refused(wrong: dict[str, int], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        ModelConfig(architecture="recreation", **wrong)
+    with pytest.raises(BadInput, match=words):
+        build_model(ModelConfig(architecture="recreation", **wrong), device="meta", seed=None)
 
 
 def test_half_rotation_of_an_odd_width() -> None:
@@ -60,32 +60,32 @@ def test_attention_and_cache_see_padded_heads() -> None:
         seen.append((q, k, v))
         return sdpa(q, k, v, mask)
 
-    model = registry.build(SMALL)
+    model = build_model(SMALL)
     expected = model(tokens(2, 7))
-    model.set_attention(attend)
+    model = build_model(SMALL, attention=attend)
     assert torch.equal(model(tokens(2, 7)), expected)
     assert len(seen) == SMALL.num_hidden_layers
     for q, k, v in seen:
         assert q.shape == k.shape == v.shape == (2, 3, 7, SMALL.head_dim)
-        assert not k[..., SMALL.kv_dim :].any() and not v[..., SMALL.kv_dim :].any()
-        assert k[..., : SMALL.kv_dim].all() and q[..., SMALL.kv_dim :].all()
+        assert not k[..., NARROW:].any() and not v[..., NARROW:].any()
+        assert k[..., :NARROW].all() and q[..., NARROW:].all()
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 5], [3, 1, 1, 4]])
 def test_the_engines_cache_changes_nothing(pieces: list[int]) -> None:
-    model, ids = registry.build(SMALL, seed=1), tokens(1, 9)
+    model, ids = build_model(SMALL, seed=1), tokens(1, 9)
     cache, parts = TensorCache(SMALL, 9, torch.float32, torch.device("cpu")), []
     with torch.no_grad():
         for length in pieces:
             positions = torch.arange(cache.length, cache.length + length)
-            hidden = model.model(ids[:, positions], positions=positions, cache=cache)
+            hidden = model.decoder(ids[:, positions], positions=positions, cache=cache)
             parts.append(model.head(hidden))
             cache.length += length
         assert torch.allclose(torch.cat(parts, 1), model(ids), atol=1e-5)
 
 
 def test_attention_stops_at_document_borders() -> None:
-    model, first, second = registry.build(SMALL, seed=1), tokens(1, 6), tokens(1, 9, seed=1)
+    model, first, second = build_model(SMALL, seed=1), tokens(1, 6), tokens(1, 9, seed=1)
     together = model(
         torch.cat((first, second), 1),
         positions=torch.cat((torch.arange(6), torch.arange(9)))[None],
@@ -96,7 +96,7 @@ def test_attention_stops_at_document_borders() -> None:
 
 
 def test_no_token_sees_a_later_one() -> None:
-    model, ids = registry.build(SMALL), tokens(1, 8)
+    model, ids = build_model(SMALL), tokens(1, 8)
     changed = ids.clone()
     changed[0, 5] = (changed[0, 5] + 1) % SMALL.vocab_size
     before, after = model(ids), model(changed)
@@ -105,21 +105,21 @@ def test_no_token_sees_a_later_one() -> None:
 
 def test_two_thirds_of_queries_and_outputs_never_learn() -> None:
     """What docs/seed.md says of the zeros behind the narrow heads."""
-    model = registry.build(SMALL)
+    model = build_model(SMALL)
     model(tokens(2, 12)).logsumexp(-1).sum().backward()
-    for layer in model.model.layers:
+    for layer in model.decoder.layers:
         queries, outputs = layer.attn.q_proj.weight.grad, layer.attn.o_proj.weight.grad
         queries = queries.view(3, SMALL.head_dim, -1)  # (heads, d, D)
         outputs = outputs.view(-1, 3, SMALL.head_dim)
-        narrow = SMALL.kv_dim
+        narrow = NARROW
         assert queries[:, :narrow].any(-1).all() and not queries[:, narrow:].any()
         assert outputs[..., :narrow].any(0).all() and not outputs[..., narrow:].any()
 
 
 def test_it_depends_on_more_than_distance() -> None:
     """Shifting all positions changes nothing in a Llama; the odd half-rotation is none, so here it does."""
-    llama = registry.build(ModelConfig(**{**SMALL.model_dump(), "architecture": "llama", "head_dim": 16}))
-    for model, moved in ((llama, False), (registry.build(SMALL), True)):
+    llama = build_model(ModelConfig(**{**SMALL.model_dump(), "architecture": "llama", "head_dim": 16}))
+    for model, moved in ((llama, False), (build_model(SMALL), True)):
         weights = {name: 8 * p if "_proj" in name and p.dim() > 1 else p for name, p in model.state_dict().items()}
         model.load_state_dict(weights)  # sharp attention, so that positions count
         here, there = model(tokens(1, 16)), model(tokens(1, 16), positions=torch.arange(100, 116))
@@ -129,8 +129,8 @@ def test_it_depends_on_more_than_distance() -> None:
 def test_new_weights_are_scaled_and_begin_near_the_logarithm_of_the_vocabulary() -> None:
     config = ModelConfig(**{**SMALL.model_dump(), "vocab_size": 2048, "hidden_size": 192, "head_dim": 64,
                             "num_hidden_layers": 8, "initializer_range": 0.02})  # fmt: skip
-    model = registry.build(config)
-    block = model.model.layers[0]
+    model = build_model(config)
+    block = model.decoder.layers[0]
     ratio = float((block.attn.o_proj.weight.std() / block.attn.q_proj.weight.std()).detach())
     assert abs(ratio - 1 / math.sqrt(2 * 8)) < 0.01
     ids = torch.randint(2048, (4, 65), generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,7 @@ def test_new_weights_are_scaled_and_begin_near_the_logarithm_of_the_vocabulary()
 
 
 def test_it_learns() -> None:
-    model, ids = registry.build(SMALL), tokens(4, 17)
+    model, ids = build_model(SMALL), tokens(4, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
@@ -153,23 +153,23 @@ def test_it_learns() -> None:
 
 def test_autocast_keeps_the_stream_and_the_head_in_its_precision() -> None:
     """An fp32 norm must not lift what follows it: the head would run in fp32."""
-    model, kinds = registry.build(SMALL), []
-    for block in model.model.layers:
+    model, kinds = build_model(SMALL), []
+    for block in model.decoder.layers:
         block.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        kinds.append(model.model(tokens(2, 8)).dtype)
+        kinds.append(model.decoder(tokens(2, 8)).dtype)
     assert kinds == [torch.bfloat16] * (SMALL.num_hidden_layers + 1)
 
 
 def test_it_is_one_graph() -> None:
     """As compiling for a GPU demands; the eager backend traces without a compiler."""
-    model, ids = registry.build(SMALL), tokens(2, 8)
+    model, ids = build_model(SMALL), tokens(2, 8)
     expected = model(ids)
-    model.model.compile(dynamic=False, fullgraph=True, backend="eager")
+    model.compile(dynamic=False, fullgraph=True, backend="eager")
     assert torch.allclose(model(ids), expected, atol=1e-5)
 
 
 def test_untied_head_is_a_tensor_of_its_own() -> None:
-    model = registry.build(ModelConfig(**{**SMALL.model_dump(), "tie_word_embeddings": False}))
+    model = build_model(ModelConfig(**{**SMALL.model_dump(), "tie_word_embeddings": False}))
     assert "lm_head.weight" in model.state_dict()
     assert model.output_weight is model.lm_head.weight

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolforge.config import ModelConfig
 from smolforge.generation.quantize import Int4, Int8, quantize
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token, size, summarise, tree
 
 SMALL = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -38,7 +38,7 @@ def test_smollm2_135m() -> None:
 
 
 def test_the_tree_reads_like_the_printed_model() -> None:
-    text = tree(registry.build(ModelConfig(), device="meta", seed=None))
+    text = tree(build_model(ModelConfig(), device="meta", seed=None))
     lines = text.splitlines()
     assert lines[0] == "LlamaForCausalLM("
     assert "      (0-29): 30 x LlamaDecoderLayer(" in lines
@@ -48,7 +48,7 @@ def test_the_tree_reads_like_the_printed_model() -> None:
 
 def test_the_recreations_tree_names_its_own_parts() -> None:
     config = ModelConfig(architecture="recreation", num_key_value_heads=9)
-    text = tree(registry.build(config, device="meta", seed=None))
+    text = tree(build_model(config, device="meta", seed=None))
     assert text.startswith("SmollmV2Recreation(\n  (transformer)")
     assert "(k_proj): Linear(in_features=576, out_features=189, bias=False)" in text
     assert "weight=wte.weight" in text and "embed_tokens" not in text
@@ -58,7 +58,7 @@ def test_the_recreations_tree_names_its_own_parts() -> None:
 @pytest.mark.parametrize("config", [LLAMA, UNTIED, RECREATION], ids=["llama", "untied", "recreation"])
 def test_groups_add_up_and_json_is_plain(config: ModelConfig) -> None:
     summary = summarise(config, 128)
-    model = registry.build(config)
+    model = build_model(config)
     assert summary.parameters == sum(p.numel() for p in model.parameters()) == sum(summary.groups.values())
     assert all(count > 0 for name, count in summary.groups.items() if name != "head")
     assert (summary.groups["head"] > 0) == (not config.tie_word_embeddings)
@@ -77,8 +77,7 @@ def test_flops_are_those_of_the_matrix_products(config: ModelConfig) -> None:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return (q @ k.transpose(-1, -2)).softmax(-1) @ v
 
-    model, length = registry.build(config), 32
-    model.set_attention(attend)
+    model, length = build_model(config, attention=attend), 32
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.long)).sum().backward()
     assert counter.get_total_flops() == length * flops_per_token(config, length)["training"]
@@ -86,7 +85,7 @@ def test_flops_are_those_of_the_matrix_products(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", [LLAMA, RECREATION], ids=["llama", "recreation"])
 def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
-    model, length = registry.build(config), 128
+    model, length = build_model(config), 128
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -96,7 +95,7 @@ def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.model(torch.zeros(1, length, dtype=torch.long))
+        hidden = model.decoder(torch.zeros(1, length, dtype=torch.long))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert hidden.requires_grad
     assert 1.0 <= measured / summarise(config, length).training_memory["fp32"]["activations"] < 1.2
@@ -104,7 +103,7 @@ def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_served_bytes_are_those_of_the_quantizer(precision: str) -> None:
-    model = registry.build(UNTIED)
+    model = build_model(UNTIED)
     expected = 0
     for name, weight in model.named_parameters():
         if weight.dim() < 2:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolforge.config import ModelConfig
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def model(reference: dict[str, Any]) -> torch.nn.Module:
         rms_norm_eps=shape["layer_norm_eps"],
         tie_word_embeddings=shape["tied"],
     )
-    model = registry.build(config, seed=None)
+    model = build_model(config, seed=None)
     weights = {name: fill(k, size) for k, (name, size) in enumerate(reference["parameters"])}
     model.load_state_dict(weights)  # strict: the names and shapes are the seed's own
     return model

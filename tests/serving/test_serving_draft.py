@@ -12,7 +12,7 @@ from serving_fixtures import serving
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.locate import load_model
 from smolforge.generation import Engine, SamplingParams
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
 BODY = {"prompt": "Once upon a time", "seed": 7, "max_tokens": 60, "temperature": 0.8, "top_p": 0.9}
@@ -32,7 +32,11 @@ def test_a_server_with_a_draft_gives_the_same_answers(tiny_run):
 def test_a_draft_that_does_not_fit_ends_the_server(tiny_run, tmp_path):
     module, _, _ = load_model(tiny_run)
     write_model(
-        tmp_path, module.config, build(module.config, seed=0).state_dict(), Tokenizer.train(["other"] * 9, 300), card=""
+        tmp_path,
+        module.config,
+        build_model(module.config, seed=0).state_dict(),
+        Tokenizer.train(["other"] * 9, 300),
+        card="",
     )
     command = [sys.executable, "-m", "smolforge", "serve", str(tiny_run), "--port", "0", "--no-page"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

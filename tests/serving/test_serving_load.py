@@ -113,7 +113,7 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
 
     from smolforge.checkpoint.format import write_model
     from smolforge.config import RunConfig, read_preset
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
     from smolforge.tales import document
     from smolforge.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
     texts = [document(i).text for i in range(1000)]
     tokenizer = Tokenizer.train(texts, config.vocab_size)
     torch.manual_seed(0)
-    write_model(tmp_path / "pocket", config, build(config).state_dict(), tokenizer)
+    write_model(tmp_path / "pocket", config, build_model(config).state_dict(), tokenizer)
     with serving(tmp_path / "pocket", "--no-page") as server:
         press(server, 15)  # caches and allocators reach their size
         seen = press(server, 60)

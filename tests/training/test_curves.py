@@ -8,7 +8,7 @@ import torch
 
 from smolforge import config as configuration
 from smolforge.distributed import DistributedContext
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.training import apply_plan, optim, plan
 from smolforge.training.update import Updater
 
@@ -44,23 +44,20 @@ def prepared(precision: str, loss: str, seed: int):
          f"training.tokens_per_step={BATCH * LENGTH}", f"training.precision={precision}", "training.compile=off"],
     )  # fmt: skip
     chosen = plan.make_plan(config, CPU, 1)
-    model = registry.build(config.model, seed=seed)
+    model = build_model(config.model, seed=seed, **chosen.model_options)
     return config, chosen, model
 
 
 def our_curve(seed: int, precision: str, loss: str = "chunked") -> np.ndarray:
     config, chosen, model = prepared(precision, loss, seed)
     optimizer = optim.build_optimizer(model, config.optimizer, CPU)
-    apply_plan.apply_plan(model, optimizer, chosen)
+    apply_plan.apply_plan(optimizer, chosen)
     updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
     curve = []
     for step, tokens in enumerate(batches(seed)):
         with chosen.precision.context(CPU):
-            hidden = model.model(tokens[:, :-1].contiguous())
             scale = 1 / (BATCH * LENGTH)
-            total, nats = apply_plan.LOSSES[chosen.loss](
-                hidden.flatten(0, 1), model.output_weight, tokens[:, 1:].flatten(), scale=scale
-            )
+            total, nats = model.loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), scale=scale)
         updater.backward(total)
         updater.step(rate(config, step), nats.float())
         curve.append(float(nats) * scale)

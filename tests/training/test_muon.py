@@ -10,7 +10,7 @@ from torch import nn
 
 from smolforge.config import ModelConfig, OptimizerConfig
 from smolforge.errors import BadInput
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.training import optim
 from smolforge.training.optim.muon import Muon, orthogonalised
 
@@ -33,7 +33,7 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
 
 
 def model_and_optimizer(config: OptimizerConfig = CONFIG) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = registry.build(ModelConfig(**SHAPE), seed=1)  # type: ignore[arg-type]
+    model = build_model(ModelConfig(**SHAPE), seed=1)  # type: ignore[arg-type]
     optimizer = optim.build_optimizer(model, config, torch.device("cpu"))
     optim.set_rate(optimizer, config.lr)
     return model, optimizer
@@ -114,7 +114,7 @@ def test_groups_scale_the_rate_of_hidden_matrices_too() -> None:
 
 def test_bf16_weights_are_refused() -> None:
     try:
-        optim.build_optimizer(registry.build(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG, torch.device("cpu"))  # type: ignore[arg-type]
+        optim.build_optimizer(build_model(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG, torch.device("cpu"))  # type: ignore[arg-type]
     except BadInput as error:
         assert "fp32" in str(error) and error.field == "optimizer.name"
     else:

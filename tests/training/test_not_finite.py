@@ -1,6 +1,5 @@
 """Losses and gradients that are not finite: skipped on the device, rolled back from, and given up with a report."""
 
-import functools
 import json
 import math
 
@@ -13,8 +12,9 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.state import load_state
 from smolforge.errors import RunFailed
 from smolforge.metrics_log import read_metrics
+from smolforge.model.architecture import CausalLM
 from smolforge.run import Run
-from smolforge.training import apply_plan, loop
+from smolforge.training import loop
 
 TRAINING = {"steps": 12, "micro_batch": 8}
 
@@ -24,21 +24,20 @@ def poison(monkeypatch):
     """Makes the loss of the batches with these addresses not finite, wherever in a run they come up."""
     poisoned: set[int] = set()
     at = {"address": -1}
-    train = loop.Loop._train
+    train, loss = loop.Loop._train, CausalLM.loss
 
     def watched(self, batch):
         at["address"] = batch.step
         train(self, batch)
 
-    def spoiled(loss, *args, **settings):
-        value, nats = loss(*args, **settings)
-        if at["address"] in poisoned:
+    def spoiled(self, *args, **settings):
+        value, nats = loss(self, *args, **settings)
+        if torch.is_grad_enabled() and at["address"] in poisoned:
             return value * math.nan, nats * math.nan
         return value, nats
 
     monkeypatch.setattr(loop.Loop, "_train", watched)
-    for name, way in apply_plan.LOSSES.items():
-        monkeypatch.setitem(apply_plan.LOSSES, name, functools.partial(spoiled, way))
+    monkeypatch.setattr(CausalLM, "loss", spoiled)
     return poisoned
 
 

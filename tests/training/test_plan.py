@@ -1,7 +1,6 @@
 """Decisions before the first step: each has an effect, a reason, and a refusal where it cannot be kept."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from smolforge import config as configuration
 from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
-from smolforge.model import attention, native_attention, native_loss, registry
+from smolforge.model import attention, native_attention, native_loss
+from smolforge.model.architecture import build_model
 from smolforge.training import apply_plan, memory, optim
 from smolforge.training.optim import stochastic_adamw
 from smolforge.training.plan import make_plan
@@ -39,9 +39,8 @@ def no_native(monkeypatch):
 def test_attention_reaches_every_layer(way) -> None:
     config = configured(attention=way)
     chosen = make_plan(config, CPU, 1)
-    model = registry.build(config.model, seed=0)
-    apply_plan.apply_plan(model, adam(model), chosen)
-    assert {layer.self_attn.attend for layer in model.model.layers} == {attention.WAYS[way]}
+    model = build_model(config.model, **chosen.model_options)
+    assert {layer.self_attn.attend for layer in model.model.layers} == {attention.ATTENTION[way]}
     assert any(reason.startswith(f"attention: {way} (as asked") for reason in chosen.reasons)
 
 
@@ -77,7 +76,7 @@ def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
     assert line.startswith(f"update: {chosen.update} (") and ("no compiler" in line) == (missing is not None)
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     optimizer = optim.build_optimizer(model, configured(precision="bf16-pure").optimizer, CPU)
-    apply_plan.apply_plan(registry.build(configured().model, seed=0), optimizer, chosen)
+    apply_plan.apply_plan(optimizer, chosen)
     assert optimizer.update is (stochastic_adamw.in_pieces if missing else stochastic_adamw.native_update)
     assert not any(reason.startswith("update") for reason in make_plan(configured(), CPU, 1).reasons)
 
@@ -87,9 +86,8 @@ def test_native_attention_for_bf16(monkeypatch) -> None:
     assert {make_plan(config, CPU, 1).attention for config in variants().values()} == {"native"}
     assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
     config = configured(attention="native")
-    model = registry.build(config.model, seed=0)
-    apply_plan.apply_plan(model, adam(model), make_plan(config, CPU, 1))
-    assert {layer.self_attn.attend for layer in model.model.layers} == {native_attention.attend}
+    model = build_model(config.model, **make_plan(config, CPU, 1).model_options)
+    assert {layer.self_attn.attend for layer in model.model.layers} == {attention.native}
 
 
 def test_loss(monkeypatch) -> None:
@@ -129,9 +127,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     tokens = torch.arange(16)[None]
     gradients = []
     for again in (False, True):
-        model = registry.build(config.model, seed=0)
-        if again:
-            model.model.run_layer = functools.partial(apply_plan.run_layer, recompute=True)
+        model = build_model(config.model, seed=0, recompute=again)
         model(tokens).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)

@@ -20,6 +20,8 @@ from smolforge.config import ModelConfig, RunConfig, TokenizerConfig
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from smolforge.model.architecture import Architecture
+
 _ROWS = 10
 _NO_LICENSE = (
     "The owner of this run has not chosen one: set `license` at the top of this file in the copy that is published, "
@@ -38,16 +40,19 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
         rows: of metrics.jsonl.
         license: an identifier of the Hub's list; `unknown` unless given, since only the owner of the run can say.
     """
+    from smolforge.model.architecture import architecture_of
+
     past = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
-    recreation = config.model.architecture == "recreation"
+    architecture = architecture_of(config.model)
     words = f"Licensed under {license}." if license else _NO_LICENSE
     total = sum(config.data.sources.values())
     tokens = step * config.tokens_per_step
     return _template().render(
-        front=_front_matter(config, license or "unknown", recreation),
+        front=_front_matter(config, license or "unknown", architecture),
         title=f"{_size(count_parameters(config.model))} language model, step {step:,}",
-        recreation=recreation,
-        architecture="SmollmV2Recreation" if recreation else "LlamaForCausalLM",
+        note=architecture.note,
+        in_transformers=architecture.in_transformers,
+        architecture=architecture.class_name,
         parameters=count_parameters(config.model),
         origin=f"the weights of `{_public(config.init)}`" if config.init else "scratch",
         step=step,
@@ -77,9 +82,9 @@ def _template() -> Template:
 
 @functools.cache
 def _count(serialized: str) -> int:
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
 
-    model = build(ModelConfig.model_validate_json(serialized), device="meta", seed=None)
+    model = build_model(ModelConfig.model_validate_json(serialized), device="meta", seed=None)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -100,12 +105,13 @@ def _public(source: str) -> str:
     return f".../{PurePath(source).name}" if source.startswith(("/", "~")) else source
 
 
-def _front_matter(config: RunConfig, license: str, recreation: bool) -> str:
+def _front_matter(config: RunConfig, license: str, architecture: Architecture) -> str:
+    tag = architecture.model_type if architecture.in_transformers else "custom-architecture"
     front: dict[str, Any] = {
         "license": license,
-        "library_name": "smolforge" if recreation else "transformers",
+        "library_name": "transformers" if architecture.in_transformers else "smolforge",
         "pipeline_tag": "text-generation",
-        "tags": ["smolforge", "pretrained", "base-model", *(["custom-architecture"] if recreation else ["llama"])],
+        "tags": ["smolforge", "pretrained", "base-model", tag],
     }
     named = {match[1] for match in map(_HUB_SOURCE.match, config.data.sources) if match}
     if named:

@@ -18,7 +18,7 @@ from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from smolforge.model.llama import LlamaForCausalLM
+    from smolforge.model.architecture import CausalLM
 
 # What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
 HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *TOKENIZER_FILES]
@@ -102,7 +102,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = _say,
-) -> tuple[LlamaForCausalLM, Tokenizer, Path]:
+) -> tuple[CausalLM, Tokenizer, Path]:
     """The model in evaluation mode, its tokenizer, and the directory they came from.
 
     Weights are mapped from the file and assigned, not copied; only another `dtype` or `device` makes a copy, one
@@ -114,7 +114,7 @@ def load_model(
     Raises:
         CheckpointError: the directory cannot be used; the file, key or tensor is named.
     """
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
 
     directory = resolve_model(model, say=say)
     config = read_config(directory)
@@ -124,7 +124,7 @@ def load_model(
     weights = check_weights(config, read_weights(directory), where)
     # Some files mix types (norms in float32); a model has one, that of its embedding.
     dtype = dtype or next(iter(weights.values())).dtype
-    module = build(config, dtype=dtype, device="meta", seed=None)
+    module = build_model(config, dtype=dtype, device="meta", seed=None)
     for name in list(weights):
         weights[name] = weights[name].to(device, dtype)
     module.load_state_dict(weights, strict=True, assign=True)

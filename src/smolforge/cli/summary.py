@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Summarise."""
     import json
 
-    from smolforge.model import registry
+    from smolforge.model.architecture import build_model
     from smolforge.model.summary import summarise, tree
 
     config = _shape(args.model)
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(summary.to_dict()))
         return 0
-    print(tree(registry.build(config, device="meta", seed=None)))
+    print(tree(build_model(config, device="meta", seed=None)))
     print("\n".join(summary.lines()))
     return 0
 

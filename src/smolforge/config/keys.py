@@ -72,7 +72,8 @@ def key_table() -> str:
 
 
 def _row(key: str, field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
+    derived = field.default_factory_takes_validated_data  # from other keys: its meaning says how
+    default = None if derived else field.get_default(call_default_factory=True)
     shown = default.model_dump() if isinstance(default, BaseModel) else default
     meaning = " ".join((field.description or "").split())
     return f"| `{key}` | `{'' if shown is None else shown}` | {meaning} |".replace("``", "")

@@ -81,12 +81,14 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(problems + [explain(e) for e in error.errors()]) from None
+        raise ConfigError(problems + [explain(e) for e in error.errors() if e["type"] != _NOT_DERIVED]) from None
     if problems:
         raise ConfigError(problems)
     return config
 
 
+# What pydantic says of a default that it could not derive, because the key it derives from is wrong and reported too.
+_NOT_DERIVED = "default_factory_not_called"
 # Choosing one of these keys drops what an earlier layer chose under the other name.
 _EXCLUSIVE = {"steps": "tokens", "tokens": "steps"}
 # These mappings are values of their own: a later layer replaces them whole.

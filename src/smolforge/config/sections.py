@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smolforge.config.sizes import Count, Memory
 
@@ -16,10 +16,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class ModelConfig(_Section):
-    """The shape of the model, under Hugging Face's names. Defaults are SmolLM2-135M as released."""
+def _head_width(data: dict[str, int]) -> int:
+    return max(data["hidden_size"] // data["num_attention_heads"], 2)
 
-    architecture: Literal["llama", "recreation"] = "llama"
+
+def _embedding_std(data: dict[str, int]) -> float:
+    return 1 / math.sqrt(data["hidden_size"])
+
+
+class ModelConfig(_Section):
+    """The shape of the model, under Hugging Face's names. Defaults are SmolLM2-135M as released.
+
+    Here is checked what holds for every architecture; what one of them needs besides, its record in
+    `smolforge.model` checks when the model is built.
+    """
+
+    architecture: str = "llama"
     """`llama` is transformers' LlamaForCausalLM; `recreation` is the seed's own variant."""
     vocab_size: Count = Field(default=49152, ge=1)
     """Rows of the embedding; at least the tokenizer's vocabulary."""
@@ -33,8 +45,8 @@ class ModelConfig(_Section):
     """Query heads."""
     num_key_value_heads: int = Field(default=3, ge=1)
     """Key and value heads; divides the query heads."""
-    head_dim: Annotated[int, BeforeValidator(lambda value: 0 if value is None else value)] = Field(default=0, ge=0)
-    """Width of one head; 0 (or null) is replaced by hidden_size / num_attention_heads."""
+    head_dim: int = Field(default_factory=_head_width, ge=2)
+    """Width of one head; hidden_size / num_attention_heads unless given."""
     max_position_embeddings: Count = Field(default=8192, ge=1)
     """Longest context in tokens."""
     rope_theta: float = Field(default=100_000.0, gt=0)
@@ -43,51 +55,30 @@ class ModelConfig(_Section):
     """Added to the mean square before its root."""
     tie_word_embeddings: bool = True
     """Whether the head is the embedding itself."""
-    initializer_range: float | None = Field(default=None, gt=0)
+    initializer_range: float = Field(default_factory=_embedding_std, gt=0)
     """Standard deviation of new weights; 1 / sqrt(hidden_size), SmolLM2's own, unless given."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        derived = ("head_dim", "initializer_range")
+        return {key: value for key, value in values.items() if value is not None or key not in derived}
+
     @model_validator(mode="after")
-    def _derive(self) -> ModelConfig:
+    def _check(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} query heads cannot be shared evenly by "
                 f"num_key_value_heads {self.num_key_value_heads}; the first must be a multiple of the second"
             )
-        if not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads "
-                    f"{self.num_attention_heads}; change one of them or give head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.architecture == "llama" and self.head_dim % 2:
-            raise ValueError(f"head_dim: rotary embedding turns pairs, so {self.head_dim} must be even")
-        if self.architecture == "recreation":
-            if self.num_key_value_heads != self.num_attention_heads:
-                raise ValueError(
-                    f"num_key_value_heads: the recreation has one narrow key/value head for each query head, "
-                    f"so it must be {self.num_attention_heads}, not {self.num_key_value_heads}"
-                )
-            if self.head_dim < 6:
-                raise ValueError(
-                    f"head_dim: the recreation's key/value heads are a third as wide, so {self.head_dim} leaves "
-                    "no pair to rotate; it must be at least 6"
-                )
-        if self.initializer_range is None:
-            self.initializer_range = 1 / math.sqrt(self.hidden_size)
+        if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; change one of them or give head_dim"
+            )
         return self
-
-    @property
-    def kv_dim(self) -> int:
-        """Width of one key/value head as it is projected. In a Llama it is `head_dim`; in the recreation a third of it,
-        rounded down (64 → 21), which zeros fill up to `head_dim` before attention and cache see it."""
-        return self.head_dim // 3 if self.architecture == "recreation" else self.head_dim
-
-    @property
-    def init_std(self) -> float:
-        """Standard deviation of new weights, never None once validated."""
-        assert self.initializer_range is not None
-        return self.initializer_range
 
 
 class TrainTokenizer(_Section):

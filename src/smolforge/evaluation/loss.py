@@ -22,9 +22,8 @@ from smolforge.errors import DataError
 from smolforge.generation.runners import Runner
 from smolforge.generation.scheduler import CHUNK
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.model.attention import positions_in_documents
-from smolforge.model.llama import LlamaForCausalLM
-from smolforge.model.loss import IGNORE, summed_loss
+from smolforge.model.architecture import CausalLM
+from smolforge.model.loss import IGNORE
 from smolforge.tokenizer import Tokenizer
 
 
@@ -86,7 +85,7 @@ def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: in
 
 
 def evaluate(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     piece: EvalSlice,
     *,
     length: int,
@@ -120,10 +119,9 @@ def evaluate(
                 x[: len(rows)], y[: len(rows)] = inputs[rows], targets[rows]
                 ids = np.zeros((batch, length), dtype=np.int64)
                 ids[: len(rows)] = documents[rows]
-                borders = torch.from_numpy(ids).to(device)
+                inputs_, targets_, borders = (torch.from_numpy(each).to(device) for each in (x, y, ids))
                 with context():
-                    hidden = model.model(torch.from_numpy(x).to(device), positions_in_documents(borders), borders)
-                nats += summed_loss(hidden.flatten(0, 1), model.output_weight, torch.from_numpy(y).to(device).flatten())
+                    nats += model.loss(inputs_, targets_, document_ids=borders)[1]
     finally:
         model.train(was_training)
     return _score(sum(ranks.gather(float(nats))), piece)

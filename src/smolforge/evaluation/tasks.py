@@ -35,7 +35,7 @@ from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import MAX_STOPS, SamplingParams
 
 if TYPE_CHECKING:
-    from smolforge.model.llama import LlamaForCausalLM
+    from smolforge.model.architecture import CausalLM
     from smolforge.tokenizer import Tokenizer
 
 # A question to the model: (context, continuation) as text or None, and both as tokens.
@@ -53,7 +53,7 @@ class SmolforgeLM(TemplateLM):
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         *,
         batch: int = 8,
@@ -114,7 +114,7 @@ class SmolforgeLM(TemplateLM):
         inputs = torch.zeros(len(rows), width, dtype=torch.long)
         for place, row in enumerate(rows):
             inputs[place, : len(row) - 1] = torch.tensor(row[:-1])
-        hidden = self.module.model(inputs.to(self._device))
+        hidden = self.module.decoder(inputs.to(self._device))
         for place, (row, (_, _, continuation)) in enumerate(zip(rows, asked, strict=True)):
             n = len(continuation)
             logits = self.module.head(hidden[place, len(row) - 1 - n : len(row) - 1])  # (n, V)
@@ -182,7 +182,7 @@ def _sampling(knobs: dict[str, Any], stop: tuple[str, ...]) -> SamplingParams:
 
 
 def run_tasks(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,

@@ -23,6 +23,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed, unknown
 from smolforge.export.gguf_vocabulary import Vocabulary
 from smolforge.files import NO_ROOM, no_room, sync_directory
+from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def export_gguf(
     gguf = _library()
     directory = resolve_model(model, say=say)
     config = read_config(directory)
-    if config.architecture != "llama":
+    llama_cpp_name = architecture_of(config).gguf
+    if llama_cpp_name is None:
         raise BadInput(
             f"{directory} is of the architecture {config.architecture!r}, which llama.cpp does not have",
             field="model",
@@ -101,7 +103,7 @@ def export_gguf(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     plan = _plan(gguf, config, weights, kind)
     try:
-        writer = gguf.GGUFWriter(temporary, "llama")
+        writer = gguf.GGUFWriter(temporary, llama_cpp_name)
         _write_header(gguf, writer, config, kind, name or directory.resolve().name)
         vocabulary.write(gguf, writer)
         _write_tensors(gguf, writer, config, weights, plan)

@@ -15,6 +15,7 @@ from smolforge.checkpoint.locate import resolve_model
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.export.plain import model_files
 from smolforge.export.space import card_license
+from smolforge.model.architecture import architecture_of
 
 # As the Hub has them: no name begins or ends in a dot or dash, and two in a row are refused.
 _REPO = re.compile(r"^(?!.*(--|\.\.))[\w](?:[\w.-]*[\w])?/[\w](?:[\w.-]*[\w])?$")
@@ -74,7 +75,7 @@ def _notes(directory: Path) -> list[str]:
         notes.append(f"there is no {CARD}: the model will have no card")
     elif card_license(directory) is None:
         notes.append("the card names no license: set one at the top of its README.md on the Hub")
-    if read_config(directory).architecture != "llama":
+    if not architecture_of(read_config(directory)).in_transformers:
         notes.append("it is not a Llama: transformers and vLLM cannot load it, smolforge can")
     return notes
 

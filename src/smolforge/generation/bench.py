@@ -19,7 +19,7 @@ from smolforge.config import ModelConfig
 from smolforge.generation.runners import Runner, select_runner
 from smolforge.generation.scheduler import CHUNK
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 
 PRECISIONS = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16", "int8")}
 BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
@@ -39,7 +39,7 @@ def measure(
     """Decode greedily with each precision, on a CUDA device where there is one.
 
     Args:
-        module: a model of `model/registry.py`; SmolLM2-135M's shape with random weights unless given.
+        module: a model of `model/`; SmolLM2-135M's shape with random weights unless given.
         precisions: those of `PRECISIONS` for the device unless given.
         batches: sequences that are decoded together; those of `BATCHES` unless given.
         tokens: decoded for each sequence.
@@ -51,7 +51,7 @@ def measure(
     """
     if module is None:
         say("making a model of SmolLM2-135M's shape with random weights")
-        module = build(ModelConfig(), seed=0)
+        module = build_model(ModelConfig(), seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module.to(device)
     precisions, batches = precisions or PRECISIONS[device], batches or BATCHES[device]

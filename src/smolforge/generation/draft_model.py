@@ -119,7 +119,7 @@ def select_draft(
     """A draft model beside a runner, and what was decided; None where its guesses could change the text.
 
     Args:
-        module: the draft, a model of `model/registry.py`.
+        module: the draft, a model of `model/`.
         tokenizer: the draft's.
         runner: of the model it drafts for.
         of: the model's tokenizer.

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolforge.errors import unknown
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # Rows of one block's matrix products: enough to run at full speed, few enough that the scores stay in the cache and
@@ -194,4 +196,25 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
-WAYS: dict[str, Attend] = {"sdpa": sdpa, "sdpa-fp32": sdpa_fp32, "blocked": blocked, "flex": flex}
+def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    from smolforge.model.native_attention import attend
+
+    return attend(q, k, v, mask)
+
+
+ATTENTION: dict[str, Attend] = {
+    "sdpa": sdpa, "sdpa-fp32": sdpa_fp32, "blocked": blocked, "native": native, "flex": flex,
+}  # fmt: skip
+
+
+def choose_attention(asked: str | Attend) -> Attend:
+    """The implementation of a name, or the function itself.
+
+    Raises:
+        BadInput: there is no such implementation.
+    """
+    if not isinstance(asked, str):
+        return asked
+    if asked not in ATTENTION:
+        raise unknown("attention", asked, ATTENTION, field="training.attention")
+    return ATTENTION[asked]

@@ -10,17 +10,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
-
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, std: float, layers: int, seed: int = 0) -> None:
-    """Fill all parameters in place; equal seeds give equal weights whatever was drawn before."""
+def initialise(model: nn.Module, *, std: float, layers: int, residual: tuple[str, ...], seed: int = 0) -> None:
+    """Fill all parameters in place; equal seeds give equal weights whatever was drawn before.
+
+    Args:
+        std: standard deviation of a matrix.
+        layers: L.
+        residual: what the names of projections into the residual stream end in.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(1.0)  # the weights of norms
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # else the weight of a norm
             continue
-        scale = std / (2 * layers) ** 0.5 if name.endswith(RESIDUAL_PROJECTIONS) else std
+        scale = std / (2 * layers) ** 0.5 if name.endswith(residual) else std
         # Drawn on the CPU, so that a seed means the same weights on every device.
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)

@@ -1,31 +1,21 @@
-"""The architecture: exactly transformers' `LlamaForCausalLM`, in the order things happen.
+"""The architecture `llama`: exactly transformers' `LlamaForCausalLM`, in the order things happen.
 
 tokens → embedding → L × (norm, attention, add, norm, SwiGLU, add) → norm → head. Module and parameter names are
 Hugging Face's, so a state dict of ours is one of theirs. The logits equal transformers' (tests/model/test_llama.py).
-This is the only forward pass for training, evaluation and prefill.
-
-Shapes: B sequences, T positions, S keys (S >= T with a cache), D hidden, H query heads, K key/value heads, d head_dim.
+This is the only forward pass in Python for training, evaluation and prefill; the walk through the layers and the loss
+are in `architecture.py`, and so are the letters of the shapes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
-from smolforge.model.attention import Attend, causal_mask, sdpa
-
-
-class KeyValueCache(Protocol):
-    """What attention asks of a cache: keep the new keys and values, give back all that may be seen."""
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, K, T, d) after rotation → all keys and values so far, (B, K, S, d)."""
-        ...
+from smolforge.errors import BadInput
+from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
+from smolforge.model.attention import choose_attention
 
 
 class LlamaRMSNorm(nn.Module):
@@ -68,7 +58,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H / K query heads share one key/value head."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
@@ -77,7 +67,7 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
-        self.attend: Attend = sdpa
+        self.attend = choose_attention(options.attention)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         split = (*x.shape[:2], -1, self.head_dim)
@@ -108,9 +98,9 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """One block of the residual stream. All layers share this code, so compiling one compiles all."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer)
+        self.self_attn = LlamaAttention(config, options, layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -122,95 +112,51 @@ class LlamaDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModel(nn.Module):
+class LlamaModel(Decoder):
     """Tokens to the last hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+        super().__init__(options)
+        sparse = options.sparse_embedding and config.tie_word_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, sparse=sparse)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, options, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-        # Runs one layer; training replaces it to recompute activations in the backward pass.
-        self.run_layer: Callable[..., Tensor] = _plain
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Hidden states after the last norm, (B, T, D).
-
-        Args:
-            input_ids: (B, T).
-            positions: (B, T) or (T,); 0 .. T-1 unless given.
-            document_ids: (B, T); where given, attention stops at document borders.
-            cache: keys and values of earlier positions.
-        """
-        x = self.embed_tokens(input_ids)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            # Autocast leaves embeddings in fp32, which would keep the whole residual stream there.
-            x = x.to(torch.get_autocast_dtype(device))
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=x.device)
-        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
-        # (T, d) or (B, T, d) → (1 or B, 1, T, d): one angle for all heads.
-        cos, sin = (c.view(-1, 1, *c.shape[-2:]) for c in (cos, sin))
-        mask = None if document_ids is None else causal_mask(document_ids)
-        for layer in self.layers:
-            x = self.run_layer(layer, x, cos, sin, mask, cache)
-        return self.norm(x)
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_angles(positions, self.head_dim, self.rope_theta)
 
 
-class TiedHead(nn.Module):
-    """Stands where an untied model has its `lm_head`; holds nothing, for the head is the embedding itself."""
+class LlamaForCausalLM(CausalLM):
+    """A Llama with its head."""
 
-    def __init__(self, config: ModelConfig, embedding: str = "embed_tokens.weight") -> None:
-        super().__init__()
-        self.shape, self.embedding = (config.hidden_size, config.vocab_size), embedding
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.shape[0]}, out_features={self.shape[1]}, bias=False, weight={self.embedding}"
-
-
-class LlamaForCausalLM(nn.Module):
-    """A Llama with its head. Tying is a property of the model: when tied there is one tensor, under one name."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = LlamaModel(config)
-        tied = config.tie_word_embeddings
-        self.lm_head = TiedHead(config) if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+        super().__init__(config, options)
+        self.model = LlamaModel(config, options)
+        self.lm_head = self.new_head("embed_tokens.weight")
 
     @property
-    def output_weight(self) -> Tensor:
-        """The matrix of the head, (V, D)."""
-        return self.model.embed_tokens.weight if isinstance(self.lm_head, TiedHead) else self.lm_head.weight
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(hidden, self.output_weight)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V); arguments as of `LlamaModel.forward`."""
-        return self.head(self.model(input_ids, positions, document_ids, cache))
-
-    def set_attention(self, attend: Attend) -> None:
-        """Use another exact implementation of attention in all layers."""
-        for module in self.modules():
-            if isinstance(module, LlamaAttention):
-                module.attend = attend
+    def decoder(self) -> LlamaModel:
+        return self.model
 
 
-def _plain(layer: nn.Module, *args: object) -> Tensor:
-    return layer(*args)
+def _check(config: ModelConfig) -> None:
+    if config.head_dim % 2:
+        raise BadInput(f"rotary embedding turns pairs, so {config.head_dim} must be even", field="model.head_dim")
+
+
+register(
+    Architecture(
+        name="llama",
+        label="Llama",
+        model_type="llama",
+        class_name="LlamaForCausalLM",
+        build=LlamaForCausalLM,
+        check=_check,
+        in_transformers=True,
+        gguf="llama",
+        fast_decoding=True,
+    )
+)

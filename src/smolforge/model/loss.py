@@ -7,6 +7,7 @@ computed twice: three matrix products in all, as many as plain cross-entropy nee
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolforge.errors import BadInput
+from smolforge.errors import BadInput, unknown
 
 # (logits (n, V), targets, scale, z_weight) → (cross-entropy, z-loss), as of `torch_chunk_loss`.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+LossFunction = Callable[..., tuple[Tensor, Tensor]]
 PIECE = 2048  # rows of the head that are summed at a time
 IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
@@ -112,12 +114,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None, None, None
 
 
-compiled_chunk_loss: ChunkLoss = torch_chunk_loss  # training replaces it by its compiled form
-
-
 def chunked_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0,
-    chunk_loss: ChunkLoss | None = None,
+    chunk_loss: ChunkLoss = torch_chunk_loss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scale` times the summed next-token loss, and the plain sum of cross-entropies for the log.
 
@@ -128,19 +127,18 @@ def chunked_loss(
         scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
         chunk: tokens whose logits exist at a time.
         z_weight: weight of the z-loss.
-        chunk_loss: what makes the loss of a chunk out of its logits; `compiled_chunk_loss` unless given.
+        chunk_loss: what makes the loss of a chunk out of its logits.
 
     Returns:
         The differentiable loss (), and the sum in nats () which has no gradient.
     """
-    made = chunk_loss or compiled_chunk_loss
-    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, made)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, chunk_loss)  # type: ignore[return-value]
 
 
 def full_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 0, z_weight: float = 0.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """As `chunked_loss`, with all logits at once and autograd's own backward pass; `chunk` is not used."""
+    """As `chunked_loss`, with all logits at once and autograd's own backward pass."""
     logits = hidden @ weight.to(hidden.dtype).t()
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
@@ -152,7 +150,7 @@ def full_loss(
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 1024, z_weight: float = 0.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """As `chunked_loss`, by torch's own `linear_cross_entropy` (2.13 and later), which has no z-loss and chooses its
     own chunks.
@@ -172,26 +170,53 @@ def linear_loss(
     return total.to(torch.promote_types(total.dtype, torch.float32)) * scale, total.detach()
 
 
-WAYS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+def native_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """As `chunked_loss`, with a chunk's loss in C++."""
+    from smolforge.model.native_loss import chunk_loss
+
+    return chunked_loss(hidden, weight, targets, chunk_loss=chunk_loss, **options)
+
+
+@torch.no_grad()
+def evaluation_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, z_weight: float = 0.0, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """As `chunked_loss`, without gradients; sums of chunks are added in fp64."""
+    used = weight.to(hidden.dtype)
+    nats, z_loss = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        logits = (hidden[start : start + chunk] @ used.t()).float()
+        part = targets[start : start + chunk]
+        nats += F.cross_entropy(logits, part, ignore_index=IGNORE, reduction="sum")
+        if z_weight:
+            z_loss += z_weight * logits.logsumexp(-1)[part != IGNORE].square().sum()
+    return (nats + z_loss) * scale, nats
+
+
+LOSSES: dict[str, LossFunction] = {
     "chunked": chunked_loss,
+    "native": native_loss,
     "linear": linear_loss,
     "full": full_loss,
 }
 
 
-@torch.no_grad()
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
-    """Sum of the next-token losses in nats, (), without gradients and without the whole logits.
+def choose_loss(name: str, *, compiled: bool = False) -> LossFunction:
+    """The loss of a name: `(hidden, weight, targets, *, scale, z_weight) -> (loss, nats)`, see `chunked_loss`.
 
     Args:
-        hidden: (N, D).
-        weight: (V, D) of the head.
-        targets: (N,), `IGNORE` where a position does not count.
+        compiled: whether to compile the loss of a chunk; only `chunked` has one to compile.
+
+    Raises:
+        BadInput: there is no such loss.
     """
-    used = weight.to(hidden.dtype)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        logits = (hidden[start : start + chunk] @ used.t()).float()
-        part = targets[start : start + chunk]
-        total += torch.nn.functional.cross_entropy(logits, part, ignore_index=IGNORE, reduction="sum")
-    return total
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES, field="training.loss")
+    if name == "chunked" and compiled:
+        return functools.partial(chunked_loss, chunk_loss=_compiled_chunk_loss())
+    return LOSSES[name]
+
+
+@functools.cache
+def _compiled_chunk_loss() -> ChunkLoss:
+    return torch.compile(torch_chunk_loss, dynamic=False)

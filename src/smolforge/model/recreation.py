@@ -1,26 +1,31 @@
-"""The seed's own variant of SmolLM2-135M, kept with its peculiarities: it is not a Llama.
+"""The architecture `recreation`: the seed's own variant of SmolLM2-135M, which is not a Llama.
 
-What differs from `llama.py`: LayerNorm without bias in place of RMSNorm; each of the H query heads has a key/value
-head of its own, a third as wide (64 → 21, nine of them 189), filled up with zeros to the width of a query; and only
-the first 21 columns of queries and keys are rotated. A score is therefore a product of 21 numbers divided by
-sqrt(64), and the columns of a query and of a head's output behind the 21st reach no logit: their rows in `q_proj` and
+What differs from `llama.py`: LayerNorm without bias in place of RMSNorm; each of the H query heads has its own
+key/value head, a third as wide (64 → 21, nine of them 189), padded with zeros to the width of a query; and only the
+first 21 columns of queries and keys are rotated. A score is therefore a product of 21 numbers divided by sqrt(64), and
+the columns of a query and of a head's output after the 21st do not reach the logits: their rows in `q_proj` and
 columns in `o_proj` never get a gradient (tests/model/test_recreation.py).
 
-The interface is that of `LlamaForCausalLM`, the parameter names are the seed's. Attention and cache see K = H heads of
-width d, zeros included. Shapes as in `llama.py`, with w = `config.kv_dim` for the narrow width.
+The parameter names are the seed's. Attention and cache see K = H heads of width d, zeros included. Shapes as in
+`architecture.py`, with w = `key_value_width(config)` for the narrow width.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
-from smolforge.model.attention import Attend, causal_mask, sdpa
-from smolforge.model.llama import KeyValueCache, LlamaMLP, TiedHead, rotary_angles
+from smolforge.errors import BadInput
+from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
+from smolforge.model.attention import choose_attention
+from smolforge.model.llama import LlamaMLP, rotary_angles
+
+
+def key_value_width(config: ModelConfig) -> int:
+    """Width w of one key/value head as it is projected: a third of head_dim, rounded down (64 → 21)."""
+    return config.head_dim // 3
 
 
 class LayerNorm(nn.Module):
@@ -32,7 +37,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast computes this in fp32 on a GPU; the stream and the head go on in the precision that came in.
+        # Autocast computes this in fp32 on a GPU; the residual stream and the head keep the precision of the input.
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -57,16 +62,16 @@ def rotate_odd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RecreationAttention(nn.Module):
     """Attention with narrow, zero-padded keys and values."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
-        self.head_dim, self.kv_dim = config.head_dim, config.kv_dim
+        self.head_dim, self.kv_dim = config.head_dim, key_value_width(config)
         width = config.hidden_size
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, self.heads * self.kv_dim, bias=False)
         self.v_proj = nn.Linear(width, self.heads * self.kv_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.attend: Attend = sdpa
+        self.attend = choose_attention(options.attention)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         split = (*x.shape[:2], self.heads, -1)
@@ -79,17 +84,17 @@ class RecreationAttention(nn.Module):
         k, v = F.pad(rotate_odd(k, cos, sin), padding), F.pad(v, padding)  # (B, H, T, d)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = self.attend(q, k, v, mask)  # (B, H, T, d), zero behind the w-th column
+        y = self.attend(q, k, v, mask)  # (B, H, T, d), zero after the w-th column
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class RecreationBlock(nn.Module):
     """One block of the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = RecreationAttention(config, layer)
+        self.attn = RecreationAttention(config, options, layer)
         self.ln_2 = LayerNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -100,93 +105,74 @@ class RecreationBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class RecreationModel(nn.Module):
+class RecreationModel(Decoder):
     """Tokens to the last hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.h = nn.ModuleList(RecreationBlock(config, layer) for layer in range(config.num_hidden_layers))
+    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+        super().__init__(options)
+        sparse = options.sparse_embedding and config.tie_word_embeddings
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size, sparse=sparse)
+        self.h = nn.ModuleList(RecreationBlock(config, options, layer) for layer in range(config.num_hidden_layers))
         self.ln_f = LayerNorm(config.hidden_size, config.rms_norm_eps)
-        self.kv_dim, self.rope_theta = config.kv_dim, config.rope_theta
-        # Runs one layer; training replaces it to recompute activations in the backward pass.
-        self.run_layer: Callable[..., Tensor] = _plain
+        self.kv_dim, self.rope_theta = key_value_width(config), config.rope_theta
+
+    # The seed's names, under those that `Decoder` asks for.
+    @property
+    def embed_tokens(self) -> nn.Embedding:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.wte
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The blocks, under the name that the other architecture gives them."""
+    def layers(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.h
 
     @property
-    def embed_tokens(self) -> nn.Embedding:
-        """The embedding, under the name that the other architecture gives it."""
-        return self.wte
+    def norm(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.ln_f
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Hidden states after the last norm, (B, T, D); arguments as of `LlamaModel.forward`."""
-        x = self.wte(input_ids)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=x.device)
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         # An odd width has one frequency too many; the table is cut to the width.
-        cos, sin = (c[..., : self.kv_dim] for c in rotary_angles(positions, self.kv_dim, self.rope_theta))
-        cos, sin = (c.reshape(-1, 1, *c.shape[-2:]) for c in (cos, sin))  # (1 or B, 1, T, w)
-        mask = None if document_ids is None else causal_mask(document_ids)
-        for layer in self.h:
-            x = self.run_layer(layer, x, cos, sin, mask, cache)
-        return self.ln_f(x)
+        cos, sin = rotary_angles(positions, self.kv_dim, self.rope_theta)
+        return cos[..., : self.kv_dim], sin[..., : self.kv_dim]
 
 
-class SmollmV2Recreation(nn.Module):
-    """The recreation with its head; the interface of `LlamaForCausalLM`."""
+class SmollmV2Recreation(CausalLM):
+    """The recreation with its head."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = RecreationModel(config)
-        tied = config.tie_word_embeddings
-        self.lm_head = (
-            TiedHead(config, "wte.weight") if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+        super().__init__(config, options)
+        self.transformer = RecreationModel(config, options)
+        self.lm_head = self.new_head("wte.weight")
 
     @property
-    def model(self) -> RecreationModel:
-        """Everything below the head."""
+    def decoder(self) -> RecreationModel:
         return self.transformer
 
-    @property
-    def output_weight(self) -> Tensor:
-        """The matrix of the head, (V, D)."""
-        return self.transformer.wte.weight if isinstance(self.lm_head, TiedHead) else self.lm_head.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(hidden, self.output_weight)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V); arguments as of `LlamaModel.forward`."""
-        return self.head(self.transformer(input_ids, positions, document_ids, cache))
-
-    def set_attention(self, attend: Attend) -> None:
-        """Use another exact implementation of attention in all layers."""
-        for module in self.modules():
-            if isinstance(module, RecreationAttention):
-                module.attend = attend
+def _check(config: ModelConfig) -> None:
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise BadInput(
+            f"the recreation has one narrow key/value head for each query head, so it must be "
+            f"{config.num_attention_heads}, not {config.num_key_value_heads}",
+            field="model.num_key_value_heads",
+        )
+    if config.head_dim < 6:
+        raise BadInput(
+            f"the recreation's key/value heads are a third as wide, so {config.head_dim} leaves no pair to rotate; "
+            "it must be at least 6",
+            field="model.head_dim",
+        )
 
 
-def _plain(layer: nn.Module, *args: object) -> Tensor:
-    return layer(*args)
+register(
+    Architecture(
+        name="recreation",
+        label="recreated-SmolLM2",
+        model_type="smolforge_recreation",  # of its own, so that no library takes it for a Llama
+        class_name="SmollmV2Recreation",
+        build=SmollmV2Recreation,
+        check=_check,
+        note="**This is not a Llama.** It is the recreated SmolLM2 variant of smolforge (`model_type: "
+        "smolforge_recreation`:\nLayerNorm without bias, narrow key/value heads padded with zeros, a partial "
+        "rotation). transformers, vLLM and llama.cpp\ndo not know this architecture; smolforge loads it.",
+    )
+)

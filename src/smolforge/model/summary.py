@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
-from smolforge.model.registry import build
+from smolforge.model.architecture import build_model
 
 FLOPS_CONVENTION = (
     "6 per weight of a matrix product, the head included and the embedding's look-up not, plus 12 L H d T for "
@@ -94,7 +94,7 @@ def tree(model: nn.Module) -> str:
 
 def summarise(config: ModelConfig, sequence_length: int = 2048) -> Summary:
     """The numbers of the model of `config` for sequences of `sequence_length` positions."""
-    model = build(config, device="meta", seed=None)
+    model = build_model(config, device="meta", seed=None)
     weights: dict[str, Tensor] = dict(model.named_parameters())
     groups: dict[str, int] = dict.fromkeys(_GROUPS, 0)
     for name, weight in weights.items():
@@ -119,11 +119,11 @@ def summarise(config: ModelConfig, sequence_length: int = 2048) -> Summary:
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
     """FLOPs of one token in a sequence of `sequence_length`, under `FLOPS_CONVENTION`."""
-    queries = config.num_attention_heads * config.head_dim
-    narrow = config.num_key_value_heads * config.kv_dim
-    layer = config.hidden_size * (2 * queries + 2 * narrow + 3 * config.intermediate_size)
-    weights = 6 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
-    attention = 12 * config.num_hidden_layers * queries * sequence_length
+    model = build_model(config, device="meta", seed=None)
+    hidden = model.hidden_matrices()
+    matrices = sum(weight.numel() for name, weight in model.named_parameters() if name in hidden)
+    weights = 6 * (matrices + model.output_weight.numel())
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence_length
     training = weights + attention
     return {"training": training, "weights": weights, "attention": attention, "forward": training // 3}
 

@@ -266,8 +266,10 @@ def describe(summary: RunSummary, history: History) -> str:
     if summary.steps is None or summary.tokens is None:
         return "The run has been set up; no step is logged yet."
     size = f"A {count(summary.parameters)}-parameter" if summary.parameters else "A"
-    names = {"llama": "Llama", "recreation": "recreated-SmolLM2"}
-    what = names.get(str(history.setting("model.architecture")), "language")
+    from smolforge.model.architecture import architectures
+
+    architecture = architectures().get(str(history.setting("model.architecture")))
+    what = architecture.label if architecture else "language"
     sources = history.setting("data.sources", {})
     sources = list(sources) if isinstance(sources, dict) else []
     data = clean(" and ".join(map(str, sources)), 80) if len(sources) <= 2 else f"{len(sources)} sources"

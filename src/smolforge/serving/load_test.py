@@ -198,14 +198,14 @@ def make_model(place: Path) -> Path:
     """A model of SmolLM2-135M's shape: random weights, and a tokenizer that has a text for each of its ids."""
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
-    from smolforge.model.registry import build
+    from smolforge.model.architecture import build_model
     from smolforge.tales import document
     from smolforge.tokenizer import Tokenizer
 
     config = ModelConfig()
     texts = [document(i).text for i in range(300)]
     place.mkdir(parents=True)
-    write_model(place, config, build(config, seed=0).state_dict(), Tokenizer.train(texts, 2048))
+    write_model(place, config, build_model(config, seed=0).state_dict(), Tokenizer.train(texts, 2048))
     path = place / "tokenizer.json"
     rules = json.loads(path.read_text())
     taken = {*rules["model"]["vocab"].values(), *(token["id"] for token in rules["added_tokens"])}

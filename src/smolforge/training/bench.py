@@ -16,7 +16,7 @@ import torch
 from smolforge import config as configuration
 from smolforge.config import RunConfig
 from smolforge.distributed import DistributedContext
-from smolforge.model import registry
+from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token
 from smolforge.training import allocator, apply_plan, compiling, optim, plan
 from smolforge.training.metrics import memory_in_use
@@ -61,9 +61,9 @@ def measure(
     torch.set_float32_matmul_precision(chosen.precision.matmul)
     if device.type == "cpu":
         allocator.keep_freed_memory()
-    model = registry.build(config.model, dtype=chosen.precision.weights, device=device)
+    model = build_model(config.model, dtype=chosen.precision.weights, device=device, **chosen.model_options)
     optimizer = optim.build_optimizer(model, config.optimizer, device)
-    apply_plan.apply_plan(model, optimizer, chosen)
+    apply_plan.apply_plan(optimizer, chosen)
     updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
     tokens = torch.randint(config.model.vocab_size, (micro_batch, length + 1), device=device)
 
@@ -73,10 +73,8 @@ def measure(
         for part in tokens.split(chosen.micro_batch):
             began = _now(device)
             with chosen.precision.context(device):
-                hidden = model.model(part[:, :-1].contiguous())
-                loss, nats = apply_plan.LOSSES[chosen.loss](
-                    hidden.flatten(0, 1), model.output_weight, part[:, 1:].flatten(), scale=1 / (micro_batch * length)
-                )
+                inputs, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+                loss, nats = model.loss(inputs, targets, scale=1 / (micro_batch * length))
             forward = _now(device)
             updater.backward(loss)
             total += nats.float()

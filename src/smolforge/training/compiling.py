@@ -1,8 +1,7 @@
 """torch.compile where it pays, once per run.
 
-Compiled are the block that all layers share, which costs seconds where the whole model would cost a minute and, on a
-CPU, runs no slower, the loss of a chunk, and the update of weights in bf16. A machine that cannot compile goes on
-without, and says so.
+Compiled are the block that all layers share and the loss of a chunk (`CausalLM.compile_training`), and the update of
+weights in bf16. A machine that cannot compile trains without, and says so.
 """
 
 from __future__ import annotations
@@ -13,18 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from smolforge.model import loss
-from smolforge.model.llama import LlamaForCausalLM
+from smolforge.model.architecture import CausalLM
 from smolforge.training.optim import stochastic_adamw
 from smolforge.training.optim.stochastic_adamw import StochasticAdamW
 
 
-def compile_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Compile in place, for the shapes of training; parameter names stay as they are."""
-    # Shapes never change during a run: one graph, and no guard that a varying length could fail.
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)  # type: ignore[operator]
-    loss.compiled_chunk_loss = torch.compile(loss.torch_chunk_loss, dynamic=False)
+def compile_update(optimizer: torch.optim.Optimizer) -> None:
+    """Compile the update of weights in bf16, in place."""
     if isinstance(optimizer, StochasticAdamW) and optimizer.update is stochastic_adamw.in_pieces:
         optimizer.update = stochastic_adamw.compiled_update()
 
@@ -36,11 +30,9 @@ def graphs() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def undo(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+def undo(model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Back to eager."""
-    for module in model.modules():
-        module._compiled_call_impl = None
-    loss.compiled_chunk_loss = loss.torch_chunk_loss
+    model.uncompile()
     if isinstance(optimizer, StochasticAdamW) and optimizer.update is stochastic_adamw.compiled_update():
         optimizer.update = stochastic_adamw.in_pieces
 
@@ -53,7 +45,7 @@ def is_compile_error(error: BaseException) -> bool:
 
 def with_fallback(
     step: Callable[[], None],
-    model: LlamaForCausalLM,
+    model: CausalLM,
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
 ) -> None:

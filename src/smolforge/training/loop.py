@@ -19,7 +19,6 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
 from smolforge.data import Batch, Loader
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
-from smolforge.model.attention import positions_in_documents
 from smolforge.training import apply_plan, checkpointing, compiling, schedules
 from smolforge.training.checkpointing import Position
 from smolforge.training.metrics import MetricsLogger, StepMetrics, due
@@ -111,7 +110,7 @@ class Loop:
         ) as loader:
             self.pace = Throughput(config.tokens_per_step)
             first, compiled = True, 0
-            apply_plan.apply_plan(session.model, session.optimizer, self.plan)
+            apply_plan.apply_plan(session.optimizer, self.plan)
             while self.position.step < self.total:
                 with record_function("wait for data"):
                     batch = self._next_batch(loader)
@@ -170,10 +169,9 @@ class Loop:
             ids = None if documents is None else documents[rows, :-1].contiguous()
             inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
             with record_function("forward"), self.plan.precision.context(device):
-                hidden = model.model(inputs, None if ids is None else positions_in_documents(ids), ids)
-                loss, nats = apply_plan.LOSSES[self.plan.loss](
-                    hidden.flatten(0, 1), model.output_weight, targets.flatten(),
-                    scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
+                loss, nats = model.loss(
+                    inputs, targets, document_ids=ids, scale=1 / config.tokens_per_step,
+                    z_weight=config.training.z_loss,
                 )  # fmt: skip
             with record_function("backward"):
                 self.updater.backward(loss)

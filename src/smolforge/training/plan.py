@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,8 +42,8 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
-        attention: a key of `apply_plan.ATTENTION`.
-        loss: a key of `apply_plan.LOSSES`.
+        attention: a key of `model.attention.ATTENTION`.
+        loss: a key of `model.loss.LOSSES`.
         update: "native" or "torch": what updates weights that are rounded stochastically.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
         reasons: one line per decision, to be printed and kept in the report.
@@ -59,6 +60,16 @@ class Plan:
     update: str = "torch"
     recompute: bool = False
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The arguments of `build_model` that were decided here."""
+        # DDP needs gradients of every row.
+        sparse = self.device.type == "cpu" and not torch.distributed.is_initialized()
+        return {
+            "attention": self.attention, "loss": self.loss, "recompute": self.recompute, "compile": self.compile,
+            "sparse_embedding": sparse,
+        }  # fmt: skip
 
 
 def pick_device() -> torch.device:

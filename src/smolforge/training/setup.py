@@ -28,8 +28,7 @@ from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SmolforgeError
 from smolforge.evaluation import EvalSlice
 from smolforge.files import write_atomically
-from smolforge.model import registry
-from smolforge.model.llama import LlamaForCausalLM
+from smolforge.model.architecture import CausalLM, build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import allocator, optim, plan
@@ -88,7 +87,7 @@ class TrainContext:
     ranks: DistributedContext
     corpus: Corpus
     tokenizer: Tokenizer
-    model: LlamaForCausalLM
+    model: CausalLM
     optimizer: torch.optim.Optimizer
     slice: EvalSlice | None
     scaler: torch.amp.GradScaler | None
@@ -186,14 +185,15 @@ def _train_tokenizer(config: TokenizerConfig, corpus: Corpus, say: Say) -> Token
     return Tokenizer.train(islice(corpus.texts(held_out=False), wanted), config.train.vocab_size)
 
 
-def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> LlamaForCausalLM:
+def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> CausalLM:
     """The model with new weights, with those of `init`, or, where there is a checkpoint to restore, with none yet."""
     fresh = newest is None
-    model = registry.build(
+    model = build_model(
         config.model,
         dtype=chosen.precision.weights,
         device=chosen.device,
         seed=config.training.seed if fresh and config.init is None else None,
+        **chosen.model_options,
     )
     if fresh and config.init is not None:
         assign(model, locate.resolve_model(config.init))

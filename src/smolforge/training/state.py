@@ -16,7 +16,7 @@ from torch import nn
 
 from smolforge.checkpoint import format, weights
 from smolforge.errors import CheckpointError
-from smolforge.model.llama import LlamaForCausalLM
+from smolforge.model.architecture import CausalLM
 
 
 def optimizer_tree(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def assign(model: LlamaForCausalLM, directory: Path) -> None:
+def assign(model: CausalLM, directory: Path) -> None:
     """Copy the weights of a model directory into `model`, in the precision that `model` has.
 
     Raises:

@@ -17,6 +17,7 @@ from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.static import StaticRunner
 from smolforge.generation.stock import StockRunner
 from smolforge.kernels import NativeUnavailable
+from smolforge.model.architecture import architecture_of
 
 _STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -54,7 +55,7 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     """The fastest runner for a module's weights as they are now, and what was decided.
 
     Args:
-        module: a model of `model/registry.py`.
+        module: a model of `model/`.
         quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision the weights have.
         threads: of the native step; torch's own number unless given.
 
@@ -67,7 +68,7 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         quantize = _STORED.get(weight.dtype, "bf16")
     parameters = sum(p.numel() for p in module.parameters())
     precision, reason = precisions.choose(quantize, parameters, weight.device.type)
-    if module.config.architecture != "llama":
+    if not architecture_of(module.config).fast_decoding:
         runner = ModuleRunner(module)
         why = f"the fast paths and their precisions are for Llama, not {module.config.architecture}"
         return runner, [f"runner: {runner.name} in {_STORED.get(weight.dtype, weight.dtype)}; {why}"]

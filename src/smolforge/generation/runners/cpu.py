@@ -18,6 +18,7 @@ from smolforge.generation.kv_cache import Cache
 from smolforge.generation.quantize import INT4_GROUP, Precision
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.kernels import NativeUnavailable, library
+from smolforge.model.architecture import architecture_of
 from smolforge.model.llama import rotary_angles
 
 UNIT, GROUP = 32, 64  # as in decode.cpp
@@ -85,7 +86,7 @@ class CpuRunner:
 
     def __init__(self, module: Any, precision: Precision, *, threads: int | None = None) -> None:
         config: ModelConfig = module.config
-        if config.architecture != "llama":
+        if not architecture_of(config).fast_decoding:
             raise NativeUnavailable(f"the native step runs Llama, not {config.architecture!r}")
         self._library: Any = library()
         self._library.smolforge_open.restype = ctypes.c_void_p

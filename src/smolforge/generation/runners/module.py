@@ -55,7 +55,7 @@ class ModuleRunner:
                 cache.length = chunk.start
                 end = chunk.start + len(chunk.tokens)
                 ids = torch.tensor([chunk.tokens], device=device)
-                hidden = self.module.model(ids, positions=torch.arange(chunk.start, end, device=device), cache=cache)
+                hidden = self.module.decoder(ids, positions=torch.arange(chunk.start, end, device=device), cache=cache)
                 if chunk.logits:
                     rows.append(self.module.head(hidden[0, -chunk.logits :]).float().cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.config.vocab_size)

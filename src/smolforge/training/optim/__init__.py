@@ -15,24 +15,22 @@ from torch import nn
 
 from smolforge.config import OptimizerConfig
 from smolforge.errors import BadInput
+from smolforge.model.architecture import CausalLM
 from smolforge.training.optim.muon import Muon
 from smolforge.training.optim.stochastic_adamw import StochasticAdamW
 
-# Maps from hidden to hidden, the parameters that Muon is for.
-_HIDDEN = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: CausalLM, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters by their learning-rate factor and decay, in the model's order.
 
     The first pattern of `config.groups` found in a name decides; `lr` there is a factor, `weight_decay` a value.
     """
+    hidden = model.hidden_matrices() if config.name == "muon" else set()
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         chosen = next((values for pattern, values in config.groups.items() if re.search(pattern, name)), {})
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        orthogonal = config.name == "muon" and bool(_HIDDEN.search(name))
-        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), orthogonal)
+        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), name in hidden)
         groups.setdefault(key, []).append(parameter)
     owned = [id(p) for members in groups.values() for p in members]
     everything = {id(p) for p in model.parameters()}
@@ -43,7 +41,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of `config` over all parameters of `model`.
 
     Raises:
@@ -58,7 +56,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["factor"]
 
 
-def _adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), fused: one kernel updates all parameters.
 
     Weights in bf16 are rounded stochastically, see `stochastic_adamw.py`."""
@@ -69,7 +67,7 @@ def _adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> t
     )
 
 
-def _muon(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _muon(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """Muon over the layers' matrices, AdamW over the rest, see `muon.py`."""
     if any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise BadInput(
@@ -82,7 +80,7 @@ def _muon(model: nn.Module, config: OptimizerConfig, device: torch.device) -> to
     )
 
 
-def _adamw8bit(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw8bit(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861) from bitsandbytes."""
     try:
         import bitsandbytes  # type: ignore[import-not-found]
@@ -99,7 +97,7 @@ def _adamw8bit(model: nn.Module, config: OptimizerConfig, device: torch.device) 
     )
 
 
-_OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[[CausalLM, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "muon": _muon,

@@ -1,0 +1,389 @@
+"""What every architecture shares: the language model around its blocks, and the record by which the rest finds it.
+
+A new architecture is one file in this folder. It defines its blocks, a `Decoder` and a `CausalLM`, and calls `register`
+with one `Architecture`; see `llama.py`. Everything outside of this package that differs between architectures
+(config.json, the model card, exports, the kernels for decoding) reads that record.
+
+Shapes: B sequences, T positions, S keys (S >= T with a cache), D hidden, H query heads, K key/value heads, d head_dim,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from smolforge import model as package
+from smolforge.config import ModelConfig
+from smolforge.errors import BadInput, unknown
+from smolforge.model import hf_config
+from smolforge.model.attention import Attend, causal_mask, positions_in_documents
+from smolforge.model.init import initialise
+from smolforge.model.loss import choose_loss, evaluation_loss
+
+
+class KeyValueCache(Protocol):
+    """What attention asks of a cache: store the new keys and values, return all that may be seen."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: (B, K, T, d) after rotation → all keys and values so far, (B, K, S, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a model computes. None of these choices changes what it computes, nor a name in its state dict.
+
+    Attributes:
+        attention: a key of `attention.ATTENTION`, or a function as described there.
+        loss: a key of `loss.LOSSES`.
+        recompute: whether the backward pass computes each layer's activations again instead of keeping them
+            (Chen et al. 2016, arXiv:1604.06174).
+        sparse_embedding: whether the embedding's gradient holds only the rows that were looked up. Only a tied model
+            uses this: there the head's gradient covers all rows, and a second full one would only be added to it.
+    """
+
+    attention: str | Attend = "sdpa"
+    loss: str = "chunked"
+    recompute: bool = False
+    sparse_embedding: bool = False
+
+
+class Decoder(nn.Module):
+    """Tokens to the last hidden states. A subclass has `embed_tokens`, `layers` and `norm`, and says how to rotate."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def __init__(self, options: ComputeOptions) -> None:
+        super().__init__()
+        self.recompute = options.recompute
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (..., T, width), of positions (..., T)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, (B, T, D).
+
+        Args:
+            input_ids: (B, T).
+            positions: (B, T) or (T,); unless given 0 .. T-1, counted from the start of each document.
+            document_ids: (B, T); where given, attention stops at document borders.
+            cache: keys and values of earlier positions.
+        """
+        x = self.embed_tokens(input_ids)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast leaves embeddings in fp32, which would keep the whole residual stream there.
+            x = x.to(torch.get_autocast_dtype(device))
+        if positions is None and document_ids is not None:
+            positions = positions_in_documents(document_ids)
+        elif positions is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device)
+        # (T, d) or (B, T, d) → (1 or B, 1, T, d): one angle for all heads.
+        cos, sin = (angle.reshape(-1, 1, *angle.shape[-2:]) for angle in self.rotation(positions))
+        mask = None if document_ids is None else causal_mask(document_ids)
+        for layer in self.layers:
+            x = self._run(layer, x, cos, sin, mask, cache)
+        return self.norm(x)
+
+    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            # Not the compiled layer: evaluation and samples come in many shapes, and each would be compiled.
+            return layer._call_impl(*args)  # type: ignore[return-value]
+        if not self.recompute:
+            return layer(*args)
+        # A model without dropout draws no random numbers that would have to be drawn again.
+        out = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class TiedHead(nn.Module):
+    """Stands where an untied model has its `lm_head`; it has no parameters, for the head is the embedding itself."""
+
+    def __init__(self, config: ModelConfig, embedding: str) -> None:
+        super().__init__()
+        self.shape, self.embedding = (config.hidden_size, config.vocab_size), embedding
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.shape[0]}, out_features={self.shape[1]}, bias=False, weight={self.embedding}"
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head. When tied there is one tensor, under the embedding's name.
+
+    A subclass sets its decoder under its own name, then `lm_head`, so that its state dict has its own names and order.
+    """
+
+    lm_head: nn.Module
+    # Projections that write into the residual stream, by the end of their names: they start smaller, see `init.py`.
+    residual_projections: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight")
+
+    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+        super().__init__()
+        self.config, self.options = config, options
+        self._loss = choose_loss(options.loss)
+
+    @property
+    def decoder(self) -> Decoder:
+        """Everything below the head."""
+        raise NotImplementedError
+
+    def new_head(self, embedding: str) -> nn.Module:
+        """The module to set as `lm_head`; `embedding` is the name of the tied matrix for people."""
+        config = self.config
+        tied = config.tie_word_embeddings
+        return TiedHead(config, embedding) if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the head, (V, D)."""
+        return self.lm_head.weight if isinstance(self.lm_head, nn.Linear) else self.decoder.embed_tokens.weight
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); arguments as of `Decoder.forward`."""
+        return self.head(self.decoder(input_ids, positions, document_ids, cache))
+
+    def loss(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        scale: float = 1.0,
+        z_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate and the loss to report, without ever storing the logits as a whole.
+
+        Args:
+            inputs: (B, T) token ids.
+            targets: (B, T) ids of the next tokens, `loss.IGNORE` where a position does not count.
+            document_ids: (B, T); where given, attention stops at document borders and positions restart there.
+            scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
+            z_weight: weight of the z-loss.
+
+        Returns:
+            `scale` times the sum of cross-entropies and z-losses, (), and the sum of cross-entropies in nats, (),
+            which has no gradient.
+        """
+        hidden = self.decoder(inputs, document_ids=document_ids)
+        compute = self._loss if torch.is_grad_enabled() else evaluation_loss
+        return compute(hidden.flatten(0, 1), self.output_weight, targets.flatten(), scale=scale, z_weight=z_weight)
+
+    def hidden_matrices(self) -> set[str]:
+        """Names of the matrices that map hidden states to hidden states: all but embedding and head."""
+        inside = {id(parameter) for parameter in self.decoder.layers.parameters()}
+        return {name for name, p in self.named_parameters() if id(p) in inside and p.dim() >= 2}
+
+    def compile_training(self) -> None:
+        """Compile the block that all layers share and the loss of a chunk, for the one shape that training has.
+
+        The whole model would take a minute where a block takes seconds and, on a CPU, would not run faster.
+        """
+        for layer in self.decoder.layers:
+            layer.compile(dynamic=False)
+        self._loss = choose_loss(self.options.loss, compiled=True)
+
+    def uncompile(self) -> None:
+        """Undo `compile_training`, where the machine cannot compile."""
+        for layer in self.decoder.layers:
+            layer._compiled_call_impl = None
+        self._loss = choose_loss(self.options.loss)
+
+
+class LossModule(nn.Module):
+    """`model.loss` as a forward pass, which is what `DistributedDataParallel` can wrap."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """As `CausalLM.loss`."""
+        return self.model.loss(inputs, targets, **options)
+
+
+def _any_shape(config: ModelConfig) -> None:
+    """The check of an architecture that has every shape that `ModelConfig` allows."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that the rest of smolforge needs to know of an architecture.
+
+    FLOPs, memory and the optimizer's groups need no entry: they follow from the module tree, see `summary.py` and
+    `CausalLM.hidden_matrices`.
+
+    Attributes:
+        name: value of `model.architecture` in a configuration.
+        label: for people, before the word "model".
+        model_type: of config.json. It must be transformers' own only where transformers computes the same.
+        class_name: the only entry of `architectures` in config.json.
+        build: the module of a configuration.
+        check: raises BadInput, naming the key, for a configuration that it cannot have.
+        to_hf: config.json of a model, without the type of its weights and its special tokens.
+        from_hf: the fields of a ModelConfig from config.json; raises BadInput, naming the key, for what it cannot have.
+        in_transformers: whether transformers and vLLM load its checkpoints.
+        gguf: llama.cpp's name for it, None where llama.cpp does not have it.
+        fast_decoding: whether it computes exactly what the decoding kernels do (`generation/runners`); another
+            architecture decodes with its own module.
+        note: a paragraph of Markdown for the model card, where its readers must be told something.
+    """
+
+    name: str
+    label: str
+    model_type: str
+    class_name: str
+    build: Callable[[ModelConfig, ComputeOptions], CausalLM]
+    check: Callable[[ModelConfig], None] = _any_shape
+    to_hf: Callable[[ModelConfig], dict[str, Any]] = hf_config.llama_keys
+    from_hf: Callable[[dict[str, Any]], dict[str, Any]] = hf_config.llama_fields
+    in_transformers: bool = False
+    gguf: str | None = None
+    fast_decoding: bool = False
+    note: str = ""
+
+
+_REGISTRY: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> None:
+    """Make an architecture known; its file calls this when it is imported."""
+    _REGISTRY[architecture.name] = architecture
+
+
+def architectures() -> dict[str, Architecture]:
+    """All architectures by name: those of the files in this folder, and those registered elsewhere."""
+    _import_folder(tuple(package.__path__))
+    return _REGISTRY
+
+
+@functools.cache
+def _import_folder(paths: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(paths):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The architecture of a configuration, which it can have.
+
+    Raises:
+        BadInput: there is no such architecture, or it cannot have this shape.
+    """
+    found = architectures().get(config.architecture)
+    if found is None:
+        raise unknown("architecture", config.architecture, architectures(), field="model.architecture")
+    found.check(config)
+    return found
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a model, without the type of its weights and its special tokens."""
+    architecture = architecture_of(config)
+    names = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
+    return {**architecture.to_hf(config), **names}
+
+
+def config_from_hf(values: dict[str, Any]) -> ModelConfig:
+    """The configuration that a config.json describes; the architecture is found by its `model_type`.
+
+    Raises:
+        BadInput: it describes what smolforge does not have; names the key.
+    """
+    known = {architecture.model_type: architecture for architecture in architectures().values()}
+    model_type, classes = values.get("model_type"), values.get("architectures")
+    if not isinstance(model_type, str) or model_type not in known:
+        hint = f"Supported: {', '.join(known)}."
+        raise BadInput(f"{hf_config.shown(model_type)} is not supported", field="model_type", hint=hint)
+    found = known[model_type]
+    if classes is not None and classes != [found.class_name]:
+        hint = f"Supported: {found.class_name}."
+        raise BadInput(f"{hf_config.shown(classes)} is not supported", field="architectures", hint=hint)
+    try:
+        config = ModelConfig(architecture=found.name, **found.from_hf(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(str(first.get("ctx", {}).get("error", first["msg"]))) from None
+    found.check(config)
+    return config
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules without torch's own first weights, which come from `initialise` or a file.
+
+    Drawing numbers that are never seen costs more than time: on the meta device it imports all of torch.compile, two
+    seconds at the start of every command.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int | None = 0,
+    attention: str | Attend = "sdpa",
+    loss: str = "chunked",
+    recompute: bool = False,
+    sparse_embedding: bool = False,
+    compile: bool = False,
+) -> CausalLM:
+    """The model of `config`, with new weights of `seed`, or with memory not yet filled where `seed` is None.
+
+    `device="meta"` with `seed=None` takes no memory: for counting, and for weights that are assigned afterwards.
+    The other arguments are those of `ComputeOptions`, and whether to call `compile_training`.
+
+    Raises:
+        BadInput: there is no such architecture, attention or loss, or the architecture cannot have this shape.
+    """
+    architecture = architecture_of(config)
+    options = ComputeOptions(attention, loss, recompute, sparse_embedding)
+    with torch.device("meta"), _WithoutInitialisation():
+        model = architecture.build(config, options)
+    model = model.to(dtype)
+    if str(device) != "meta":
+        model = model.to_empty(device=device)
+    if seed is not None:
+        initialise(
+            model, std=config.initializer_range, layers=config.num_hidden_layers, seed=seed,
+            residual=model.residual_projections,
+        )  # fmt: skip
+    if compile:
+        model.compile_training()
+    return model
