@@ -8,10 +8,13 @@ In the order to read them:
 
     __init__.py    library(): the loaded library; unavailable(): why there is none
     build.py       compile the library for this machine, once, and keep it in the user's cache
-    threads.h      the threads of all functions, which are torch's own
-    vectors.h      vectors as wide as the machine's, bfloat16, powers of two
-    decode.cpp     one step of a Llama, for generation
-    pack.cpp       the weights of a checkpoint in the layout of decode.cpp
+    threads.h      run a function on the threads of torch's OpenMP
+    memory.h       memory that starts at a cache line
+    vectors.h      vectors as wide as the processor's, bfloat16, powers of two
+    layout.h       how weights, keys and values lie in memory for decoding
+    pack.cpp       weights of a checkpoint into that layout, in fp32, bf16, int8 or int4
+    matmul.h       rows times a packed matrix
+    decode.cpp     one step of a Llama: embedding, layers, head
     attention.cpp  attention for training in bf16, forward and backward
     loss.cpp       cross-entropy of a chunk of tokens and its gradient
     adamw.cpp      AdamW on bf16 weights with stochastic rounding

@@ -1,4 +1,5 @@
-// The update of rounding.py (`_update`) in one pass over the memory: AdamW on bfloat16, rounded by a hash of the place.
+// AdamW on bfloat16 in one pass over the memory (the formula is `_update` in rounding.py), rounded with random bits that
+// are a hash of the element's position.
 
 #include <cmath>
 #include <cstddef>
@@ -20,11 +21,11 @@ inline uint16_t rounded(float x, uint32_t bits) { uint32_t u; memcpy(&u, &x, 4);
 }  // namespace
 
 // rates: of the weight, of m, of sqrt(v), and epsilon. All of the same length, not overlapping.
-extern "C" void smolforge_rounded_adamw(int64_t count, uint16_t* weight, const uint16_t* gradient, uint16_t* first, uint16_t* second,
+EXPORT void smolforge_rounded_adamw(int64_t count, uint16_t* weight, const uint16_t* gradient, uint16_t* first, uint16_t* second,
                                         uint32_t key, const float* rates, float beta1, float beta2, int threads) {
   constexpr int64_t PIECE = 1 << 14;
   const float keep = rates[0], size = rates[1], root = rates[2], epsilon = rates[3], add1 = 1 - beta1, add2 = 1 - beta2;
-  in_turns((int)((count + PIECE - 1) / PIECE), threads, [=](int piece) {
+  parallel_for((int)((count + PIECE - 1) / PIECE), threads, [=](int piece) {
     const int64_t start = piece * PIECE;
     const int n = (int)std::min(PIECE, count - start);
     // Plain loops, which the compiler makes vectors of.

@@ -19,9 +19,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
+#include "memory.h"
 #include "threads.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
@@ -38,14 +38,6 @@ namespace {
 constexpr int Q = 32, M = 12;  // queries of a unit; rows of a tile: 12 x 2 sums fill the registers
 using F = __m512;
 using I = __m512i;
-
-struct Aligned {  // 64-byte aligned, uninitialised
-  void* p;
-  explicit Aligned(size_t bytes) : p(aligned_alloc(64, (bytes + 63) / 64 * 64)) {}
-  ~Aligned() { free(p); }
-  Aligned(const Aligned&) = delete;
-  template <class T> T* as() const { return (T*)p; }
-};
 
 inline uint16_t* row(const Tensor4& t, int sequence, int head, int position) {
   return t.data + sequence * t.sequence + head * t.head + position * t.position;
@@ -161,16 +153,16 @@ struct Sight {
 
 }  // namespace
 
-extern "C" int smolforge_attention_available() { return 1; }
+EXPORT int smolforge_attention_available() { return 1; }
 
 // log_sums: (sequences, heads, length) fp32, of the scores in powers of two. first: (sequences, length) the first key that
 // each query may see, or null.
-extern "C" void smolforge_attention(const Sizes* sizes, const Tensor4* q, const Tensor4* k, const Tensor4* v, const int32_t* first,
+EXPORT void smolforge_attention(const Sizes* sizes, const Tensor4* q, const Tensor4* k, const Tensor4* v, const int32_t* first,
                                     const Tensor4* out, float* log_sums) {
   const Sizes z = *sizes;
   const int group = z.heads / z.kv_heads, padded = (z.length + Q - 1) / Q * Q, d = z.d;
   const F scale = _mm512_set1_ps(LOG2E / std::sqrt((float)d));
-  in_turns(z.sequences * z.kv_heads, z.threads, [&](int item) {
+  parallel_for(z.sequences * z.kv_heads, z.threads, [&](int item) {
     const int b = item / z.kv_heads, kv = item % z.kv_heads;
     Aligned values_(2 * (size_t)d * padded), scores_(4 * (size_t)padded * Q), weights_(4 * (size_t)padded / 2 * Q), packed_(2 * Q * d), sums_(4 * d * Q);
     auto* values = values_.as<uint16_t>();
@@ -221,14 +213,14 @@ extern "C" void smolforge_attention(const Sizes* sizes, const Tensor4* q, const 
   });
 }
 
-extern "C" void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, const Tensor4* k, const Tensor4* v, const int32_t* first,
+EXPORT void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, const Tensor4* k, const Tensor4* v, const int32_t* first,
                                              const Tensor4* out, const float* log_sums, const Tensor4* out_gradient,
                                              const Tensor4* q_gradient, const Tensor4* k_gradient, const Tensor4* v_gradient) {
   const Sizes z = *sizes;
   const int group = z.heads / z.kv_heads, padded = (z.length + Q - 1) / Q * Q + M, d = z.d;
   const float root = 1.f / std::sqrt((float)d);
   const F scale = _mm512_set1_ps(LOG2E * root);
-  in_turns(z.sequences * z.kv_heads, z.threads, [&](int item) {
+  parallel_for(z.sequences * z.kv_heads, z.threads, [&](int item) {
     const int b = item / z.kv_heads, kv = item % z.kv_heads;
     const size_t unit = 2 * Q * d, all = (size_t)padded * d;
     Aligned memory(2 * all * 3 + 4 * all * 2 + 4 * unit + 4 * (size_t)padded / 2 * Q + 4 * d * Q);
@@ -303,5 +295,5 @@ extern "C" void smolforge_attention_backward(const Sizes* sizes, const Tensor4* 
 }
 
 #else
-extern "C" int smolforge_attention_available() { return 0; }
+EXPORT int smolforge_attention_available() { return 0; }
 #endif

@@ -20,8 +20,7 @@ from pathlib import Path
 from smolforge.errors import SmolforgeError
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-# torch's OpenMP is looked up when the library is loaded; Apple's linker has to be told so.
-LINK = ("-shared", "-fPIC", "-pthread", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
+LINK = ("-shared", "-fPIC", "-fvisibility=hidden", "-pthread", *(("-ldl",) if sys.platform == "linux" else ()))
 SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
 
 
@@ -55,7 +54,7 @@ def build(directory: Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / "native.so"
             files = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            command = [*compiler, *FLAGS, *LINK, *files, "-o", str(made)]
+            command = [*compiler, *FLAGS, *files, *LINK, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 raise NativeUnavailable(f"{name} could not compile {path.name}: {done.stderr.strip()[-500:]}")

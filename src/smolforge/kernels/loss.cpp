@@ -57,7 +57,7 @@ template <class T> void row(T* logits, int64_t words, int64_t target, float scal
 template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, float scale,
                              float z_weight, double* cross_entropy, double* z_loss, int threads) {
   constexpr int TURN = 16;  // rows that a thread takes at a time
-  in_turns((int)((count + TURN - 1) / TURN), threads, [&](int turn) {
+  parallel_for((int)((count + TURN - 1) / TURN), threads, [&](int turn) {
     std::vector<float> room(words + LANES);
     for (int64_t r = (int64_t)turn * TURN; r < std::min(count, (int64_t)(turn + 1) * TURN); r++) {
       T* at = logits + r * words;
@@ -70,7 +70,7 @@ template <class T> void rows(int64_t count, int64_t words, T* logits, const int6
 }  // namespace
 
 // logits: (count, words), fp32 or bfloat16, overwritten; targets: (count,) below `words`, or `ignored`.
-extern "C" void smolforge_loss(int64_t count, int64_t words, void* logits, int is_bf16, const int64_t* targets, int64_t ignored,
+EXPORT void smolforge_loss(int64_t count, int64_t words, void* logits, int is_bf16, const int64_t* targets, int64_t ignored,
                                float scale, float z_weight, double* cross_entropy, double* z_loss, int threads) {
   if (is_bf16) rows(count, words, (uint16_t*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);
   else rows(count, words, (float*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);

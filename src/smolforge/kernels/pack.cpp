@@ -1,4 +1,4 @@
-// Packing: from the rows of a checkpoint, wherever they are mapped, straight into the units of decode.cpp.
+// Packing: from the rows of a checkpoint, wherever they are mapped, straight into the layout of layout.h.
 //
 // One pass, no copies between: 32 rows are read, rounded to their kind and written side by side. The numbers are
 // those of quantize.py. In every kind a packed row is a row of 32-bit words; a unit holds the words of one place of
@@ -6,13 +6,11 @@
 
 #include <cmath>
 
+#include "layout.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
-
-enum Kind { F32, BF16, I8, I4 };
-constexpr int UNIT = 32;
 
 inline float nearest(float x) { return (x + 12582912.f) - 12582912.f; }  // half to even, for |x| < 2^22
 inline float nearest4(float x) { return std::min(7.f, std::max(-8.f, nearest(x))); }
@@ -54,27 +52,32 @@ void pack_row(int kind, int group, const float* row, int padded, uint32_t* words
   }
 }
 
+// 32 rows of a matrix into a unit of `words` words per row.
+void pack_unit(int kind, int group, int k, int padded, int words, const void* const* rows, int is_bf16, uint32_t* out, void* scales) {
+  thread_local std::vector<float> row;
+  thread_local std::vector<uint32_t> packed;
+  row.resize(padded), packed.resize((size_t)UNIT * words);
+  for (int lane = 0; lane < UNIT; lane++) {
+    const void* from = rows[lane];
+    std::fill(row.begin() + (from ? k : 0), row.end(), 0.f);
+    if (from && is_bf16) for (int i = 0; i < k; i++) row[i] = from_bf16(((const uint16_t*)from)[i]);
+    else if (from) memcpy(row.data(), from, sizeof(float) * k);
+    pack_row(kind, group, row.data(), padded, &packed[(size_t)lane * words], scales, lane);
+  }
+  for (int w = 0; w < words; w += 16)  // 16 words of a row are one cache line
+    for (int lane = 0; lane < UNIT; lane++)
+      for (int j = w; j < std::min(words, w + 16); j++) out[(size_t)j * UNIT + lane] = packed[(size_t)lane * words + j];
+}
+
 }  // namespace
 
 // rows: `units * 32` pointers to k floats or bfloat16s, null for padding; `padded` is k rounded up to 64.
-extern "C" void smolforge_pack(int kind, int group, int units, int k, int padded, const void* const* rows, int is_bf16,
-                               uint8_t* data, uint8_t* scales, int threads) {
+EXPORT void smolforge_pack(int kind, int group, int units, int k, int padded, const void* const* rows, int is_bf16,
+                           uint8_t* data, uint8_t* scales, int threads) {
   const int words = kind == F32 ? padded : kind == BF16 ? padded / 2 : kind == I8 ? padded / 4 : padded / 8;
   const size_t scale_bytes = kind == I8 ? UNIT * 4 : kind == I4 ? (size_t)padded / group * UNIT * 2 : 0;
-  in_turns(units, threads, [&](int unit) {
-    thread_local std::vector<float> row;
-    thread_local std::vector<uint32_t> packed;
-    row.resize(padded), packed.resize((size_t)UNIT * words);
-    for (int lane = 0; lane < UNIT; lane++) {
-      const void* from = rows[(size_t)unit * UNIT + lane];
-      std::fill(row.begin() + (from ? k : 0), row.end(), 0.f);
-      if (from && is_bf16) for (int i = 0; i < k; i++) row[i] = from_bf16(((const uint16_t*)from)[i]);
-      else if (from) memcpy(row.data(), from, sizeof(float) * k);
-      pack_row(kind, group, row.data(), padded, &packed[(size_t)lane * words], scales + scale_bytes * unit, lane);
-    }
+  parallel_for(units, threads, [&](int unit) {
     auto* out = (uint32_t*)data + (size_t)unit * UNIT * words;
-    for (int w = 0; w < words; w += 16)  // 16 words of a row are one cache line
-      for (int lane = 0; lane < UNIT; lane++)
-        for (int j = w; j < std::min(words, w + 16); j++) out[(size_t)j * UNIT + lane] = packed[(size_t)lane * words + j];
+    pack_unit(kind, group, k, padded, words, rows + (size_t)unit * UNIT, is_bf16, out, scales + scale_bytes * unit);
   });
 }

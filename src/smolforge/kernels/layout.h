@@ -1,0 +1,37 @@
+// The layout of weights, keys and values for decoding.
+//
+// A matrix is cut into units of 32 output rows. Inside a unit the inputs come first, so that one 64-byte vector holds the
+// same few inputs of 16 outputs (narrower vectors hold those of fewer). One multiply-add with a broadcast input then serves
+// all of them, nothing is summed across a vector, and memory is read strictly forward.
+//
+//   kind  layout of a unit                                  inputs
+//   F32   [k][32] float                                     float
+//   BF16  [k/2][32][2] bfloat16                             bfloat16 where the processor multiplies such pairs,
+//                                                           else float; sums in fp32
+//   I8    [k/4][32][4] value + 128; a scale per output      int8 with a scale per 64 inputs, widened to 16 bits
+//                                                           where the processor does not multiply quads of bytes
+//   I4    [k/8][32][4] bytes of two 4-bit values + 8;       int8 with a scale per 64 inputs
+//         a scale per output and 32 or 64 inputs
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+enum Kind { F32, BF16, I8, I4 };
+constexpr int UNIT = 32;   // outputs of one unit
+constexpr int GROUP = 64;  // inputs that share one activation scale
+
+extern "C" struct Matrix {  // as packed by pack.cpp
+  int32_t kind, n, k;       // outputs and inputs, before padding
+  int32_t group;            // I4: inputs that share a weight scale
+  const uint8_t* data;
+  const void* scales;       // I8: float [units][32]; I4: bfloat16 [units][k / group][32]
+};
+
+inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4: half of it
+inline size_t unit_bytes(const Matrix& w) {
+  const size_t k = round_up(w.k, GROUP);
+  return w.kind == I4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
+}
