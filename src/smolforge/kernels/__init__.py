@@ -2,12 +2,14 @@
 
 On a CPU the library decodes several times as fast as torch's own kernels, and training gains a loss, an update of bf16
 weights and, where the processor multiplies bf16, an attention. Each function has a counterpart in torch that runs where
-there is no library, so nothing depends on it but speed. SMOLFORGE_NATIVE=0 turns it off.
+there is no library: only speed depends on it. A wheel brings the library ready built; a source checkout compiles it.
+SMOLFORGE_NATIVE=0 turns it off, SMOLFORGE_KERNELS=native or =avx2 chooses another one.
 
 In the order to read them:
 
     __init__.py    library(): the loaded library; unavailable(): why there is none
-    build.py       compile the library for this machine, once, and keep it in the user's cache
+    variants.py    the libraries that a wheel brings, and which of them this processor can run
+    build.py       compile for this machine, or all libraries of all wheels
     threads.h      run a function on the threads of torch's OpenMP
     memory.h       memory that starts at a cache line
     vectors.h      vectors as wide as the processor's, bfloat16, powers of two
@@ -24,25 +26,46 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
-from smolforge.kernels import build
-from smolforge.kernels.build import NativeUnavailable
+from smolforge.kernels.variants import NativeUnavailable, choose_variant, cpu_flags
 
-__all__ = ["NativeUnavailable", "library", "unavailable"]
+__all__ = ["NativeUnavailable", "cpu_flags", "description", "library", "unavailable"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Load the library, which is compiled first where it is not.
+    """Load the library: a prebuilt one that fits this processor, or one that is compiled here first.
 
     Raises:
+        BadInput: SMOLFORGE_KERNELS does not name a library that is here.
         NativeUnavailable: it cannot be compiled or loaded here, or it is turned off.
     """
-    path = build.build()
+    if os.environ.get("SMOLFORGE_NATIVE") == "0":
+        raise NativeUnavailable("native code is turned off by SMOLFORGE_NATIVE=0")
+    variant, _ = choose_variant()
+    if variant:
+        path = variant.path
+    else:
+        from smolforge.kernels.build import build
+
+        path = build()
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailable(f"{path} does not load: {error}") from None
+
+
+def description() -> str:
+    """What `library` loads and the reason, for the decisions that a run prints.
+
+    Raises:
+        NativeUnavailable: as `library`.
+    """
+    library()
+    variant, reason = choose_variant()
+    what = f"prebuilt for {variant.description}" if variant else "compiled for this processor"
+    return f"{what} ({reason})" if reason else what
 
 
 def unavailable() -> str | None:

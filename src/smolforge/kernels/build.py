@@ -1,8 +1,10 @@
-"""Compile the C++ of this package for this machine, once, and keep the library in the user's cache.
+"""Compile the C++ of this package: for this machine when it is needed, or every variant of every wheel.
 
-The library's name holds a hash of the sources, the compiler, the flags and the processor, so a change of any of them
-compiles anew. `smolforge build-native` does it ahead of time. Where no compiler is installed, pip can bring one: the
-package `ziglang` (`pip install 'smolforge[native]'`).
+    python -m smolforge.kernels.build            for this processor, into the user's cache
+    python -m smolforge.kernels.build --all      all variants, into `prebuilt/` (needs the package ziglang)
+
+The name of a library in the cache holds a hash of the sources, the compiler, the flags and the processor, so a change
+of any of them compiles anew. Where no compiler is installed, pip brings one: `pip install 'smolforge[native]'`.
 """
 
 from __future__ import annotations
@@ -15,17 +17,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from smolforge.errors import SmolforgeError
+from smolforge.kernels import variants
+from smolforge.kernels.variants import NativeUnavailable, Variant
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-LINK = ("-shared", "-fPIC", "-fvisibility=hidden", "-pthread", *(("-ldl",) if sys.platform == "linux" else ()))
-SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
-
-
-class NativeUnavailable(SmolforgeError):
-    """The library cannot be compiled or loaded here; torch's own kernels do the work."""
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fvisibility=hidden")
+_ZIG = (sys.executable, "-m", "ziglang", "c++")
+NATIVE = ("-march=native", "-fPIC", "-pthread", *(("-ldl",) if sys.platform == "linux" else ()))
 
 
 def build(directory: Path | None = None) -> Path:
@@ -43,35 +43,36 @@ def build(directory: Path | None = None) -> Path:
     compiler = find_compiler()
     directory = directory or _cache_directory()
     path = directory / f"kernels-{_key(compiler)}.so"
-    if path.is_file():
-        return path
-    name = "ziglang" if "ziglang" in compiler else Path(compiler[0]).name
-    # A wait that nobody asked for is announced, whoever needs the library.
-    print(f"compiling the native code for this processor, once ({name})", file=sys.stderr, flush=True)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Compiled under another name and renamed: two processes may compile at once, neither sees half a library.
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            made = Path(scratch) / "native.so"
-            files = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            command = [*compiler, *FLAGS, *files, *LINK, "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                raise NativeUnavailable(f"{name} could not compile {path.name}: {done.stderr.strip()[-500:]}")
-            made.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f"{path.name} could not be compiled: {error}") from None
+    if not path.is_file():
+        # A wait that nobody asked for is announced, whoever needs the library.
+        name = _name(compiler)
+        print(f"compiling the native code for this processor, once ({name})", file=sys.stderr, flush=True)
+        _compile(compiler, NATIVE, path)
     return path
 
 
-def find_compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler to use.
+def build_variants(chosen: Iterable[Variant] = variants.VARIANTS) -> None:
+    """Cross-compile prebuilt libraries with zig, a minute each, and note the sources that they are built from.
 
     Raises:
-        NativeUnavailable: there is none, or native code is turned off.
+        NativeUnavailable: the package ziglang is not installed, or it failed.
     """
-    if os.environ.get("SMOLFORGE_NATIVE") == "0":
-        raise NativeUnavailable("native code is turned off by SMOLFORGE_NATIVE=0")
+    if not importlib.util.find_spec("ziglang"):
+        raise NativeUnavailable("prebuilt libraries need the compiler of `pip install ziglang`")
+    if not variants.fresh():
+        shutil.rmtree(variants.PREBUILT, ignore_errors=True)
+    for variant in chosen:
+        print(f"{variant.platform}: {variant.description}", flush=True)
+        _compile(_ZIG, ("-fPIC", "-s", "-target", variant.target, f"-mcpu={variant.cpu}"), variant.path)
+    variants.HASH.write_text(variants.sources_hash(), encoding="ascii")
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler for this machine.
+
+    Raises:
+        NativeUnavailable: there is none.
+    """
     if sys.byteorder != "little":
         raise NativeUnavailable("native code is written for little-endian machines")
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
@@ -79,9 +80,29 @@ def find_compiler() -> tuple[str, ...]:
         if found:
             return (found,)
     if importlib.util.find_spec("ziglang"):
-        return sys.executable, "-m", "ziglang", "c++"
+        return _ZIG
     looked = "$CXX, g++, clang++, c++ and the package ziglang"
     raise NativeUnavailable(f"no C++ compiler is installed, `pip install ziglang` brings one (looked for {looked})")
+
+
+def _name(compiler: tuple[str, ...]) -> str:
+    return "ziglang" if compiler == _ZIG else Path(compiler[0]).name
+
+
+def _compile(compiler: tuple[str, ...], options: tuple[str, ...], path: Path) -> None:
+    """Compile under another name and rename: two processes may compile at once, neither sees half a library."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            files = (str(source) for source in variants.SOURCES if source.suffix == ".cpp")
+            command = [*compiler, *FLAGS, *files, *options, "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            if done.returncode:
+                raise NativeUnavailable(f"{_name(compiler)} cannot compile {path.name}: {done.stderr.strip()[-500:]}")
+            made.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{path.name} cannot be compiled: {error}") from None
 
 
 def _cache_directory() -> Path:
@@ -90,16 +111,15 @@ def _cache_directory() -> Path:
 
 
 def _key(compiler: tuple[str, ...]) -> str:
+    """Hash of the sources, the compiler, its options and what -march=native looks at."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
-    parts = (*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), _cpu().encode())
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    processor = (platform.machine(), platform.processor(), variants.cpu_model(), *sorted(variants.cpu_flags()))
+    words = (variants.sources_hash(), *FLAGS, *NATIVE, *processor)
+    return hashlib.sha256("\0".join(words).encode() + version).hexdigest()[:16]
 
 
-def _cpu() -> str:
-    """What `-march=native` looks at: the processor's name and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("flags", "model name", "Features", "CPU part")
-    return platform.machine() + "".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--all"]:
+        build_variants()
+    else:
+        print(build())
