@@ -130,13 +130,14 @@ def choose_variant() -> tuple[Variant | None, str]:
     found = prebuilt(this_platform())
     if asked and asked not in (levels := [v.level for v in found]):
         raise unknown("kernels", asked, ["native", *levels], field="SMOLFORGE_KERNELS")
-    reason = f"SMOLFORGE_KERNELS={asked}" if asked else "" if found else "none is prebuilt from these sources"
+    reason = "none is prebuilt from these sources" if not found else ""
     for variant in found:
+        if asked not in ("", variant.level):
+            continue
         lacks = variant.flags - cpu_flags()
-        if not lacks and asked in ("", variant.level):
-            return variant, reason
-        if lacks and variant.level == asked:
-            raise NativeUnavailable(f"SMOLFORGE_KERNELS={asked}: this processor has no {', '.join(sorted(lacks))}")
-        if lacks:
-            reason = f"this processor has no {', '.join(sorted(lacks))}"
+        if not lacks:
+            return variant, f"SMOLFORGE_KERNELS={asked}" if asked else reason
+        reason = f"this processor has no {', '.join(sorted(lacks))}"
+    if asked:
+        raise NativeUnavailable(f"SMOLFORGE_KERNELS={asked}: {reason}")
     return None, reason

@@ -125,6 +125,8 @@ def make_plan(config: RunConfig, device: torch.device, world: int) -> Plan:
     if precision.weights == torch.bfloat16 and config.optimizer.name == "adamw":
         update, reason = _update(device)
         reasons.append(f"update: {update} ({reason})")
+    if "native" in (attention, loss, update):
+        reasons.append(f"kernels: {kernels.description()}")
     compiled, reason = _compile(config, device, world)
     reasons.append(f"compile: {'on' if compiled else 'off'} ({reason})")
     threads = config.training.threads or _physical_cores(world)

@@ -16,7 +16,7 @@ from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.generation.static import StaticRunner
 from smolforge.generation.stock import StockRunner
-from smolforge.kernels import NativeUnavailable
+from smolforge.kernels import NativeUnavailable, description
 from smolforge.model.architecture import architecture_of
 
 _STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -83,4 +83,4 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     except NativeUnavailable as error:
         runner = StockRunner(module, precision)
         return runner, [*decisions, f"runner: {runner.name}; no native step: {error.message}"]
-    return runner, [*decisions, f"runner: {runner.name}"]
+    return runner, [*decisions, f"kernels: {description()}", f"runner: {runner.name}"]
