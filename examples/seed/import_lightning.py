@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pydantic import ValidationError
 from smolforge.checkpoint.format import check_weights, write_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError, SmolforgeError
+from smolforge.files import replacing_directory
 from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -132,7 +131,9 @@ def import_lightning(
         tokenizer = Tokenizer.from_pretrained(tokenizer)
     step = content.get("global_step")
     found = Imported(out, config, step if type(step) is int else None, left_out)
-    _write(found, weights, tokenizer, source=path.name)
+    with replacing_directory(out) as temporary:
+        dtype = next(iter(weights.values())).dtype
+        write_model(temporary, config, weights, tokenizer, card=_card(found, path.name), dtype=dtype)
     return found
 
 
@@ -280,21 +281,6 @@ def recognise(
     except ValidationError as error:
         first = error.errors()[0]
         raise bad(str(first.get("ctx", {}).get("error", first["msg"]))) from None
-
-
-def _write(found: Imported, weights: dict[str, Tensor], tokenizer: Tokenizer, *, source: str) -> None:
-    """Beside first, then in one rename: nothing half written is ever under the name that was asked for."""
-    out = found.directory
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        beside.chmod(0o755)  # mkdtemp's own is for secrets
-        dtype = next(iter(weights.values())).dtype
-        write_model(beside, found.config, weights, tokenizer, card=_card(found, source), dtype=dtype)
-        beside.replace(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def _card(found: Imported, source: str) -> str:

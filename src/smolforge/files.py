@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,10 @@ def replacing_directory(path: Path, *, needed: int = 0, hint: str | None = None)
         OSError: `path` is a directory with something in it, or cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    # mkdir's mode follows the umask; tempfile.mkdtemp would make a directory that only its owner may read.
+    temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)  # mkdtemp makes directories that only their owner may read
         yield temporary
         temporary.replace(path)
     except OSError as error:

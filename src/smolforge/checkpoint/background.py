@@ -1,8 +1,7 @@
-"""Saving in a thread, so that training goes on while the disk works.
+"""Save checkpoints in a thread, so that training continues while the disk works.
 
-The state is copied to the host before `save` returns, so the training that goes on cannot change it. One save is in
-flight at a time. Its failure is raised at the next call, whichever that is: a save that failed is never taken
-for one that did not. The thread is no daemon: Python waits for it before it ends.
+The state is copied to the host before `save` returns, so training cannot change it. One save runs at a time. A failed
+save raises at the next call. The thread is not a daemon: Python waits for it before the process ends.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Committer:
-    """Commits checkpoints one after the other, in a thread or not.
+    """Commits checkpoints one after the other, in a thread or in the caller's.
 
     Args:
         checkpoints: RUN/checkpoints.
@@ -45,12 +44,12 @@ class Committer:
 
         Args:
             tree: nested dicts, lists and tuples with the tensors to save; copied to the host here.
-            write: called as `write(directory, copy of tree)`.
+            write: called as `write(directory, copy of the tree)`.
             expected_bytes: about how much it writes; the bytes of the tensors unless given.
 
         Raises:
-            What the save before this one failed with; then nothing of this one was begun. When not asynchronous, also
-            what this one fails with.
+            The error of the save before this one; this one is then not started. When not asynchronous, also the
+            error of this one.
         """
         self.wait()
         if not self.asynchronous:

@@ -1,12 +1,11 @@
-"""A checkpoint is there whole or not at all.
+"""Commit, verify, find and prune checkpoints. A checkpoint exists completely or not at all.
 
-Writing: a hidden directory beside, every file fsynced, manifest.json (size and sha256 of each file) last, one
-rename, then the link `last`. A process killed at any instant leaves the checkpoints as they were, plus at most a
-hidden directory that nothing counts and `sweep` removes. Reading: what the manifest says is compared with what is
-there, so that a flipped byte, a cut file or a missing one is found by name and the checkpoint before it is used.
+Writing: the files go to a hidden directory next to the final one and are fsynced, manifest.json (size and sha256 of
+each file) last; then the directory is renamed and the link `last` set. A process killed at any instant leaves the
+checkpoints as they were, plus at most a hidden directory, which readers ignore and `sweep` removes.
 
-The manifest's own bytes are covered too: it carries a checksum of itself, and must be spelled exactly as
-`_manifest_text` spells it.
+Reading: the files are compared with the manifest, so a flipped byte, a truncated file or a missing one is reported by
+name and the checkpoint before it is used. The manifest carries a checksum of itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
+import logging
 import re
 import shutil
 import uuid
@@ -23,13 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smolforge.checkpoint.weights import parse_object, read_header
+from smolforge.checkpoint.weights import check_safetensors, parse_object
 from smolforge.errors import CheckpointError, RunFailed
-from smolforge.files import NO_ROOM, free_bytes, sync_directory
+from smolforge.files import NO_ROOM, free_bytes, sync_directory, sync_file
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PINNED = "pinned"  # a file of this name in a checkpoint keeps it for good
 LAST = "last"
+TRAINING = "training"  # the folder of what only resuming reads
 MAX_MANIFEST_BYTES = 16 << 20
 _STEP = re.compile(r"^step-(\d{8,})$")
 _ASIDE = re.compile(r"^\.old-(step-\d{8,})-[0-9a-f]+$")
@@ -59,8 +61,8 @@ def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expec
     """Make the checkpoint of `step`, replacing one of the same step; its directory.
 
     Args:
-        write: fills the directory that it is given. Whatever it raises leaves the checkpoints as they were.
-        expected_bytes: about how much it will write; where less is free this is said before anything is written.
+        write: fills the directory that it is given. An error that it raises leaves the checkpoints as they were.
+        expected_bytes: about how much it will write; if less is free, that is an error before anything is written.
 
     Raises:
         RunFailed: no room on the disk, or what was written cannot be read back.
@@ -85,21 +87,21 @@ def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expec
 
 
 def _seal(directory: Path, step: int) -> None:
-    """Check, fsync and list everything in `directory`; the manifest comes last."""
+    """Check, fsync and list all files in `directory`; the manifest is written last."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
         if path.suffix == ".safetensors":
             try:
-                read_header(path)
+                check_safetensors(path)
             except CheckpointError as error:
                 raise RunFailed(f"{path.name} could not be read back after writing: {error.message}") from None
-        _sync_file(path)
+        sync_file(path)
     listed = {path.relative_to(directory).as_posix(): digest for path, digest in _hash_files(files)}
     for folder in sorted({path.parent for path in files} | {directory}, key=lambda p: -len(p.parts)):
         sync_directory(folder)
     manifest = directory / MANIFEST
     manifest.write_text(_manifest_text(step, listed), encoding="utf-8")
-    _sync_file(manifest)
+    sync_file(manifest)
     sync_directory(directory)
 
 
@@ -130,11 +132,6 @@ def _point_last(checkpoints: Path, name: str) -> None:
         link.replace(checkpoints / LAST)
         sync_directory(checkpoints)
     link.unlink(missing_ok=True)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _hash_files(files: list[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:
@@ -181,7 +178,7 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         raise CheckpointError("is damaged: its own checksum does not fit", field=MANIFEST)
     for name, entry in files.items():
         if not _is_inside(name):
-            raise CheckpointError(f"names {name!r}, which is no file inside the checkpoint", field=MANIFEST)
+            raise CheckpointError(f"names {name!r}, which is not a file inside the checkpoint", field=MANIFEST)
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"} or type(entry["size"]) is not int:
             raise CheckpointError(f"has no size and sha256 for {name}", field=MANIFEST)
     return step, files
@@ -193,10 +190,14 @@ def _is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and not odd
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: Path, *, training: bool = True) -> list[str]:
     """What is wrong with a checkpoint, each problem naming its file; empty when it is whole.
 
-    Reads every byte. Files that the manifest does not list are no problem unless the loader would read them.
+    Reads every byte. Files that the manifest does not list are accepted unless they are weights.
+
+    Args:
+        training: False leaves out the optimizer and state of training, which a model is used without. They are
+            three times as large as the model.
     """
     try:
         _, listed = read_manifest(directory)
@@ -206,6 +207,8 @@ def verify(directory: Path) -> list[str]:
     present = []
     for name, entry in listed.items():
         path = directory / name
+        if not training and PurePosixPath(name).parts[0] == TRAINING:
+            continue
         if not path.is_file():
             problems.append(f"{name}: is missing")
         elif (size := path.stat().st_size) != entry["size"]:
@@ -222,21 +225,21 @@ def verify(directory: Path) -> list[str]:
         problems.append(f"{error.filename}: cannot be read: {error.strerror}")
     for path in sorted(directory.rglob("*.safetensors*")):
         name = path.relative_to(directory).as_posix()
-        if name not in listed:
+        if name not in listed and (training or not name.startswith(f"{TRAINING}/")):
             problems.append(f"{name}: is not in {MANIFEST}")
     return problems
 
 
-def newest_whole(checkpoints: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest checkpoint that `verify` finds whole, or None; says which newer ones were refused, and why."""
+def newest_whole(checkpoints: Path, *, training: bool = True) -> Path | None:
+    """The newest checkpoint that `verify` finds whole, or None; logs which newer ones are damaged, and how."""
     for directory, step in _candidates(checkpoints):
-        problems = verify(directory)
+        problems = verify(directory, training=training)
         if not problems and read_manifest(directory)[0] != step:
             problems = [f"{MANIFEST}: is that of step {read_manifest(directory)[0]}"]
         if not problems:
             return directory
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        say(f"checkpoint {directory.name} is damaged and not used: {problems[0]}{more}")
+        logger.warning(f"checkpoint {directory.name} is damaged and not used: {problems[0]}{more}")
     return None
 
 
@@ -254,7 +257,7 @@ def _replaced(checkpoints: Path) -> list[Path]:
 
 
 def sweep(checkpoints: Path) -> list[str]:
-    """Remove what killed processes left half done; the names removed. Only for who holds the run's lock."""
+    """Remove what killed processes left unfinished; the names removed. The caller holds the run's lock."""
     if not checkpoints.is_dir():
         return []
     for aside in _replaced(checkpoints):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge.checkpoint.weights import WEIGHTS, read_json, read_weights
+from smolforge.checkpoint.weights import WEIGHTS, read_json, read_weights, write_safetensors
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 
@@ -49,14 +49,12 @@ def write_model(
         BadInput: the tokenizer has more tokens than the model.
         CheckpointError: `state` is not a state dict of `config`; the tensor is named.
     """
-    from safetensors.torch import save_file
-
     check_vocabulary(config, tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     weights = check_weights(config, state)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     # One key only: the library writes metadata in an order that changes from run to run.
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
     stored = next(iter(tensors.values())).dtype
     specials = {
         "bos_token_id": tokenizer.eos_id if (bos := _bos_id(tokenizer)) is None else bos,

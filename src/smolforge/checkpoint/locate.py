@@ -1,9 +1,7 @@
-"""From what a user calls a model to the model: a run, a checkpoint, a Hugging Face directory, a Hub id."""
+"""Find and load the model that a user names: a run, a checkpoint, a Hugging Face directory, a Hub id."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +26,12 @@ _FORMS = (
 )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def resolve_model(model: str | Path) -> Path:
+    """The model directory that `model` names.
 
-
-def resolve_model(model: str | Path, *, say: Callable[[str], None] = _say) -> Path:
-    """The model directory that `model` means.
-
-    A run gives its newest whole checkpoint; those refused are said. A checkpoint directory is verified. Any other
-    directory with a config.json is taken as it is. What is no directory is fetched from the Hub by its id.
+    A run means its newest whole checkpoint; damaged ones are logged. A checkpoint directory is verified, without what
+    only training reads. Any other directory with a config.json is used as it is. A name that is not a directory is
+    fetched from the Hub by its id.
 
     Raises:
         CheckpointError: nothing usable is there; says what was looked for.
@@ -44,7 +39,7 @@ def resolve_model(model: str | Path, *, say: Callable[[str], None] = _say) -> Pa
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _resolve_directory(path, say)
+        return _resolve_directory(path)
     if path.exists():
         raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=_FORMS)
     if not hub.is_model_id(str(model)):
@@ -57,9 +52,9 @@ def resolve_model(model: str | Path, *, say: Callable[[str], None] = _say) -> Pa
         ) from None
 
 
-def _resolve_directory(path: Path, say: Callable[[str], None]) -> Path:
+def _resolve_directory(path: Path) -> Path:
     if (path / commit.MANIFEST).is_file():
-        problems = commit.verify(path)
+        problems = commit.verify(path, training=False)
         if problems:
             raise CheckpointError(
                 f"{path} is damaged: {'; '.join(problems[:5])}", field="model", hint=_other_checkpoint(path)
@@ -80,7 +75,7 @@ def _resolve_directory(path: Path, say: Callable[[str], None]) -> Path:
             field="model",
             hint=_FORMS,
         )
-    newest = commit.newest_whole(checkpoints, say)
+    newest = commit.newest_whole(checkpoints, training=False)
     if newest is None:
         found = commit.steps(checkpoints)
         what = f"{len(found)} checkpoints, none of them whole" if found else "no checkpoint yet"
@@ -90,10 +85,10 @@ def _resolve_directory(path: Path, say: Callable[[str], None]) -> Path:
 
 def _other_checkpoint(path: Path) -> str:
     if commit.step_of(path.resolve()) is not None:
-        whole = commit.newest_whole(path.resolve().parent)
+        whole = commit.newest_whole(path.resolve().parent, training=False)
         if whole is not None:
             return f"The newest whole checkpoint of its run is {whole}."
-    return "Nothing is loaded from a directory whose bytes are not those that were written."
+    return "A damaged checkpoint is not loaded. Use another one, or train on from an earlier one."
 
 
 def load_model(
@@ -101,7 +96,6 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    say: Callable[[str], None] = _say,
 ) -> tuple[CausalLM, Tokenizer, Path]:
     """The model in evaluation mode, its tokenizer, and the directory they came from.
 
@@ -116,7 +110,7 @@ def load_model(
     """
     from smolforge.model.architecture import build_model
 
-    directory = resolve_model(model, say=say)
+    directory = resolve_model(model)
     config = read_config(directory)
     tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)

@@ -1,8 +1,8 @@
-"""Any tree of training state, to disk and back exactly, without pickle.
+"""Save and load a tree of training state exactly, without pickle.
 
-Tensors go to tensors.safetensors, the tree around them to state.json. What JSON has no word for is an object with
-one key that begins with `$`: a tensor's name, a tuple, bytes, a dict with other keys than strings, a float that is
-not finite, an integer beyond 2**53 (which other readers of JSON would round).
+Tensors go to tensors.safetensors, the tree around them to state.json. A value that JSON cannot express becomes an
+object with one key that begins with `$`: a tensor's name, a tuple, bytes, a dict with keys other than strings, a float
+that is not finite, an integer beyond 2**53 (which other readers of JSON would round).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge.checkpoint.weights import read_json, read_safetensors
+from smolforge.checkpoint.weights import read_json, read_safetensors, write_safetensors
 from smolforge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,12 +38,10 @@ def save_state(directory: Path, tree: Any) -> None:
     Raises:
         TypeError: a value of another type, named by its path in the tree.
     """
-    from safetensors.torch import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     writer = _Writer()
     encoded = {"format": _FORMAT, "tree": writer.encode(tree, "")}
-    save_file(writer.tensors, directory / TENSORS)
+    write_safetensors(directory / TENSORS, writer.tensors)
     (directory / TREE).write_text(json.dumps(encoded, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,19 +1,19 @@
-"""Reading safetensors that nobody vouches for.
+"""Read untrusted safetensors files, and JSON beside them.
 
-A header is a promise about the bytes that follow. Before the library maps a file, the promise is checked against
-the size of the file: lengths, offsets, shapes and types must agree, tensors must not overlap and must fill the
-file. So a forged header cannot make us allocate, read outside, or read one tensor's bytes as another's. Tensors
-are views of the mapped file: nothing is copied until it is used. Pickle is never read.
+The safetensors library checks a header before it maps the file: lengths, offsets, shapes and types must agree, and the
+tensors must fill the file without overlap. So a forged header cannot make us allocate, read outside the file, or read
+one tensor's bytes as another's. Tensors are views of the mapped file: nothing is copied until it is used. Pickle is
+never read.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data).
+Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,38 +24,21 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 MAX_JSON_BYTES = 64 << 20
-MAX_DIMENSIONS = 16
 MAX_SHARDS = 10_000
-# Bytes of one element. The types that torch and safetensors both know and that hold whole bytes.
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a safetensors header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of bounded size.
 
     Raises:
-        CheckpointError: missing, too large, no JSON, a key given twice, or no object.
+        CheckpointError: missing, too large, not JSON, not an object, or a key is given twice.
     """
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointError(f"{size:,} bytes are too many for this file", field=str(path))
+            raise CheckpointError(f"is too large for this kind of file: {size:,} bytes", field=str(path))
         return parse_object(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", field=str(path)) from None
@@ -85,77 +68,51 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors that a safetensors file holds, after checking every promise of its header.
+@contextlib.contextmanager
+def _open_safetensors(path: Path, framework: str) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", field=str(path)) from None
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        words = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(
+            f"is damaged or not a safetensors file: {words}", field=str(path), hint="Get the file again."
+        ) from None
+
+
+def check_safetensors(path: Path) -> None:
+    """Read the header of a safetensors file and compare it with the size of the file; nothing is loaded.
 
     Raises:
         CheckpointError: the file is missing, cut, or its header does not fit its size.
     """
-    where = str(path)
-
-    def bad(message: str) -> NoReturn:
-        raise CheckpointError(message, field=where, hint="The file is damaged or was made up; get it again.")
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                bad(f"is cut: {size} bytes hold no safetensors header")
-            length = int.from_bytes(prefix, "little")
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                bad(f"its header claims {length:,} bytes, but the file has {size:,}")
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", field=where) from None
-    header = parse_object(raw, f"{where}: header")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(name, value, bad) for name, value in header.items()}
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            what = "overlaps another tensor" if entry.begin < position else "leaves a hole before it"
-            bad(f"tensor {name!r} {what} (it begins at {entry.begin:,}, expected {position:,})")
-        position = entry.end
-    if position != size - 8 - length:
-        bad(f"holds {size - 8 - length:,} bytes of tensors, but its header describes {position:,}")
-    return entries
-
-
-def _entry(name: str, value: Any, bad: Any) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        bad(f"tensor {name!r} needs dtype, shape and data_offsets in the header")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        bad(f"tensor {name!r} has the type {dtype!r}; known: {', '.join(ITEM_BYTES)}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        bad(f"tensor {name!r} has the shape {shape!r}")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        bad(f"tensor {name!r} has the offsets {offsets!r}")
-    needed = math.prod(shape) * ITEM_BYTES[dtype]
-    if offsets[1] - offsets[0] != needed:
-        bad(f"tensor {name!r} of {dtype} {shape} needs {needed:,} bytes, but has {offsets[1] - offsets[0]:,}")
-    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+    with _open_safetensors(path, "numpy"):
+        pass
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one checked file, as views of the mapped file on the CPU.
+    """The tensors of one file by name, as views of the mapped file on the CPU.
 
     Raises:
-        CheckpointError: the file does not pass `read_header`.
+        CheckpointError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    with _open_safetensors(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
 
-    names = read_header(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"cannot be read: {error}", field=str(path)) from None
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file, which whoever may read other new files of this process may read."""
+    from safetensors.torch import save_file
+
+    # The library makes files that only their owner may read (0600). One made by open() has the mode that umask says.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -175,7 +132,7 @@ def weight_files(directory: Path) -> list[Path]:
     for name in names:
         if not is_plain_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{name!r} is no shard of this directory", field=f"{index}: weight_map",
+                f"{name!r} is not a shard of this directory", field=f"{index}: weight_map",
                 hint="Only plain names of .safetensors files inside the directory are read.",
             )  # fmt: skip
         if not (directory / name).is_file():

@@ -47,7 +47,7 @@ def _which(args: argparse.Namespace) -> int:
         raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     config = configuration.build_config(str(run.config_path))
-    newest = commit.newest_whole(run.checkpoints_path, say)
+    newest = commit.newest_whole(run.checkpoints_path)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
     corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache")
     # The nearest cursor at or before the step saves replaying the run from its beginning.

@@ -90,7 +90,7 @@ def _checkpoint(args: argparse.Namespace) -> Outcome:
     from smolforge.checkpoint.locate import resolve_model
     from smolforge.export.plain import copy_model
 
-    copy_model(resolve_model(args.model, say=_say), out)
+    copy_model(resolve_model(args.model), out)
     return {"to": "checkpoint", "path": str(out)}, [f"{out}: the model without training state"]
 
 

@@ -80,7 +80,7 @@ def export_gguf(
     if kind not in KINDS:
         raise unknown("kind of GGUF", kind, KINDS, field="quantize")
     gguf = _library()
-    directory = resolve_model(model, say=say)
+    directory = resolve_model(model)
     config = read_config(directory)
     llama_cpp_name = architecture_of(config).gguf
     if llama_cpp_name is None:

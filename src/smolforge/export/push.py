@@ -61,7 +61,7 @@ def push(
     """
     if not _REPO.match(repo) or len(repo) > 96:
         raise BadInput(f"{repo!r} is no name of a repository", field="out", hint="Write OWNER/NAME.")
-    directory = resolve_model(model, say=say)
+    directory = resolve_model(model)
     paths = model_files(directory)
     found = Pushed(repo, [(path.name, path.stat().st_size) for path in paths], _notes(directory))
     if dry_run:

@@ -48,7 +48,7 @@ def export_space(
         CheckpointError: the model cannot be used.
         RunFailed: no room on the disk.
     """
-    out, directory = Path(out), resolve_model(model, say=say)
+    out, directory = Path(out), resolve_model(model)
     title = title or name_of(model)
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     with fresh_directory(out, needed=weights) as beside:

@@ -82,7 +82,7 @@ def _open(
             setup.move_aside(run, console.say)
         run.check_place()
     ranks.barrier()
-    newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path, console.say) if ranks.is_main else None)
+    newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
     config = setup.adopt_init(setup.resolve_config(request, run, newest), newest)
     config = plan.resolve_batch(config, device)
     if ranks.is_main:
