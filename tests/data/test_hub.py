@@ -14,7 +14,7 @@ import pytest
 from data.conftest import Logged, batches, digests, jsonl, named, parquet
 from faults.server import Drop, FaultServer, Status, as_hub, every, first
 from smolforge.data import Corpus, Network
-from smolforge.data.cards import inside, pattern_regex, training_patterns
+from smolforge.data.sources.hub import inside, pattern_regex, training_patterns
 from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
 
 CARD = b"""---
@@ -94,14 +94,14 @@ def test_a_dataset_is_resolved_to_the_files_of_a_commit(
     ("spec", "said"),
     [
         ("owner/set:nothing", "no configuration and no folder 'nothing'(.|\n)*cosmo, one"),
-        ("owner/set:escape", "no path inside it"),
+        ("owner/set:escape", "not a path inside it"),
         ("owner/none:cosmo", "no dataset 'owner/none'(.|\n)*HF_TOKEN"),
         ("owner/set@nix:cosmo", "no revision 'nix'"),
         ("hf://datasets/owner/set/nix.parquet", "has no 'nix.parquet'"),
         ("hf://datasets/owner/set/README.md", "unknown ending"),
         ("hf://datasets/owner/set/nix/*.parquet", "matches no file"),
-        ("hf://models/owner/set", "names no dataset"),
-        ("hf://datasets/-owner-/set--x/a.parquet", "names no dataset"),
+        ("hf://models/owner/set", "does not name a dataset"),
+        ("hf://datasets/-owner-/set--x/a.parquet", "does not name a dataset"),
     ],
 )
 def test_what_is_not_there_is_said(opened: Any, network: Network, hub: FaultServer, spec: str, said: str) -> None:
@@ -236,13 +236,13 @@ def test_the_client_honours_its_environment(hub: FaultServer, tmp_path: Path) ->
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a\\b", "a\nb", "http://evil/x", "a/.."])
 def test_paths_that_leave_the_dataset_are_refused(path: str) -> None:
-    with pytest.raises(DataError, match="no path inside"):
+    with pytest.raises(DataError, match="not a path inside"):
         inside(path)
 
 
 def test_a_listing_with_a_path_that_leaves_is_refused(opened: Any, network: Network, hub: FaultServer) -> None:
     hub.push("owner/evil", {"cosmo/../../train.parquet": b"x"})
-    with pytest.raises(DataError, match="no path inside"):
+    with pytest.raises(DataError, match="not a path inside"):
         opened("owner/evil:cosmo", network=network)
 
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge.data.order import MAX_SLICE_BYTES, MAX_SLICE_ROWS, Order, RowRange, cut, permutation
+from smolforge.data.order import MAX_RANGE_BYTES, MAX_RANGE_ROWS, Order, RowRange, permutation, split_into_ranges
 
 GROUPS = st.lists(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10**9)), max_size=6), min_size=1, max_size=5)
 
 
 @given(GROUPS, st.integers(1, 20))
-def test_slices_cover_every_row_once_and_are_bounded(groups: list[list[tuple[int, int]]], lanes: int) -> None:
-    slices = cut(groups, lanes)
-    rows = [(s.shard, s.group, s.start + i) for s in slices for i in range(s.rows)]
+def test_ranges_cover_every_row_once_and_are_bounded(groups: list[list[tuple[int, int]]], lanes: int) -> None:
+    ranges = split_into_ranges(groups, lanes)
+    rows = [(s.shard, s.group, s.start + i) for s in ranges for i in range(s.rows)]
     expected = [(s, g, r) for s, gs in enumerate(groups) for g, (n, _) in enumerate(gs) for r in range(n)]
     assert rows == expected
     total = len(expected)
-    assert len(slices) >= min(total, 2 * lanes)
-    for piece in slices:
+    assert len(ranges) >= min(total, 2 * lanes)
+    for piece in ranges:
         assert piece.rows > 0
-        assert piece.bytes <= MAX_SLICE_BYTES + piece.bytes / piece.rows + 1  # cut between rows: one more at most
+        assert piece.bytes <= MAX_RANGE_BYTES + piece.bytes / piece.rows + 1  # cut between rows: one more at most
 
 
-def test_huge_row_groups_are_cut() -> None:
-    assert {s.rows for s in cut([[(3 * MAX_SLICE_ROWS, 1)]], 1)} == {MAX_SLICE_ROWS}
-    assert len(cut([[(1000, 10 * MAX_SLICE_BYTES)]], 1)) == 10
+def test_huge_row_groups_are_split_into_ranges() -> None:
+    assert {s.rows for s in split_into_ranges([[(3 * MAX_RANGE_ROWS, 1)]], 1)} == {MAX_RANGE_ROWS}
+    assert len(split_into_ranges([[(1000, 10 * MAX_RANGE_BYTES)]], 1)) == 10
 
 
 @given(st.integers(0, 200), st.integers(0, 2**62), st.integers(0, 100))
@@ -48,7 +48,7 @@ PINNED = [9, 3, 5, 8, 2, 1, 7, 6, 0, 4]
 
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
-def test_each_slice_comes_once_per_epoch_over_all_lanes(n: int, lanes: int, seed: int, epochs: int) -> None:
+def test_each_range_comes_once_per_epoch_over_all_lanes(n: int, lanes: int, seed: int, epochs: int) -> None:
     order = Order([RowRange(0, i, 0, 3, 9) for i in range(n)], seed=seed, source=0, lanes=lanes)
     seen = []
     for lane in range(lanes):
@@ -59,7 +59,7 @@ def test_each_slice_comes_once_per_epoch_over_all_lanes(n: int, lanes: int, seed
     assert sorted(seen) == [(epoch, i) for epoch in range(epochs) for i in range(n)]
 
 
-def test_every_lane_gets_text_even_from_one_slice() -> None:
+def test_every_lane_gets_text_even_from_one_range() -> None:
     order = Order([RowRange(0, 0, 0, 1, 9)], seed=0, source=0, lanes=8)
     assert [order.place(lane, 0) for lane in range(8)] == [(lane, 0) for lane in range(8)]
 

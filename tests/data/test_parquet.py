@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -12,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.conftest import batches, digests, named, parquet
+from data.conftest import batches, configured, digests, named, parquet
 from faults.server import FaultServer
-from smolforge.data import Network
+from smolforge.data import Corpus, Network
 from smolforge.data.readers import parquet as reader
-from smolforge.data.readers.footer import BadFooter, column_chunks
+from smolforge.data.readers.parquet import BadFooter, column_chunks
 from smolforge.errors import DataError
 
 
@@ -60,11 +61,20 @@ def test_the_footer_reader_agrees_with_pyarrow(
         if chunk.has_dictionary_page:
             start = min(start, chunk.dictionary_page_offset)
         expected.append((meta.row_group(g).num_rows, chunk.total_uncompressed_size, start, chunk.total_compressed_size))
-    found = column_chunks(footer_of(sink.getvalue()), "text")
-    assert found is not None
+    place = sum(LEAVES[name] for name in order[: order.index("text")])
+    assert place == leaf
+    found = column_chunks(footer_of(sink.getvalue()), leaf, len(meta.schema))
     assert [tuple(chunk) for chunk in found] == expected
-    assert column_chunks(footer_of(sink.getvalue()), "nothing") is None
-    assert column_chunks(footer_of(sink.getvalue()), "deep") is None
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.parquet")
+        path.write_bytes(sink.getvalue())
+        if rows:
+            with Corpus.open(configured(path)) as corpus:
+                groups = corpus.index["sources"][0]["shards"][0]["groups"]
+            assert [tuple(group) for group in groups] == expected
+            for name in ("nothing", "deep"):
+                with pytest.raises(DataError, match="no column"), Corpus.open(configured(path, text_column=name)):
+                    pass
 
 
 @settings(max_examples=300, derandomize=True)
@@ -75,11 +85,11 @@ def test_the_footer_reader_refuses_noise(noise: bytes, data: st.DataObject) -> N
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     for content in (noise, bytes(good[: data.draw(st.integers(0, len(good)))]), bytes(good)):
         try:
-            chunks = column_chunks(content, "text")
+            chunks = column_chunks(content, 1, 2)
         except BadFooter as error:
             assert str(error)
         else:
-            assert chunks is None or len(chunks) <= len(content)
+            assert len(chunks) <= len(content)
 
 
 def _footer() -> bytes:
@@ -89,6 +99,7 @@ def _footer() -> bytes:
 
 
 FOOTER = _footer()
+LEAVES = {"text": 1, "number": 1, "nested": 2, "list": 1, "raw": 1}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,7 @@ FOOTER = _footer()
 )
 def test_sizes_are_checked_before_anything_is_made(bomb: bytes) -> None:
     with pytest.raises(BadFooter):
-        column_chunks(bomb, "text")
+        column_chunks(bomb, 0, 1)
 
 
 def test_the_footer_that_aborted_the_process_is_an_error(opened: Any, tmp_path: Path) -> None:
@@ -137,9 +148,9 @@ def test_a_large_row_group_is_cut_and_its_chunk_streamed(
         data_page_size=20_000,
         write_batch_size=20,
     )
-    monkeypatch.setattr("smolforge.data.order.MAX_SLICE_BYTES", 100_000)
+    monkeypatch.setattr("smolforge.data.order.MAX_RANGE_BYTES", 100_000)
     truth = digests(batches(opened(path, lanes=1), 40))
-    assert len(opened(path, lanes=1).order(0).slices) > 9
+    assert len(opened(path, lanes=1).order(0).ranges) > 9
     monkeypatch.setattr(reader, "SHARED_GROUP", 0)  # nothing is shared: each slice is read by itself
     assert digests(batches(opened(path, lanes=1), 40)) == truth
     monkeypatch.setattr(reader, "MAX_HELD_CHUNK", 0)
@@ -147,7 +158,7 @@ def test_a_large_row_group_is_cut_and_its_chunk_streamed(
     server.files["a.parquet"] = path.read_bytes()
     corpus = opened(server.url("a.parquet"), network=network, cache=0, lanes=1)
     server.reset()
-    first = corpus.order(0).slices[0]
+    first = corpus.order(0).ranges[0]
     assert corpus.read(0, first).take([0, first.rows - 1])[0].text == texts[0]
     assert server.sent < path.stat().st_size / 4  # it stopped where the slice ends
     assert digests(batches(corpus, 40)) == truth

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.conftest import batches, digests, jsonl, named, parquet
-from smolforge.data.readers.txt import PIECE, first_piece, pieces, pieces_of_file
+from smolforge.data.readers.text import PIECE, first_piece, pieces, pieces_of_file
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
 TEXTS = named(30)
@@ -134,10 +134,10 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "footer of noise": (write("noise.parquet", good[:-400] + b"\0" * 392 + good[-8:]), "damaged"),
         "latin-1 txt": (write("latin.txt", b"caf\xe9 is not utf-8"), "0xe9 at offset 3"),
         "latin-1 jsonl": (write("latin.jsonl", line + b'{"text": "caf\xe9"}\n'), f"offset {len(line) + 13}"),
-        "no JSON": (write("no.jsonl", b"hello\n"), "no JSON"),
-        "a list": (write("list.jsonl", b"[1]\n"), "no JSON object but list"),
+        "no JSON": (write("no.jsonl", b"hello\n"), "no.jsonl, first line is not valid JSON"),
+        "a list": (write("list.jsonl", b"[1]\n"), "not a JSON object but list"),
         "no column": (write("other.jsonl", b'{"content": "x", "id": 1}\n'), "It has: 'content', 'id'"),
-        "no text": (write("number.jsonl", b'{"text": 3}\n'), "no text but int"),
+        "no text": (write("number.jsonl", b'{"text": 3}\n'), "not text but int"),
         "blank lines": (write("blank.jsonl", b"\n\n"), "no documents"),
         "cut gz": (write("cut.jsonl.gz", gzip.compress(line * 99)[:-12]), "damaged"),
         "no gz": (write("no.jsonl.gz", b"hello there"), "damaged"),
@@ -158,7 +158,7 @@ def test_parquet_without_the_text_column_names_those_it_has(opened: Any, tmp_pat
     pq.write_table(pa.table({"content": ["a"], "score": [1.0]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column 'text'(.|\n)*'content', 'score'"):
         opened(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="is no text but double"):
+    with pytest.raises(DataError, match="is not text but double"):
         opened(tmp_path / "a.parquet", text_column="score")
     assert texts(opened(tmp_path / "a.parquet", text_column="content")) == ["a"]
 
@@ -167,7 +167,7 @@ def test_a_bad_line_deep_in_a_file_is_named_when_it_is_read(opened: Any, tmp_pat
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     path.write_text(path.read_text() + '{"txet": "x"}\n')
     for workers in (0, 2):
-        with pytest.raises(DataError, match=r"a.jsonl, row group 0, row 30 has no column 'text'"):
+        with pytest.raises(DataError, match=r"a.jsonl, line 31 has no column 'text'"):
             batches(opened(path, workers=workers), 999)
 
 
@@ -236,7 +236,7 @@ def test_a_changed_source_is_named_with_what_changed(opened: Any, tmp_path: Path
     path.write_bytes(content)  # the same bytes again, another time of change
     assert opened(folder, index=index).index == index
     jsonl(folder / "c.jsonl", ["new"])
-    refused("c.jsonl is not there when the run began")
+    refused("c.jsonl is not in the index that the run started with")
     (folder / "c.jsonl").unlink()
     (folder / "a.parquet").unlink()
     refused("a.parquet is no longer there")

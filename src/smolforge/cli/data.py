@@ -35,7 +35,7 @@ def _which(args: argparse.Namespace) -> int:
     from smolforge import config as configuration
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
-    from smolforge.data import Corpus, which
+    from smolforge.data import Corpus, documents_of_step
     from smolforge.errors import BadInput
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def _which(args: argparse.Namespace) -> int:
     for a, b in sorted(skip):
         if (cursor["step"] if cursor else 0) <= a <= address:
             address += b - a
-    documents = which(
+    documents = documents_of_step(
         corpus, Tokenizer.from_pretrained(source), cursor, address,
         sequences_per_step=config.sequences_per_step, skip_steps=skip,
     )  # fmt: skip

@@ -1,11 +1,23 @@
-"""The stream: from a word for a source to batches with an address.
+"""The data pipeline: from a source name to batches that a step number identifies.
 
-    source -> index -> order -> packing -> loader
-    sources/   index    order    packing    loader      where text is, what is in it, who reads it when,
-    readers/          cursor                          windows of tokens, batches of windows
+A source (SRC) is resolved to shards, whose row groups are listed once in an index. The order of the row groups, and of
+the rows in them, is a pure function of the seed; it is dealt to a fixed number of lanes. A lane tokenizes its
+documents, joins them with EOS and cuts windows of L+1 tokens; a batch takes the next window of each lane whose turn it
+is. So the batch of step N depends on the sources, the tokenizer, the seed and the cursor alone: threads, prefetch and
+the number of ranks decide when something is read, never what is read. To resume is to seek to a cursor.
 
-The batch of step N is a pure function of the sources, the tokenizer, the seed and the cursor. Threads, prefetch
-and the number of ranks decide when something is read, never what comes out.
+    corpus.py     the sources of a configuration, opened and readable by address
+    sources/      from SRC to shards: local files, URLs, the Hub
+    readers/      from a shard to rows of text: parquet, jsonl, txt
+    index.py      every shard and row group, with a hash of the whole
+    order.py      which rows each lane reads, epoch by epoch
+    document.py   a document, its address, and which documents are held out
+    packing.py    one lane: tokenize, join, cut windows
+    cursor.py     the position of every lane
+    loader.py     batches from the lanes, made ahead in threads; which documents fed a step
+    fetch.py      ranges over the network, with retries
+    cache.py      what is kept on disk and in memory
+    bench.py      `smolforge bench data`
 """
 
 from __future__ import annotations
@@ -17,9 +29,8 @@ if TYPE_CHECKING:
     from smolforge.data.corpus import Corpus
     from smolforge.data.cursor import merge_cursors
     from smolforge.data.document import Address, Document
-    from smolforge.data.loader import Batch, Loader, data_digest
-    from smolforge.data.network import Network
-    from smolforge.data.replay import which
+    from smolforge.data.fetch import Network
+    from smolforge.data.loader import Batch, Loader, data_digest, documents_of_step
 
 _WHERE = {
     "Address": "document",
@@ -27,10 +38,10 @@ _WHERE = {
     "Corpus": "corpus",
     "Document": "document",
     "Loader": "loader",
-    "Network": "network",
+    "Network": "fetch",
     "data_digest": "loader",
+    "documents_of_step": "loader",
     "merge_cursors": "cursor",
-    "which": "replay",
 }
 __all__ = [
     "Address",
@@ -40,8 +51,8 @@ __all__ = [
     "Loader",
     "Network",
     "data_digest",
+    "documents_of_step",
     "merge_cursors",
-    "which",
 ]
 
 

@@ -1,24 +1,37 @@
-"""The cache on disk: fetched ranges and whole plain files, bounded in bytes, the least recently used dropped first.
+"""Keep bytes: on disk what was fetched or decompressed, in memory what is fetched ahead or costly to make again.
 
-Everything is named by a hash, so nothing outside decides a path here. Each file is written beside and renamed,
-and a range begins with a hash of itself, so what a crash or another process left torn is fetched again. With the
-cache turned off (`data.cache=0`) ranges are not kept, and whole files go to a temporary folder of this process.
+Cache       folder of fetched ranges and whole files, bounded in bytes, the least recently used removed first
+ReadAhead   ranges fetched before they are needed, within a bound
+LRUCache    objects in memory, each made once
 """
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import hashlib
+import lzma
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from smolforge.errors import DataError, RunFailed
+from smolforge.errors import DataError, RunFailed, SmolforgeError
 
-SCRATCH_LIMIT = 16 << 30  # for whole files while the cache is off
+T = TypeVar("T")
+
+SCRATCH_LIMIT = 16 << 30  # bytes of whole files while the cache is off
 TRIM_EVERY = 64 << 20  # bytes written between two looks at the whole folder
+READ_AHEAD_THREADS = 4
+BLOCK = 1 << 20
+ZSTD_WINDOW = 128 << 20  # largest window that is allocated
 
 
 def default_directory() -> Path:
@@ -31,10 +44,14 @@ def default_directory() -> Path:
 
 
 class Cache:
-    """A bounded folder of bytes.
+    """A bounded folder of bytes, safe for several threads and processes.
+
+    Files are named by a hash of their key, so nothing outside decides a path. Each is written to a temporary file and
+    renamed, and a range starts with a hash of itself, so what a crash left torn is fetched again. With the cache off
+    ranges are not kept, and whole files go to a temporary folder of this process.
 
     Args:
-        directory: where it lies; made when first written to.
+        directory: the cache's folder; made when first written to.
         limit: bytes it may hold; 0 turns it off.
     """
 
@@ -42,7 +59,7 @@ class Cache:
         self.directory = (directory or default_directory()) / "data"
         self.limit = limit
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._pinned: set[Path] = set()
+        self._in_use: set[Path] = set()  # whole files that this process reads
         self._lock = threading.Lock()
         self._since_trim = 0
 
@@ -53,22 +70,20 @@ class Cache:
         path = self._path(key, "range")
         try:
             data = path.read_bytes()
+            os.utime(path)
         except OSError:
             return None
         if hashlib.blake2b(data[16:], digest_size=16).digest() != data[:16]:
-            path.unlink(missing_ok=True)
+            self.drop_range(key)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)
         return data[16:]
 
     def keep_range(self, key: str, data: bytes) -> None:
-        """Keep bytes under `key`; a disk that is full is no reason to stop."""
-        if not self.limit or len(data) + 16 > self.limit:
-            return
-        with contextlib.suppress(OSError):
-            self._write(self._path(key, "range"), [hashlib.blake2b(data, digest_size=16).digest(), data], None, "")
-            self._trim(len(data))
+        """Keep bytes under `key`; a full disk is ignored."""
+        if self.limit and len(data) + 16 <= self.limit:
+            with contextlib.suppress(OSError):
+                self._write(self._path(key, "range"), [hashlib.blake2b(data, digest_size=16).digest(), data], None, "")
+                self._trim(len(data))
 
     def drop_range(self, key: str) -> None:
         """Forget the bytes under `key`."""
@@ -76,7 +91,7 @@ class Cache:
             self._path(key, "range").unlink(missing_ok=True)
 
     def file(self, key: str, blocks: Iterable[bytes], *, what: str) -> Path:
-        """A plain file with the content of `blocks`, which are asked for only when it is not there yet.
+        """A file with the content of `blocks`, which are iterated only when it is not there yet.
 
         Raises:
             DataError: it would be larger than the cache may be.
@@ -84,15 +99,12 @@ class Cache:
         """
         path = self._path(key, "file")
         with self._lock:
-            self._pinned.add(path)
-        if path.exists():
-            with contextlib.suppress(OSError):
-                os.utime(path)
+            self._in_use.add(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)
             return path
-        bound = self.limit or SCRATCH_LIMIT
         try:
-            size = self._write(path, blocks, bound, what)
-            self._trim(size)
+            self._trim(self._write(path, blocks, self.limit or SCRATCH_LIMIT, what))
         except OSError as error:
             raise RunFailed(
                 f"cannot write {what} to {path.parent}: {error.strerror}",
@@ -101,7 +113,7 @@ class Cache:
         return path
 
     def holds(self, key: str) -> bool:
-        """Whether `file` would answer without asking for blocks."""
+        """Whether `file` would answer without iterating blocks."""
         return self._path(key, "file").exists()
 
     def close(self) -> None:
@@ -109,6 +121,11 @@ class Cache:
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
+
+    def trim(self) -> None:
+        """Remove the least recently used files until the folder is within its bound."""
+        with contextlib.suppress(OSError):
+            self._trim(TRIM_EVERY)
 
     def _path(self, key: str, ending: str) -> Path:
         name = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=20).hexdigest()
@@ -120,6 +137,7 @@ class Cache:
             return Path(self._scratch.name) / f"{name}.{ending}"
 
     def _write(self, path: Path, blocks: Iterable[bytes], bound: int | None, what: str) -> int:
+        # Not through files.py: what a cache loses in a crash is fetched again, so nothing here waits for the disk.
         path.parent.mkdir(parents=True, exist_ok=True)
         size = 0
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
@@ -141,13 +159,8 @@ class Cache:
             raise
         return size
 
-    def trim(self) -> None:
-        """Remove the least recently used files until the folder is within its bound."""
-        with contextlib.suppress(OSError):
-            self._trim(TRIM_EVERY)
-
     def _trim(self, written: int) -> None:
-        """The same, now and then: after every so many bytes written."""
+        """Look at the folder after every so many bytes written."""
         if not self.limit:
             return
         with self._lock:
@@ -155,7 +168,7 @@ class Cache:
             if self._since_trim < min(TRIM_EVERY, self.limit // 8 + 1):
                 return
             self._since_trim = 0
-            pinned = set(self._pinned)
+            in_use = set(self._in_use)
         known = []
         for entry in os.scandir(self.directory):
             with contextlib.suppress(OSError):
@@ -165,7 +178,160 @@ class Cache:
         for _, size, path in sorted(known):
             if total <= self.limit:
                 break
-            if path not in pinned:
+            if path not in in_use:
                 with contextlib.suppress(OSError):
                     path.unlink()
                     total -= size
+
+
+def decompress(path: Path, compression: str) -> Iterator[bytes]:
+    """The plain bytes of a compressed file, in blocks.
+
+    Args:
+        compression: gzip, bz2, xz or zstd, as fsspec infers it from a name.
+
+    Raises:
+        EOFError: the file is damaged or cut short.
+    """
+    with path.open("rb") as file:
+        if compression == "zstd":
+            yield from _decompress_zstd(file)
+            return
+        plain = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression](file)
+        try:
+            while block := plain.read(BLOCK):
+                yield block
+        except (zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's errors have a number, a wrong header has none
+                raise
+            raise EOFError(str(error)) from None
+
+
+def _decompress_zstd(file: BufferedReader) -> Iterator[bytes]:
+    # zstandard's own reader stops after the first frame and takes a cut file for a whole one.
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    try:
+        while file.peek(1):
+            frame = decompressor.decompressobj()
+            while not frame.eof:
+                packed = file.read(4096)  # a megabyte at once may hold gigabytes
+                if not packed:
+                    raise EOFError("the file ends inside a zstd frame")
+                if block := frame.decompress(packed):
+                    yield block
+            file.seek(-len(frame.unused_data), os.SEEK_CUR)
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from None
+
+
+class ReadAhead:
+    """Ranges fetched in threads before they are needed.
+
+    Args:
+        limit: bytes held or on their way at any moment; what does not fit is not started.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._started: dict[Hashable, tuple[Future[bytes], int]] = {}
+        self._held = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    def start(self, key: Hashable, size: int, fetch: Callable[[], bytes]) -> None:
+        """Start to fetch `size` bytes (at most) under `key`, where there is room."""
+        with self._lock:
+            if key in self._started or self._held + size > self.limit:
+                return
+            self._pool = self._pool or ThreadPoolExecutor(READ_AHEAD_THREADS, "smolforge-readahead")
+            self._held += size
+            self._started[key] = (self._pool.submit(fetch), size)
+
+    def take(self, key: Hashable) -> bytes | None:
+        """What was fetched, once; None where it was not started, is still queued, or failed."""
+        with self._lock:
+            entry = self._started.pop(key, None)
+        if entry is None:
+            return None
+        try:
+            return None if entry[0].cancel() else entry[0].result()
+        except SmolforgeError:
+            return None  # the caller fetches it itself and meets the error, if it persists
+        finally:
+            with self._lock:
+                self._held -= entry[1]
+
+    def drop(self, key: Hashable) -> None:
+        """Discard what was started under `key`."""
+        with self._lock:
+            entry = self._started.pop(key, None)
+            if entry is not None:
+                entry[0].cancel()
+                self._held -= entry[1]
+
+    def close(self) -> None:
+        """Start nothing more."""
+        with self._lock:
+            self.limit = -1
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class LRUCache(Generic[T]):
+    """Thread-safe cache with a byte budget; threads that ask for the same key at once wait for one of them to make it.
+
+    Args:
+        limit: sum of the sizes that stay. Something larger is returned but not kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._made: OrderedDict[Hashable, tuple[Future[T], int]] = OrderedDict()
+        self._total = 0
+
+    def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> T:
+        """The value under `key`, made by `make` if it is not there; `size` gives its bytes.
+
+        Raises:
+            Exception: whatever `make` raises, in every thread that waits for it; the next call tries again.
+        """
+        with self._lock:
+            entry = self._made.get(key)
+            mine = entry is None
+            if entry is None:
+                entry = self._made[key] = (Future(), 0)
+            self._made.move_to_end(key)
+        future = entry[0]
+        if not mine:
+            return future.result()
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                self._made.pop(key, None)
+            future.set_exception(error)
+            raise
+        future.set_result(value)
+        with self._lock:
+            self._made[key] = (future, size(value))
+            self._total += self._made[key][1]
+            while self._total > self.limit:
+                oldest = next((k for k, (f, _) in self._made.items() if f.done()), None)
+                if oldest is None:
+                    break
+                self._total -= self._made.pop(oldest)[1]
+        return value
+
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._made
+
+    def drop(self, owner: object) -> None:
+        """Forget the values under keys that start with `owner`."""
+        with self._lock:
+            for key in [k for k, (f, _) in self._made.items() if isinstance(k, tuple) and k[0] is owner and f.done()]:
+                self._total -= self._made.pop(key)[1]

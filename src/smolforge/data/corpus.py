@@ -8,12 +8,12 @@ from typing import Any
 
 from smolforge.config import DataConfig
 from smolforge.data import index as indexing
-from smolforge.data.cache import Cache
-from smolforge.data.document import Address, Document, is_blank, is_held_out
-from smolforge.data.network import Network, is_offline
-from smolforge.data.order import Order, RowRange, cut
-from smolforge.data.readahead import ReadAhead
-from smolforge.data.shard import Context, Rows
+from smolforge.data.cache import Cache, ReadAhead
+from smolforge.data.document import Address, Document, Row, is_blank, is_held_out
+from smolforge.data.fetch import Network, is_offline
+from smolforge.data.order import Order, RowRange, split_into_ranges
+from smolforge.data.readers import Reader
+from smolforge.data.sources import Context, Source
 from smolforge.errors import DataError
 
 
@@ -24,19 +24,21 @@ class Corpus:
         config: the `DataConfig` it was opened with.
         index: JSON-able: every shard and row group of every source, and the hash of all.
         weights: of the sources, in the order of the configuration.
-        remote: whether reading asks the network.
+        remote: whether reading uses the network.
     """
 
-    def __init__(self, config: DataConfig, index: dict[str, Any], opened: list[Any], context: Context) -> None:
+    def __init__(
+        self, config: DataConfig, index: dict[str, Any], opened: list[tuple[Source, list[Reader]]], context: Context
+    ) -> None:
         self.config, self.index, self._context = config, index, context
         self.specs = list(config.sources)
         self.weights = [float(weight) for weight in config.sources.values()]
-        self._formats = [formats for _, formats in opened]
+        self._readers = [readers for _, readers in opened]
         self._entropies = [source.entropy_bits_per_byte for source, _ in opened]
         self.remote = any(shard.remote for source, _ in opened for shard in source.shards)
         self._orders = [
             Order(
-                cut([shard["groups"] for shard in entry["shards"]], config.lanes),
+                split_into_ranges([shard["groups"] for shard in entry["shards"]], config.lanes),
                 seed=config.seed,
                 source=number,
                 lanes=config.lanes,
@@ -62,26 +64,25 @@ class Corpus:
             index: an earlier `data_index.json`; sources are checked against it and not scanned again.
             cache_dir: folder of the cache; `$SMOLFORGE_CACHE` or the user's cache folder unless given.
             offline: use only what is on this machine (also where HF_HUB_OFFLINE is set).
-            network: how the network is asked and waited for; made from the configuration unless given.
+            network: how the network is used and retried; made from the configuration unless given.
 
         Raises:
             DataError: a source is missing, empty, damaged, or not what its name says.
             SourceChanged: a source differs from `index`.
-            SourceUnavailable: the network stayed away for longer than `data.patience`.
+            SourceUnavailable: the network did not answer for longer than `data.patience`.
         """
-        offline = offline or is_offline()
         context = Context(
             column=config.text_column,
             separator=config.separator or None,
             read_ahead=ReadAhead(config.read_ahead),
-            offline=offline,
+            offline=offline or is_offline(),
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
         )
         context.cache.trim()
         try:
             if index is None:
-                index, opened = indexing.build(list(config.sources), context)
+                index, opened = indexing.build_index(list(config.sources), context)
             else:
                 opened = indexing.reopen(index, list(config.sources), context)
         except BaseException:
@@ -128,14 +129,14 @@ class Corpus:
     def documents_of(self, source: int, *, held_out: bool | None = None) -> Iterator[Document]:
         """The documents of one source in canonical order."""
         share = self.config.holdout
-        for piece in self._orders[source].slices:
-            rows = self.read(source, piece)
-            for begin in range(0, piece.rows, 64):
-                numbers = list(range(begin, min(begin + 64, piece.rows)))
+        for part in self._orders[source].ranges:
+            rows = self.read(source, part)
+            for begin in range(0, part.rows, 64):
+                numbers = list(range(begin, min(begin + 64, part.rows)))
                 for number, row in zip(numbers, rows.take(numbers), strict=True):
                     if is_blank(row.text) or (held_out is not None and is_held_out(row.text, share) != held_out):
                         continue
-                    yield Document(*self.address(source, piece, number), row.text)
+                    yield Document(*self.address(source, part, number), row.text)
 
     # -- for lanes
 
@@ -143,23 +144,21 @@ class Corpus:
         """The order of one source."""
         return self._orders[source]
 
-    def read(self, source: int, piece: RowRange) -> Rows:
-        """The rows of a slice, numbered from 0."""
-        format = self._formats[source][piece.shard]
-        rows = format.rows(piece.group, piece.start, piece.rows)
-        return rows if not piece.start else _Shifted(rows, piece.start)
+    def read(self, source: int, part: RowRange) -> RangeRows:
+        """The rows of a range, numbered from 0."""
+        return RangeRows(self._readers[source][part.shard], part)
 
-    def ahead(self, source: int, lane: int, k: int) -> None:
-        """Begin to fetch a lane's k-th slice, where the bound on read-ahead leaves room."""
+    def read_ahead(self, source: int, lane: int, k: int) -> None:
+        """Start to fetch a lane's k-th range, where the bound on read-ahead leaves room."""
         if self.remote:
             order = self._orders[source]
-            piece = order.slices[order.place(lane, k)[1]]
-            self._formats[source][piece.shard].ahead(piece.group)
+            part = order.ranges[order.place(lane, k)[1]]
+            self._readers[source][part.shard].read_ahead(part.group)
 
-    def address(self, source: int, piece: RowRange, row: int) -> Address:
-        """Address of a row of a slice."""
-        file = self._formats[source][piece.shard].shard.name
-        return Address(self.specs[source], file, piece.group, piece.start + row)
+    def address(self, source: int, part: RowRange, row: int) -> Address:
+        """Address of a row of a range."""
+        file = self._readers[source][part.shard].shard.name
+        return Address(self.specs[source], file, part.group, part.start + row)
 
     def check_trainable(self, source: int) -> None:
         """Make sure that a source has a document to train on.
@@ -180,10 +179,10 @@ class Corpus:
         self._trainable.add(source)
 
     def close(self) -> None:
-        """Let go of files, connections and temporary folders."""
-        for formats in self._formats:
-            for format in formats:
-                format.close()
+        """Release files, connections and temporary folders."""
+        for readers in self._readers:
+            for reader in readers:
+                reader.close()
         self._context.network.close()
         self._context.read_ahead.close()
         self._context.cache.close()
@@ -195,9 +194,13 @@ class Corpus:
         self.close()
 
 
-class _Shifted:
-    def __init__(self, rows: Rows, start: int) -> None:
-        self.rows, self.start = rows, start
+class RangeRows:
+    """The rows of a range, numbered from 0; decoded when made."""
 
-    def take(self, rows: Any) -> Any:
-        return self.rows.take([row + self.start for row in rows])
+    def __init__(self, reader: Reader, part: RowRange) -> None:
+        self.start = part.start
+        self.rows = reader.rows(part.group, part.start, part.rows)
+
+    def take(self, rows: list[int]) -> list[Row]:
+        """The rows with these numbers, in the order asked."""
+        return self.rows.take([self.start + row for row in rows])

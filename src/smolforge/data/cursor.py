@@ -1,8 +1,8 @@
-"""The cursor: where every lane stands, in integers only.
+"""The cursor: the position of every lane, in integers only.
 
 A lane's stream of one source is a concatenation of documents, cut into windows; between two windows at most one
-document is open. So the lane's state is, for each source: k (the lane's k-th slice), the row in its permuted
-order, how many tokens of that row's document were given out, and the tokens drawn in all. No token is stored.
+document is open. So the lane's state is, for each source: k (the lane's k-th range), the row in its permuted order, how
+many tokens of that row's document were used, and the tokens drawn in all. No token is stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass
 class Position:
-    """Where a lane stands in one source."""
+    """Position of a lane in one source."""
 
     k: int = 0
     row: int = 0
@@ -28,12 +28,12 @@ class Position:
 
 @dataclass
 class LaneCursor:
-    """Where one lane stands in every source."""
+    """Position of one lane in every source."""
 
     positions: list[Position]
 
     def to_json(self) -> list[list[int]]:
-        """As it lies in a checkpoint."""
+        """As a checkpoint keeps it."""
         return [[p.k, p.row, p.offset, p.drawn] for p in self.positions]
 
     @classmethod
@@ -42,11 +42,11 @@ class LaneCursor:
         return cls([Position() for _ in range(sources)])
 
     @classmethod
-    def of_json(cls, value: Any, sources: int) -> LaneCursor:
+    def from_json(cls, value: Any, sources: int) -> LaneCursor:
         """Read and check what `to_json` wrote.
 
         Raises:
-            CheckpointError: it is no lane's cursor, or one over another number of sources.
+            CheckpointError: it is not a lane's cursor, or has another number of sources.
         """
         try:
             positions = [Position(*(_count(n) for n in numbers)) for numbers in value]
@@ -54,16 +54,16 @@ class LaneCursor:
             raise CheckpointError(f"the data cursor is damaged: {error}") from None
         if len(positions) != sources:
             raise CheckpointError(
-                f"the data cursor knows {len(positions)} sources, the configuration {sources}",
+                f"the data cursor has {len(positions)} sources, the configuration {sources}",
                 field="data.sources",
-                hint="A run goes on with the sources it began with.",
+                hint="A run continues with the sources it started with.",
             )
         return cls(positions)
 
 
 @dataclass
 class Cursor:
-    """Where a run (or one rank's share of it) stands: the step it resumes at and its lanes."""
+    """Position of a run (or of one rank's lanes): the step it resumes at and its lanes."""
 
     step: int
     index: str
@@ -72,7 +72,7 @@ class Cursor:
     lanes: dict[int, LaneCursor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON-able face: what a checkpoint keeps."""
+        """As a checkpoint keeps it: JSON-able."""
         return {
             "version": VERSION,
             "step": self.step,
@@ -83,7 +83,7 @@ class Cursor:
         }
 
     @classmethod
-    def of_json(cls, value: Any, *, index: str, seed: int, lane_count: int, sources: int) -> Cursor:
+    def from_json(cls, value: Any, *, index: str, seed: int, lane_count: int, sources: int) -> Cursor:
         """Read a cursor and check that it belongs to this stream.
 
         Raises:
@@ -93,7 +93,7 @@ class Cursor:
             if value["version"] != VERSION:
                 raise ValueError(f"version {value['version']!r}")
             step = _count(value["step"])
-            lanes = {int(lane): LaneCursor.of_json(state, sources) for lane, state in value["lanes"].items()}
+            lanes = {int(lane): LaneCursor.from_json(state, sources) for lane, state in value["lanes"].items()}
             recorded = (value["index"], value["seed"], value["lane_count"])
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the data cursor is damaged: {error!r}") from None
@@ -104,7 +104,7 @@ class Cursor:
                 raise CheckpointError(
                     f"the cursor was made with {was!r}, the stream has {now!r}",
                     field=name,
-                    hint="A run goes on with the data, seed and lanes it began with; start a new run to change them.",
+                    hint="A run continues with the data, seed and lanes it started with; a new run may change them.",
                 )
         if not set(lanes) <= set(range(lane_count)):
             raise CheckpointError(f"the data cursor is damaged: lanes {sorted(lanes)} of {lane_count}")
@@ -134,5 +134,5 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a whole number in range")
     return value

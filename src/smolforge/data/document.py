@@ -1,7 +1,7 @@
 """A document and its address, and the rule that decides which documents training never sees.
 
-The rule is a hash of the text alone: it gives the same answer in any order, on any rank, for any seed, and two
-equal texts always share their fate, so a held-out document cannot leak into training through a duplicate.
+The rule is a hash of the text alone: it gives the same answer in any order, on any rank, for any seed, and identical
+texts always land on the same side, so a held-out document cannot leak into training through a duplicate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Address(NamedTuple):
-    """Where a document lies: source as configured, file in it, row group of the file, row of the group."""
+    """Where a document is: source as configured, file in it, row group of the file, row of the group."""
 
     source: str
     file: str
@@ -21,7 +21,7 @@ class Address(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a shard as its reader gives it. `ends` is False for a piece whose document goes on."""
+    """One row of a shard as its reader gives it. `ends` is False where its document continues in the next row."""
 
     text: str
     ends: bool = True
@@ -44,7 +44,7 @@ class Document:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a document says nothing; such documents are passed over everywhere."""
+    """Whether a document has only white space; such documents are passed over everywhere."""
     return not text or text.isspace()
 
 

@@ -1,7 +1,7 @@
 """The index: every shard and row group of every source, resolved to a revision, with a hash of the whole.
 
-`data_index.json` of a run. The hash covers what decides the stream (which shards, what is in them, how they are
-read) and not what a shard is called by this user on this machine, so a moved folder is still the same corpus.
+It is kept as `data_index.json` of a run. The hash covers what decides the stream (which shards, what is in them, how
+they are read) but not the names of the shards, so a moved folder is still the same corpus.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from smolforge.data import sources
-from smolforge.data.readers import reader
-from smolforge.data.shard import Context, Format, Shard, Source
+from smolforge.data.readers import Reader, open_reader
+from smolforge.data.sources import Context, Source, resolve_source
 from smolforge.errors import DataError, SourceChanged
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-THREADS = 8  # shards looked at side by side
-TELL_EVERY = 50
-_NEW_RUN = "A run goes on with the data it began with; put it back, or start a new run."
+THREADS = 8  # shards scanned at the same time
+LOG_EVERY = 50  # shards
+_NEW_RUN = "A run continues with the data it started with: restore it, or start a new run."
 
 
-def build(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[tuple[Source, list[Format]]]]:
+def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[tuple[Source, list[Reader]]]]:
     """Resolve and scan all sources.
 
     Returns:
@@ -34,13 +33,13 @@ def build(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[
 
     Raises:
         DataError: a source is missing, empty, damaged, or not what its name says.
-        SourceUnavailable: the network stayed away.
+        SourceUnavailable: the network did not answer.
     """
     entries, opened = [], []
     for spec in specs:
-        source = sources.resolve(spec, context)
-        formats = [reader(shard, context) for shard in source.shards]
-        described = _scan(source, formats)
+        source = resolve_source(spec, context)
+        readers = [open_reader(shard, context) for shard in source.shards]
+        described = _scan(source, readers)
         entry = {
             "source": spec,
             "kind": source.kind,
@@ -53,13 +52,13 @@ def build(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[
         if not entry["rows"]:
             raise DataError(f"{spec} holds no documents", field="data.sources")
         entries.append(entry)
-        opened.append((source, formats))
+        opened.append((source, readers))
     index: dict[str, Any] = {"version": VERSION, "sources": entries}
     index["hash"] = digest(index)
     return index, opened
 
 
-def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> list[tuple[Source, list[Format]]]:
+def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> list[tuple[Source, list[Reader]]]:
     """The sources of an earlier index, checked against it but not scanned again.
 
     Raises:
@@ -70,7 +69,7 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
     entries = index["sources"]
     if len(entries) != len(specs):
         raise SourceChanged(
-            f"the run began with {len(entries)} sources ({', '.join(e['source'] for e in entries)}), "
+            f"the run started with {len(entries)} sources ({', '.join(e['source'] for e in entries)}), "
             f"the configuration has {len(specs)}",
             field="data.sources",
             hint=_NEW_RUN,
@@ -80,26 +79,25 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
         for key, now in (("column", context.column), ("separator", context.separator)):
             if entry[key] != now:
                 raise SourceChanged(f"{spec}: the {key} was {entry[key]!r} and is {now!r}", hint=_NEW_RUN)
-        source = sources.resolve(spec, context, entry)
+        source = resolve_source(spec, context, entry)
         if (source.kind, source.revision) != (entry["kind"], entry["revision"]):
             raise SourceChanged(
                 f"{spec} was {entry['kind']} at {entry['revision']} and is {source.kind} at {source.revision}",
                 field="data.sources",
                 hint=_NEW_RUN,
             )
-        formats = _match(spec, source, entry["shards"], context)
-        opened.append((source, formats))
+        readers = _match(spec, source, entry["shards"], context)
+        opened.append((source, readers))
     return opened
 
 
-def _scan(source: Source, formats: list[Format]) -> list[dict[str, Any]]:
-    count = len(formats)
-    told = 0
+def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
+    count = len(readers)
 
-    def one(format: Format) -> dict[str, Any]:
-        groups = format.scan()
-        format.use(groups)
-        shard = format.shard
+    def one(reader: Reader) -> dict[str, Any]:
+        groups = reader.scan()
+        reader.use(groups)
+        shard = reader.shard
         return {
             "file": shard.name,
             "size": shard.size,
@@ -110,13 +108,12 @@ def _scan(source: Source, formats: list[Format]) -> list[dict[str, Any]]:
 
     described = []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
-        futures = [pool.submit(one, format) for format in formats]
+        futures = [pool.submit(one, reader) for reader in readers]
         try:
-            for done, future in enumerate(futures):
+            for done, future in enumerate(futures, 1):
                 described.append(future.result())
-                if done - told >= TELL_EVERY:
+                if done % LOG_EVERY == 0:
                     logger.info("%s: %d of %d shards indexed", source.spec, done, count)
-                    told = done
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -124,7 +121,7 @@ def _scan(source: Source, formats: list[Format]) -> list[dict[str, Any]]:
     return described
 
 
-def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: Context) -> list[Format]:
+def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: Context) -> list[Reader]:
     now = {shard.name: shard for shard in source.shards}
     was = {entry["file"]: entry for entry in recorded}
     if len(now) == len(was) == 1 and source.kind == "local":
@@ -133,16 +130,17 @@ def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: C
     if gone:
         raise SourceChanged(f"{spec}: {_some(gone)} no longer there", field="data.sources", hint=_NEW_RUN)
     if new:
-        raise SourceChanged(f"{spec}: {_some(new)} not there when the run began", field="data.sources", hint=_NEW_RUN)
+        message = f"{spec}: {_some(new)} not in the index that the run started with"
+        raise SourceChanged(message, field="data.sources", hint=_NEW_RUN)
 
-    def one(entry: dict[str, Any]) -> Format:
-        shard: Shard = now[entry["file"]]
-        changed = shard.same_as(entry)
-        if changed:
-            raise SourceChanged(f"{spec}: {entry['file']} changed: {changed}", field="data.sources", hint=_NEW_RUN)
-        format = reader(shard, context)
-        format.use(entry["groups"])
-        return format
+    def one(entry: dict[str, Any]) -> Reader:
+        shard = now[entry["file"]]
+        difference = shard.difference(entry)
+        if difference:
+            raise SourceChanged(f"{spec}: {entry['file']} changed: {difference}", field="data.sources", hint=_NEW_RUN)
+        reader = open_reader(shard, context)
+        reader.use(entry["groups"])
+        return reader
 
     with ThreadPoolExecutor(THREADS if len(recorded) > 1 else 1) as pool:
         return list(pool.map(one, recorded))
@@ -170,7 +168,7 @@ def digest(index: dict[str, Any]) -> str:
 
 
 def check(index: Any) -> None:
-    """Refuse what is no index.
+    """Check an index that was read from a file.
 
     Raises:
         DataError: it is of another version, damaged, or its hash is not its own.

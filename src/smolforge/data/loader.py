@@ -1,17 +1,19 @@
-"""The loader: a rank's share of every step's batch, made ahead in threads, in an order threads cannot change.
+"""The loader: a rank's share of every step's batch, made ahead in threads, in an order that threads cannot change.
 
-Each lane is made by one thread at a time and waits in a queue of its own; a batch takes the next window of each
-lane whose turn it is. Windows carry the cursor that stood when they were cut, so the cursor of a batch knows
-nothing of what was made ahead.
+Each lane is advanced by one thread at a time and has a queue of its own; a batch takes the next window of each lane
+whose turn it is. A window carries the cursor at which it ended, so the cursor of a batch does not include what was made
+ahead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,6 @@ from smolforge.data.corpus import Corpus
 from smolforge.data.cursor import VERSION, Cursor, LaneCursor
 from smolforge.data.document import Address
 from smolforge.data.packing import Encoder, Lane, Window
-from smolforge.data.prefetch import Prefetch
 from smolforge.errors import BadInput
 
 
@@ -70,13 +71,13 @@ class Loader(Iterator[Batch]):
         sequences_per_step: S, sequences in the global batch.
         rank: of this process.
         world: number of ranks; divides the lanes and S.
-        cursor: a (merged) cursor to go on from; the beginning unless given.
+        cursor: a (merged) cursor to continue from; the beginning unless given.
         skip_steps: half-open ranges [a, b) of steps that are left out: their tokens are passed over, and the
             batch after step a - 1 is that of step b.
         workers: threads instead of `data.workers`; 0 makes each batch when it is asked for.
 
     Raises:
-        BadInput: the numbers do not divide, or a range is no range.
+        BadInput: the numbers do not divide, or a range of steps is empty.
         CheckpointError: the cursor is damaged or belongs to another stream.
     """
 
@@ -100,7 +101,7 @@ class Loader(Iterator[Batch]):
         owned = range(rank, config.lanes, world)
         start = Cursor(0, corpus.index_hash, config.seed, config.lanes)
         if cursor is not None:
-            start = Cursor.of_json(
+            start = Cursor.from_json(
                 cursor, index=corpus.index_hash, seed=config.seed, lane_count=config.lanes, sources=sources
             )
             missing = sorted(set(owned) - set(start.lanes))
@@ -113,20 +114,16 @@ class Loader(Iterator[Batch]):
         for lane in owned:
             state = start.lanes.get(lane) or LaneCursor.start(sources)
             self._cursors[lane] = state.to_json()
-            lanes[lane] = Lane(corpus, tokenizer, lane, state, ahead=threads > 0)
+            lanes[lane] = Lane(corpus, tokenizer, lane, state, read_ahead=threads > 0)
         self._lanes = lanes
-        self._prefetch: Prefetch[Window] | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._prefetch: _Prefetch | None = None
         self._future: Future[Batch] | None = None
         if threads:
             depth = max(-(-config.prefetch * sequences_per_step // config.lanes), 1)
             first = self._step * sequences_per_step
-            self._prefetch = Prefetch(
-                {lane: each.next for lane, each in lanes.items()},
-                threads=min(threads, len(lanes)),
-                depth=depth,
-                order=sorted(lanes, key=lambda lane: (lane - first) % config.lanes),
-            )
+            order = sorted(lanes, key=lambda lane: (lane - first) % config.lanes)
+            makers = {lane: lanes[lane].next for lane in order}
+            self._prefetch = _Prefetch(makers, threads=min(threads, len(lanes)), depth=depth)
 
     def __next__(self) -> Batch:
         if self._future is not None:
@@ -137,8 +134,8 @@ class Loader(Iterator[Batch]):
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; whether `next` will now answer at once (with a batch or an error).
 
-        Without workers the batch is made in here, unless a source is remote: then one thread makes it on
-        demand, so that a silent network does not keep the caller from looking at its signals.
+        Without workers the batch is made in this call, unless a source is remote: then a thread makes it, so that a
+        silent network does not keep the caller from polling for signals.
         """
         if self._prefetch is not None:
             end = time.monotonic() + timeout
@@ -148,23 +145,17 @@ class Loader(Iterator[Batch]):
                 self._pass_over()
             return False
         if self._future is None:
+            self._future = Future()
             if self.corpus.remote:
-                self._pool = self._pool or ThreadPoolExecutor(1, "smolforge-data")
-                self._future = self._pool.submit(self._make)
+                threading.Thread(target=_fulfil, args=(self._future, self._make), daemon=True).start()
             else:
-                self._future = Future()
-                try:
-                    self._future.set_result(self._make())
-                except Exception as error:
-                    self._future.set_exception(error)
+                _fulfil(self._future, self._make)
         return bool(wait([self._future], timeout).done)
 
     def close(self) -> None:
-        """Stop making batches. A thread that is just reading finishes in the background."""
+        """Stop making batches. A thread in the middle of reading finishes in the background."""
         if self._prefetch is not None:
             self._prefetch.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Loader:
         return self
@@ -179,11 +170,11 @@ class Loader(Iterator[Batch]):
         return [(i, lane) for i, lane in numbered if lane % self.world == self.rank]
 
     def _needed(self) -> dict[int, int]:
-        """Windows of each lane in the batch of the present step."""
+        """Windows of each lane in the batch of the current step."""
         return dict(Counter(lane for _, lane in self._mine(self._step)))
 
     def _pass_over(self) -> None:
-        """Leave the present step out."""
+        """Skip the current step."""
         for _, lane in self._mine(self._step):
             self._window(lane)
         self._step += 1
@@ -237,21 +228,157 @@ class Loader(Iterator[Batch]):
 
 def _check_shape(lanes: int, sequences: int, rank: int, world: int, skips: Sequence[tuple[int, int]]) -> None:
     if sequences < 1:
-        raise BadInput(f"{sequences} sequences make no batch", field="training.tokens_per_step")
+        raise BadInput(f"a step needs at least one sequence, not {sequences}", field="training.tokens_per_step")
     if not 0 <= rank < world:
         raise BadInput(f"rank {rank} of {world}")
     if lanes % world:
         raise BadInput(
-            f"{lanes} lanes cannot be shared by {world} ranks",
+            f"{lanes} lanes cannot be shared by {world} processes",
             field="data.lanes",
-            hint="The ranks must divide it.",
+            hint=f"Set data.lanes to a multiple of {world}.",
         )
     if sequences % world:
         raise BadInput(
-            f"{sequences} sequences per step cannot be shared by {world} ranks",
+            f"a step has {sequences} sequences, which {world} processes cannot share",
             field="training.tokens_per_step",
-            hint=f"Make it a multiple of {world} x data.sequence_length.",
+            hint=f"Set it to a multiple of {world} × data.sequence_length.",
         )
     for a, b in skips:
         if not 0 <= a < b:
-            raise BadInput(f"{a}:{b} is no range of steps", field="--skip-steps", hint="Write FIRST:END, END left in.")
+            hint = "Write FIRST:END; END itself is trained on."
+            raise BadInput(f"{a}:{b} is not a range of steps", field="--skip-steps", hint=hint)
+
+
+class _Prefetch:
+    """Keeps `depth` windows of each lane ready.
+
+    Args:
+        makers: for each lane the function that gives its next window, in the order in which lanes are needed first.
+        threads: how many lanes advance at once; a lane is advanced by one thread at a time.
+    """
+
+    def __init__(self, makers: Mapping[int, Callable[[], Window]], *, threads: int, depth: int) -> None:
+        self._makers = makers
+        self._ready: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}  # made or to be made
+        self._unmade: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}
+        self._failed: dict[int, BaseException] = {}
+        self._busy: set[int] = set()  # lanes that are queued or in a thread
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        for _ in range(depth):
+            for lane in makers:
+                self._request(lane)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"smolforge-data-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, lane: int) -> Window:
+        """The next window of a lane, waited for.
+
+        Raises:
+            Exception: what its maker raised; the lane stays at its error.
+        """
+        window = self._ready[lane][0].result()
+        self._ready[lane].popleft()
+        self._request(lane)
+        return window
+
+    def wait(self, needed: Mapping[int, int], timeout: float) -> bool:
+        """Wait until each lane has as many windows as needed (or an error), or for `timeout` seconds."""
+        wanted = []
+        for lane, count in needed.items():
+            while len(self._ready[lane]) < count:
+                self._request(lane)
+            wanted += list(self._ready[lane])[:count]
+        return not wait(wanted, timeout).not_done
+
+    def failed(self, lanes: Iterable[int]) -> bool:
+        """Whether one of the lanes has come to an error."""
+        return any(lane in self._failed for lane in lanes)
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Stop; threads in the middle of something have `timeout` seconds to finish."""
+        with self._lock:
+            for unmade in self._unmade.values():
+                unmade.clear()
+        for _ in self._threads:
+            self._queue.put(None)
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(end - time.monotonic(), 0))
+
+    def _request(self, lane: int) -> None:
+        with self._lock:
+            future: Future[Window] = Future()
+            self._ready[lane].append(future)
+            self._unmade[lane].append(future)
+            self._enqueue(lane)
+
+    def _enqueue(self, lane: int) -> None:
+        if self._unmade[lane] and lane not in self._busy:
+            self._busy.add(lane)
+            self._queue.put(lane)
+
+    def _work(self) -> None:
+        # Lanes come out of the queue in the order in which they run dry: each goes to its end after every window.
+        while (lane := self._queue.get()) is not None:
+            with self._lock:
+                future = self._unmade[lane].popleft() if self._unmade[lane] else Future()
+            if lane in self._failed:
+                future.set_exception(self._failed[lane])
+            else:
+                _fulfil(future, self._makers[lane])
+            with self._lock:
+                if error := future.exception():
+                    self._failed[lane] = error
+                self._busy.discard(lane)
+                self._enqueue(lane)
+
+
+def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def documents_of_step(
+    corpus: Corpus,
+    tokenizer: Encoder,
+    cursor: dict[str, Any] | None,
+    step: int,
+    *,
+    sequences_per_step: int,
+    skip_steps: Sequence[tuple[int, int]] = (),
+) -> list[Address]:
+    """Addresses of the documents whose tokens fed a step, in the order of its sequences.
+
+    Args:
+        corpus: the run's corpus.
+        tokenizer: the run's tokenizer, whose tokens decide where documents end.
+        cursor: the run's (merged) cursor at or before the step; the beginning where None.
+        step: number of the step, from 0.
+        sequences_per_step: S of the run.
+        skip_steps: the ranges of steps that the run skipped.
+
+    Raises:
+        BadInput: the cursor is after the step, or the run skipped the step.
+        SmolforgeError: as `Loader`.
+    """
+    begin = cursor["step"] if cursor else 0
+    if step < begin:
+        raise BadInput(f"step {step} comes before the cursor's step {begin}", field="--step")
+    if any(a <= step < b for a, b in skip_steps):
+        raise BadInput(f"step {step} was skipped by the run", field="--step")
+    # The steps between are skipped like any range: their windows are made, their batches are not.
+    with Loader(
+        corpus,
+        tokenizer,
+        sequences_per_step=sequences_per_step,
+        cursor=cursor,
+        skip_steps=[(begin, step)] if begin < step else [],
+        workers=0,
+    ) as loader:
+        return next(loader).documents

@@ -1,13 +1,13 @@
 """The order of documents: a pure function of (seed, epoch, source), dealt to a fixed number of lanes.
 
-Row groups too large for memory are cut into slices of rows; so are those of a small source, until each lane can
-have two. In epoch e the n slices of a source are permuted; slice p of epoch e has the running number q = e*n + p
-and belongs to lane q mod lanes. So a lane's k-th slice is q = lane + k*lanes: one integer addresses epoch and
-slice, each document comes up exactly once per epoch, and a source with fewer slices than lanes still feeds every
-lane (they then read different epochs side by side). The rows of a slice are permuted likewise.
+A source is split into ranges of rows: its row groups, cut where they are too large for memory, or until each lane can
+have two. In epoch e the n ranges of a source are permuted; range p of epoch e has the running number q = e*n + p and
+belongs to lane q mod lanes. So a lane's k-th range is q = lane + k*lanes: one integer addresses epoch and range, each
+document comes exactly once per epoch, and a source with fewer ranges than lanes still feeds every lane (they then read
+different epochs at the same time). The rows of a range are permuted likewise.
 
-Permutations sort the raw output of Philox, a counter-based generator whose stream NumPy guarantees across
-versions (unlike `Generator.permutation`).
+Permutations sort the raw output of Philox, a counter-based generator whose stream NumPy guarantees across versions
+(unlike `Generator.permutation`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_SLICE_BYTES = 32 << 20  # text of one slice; a lane holds one or two of them
-MAX_SLICE_ROWS = 1 << 20
-SLICES_PER_LANE = 2
+MAX_RANGE_BYTES = 32 << 20  # text of one range; a lane holds one or two of them
+MAX_RANGE_ROWS = 1 << 20
+RANGES_PER_LANE = 2
 
 
 class RowRange(NamedTuple):
@@ -36,26 +36,26 @@ class RowRange(NamedTuple):
     bytes: int
 
 
-def cut(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[RowRange]:
-    """Slices of a source in canonical order.
+def split_into_ranges(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[RowRange]:
+    """Ranges of a source in canonical order.
 
     Args:
-        shards: for each shard its row groups as (rows, bytes of text, what else its format notes).
-        lanes: number of lanes that the slices will be dealt to.
+        shards: for each shard its row groups as (rows, bytes of text, what else its reader notes).
+        lanes: number of lanes that the ranges are dealt to.
     """
     all_groups = [(s, g, *group[:2]) for s, groups in enumerate(shards) for g, group in enumerate(groups)]
     filled = [(s, g, rows, size) for s, g, rows, size in all_groups if rows]
     total = sum(rows for _, _, rows, _ in filled)
-    wanted = SLICES_PER_LANE * lanes
-    slices: list[RowRange] = []
+    wanted = RANGES_PER_LANE * lanes
+    ranges: list[RowRange] = []
     for shard, group, rows, size in filled:
-        parts = max(-(-size // MAX_SLICE_BYTES), -(-rows // MAX_SLICE_ROWS), 1)
+        parts = max(-(-size // MAX_RANGE_BYTES), -(-rows // MAX_RANGE_ROWS), 1)
         if len(filled) < wanted:
             parts = max(parts, -(-rows * wanted // total))
         parts = min(parts, rows)
         edges = [rows * i // parts for i in range(parts + 1)]
-        slices += [RowRange(shard, group, a, b - a, size * (b - a) // rows) for a, b in pairwise(edges)]
-    return slices
+        ranges += [RowRange(shard, group, a, b - a, size * (b - a) // rows) for a, b in pairwise(edges)]
+    return ranges
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
@@ -69,31 +69,31 @@ class Order:
     """The order of one source.
 
     Args:
-        slices: the source's slices in canonical order, not empty.
+        ranges: the source's ranges in canonical order, not empty.
         seed: `data.seed`.
         source: number of the source in the mixture.
         lanes: number of lanes.
     """
 
-    def __init__(self, slices: Sequence[RowRange], *, seed: int, source: int, lanes: int) -> None:
-        self.slices = slices
+    def __init__(self, ranges: Sequence[RowRange], *, seed: int, source: int, lanes: int) -> None:
+        self.ranges = ranges
         self.seed, self.source, self.lanes = seed, source, lanes
         self._lock = threading.Lock()
         self._epochs: dict[int, np.ndarray] = {}
 
     def place(self, lane: int, k: int) -> tuple[int, int]:
-        """(epoch, number of the slice in canonical order) of a lane's k-th slice."""
-        epoch, position = divmod(lane + k * self.lanes, len(self.slices))
+        """(epoch, number of the range in canonical order) of a lane's k-th range."""
+        epoch, position = divmod(lane + k * self.lanes, len(self.ranges))
         return epoch, int(self._permuted(epoch)[position])
 
     def rows(self, epoch: int, number: int) -> np.ndarray:
-        """The order in which slice `number` gives its rows in `epoch`."""
-        return permutation(self.slices[number].rows, 1, self.seed, epoch, self.source, number)
+        """The order in which range `number` gives its rows in `epoch`."""
+        return permutation(self.ranges[number].rows, 1, self.seed, epoch, self.source, number)
 
     def _permuted(self, epoch: int) -> np.ndarray:
         with self._lock:
             if epoch not in self._epochs:
                 while len(self._epochs) >= 4:  # lanes are rarely more than one epoch apart
                     del self._epochs[min(self._epochs)]
-                self._epochs[epoch] = permutation(len(self.slices), 0, self.seed, epoch, self.source)
+                self._epochs[epoch] = permutation(len(self.ranges), 0, self.seed, epoch, self.source)
             return self._epochs[epoch]

@@ -1,31 +1,32 @@
 """One lane: documents in the lane's order, joined by EOS, cut into windows of L+1 tokens.
 
-A lane is a pure function of its cursor. In a mixture each window is filled from one source, the one furthest
-behind its weight in tokens, so the shares of a lane stay within one window of the weights whatever the length of
-the documents; a phase per lane keeps the lanes from turning to the same source all at once. Documents are
-tokenized in the order they will be used, some 256 kB of text per `encode_batch`: one call per whole row group
-would hold gigabytes of Python integers over 16 lanes, and would tokenize what a resumed lane is already past.
+A lane is a pure function of its cursor. In a mixture each window is filled from one source, the one furthest behind its
+weight in tokens, so the shares of a lane stay within one window of the weights whatever the length of the documents; a
+phase per lane keeps the lanes from drawing the same source at the same time. Documents are tokenized in the order in
+which they are used, some 256 kB of text per `encode_batch`: one call per row group would hold gigabytes of Python
+integers over 16 lanes, and would tokenize what a resumed lane has already passed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smolforge.data.cursor import LaneCursor, Position
 from smolforge.data.document import Address, is_blank, is_held_out
 from smolforge.data.order import RowRange, permutation
-from smolforge.data.shard import Rows
 from smolforge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from smolforge.data.corpus import Corpus
+    from smolforge.data.corpus import Corpus, RangeRows
 
 ENCODE_BYTES = 256 << 10
 MAX_ENCODE_ROWS = 512
+MAX_TEXT = 1 << 20  # characters; a tokenizer needs some 240 times as many bytes of memory, so longer texts are cut
 
 
 class Encoder(Protocol):
@@ -51,21 +52,21 @@ class LaneSource:
     """The stream of one source in one lane, from a position on."""
 
     def __init__(
-        self, corpus: Corpus, encoder: Encoder, source: int, lane: int, position: Position, ahead: bool
+        self, corpus: Corpus, encoder: Encoder, source: int, lane: int, position: Position, read_ahead: bool
     ) -> None:
-        self.corpus, self.encoder, self.ahead = corpus, encoder, ahead
+        self.corpus, self.encoder, self.read_ahead = corpus, encoder, read_ahead
         self.source, self.lane, self.position = source, lane, position
-        self._slice: tuple[int, Any, np.ndarray] | None = None  # number, rows, order
+        self._range: tuple[int, RangeRows, np.ndarray] | None = None  # number, rows, order
         self._encoded: deque[tuple[int, np.ndarray]] = deque()  # (row in order, tokens), ascending
-        self._until = 0  # rows before this one are encoded or passed over
-        self._hinted = 0  # slices before this one were asked for
+        self._until = 0  # rows before this one are tokenized or passed over
+        self._requested = 0  # ranges before this one were requested ahead
         self._document: tuple[np.ndarray, Address] | None = None  # the one that the position is in
 
     def take(self, length: int) -> tuple[list[np.ndarray], list[Address]]:
         """The next `length` tokens, in parts of one document each, and the documents' addresses.
 
         Raises:
-            SmolforgeError: the source is damaged, changed or away; the position lies past its document.
+            SmolforgeError: the source is damaged, changed or unreachable; the position is past its document.
         """
         at = self.position
         parts: list[np.ndarray] = []
@@ -77,7 +78,7 @@ class LaneSource:
             tokens, address = self._document
             if at.offset > len(tokens):
                 raise CheckpointError(
-                    f"the data cursor stands at token {at.offset} of a document of {len(tokens)}: {address}",
+                    f"the data cursor is at token {at.offset} of a document of {len(tokens)}: {address}",
                     field="tokenizer",
                     hint="The tokenizer is not the one that the run was made with.",
                 )
@@ -93,46 +94,46 @@ class LaneSource:
 
     def _next(self) -> tuple[np.ndarray, Address]:
         """Tokens (with EOS) and address of the training document at the position or the next one after it."""
-        barren = 0
+        empty_ranges = 0
         while True:
             number, rows, order = self._open()
-            piece = self.corpus.order(self.source).slices[number]
+            part = self.corpus.order(self.source).ranges[number]
             while self.position.row < len(order):
                 if self.position.row >= self._until:
-                    self._encode(piece, rows, order)
+                    self._encode(part, rows, order)
                 while self._encoded and self._encoded[0][0] < self.position.row:
                     self._encoded.popleft()
                 if self._encoded:
                     self.position.row, tokens = self._encoded.popleft()
-                    if self.ahead and self._hinted <= self.position.k and self.position.row > len(order) // 2:
-                        # Not sooner: a lane that was just resumed reads what it needs first, and no more.
-                        self._hinted = self.position.k + 1
-                        self.corpus.ahead(self.source, self.lane, self._hinted)
-                    return tokens, self.corpus.address(self.source, piece, int(order[self.position.row]))
+                    if self.read_ahead and self._requested <= self.position.k and self.position.row > len(order) // 2:
+                        # Not earlier: a lane that was just resumed first reads what it needs, and no more.
+                        self._requested = self.position.k + 1
+                        self.corpus.read_ahead(self.source, self.lane, self._requested)
+                    return tokens, self.corpus.address(self.source, part, int(order[self.position.row]))
                 self.position.row = self._until
             self.position.k, self.position.row = self.position.k + 1, 0
-            self._slice = None
-            barren += 1
-            if barren > len(self.corpus.order(self.source).slices) + 64:
+            self._range = None
+            empty_ranges += 1
+            if empty_ranges > len(self.corpus.order(self.source).ranges) + 64:
                 self.corpus.check_trainable(self.source)
-                barren = 0
+                empty_ranges = 0
 
-    def _open(self) -> tuple[int, Any, np.ndarray]:
+    def _open(self) -> tuple[int, RangeRows, np.ndarray]:
         order = self.corpus.order(self.source)
-        if self._slice is None:
+        if self._range is None:
             epoch, number = order.place(self.lane, self.position.k)
-            self._slice = (
+            self._range = (
                 number,
-                self.corpus.read(self.source, order.slices[number]),
+                self.corpus.read(self.source, order.ranges[number]),
                 order.rows(epoch, number),
             )
             self._encoded.clear()
             self._until = self.position.row
-        return self._slice
+        return self._range
 
-    def _encode(self, piece: RowRange, rows: Rows, order: np.ndarray) -> None:
+    def _encode(self, part: RowRange, rows: RangeRows, order: np.ndarray) -> None:
         """Tokenize the next rows from the position on, leaving out those held out or blank."""
-        typical = piece.bytes // piece.rows or 4096
+        typical = part.bytes // part.rows or 4096
         count = min(max(ENCODE_BYTES // typical, 1), MAX_ENCODE_ROWS)
         first, last = self.position.row, min(self.position.row + count, len(order))
         share = self.corpus.config.holdout
@@ -142,28 +143,54 @@ class LaneSource:
             for i, row in enumerate(taken)
             if not is_blank(row.text) and not is_held_out(row.text, share)
         ]
-        eos = self.encoder.eos_id
-        ids = self.encoder.encode_batch([row.text for _, row in used]) if used else []
-        for (at, row), tokens in zip(used, ids, strict=True):
-            if ended := [*tokens, eos] if row.ends else tokens:
-                self._encoded.append((at, np.asarray(ended, dtype=np.int32)))
+        short = [row.text for _, row in used if len(row.text) <= MAX_TEXT]
+        ids = iter(self.encoder.encode_batch(short) if short else [])
+        for at, row in used:
+            long = len(row.text) > MAX_TEXT
+            tokens = self._encode_long(row.text) if long else np.asarray(next(ids), dtype=np.int32)
+            if row.ends:
+                tokens = np.append(tokens, np.int32(self.encoder.eos_id))
+            if len(tokens):
+                self._encoded.append((at, tokens))
         self._until = last
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        parts = [np.asarray(self.encoder.encode_batch([part])[0], dtype=np.int32) for part in cut_text(text)]
+        return np.concatenate(parts)
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Parts of at most ENCODE_BYTES characters, cut after a line or before a space where there is one."""
+    at = 0
+    while at < len(text):
+        end = min(at + ENCODE_BYTES, len(text))
+        if end < len(text):
+            line, space = text.rfind("\n", at + 1, end), text.rfind(" ", at + 1, end)
+            end = line + 1 if line > 0 else space if space > 0 else end
+        yield text[at:end]
+        at = end
 
 
 class Lane:
-    """A lane of the mixture, from a cursor on; `ahead` lets it fetch slices before it comes to them."""
+    """A lane of the mixture from a cursor on.
 
-    def __init__(self, corpus: Corpus, encoder: Encoder, lane: int, cursor: LaneCursor, *, ahead: bool = False) -> None:
+    Args:
+        read_ahead: let it fetch ranges before it needs them.
+    """
+
+    def __init__(
+        self, corpus: Corpus, encoder: Encoder, lane: int, cursor: LaneCursor, *, read_ahead: bool = False
+    ) -> None:
         config = corpus.config
         self.length = config.sequence_length + 1
         self.weights = corpus.weights
         self.cursor = cursor
         self.sources = [
-            LaneSource(corpus, encoder, s, lane, position, ahead) for s, position in enumerate(cursor.positions)
+            LaneSource(corpus, encoder, s, lane, position, read_ahead) for s, position in enumerate(cursor.positions)
         ]
-        if ahead:
+        if read_ahead:
             for s, position in enumerate(cursor.positions):
-                corpus.ahead(s, lane, position.k)
+                corpus.read_ahead(s, lane, position.k)
         self.phases = [
             permutation(config.lanes, 2, config.seed, s)[lane] / config.lanes for s in range(len(self.sources))
         ]
@@ -172,7 +199,7 @@ class Lane:
         """The lane's next window.
 
         Raises:
-            SmolforgeError: a source is damaged, changed or away; the cursor points past its document.
+            SmolforgeError: a source is damaged, changed or unreachable; the cursor is past its document.
         """
         parts, addresses = self.sources[self._most_behind()].take(self.length)
         ids = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])

@@ -1,26 +1,30 @@
-"""SRC is `tales`, the embedded corpus: document i is a pure function of i, so nothing is read and nothing stored.
+"""`tales` as a source of training data: document i is a pure function of i, so nothing is read and nothing stored.
 
-An epoch is its first 2**20 documents, in row groups of 512. The corpus is the same for every `data.seed`, which
-only decides the order; losses of runs with different seeds compare.
+An epoch is its first 2**20 documents, in row groups of 512. The corpus is the same for every `data.seed`, which only
+decides the order, so the losses of runs with different seeds can be compared. Data finds this module by its name in
+`smolforge.data.sources.SOURCES`, and the reader in `smolforge.data.readers.READERS`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smolforge import tales
 from smolforge.data.document import Row
-from smolforge.data.shard import Context, Format, Rows, Shard, Source
+from smolforge.data.readers import Reader, Rows
+from smolforge.data.sources import Context, Shard, Source
 from smolforge.errors import DataError
 
 DOCUMENTS = 2**20
 GROUP = 512
-PROBE = 8  # documents whose text stands for the corpus in its fingerprint
+PROBE = 8  # documents whose text identifies the corpus
 
 
 class TalesShard(Shard):
-    """The generator, seen as one shard."""
+    """The generator as one shard."""
 
     name, format, size = "tales", "tales", 0
 
@@ -28,30 +32,24 @@ class TalesShard(Shard):
         raise DataError("the embedded corpus has no bytes to read")
 
     def whole(self) -> Path:
-        raise DataError("the embedded corpus is no file", hint="`smolforge.tales.write` makes files of it.")
+        raise DataError("the embedded corpus is not a file", hint="`smolforge data write` makes files of it.")
 
     def identity(self) -> dict[str, Any]:
-        import hashlib
-
-        from smolforge import tales
-
         probe = "\0".join(tales.document(i * (DOCUMENTS // PROBE)).text for i in range(PROBE))
         return {"documents": DOCUMENTS, "hash": hashlib.blake2b(probe.encode(), digest_size=16).hexdigest()}
 
 
 class TalesRows:
-    """Documents [first, ...) of the generator, made when asked for."""
+    """Documents from number `first` on, generated when they are asked for."""
 
     def __init__(self, first: int) -> None:
         self.first = first
 
     def take(self, rows: Sequence[int]) -> list[Row]:
-        from smolforge import tales
-
         return [Row(tales.document(self.first + row).text) for row in rows]
 
 
-class TalesReader(Format):
+class TalesReader(Reader):
     """Row groups of 512 documents."""
 
     def scan(self) -> list[list[int]]:
@@ -68,6 +66,4 @@ def matches(spec: str) -> bool:
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
     """The one shard of the generator."""
-    from smolforge import tales
-
     return Source(spec, "tales", [TalesShard()], entropy_bits_per_byte=tales.entropy_bits_per_byte)

@@ -1,40 +1,77 @@
-"""The formats of a shard. A new format is one file here and one line in `FORMATS` (and one in `ENDINGS`)."""
+"""Readers: from a shard to rows of text. A reader counts the rows of each row group once, then reads any of them.
+
+    parquet.py   the text column of a parquet file, by row group
+    text.py      jsonl and txt, in row groups of about a megabyte
+
+Adding a format is a file here, a line in `READERS`, and its ending in `sources.ENDINGS`.
+"""
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
 
-from smolforge.data.shard import Context, Format, Shard
+from smolforge.data.document import Row
+from smolforge.data.sources import Context, Shard
 
-FORMATS = {
-    "parquet": "smolforge.data.readers.parquet:Parquet",
-    "jsonl": "smolforge.data.readers.jsonl:JsonLines",
-    "txt": "smolforge.data.readers.txt:PlainText",
+READERS = {
+    "parquet": "smolforge.data.readers.parquet:ParquetReader",
+    "jsonl": "smolforge.data.readers.text:JsonLinesReader",
+    "txt": "smolforge.data.readers.text:PlainTextReader",
     "tales": "smolforge.tales.source:TalesReader",
 }
-ENDINGS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".txt": "txt",
-    ".txt.gz": "txt",
-    ".txt.zst": "txt",
-}
 
 
-def format_of(name: str) -> str | None:
-    """The format that a file name's ending tells, or None."""
-    lower = name.lower()
-    return next((format for ending, format in ENDINGS.items() if lower.endswith(ending)), None)
+class Rows(Protocol):
+    """Rows of one row group, readable at random."""
+
+    def take(self, rows: Sequence[int]) -> list[Row]:
+        """The rows with these numbers in the row group, in the order asked."""
+        ...
 
 
-def known_endings() -> str:
-    """For messages."""
-    return ", ".join(ENDINGS)
+class Reader(ABC):
+    """One shard read as rows of text.
+
+    Attributes:
+        groups: its row groups as [rows, bytes of text, what else reading needs].
+    """
+
+    def __init__(self, shard: Shard, context: Context) -> None:
+        self.shard, self.context = shard, context
+
+    @abstractmethod
+    def scan(self) -> list[list[int]]:
+        """The row groups; reads as little as the format allows.
+
+        Raises:
+            DataError: the shard is damaged or lacks the text column.
+        """
+
+    def use(self, groups: list[list[int]]) -> None:
+        """Take the row groups from `scan` or an index."""
+        self.groups = groups
+
+    @abstractmethod
+    def rows(self, group: int, start: int, count: int) -> Rows:
+        """Rows [start, start + count) of a row group; its other rows may be missing from the answer.
+
+        Raises:
+            DataError: the shard is damaged.
+        """
+
+    def read_ahead(self, group: int) -> None:
+        """Start to fetch what `rows` of this group will need, where there is room."""
+        return
+
+    def close(self) -> None:
+        """Release files and memory."""
+        return
 
 
-def reader(shard: Shard, context: Context) -> Format:
-    """The shard, readable as rows; nothing is read yet."""
-    module, _, name = FORMATS[shard.format].partition(":")
+def open_reader(shard: Shard, context: Context) -> Reader:
+    """The reader of the shard's format; nothing is read yet."""
+    module, _, name = READERS[shard.format].partition(":")
     return getattr(importlib.import_module(module), name)(shard, context)

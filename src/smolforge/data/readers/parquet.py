@@ -1,21 +1,21 @@
-"""parquet: the footer for the index, and of a row group only the text column's chunk, as one ranged read.
+"""Read parquet: the footer for the index, and of a row group only the text column's chunk, as one ranged read.
 
-The footer says where the column's dictionary and data pages lie; that range is fetched in one go and handed to
-pyarrow through a file that knows a few ranges and asks the shard for the rest. A chunk too large to hold is
-streamed instead. Nothing a footer claims is believed before it is checked: offsets must lie inside the file, rows
-and sizes below bounds, and what is unpacked is counted while it is unpacked.
+The footer tells where the column's dictionary and data pages are; that range is fetched at once and handed to pyarrow
+through a file that holds it and asks the shard for the rest. A chunk too large to hold is streamed instead. What a
+footer claims is checked first: offsets must lie inside the file, rows and sizes below bounds, and what is unpacked is
+counted while it is unpacked.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
+from smolforge.data.cache import LRUCache
 from smolforge.data.document import Row
-from smolforge.data.lru import LRUCache
-from smolforge.data.readers.footer import BadFooter, column_chunks
-from smolforge.data.shard import Context, Format, Rows, Shard
+from smolforge.data.readers import Reader, Rows
+from smolforge.data.sources import Context, Shard
 from smolforge.errors import DataError, SmolforgeError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ GROUPS = LRUCache[Any](128 << 20)  # decoded row groups that several lanes take 
 SHARED_GROUP = 32 << 20
 
 
-class Parquet(Format):
+class ParquetReader(Reader):
     """A parquet file read by row group and column."""
 
     def __init__(self, shard: Shard, context: Context) -> None:
@@ -48,12 +48,12 @@ class Parquet(Format):
         """[rows, bytes unpacked, first byte, bytes packed] of the text column in each row group."""
         tail = self._tail()
         meta = self._metadata(lambda: tail)
-        self._check_type(meta)
+        leaf = self._find_column(meta)
         try:
-            chunks = column_chunks(tail[:-8], self.context.column)
+            chunks = column_chunks(tail[:-8], leaf, len(meta.schema))
         except BadFooter as error:
             self._damaged(f"its footer makes no sense: {error}")
-        if chunks is None or len(chunks) != meta.num_row_groups:
+        if len(chunks) != meta.num_row_groups:
             self._damaged("its footer contradicts itself")
         for g, chunk in enumerate(chunks):
             if chunk.rows < 0 or chunk.unpacked < 0:
@@ -81,7 +81,7 @@ class Parquet(Format):
         return tail[-(length + 8) :]
 
     def _metadata(self, tail: Callable[[], bytes]) -> Any:
-        """The footer as pyarrow parses it. Its row groups are not to be looked at: see footer.py."""
+        """The footer as pyarrow parses it. Its row groups must not be accessed: see the end of this file."""
 
         def parse() -> Any:
             import pyarrow.parquet as pq
@@ -92,21 +92,25 @@ class Parquet(Format):
 
         return FOOTERS.get((self._key, "footer"), parse, lambda meta: 8 * meta.serialized_size)
 
-    def _check_type(self, meta: Any) -> None:
+    def _find_column(self, meta: Any) -> int:
+        """Number of the text column among the leaves of the schema, which columns with children have several of."""
         import pyarrow.types as types
 
-        wanted = self.context.column
+        wanted, name = self.context.column, self.shard.name
         schema = self._trusting(meta.schema.to_arrow_schema)
-        if wanted not in schema.names:
-            problem = f"{self.shard.name} has no column {wanted!r}"
-        elif schema.names.count(wanted) > 1:
-            problem = f"{self.shard.name} has {schema.names.count(wanted)} columns {wanted!r}"
+        place = schema.get_field_index(wanted)  # -1 unless exactly one column has this name
+        if place < 0:
+            count = schema.names.count(wanted)
+            problem = f"{name} has {count} columns {wanted!r}" if count else f"{name} has no column {wanted!r}"
         else:
-            kind = schema.field(wanted).type
+            kind = schema.field(place).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-                return
-            problem = f"column {wanted!r} of {self.shard.name} is no text but {kind}"
+                leaf = sum(_leaves(field.type) for field in list(schema)[:place])
+                if leaf >= len(meta.schema) or meta.schema.column(leaf).path != wanted:
+                    self._damaged("its schemas contradict each other")
+                return leaf
+            problem = f"column {wanted!r} of {name} is not text but {kind}"
         names = ", ".join(map(repr, schema.names[:50]))
         raise DataError(problem, field="data.text_column", hint=f"It has: {names}.")
 
@@ -152,7 +156,7 @@ class Parquet(Format):
         ):
             a, b = max(start - seen, 0), min(start + count - seen, len(batch))
             if a < b:
-                array = batch.column(0).slice(a, b - a)
+                array = batch.column(self.context.column).slice(a, b - a)
                 size += array.nbytes
                 if size > MAX_UNPACKED:
                     rows = f"rows {start:,} to {start + count:,} of row group {group}"
@@ -167,11 +171,11 @@ class Parquet(Format):
 
     # -- fetching
 
-    def ahead(self, group: int) -> None:
-        """Begin to fetch the row group's chunk, where the bound on read-ahead leaves room."""
+    def read_ahead(self, group: int) -> None:
+        """Start to fetch the row group's chunk, where the bound on read-ahead leaves room."""
         _, _, at, length = self.groups[group]
-        if self.shard.remote and length <= MAX_HELD_CHUNK and not GROUPS.holds((self._key, group)):
-            self.context.read_ahead.begin((self._key, group), length, lambda: self.shard.read(at, length))
+        if self.shard.remote and length <= MAX_HELD_CHUNK and (self._key, group) not in GROUPS:
+            self.context.read_ahead.start((self._key, group), length, lambda: self.shard.read(at, length))
 
     def _fetched(self, group: int, at: int, length: int) -> bytes:
         held = self.context.read_ahead.take((self._key, group))
@@ -241,11 +245,16 @@ class RangedFile(io.RawIOBase):
         return data
 
 
+def _leaves(kind: Any) -> int:
+    """Number of columns that a field of this Arrow type takes in parquet."""
+    return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
+
+
 class _Column:
     """Rows of a row group as an Arrow column whose first is row `first`."""
 
-    def __init__(self, format: Parquet, group: int, column: pa.ChunkedArray, first: int) -> None:
-        self.format, self.group, self.column, self.first = format, group, column, first
+    def __init__(self, reader: ParquetReader, group: int, column: pa.ChunkedArray, first: int) -> None:
+        self.reader, self.group, self.column, self.first = reader, group, column, first
 
     def take(self, rows: Sequence[int]) -> list[Row]:
         return [Row(self._text(row)) for row in rows]
@@ -255,7 +264,146 @@ class _Column:
             return self.column[row - self.first].as_py() or ""
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.format.shard.name}, row group {self.group}, row {row} is not UTF-8: {error.reason} at "
+                f"{self.reader.shard.name}, row group {self.group}, row {row} is not UTF-8: {error.reason} at "
                 f"byte {error.start:,}",
                 field="data.sources",
             ) from None
+
+
+# -- the footer
+#
+# pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent (a C++ exception leaves a
+# function that declares none), so the places of the text column's chunks are read here. A footer is a Thrift structure
+# in the compact protocol (thrift.apache.org, thrift-compact-protocol.md), its fields numbered in parquet-format's
+# parquet.thrift. Only the wanted fields are kept, and every size is bounded by the bytes that are there.
+
+MAX_DEPTH = 16
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+# Of a column chunk: its metadata, with bytes unpacked and packed, first data page and dictionary page.
+CHUNK_FIELDS = {3: {6: {}, 7: {}, 9: {}, 11: {}}}
+
+
+class BadFooter(ValueError):
+    """The bytes are not a footer, or one that contradicts itself."""
+
+
+class Chunk(NamedTuple):
+    """One row group of the column: rows, bytes of the unpacked pages, and where the packed ones are."""
+
+    rows: int
+    unpacked: int
+    start: int
+    length: int
+
+
+class CompactDecoder:
+    """Decodes Thrift compact bytes into dicts by field number; what is not wanted is passed over."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def value(self, kind: int, want: Any = None, depth: int = 0) -> Any:
+        """A value of this type.
+
+        Args:
+            want: None passes over it; for a struct the wanted fields as {number: want}; for a list what is wanted of
+                each element, or (i, want) for element i alone, which gives (number of elements, element i).
+        """
+        if depth > MAX_DEPTH:
+            raise BadFooter("it is nested too deeply")
+        if kind in (I16, I32, I64):
+            number = self._varint()
+            return (number >> 1) ^ -(number & 1)
+        if kind == BINARY:
+            return self._bytes(self._varint())
+        if kind == STRUCT:
+            return self._struct(want or {}, depth + 1)
+        if kind in (LIST, SET):
+            return self._list(want, depth + 1)
+        if kind == MAP:
+            size = self._count(self._varint())
+            kinds = self._byte() if size else 0
+            for _ in range(size):
+                self.value(kinds >> 4, None, depth + 1)
+                self.value(kinds & 15, None, depth + 1)
+        elif kind in (TRUE, FALSE, BYTE):
+            self._byte()
+        elif kind == DOUBLE:
+            self._bytes(8)
+        else:
+            raise BadFooter(f"a value of unknown type {kind}")
+        return None
+
+    def _struct(self, want: dict[int, Any], depth: int) -> dict[int, Any]:
+        found, number = {}, 0
+        while kind := (header := self._byte()) & 15:
+            number = number + (header >> 4) if header >> 4 else self.value(I32)
+            if kind not in (TRUE, FALSE):  # a boolean field has its value in its type
+                value = self.value(kind, want.get(number), depth)
+                if number in want:
+                    found[number] = value
+        return found
+
+    def _list(self, want: Any, depth: int) -> Any:
+        header = self._byte()
+        size, kind = self._count(header >> 4 if header >> 4 < 15 else self._varint()), header & 15
+        kept, one = [], None
+        for i in range(size):
+            if isinstance(want, tuple):
+                value = self.value(kind, want[1] if i == want[0] else None, depth)
+                one = value if i == want[0] else one
+            else:
+                value = self.value(kind, want, depth)
+                if want is not None:
+                    kept.append(value)
+        return (size, one) if isinstance(want, tuple) else kept
+
+    def _byte(self) -> int:
+        if self.at >= len(self.data):
+            raise BadFooter("it ends in the middle")
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def _varint(self) -> int:
+        number = shift = 0
+        while shift < 64:
+            byte = self._byte()
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number & (2**64 - 1)
+            shift += 7
+        raise BadFooter("a number of more than 64 bits")
+
+    def _count(self, size: int) -> int:
+        if size > len(self.data) - self.at:  # each element takes a byte at least
+            raise BadFooter(f"{size:,} elements where {len(self.data) - self.at:,} bytes are left")
+        return size
+
+    def _bytes(self, length: int) -> bytes:
+        self.at += self._count(length)
+        return self.data[self.at - length : self.at]
+
+
+def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[Chunk]:
+    """The chunks of column `leaf` of `leaves` in all row groups.
+
+    Args:
+        footer: the serialized FileMetaData, without its length and the magic bytes.
+
+    Raises:
+        BadFooter: it is damaged.
+    """
+    chunks = []
+    try:
+        for group in CompactDecoder(footer).value(STRUCT, {4: {1: (leaf, CHUNK_FIELDS), 3: {}}})[4]:
+            count, chunk = group[1]
+            if count != leaves:
+                raise BadFooter(f"a row group has {count} columns, the schema {leaves}")
+            data, dictionary = chunk[3][9], chunk[3].get(11, 0)
+            start = dictionary if 0 < dictionary < data else data
+            chunks.append(Chunk(group[3], chunk[3][6], start, chunk[3][7]))
+            if not all(isinstance(number, int) for number in chunks[-1]):
+                raise TypeError(str(chunks[-1]))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise BadFooter(str(error) if isinstance(error, BadFooter) else f"a field is wrong: {error!r}") from None
+    return chunks

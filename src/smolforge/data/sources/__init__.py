@@ -1,16 +1,132 @@
-"""The sources of SRC, found by name and loaded when they are asked. A new source is one file and one line here.
+"""Sources: from what the user names (SRC) to a list of shards, each a file that can be read by range.
 
-local.py   files, folders and globs on this machine
-url.py     one file behind an http(s):// URL
-hub.py     datasets of the Hugging Face Hub
+    local.py   files, folders and globs on this machine
+    url.py     files behind http(s)://, and behind s3://, gs://, az:// and any other protocol of fsspec
+    hub.py     datasets of the Hugging Face Hub
+
+A source is a module with `matches` and `resolve`, found in `SOURCES` by name and imported when it is asked. Adding one
+is a file and a line. The embedded corpus is `smolforge.tales.source`.
 """
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from smolforge.data.shard import Context, Source
+from smolforge.data.cache import Cache, ReadAhead
+from smolforge.data.fetch import Network
+
+ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
+"""The format of a file by the ending of its name."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+"""What may follow the ending of a text format, as fsspec infers it."""
+KNOWN_ENDINGS = ".parquet, .jsonl and .txt; the last two also with .gz, .zst, .bz2 or .xz"
+
+
+def format_of(name: str) -> str | None:
+    """The format that the ending of a file's name tells, or None."""
+    lower = name.lower()
+    stem = next((lower.removesuffix(c) for c in COMPRESSIONS if lower.endswith(c)), lower)
+    found = next((format for ending, format in ENDINGS.items() if stem.endswith(ending)), None)
+    return None if found == "parquet" and stem != lower else found
+
+
+def compression_of(name: str) -> str | None:
+    """The compression that the ending of a file's name tells, or None."""
+    return COMPRESSIONS.get(Path(name.lower()).suffix)
+
+
+@dataclass
+class Context:
+    """What sources and readers share.
+
+    Attributes:
+        column: name of the text column of parquet and jsonl.
+        separator: where a text file is split into documents; None keeps it whole.
+        offline: whether the network must not be used.
+    """
+
+    column: str
+    separator: str | None
+    read_ahead: ReadAhead
+    offline: bool
+    cache: Cache
+    network: Network
+
+
+class Shard(ABC):
+    """One file of a source.
+
+    Attributes:
+        name: path inside the source, with `/`; errors and addresses call it so.
+        format: a key of `readers.READERS`.
+        size: bytes.
+        remote: whether reading it uses the network.
+    """
+
+    name: str
+    format: str
+    size: int
+    remote: bool = False
+
+    @abstractmethod
+    def read(self, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`.
+
+        Raises:
+            SourceChanged: the shard is no longer the one that was looked at.
+            SourceUnavailable: the network did not answer.
+            DataError: the shard cannot be read.
+        """
+
+    @abstractmethod
+    def whole(self) -> Path:
+        """A local file with all its bytes; a remote one is fetched into the cache once."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must stay equal while a run lives, JSON-able; part of the index and its hash."""
+
+    def difference(self, recorded: dict[str, Any]) -> str | None:
+        """What changed since an index entry was made, in words, or None."""
+        if recorded["size"] != self.size:
+            return f"its size was {recorded['size']:,} bytes and is {self.size:,}"
+        now = self.identity()
+        for key, was in recorded["identity"].items():
+            if now.get(key) != was:
+                return f"its {key} was {was} and is {now.get(key)}"
+        return None
+
+    def notes(self) -> dict[str, Any]:
+        """What helps to recognise the shard quickly but may change without harm; kept next to the identity."""
+        return {}
+
+    def forget(self) -> None:
+        """Drop cached bytes: what was read made no sense."""
+        return
+
+
+@dataclass
+class Source:
+    """A resolved source.
+
+    Attributes:
+        spec: SRC as the user wrote it.
+        kind: the key of its module in `SOURCES`.
+        shards: in canonical order (by name).
+        revision: the commit, where there is one.
+        entropy_bits_per_byte: gives the entropy of the text, where it is known.
+    """
+
+    spec: str
+    kind: str
+    shards: list[Shard]
+    revision: str | None = None
+    entropy_bits_per_byte: Callable[[], float] | None = None
 
 
 class SourceModule(Protocol):
@@ -34,13 +150,12 @@ SOURCES = {
 }
 
 
-def resolve(spec: str, context: Context, recorded: dict[str, Any] | None = None) -> Source:
-    """The source that SRC names.
+def resolve_source(spec: str, context: Context, recorded: dict[str, Any] | None = None) -> Source:
+    """Find the shards that SRC names.
 
     Args:
-        spec: what the user wrote.
-        context: what sources share.
-        recorded: the source in an earlier index: what it was resolved to then.
+        spec: SRC as the user wrote it.
+        recorded: its entry in an earlier index: what it was resolved to then.
 
     Raises:
         DataError: there is no such source, or it cannot be read.
@@ -50,4 +165,4 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None = None)
         module: SourceModule = importlib.import_module(name)  # type: ignore[assignment]
         if module.matches(spec):
             return module.resolve(spec, context, recorded)
-    raise AssertionError("the last source matches everything")
+    raise AssertionError("local matches everything")

@@ -1,32 +1,34 @@
 """SRC is a dataset of the Hugging Face Hub: hf://datasets/OWNER/NAME[@REV]/PATH, or OWNER/NAME[@REV]:CONFIG.
 
-Questions go through the real `huggingface_hub` client, which knows HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and its
-own cache. A source is resolved to a commit, and a run stays with its commit however the branch moves. The files
-of a configuration are those its dataset card names, else those of a folder of its name; of several splits the
-training split is taken. A file that was downloaded before is read from the client's cache.
+Questions go through `huggingface_hub`, which knows HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and its own cache. A source is
+resolved to a commit, and a run stays with its commit when the branch moves. The files of a configuration are those that
+the dataset card names, else those of a folder of its name; of several splits the training split is used. A file that
+was downloaded before is read from the client's cache. Patterns and paths from a dataset must stay inside it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smolforge.data.cards import configurations, inside, select, training_patterns, wildcard_free_folder
-from smolforge.data.network import Trouble, passes, retry_after
-from smolforge.data.readers import format_of, known_endings
-from smolforge.data.remote import RemoteFile
-from smolforge.data.shard import Context, Source
+from smolforge.data.fetch import HttpFile, Trouble, may_pass, retry_after
+from smolforge.data.sources import KNOWN_ENDINGS, Context, Source, format_of
+from smolforge.data.sources.local import read_file
 from smolforge.data.sources.url import RemoteShard
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
 T = TypeVar("T")
+File = tuple[str, int, str]  # path, bytes, oid
+logger = logging.getLogger(__name__)
 
 PREFIX = "hf://datasets/"
 _LONG = re.compile(r"^hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./%-]+?))?/(.*)$")
 _SHORT = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?:([\w.-]+)$")
+_GLOB = re.compile(r"\*\*/|\*\*|\*|\?|\[.[^\]]*\]|.", re.DOTALL)
 MAX_FILES = 200_000
 
 
@@ -38,12 +40,7 @@ class HubShard(RemoteShard):
     def read(self, start: int, length: int) -> bytes:
         if self.local is None:
             return super().read(start, length)
-        try:
-            with self.local.open("rb") as file:
-                file.seek(start)
-                data = file.read(length)
-        except OSError as error:
-            raise DataError(f"cannot read {self.local}: {error.strerror}") from None
+        data = read_file(self.local, start, length)
         if len(data) != length:
             raise DataError(f"{self.local} is cut short", hint="Delete it; it will be fetched again.")
         return data
@@ -63,27 +60,27 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     Raises:
         DataError: there is no such dataset, revision, configuration or file, or offline and not on this machine.
         SourceChanged: the commit of the index is gone.
-        SourceUnavailable: the network stayed away.
+        SourceUnavailable: the network did not answer.
     """
     long, short = _LONG.match(spec), _SHORT.match(spec)
     match = long or short
     if not match:
-        raise DataError(
-            f"{spec} names no dataset", field="data.sources", hint=f"Write {PREFIX}OWNER/NAME[@REVISION]/PATH."
-        )
-    hub = _Hub(spec, match[1], (match[2] or "").replace("%2F", "/") or None, context)
-    path, config = (match[3].strip("/"), None) if long else (None, match[3])
+        hint = f"Write {PREFIX}OWNER/NAME[@REVISION]/PATH."
+        raise DataError(f"{spec} does not name a dataset", field="data.sources", hint=hint)
+    dataset = _Dataset(spec, match[1], (match[2] or "").replace("%2F", "/") or None, context)
+    path, config = (match[3].strip("/"), "") if long else (None, match[3])
     if context.offline:
-        return hub.offline(path, config, recorded)
-    info = hub.info(recorded["revision"] if recorded else hub.revision)
-    revision = str(info.sha)
-    files = hub.of_config(info, revision, str(config)) if path is None else hub.of_path(revision, path)
+        revision, files = dataset.on_disk(path, config, recorded)
+    else:
+        info = dataset.info(recorded["revision"] if recorded else dataset.revision)
+        revision = str(info.sha)
+        files = dataset.of_config(info, revision, config) if path is None else dataset.of_path(revision, path)
     if not files:
-        raise DataError(f"{spec} matches no file of known format", hint=f"Known endings: {known_endings()}.")
-    return Source(spec, "hub", [hub.shard(revision, *file) for file in sorted(files)], revision)
+        raise DataError(f"{spec} matches no file of a known format", hint=f"Known endings: {KNOWN_ENDINGS}.")
+    return Source(spec, "hub", [dataset.shard(revision, *file) for file in sorted(files)], revision)
 
 
-class _Hub:
+class _Dataset:
     """Questions about one dataset."""
 
     def __init__(self, spec: str, repo: str, revision: str | None, context: Context) -> None:
@@ -96,8 +93,8 @@ class _Hub:
         """The dataset at a revision: its commit and its card."""
         return self._ask(lambda: self.api.dataset_info(self.repo, revision=revision), revision)
 
-    def of_path(self, revision: str, path: str) -> list[tuple[str, int, str]]:
-        """(path, size, oid) of the file, the folder's files, or the files that match a pattern."""
+    def of_path(self, revision: str, path: str) -> list[File]:
+        """The file, the folder's files, or the files that match a pattern."""
         if any(mark in path for mark in "*?["):
             return self._matching(revision, [path])
         if path:
@@ -105,16 +102,16 @@ class _Hub:
                 lambda: self.api.get_paths_info(self.repo, [path], revision=revision, repo_type="dataset"), revision
             )
             files = [_described(entry) for entry in found if hasattr(entry, "size")]
+            if files and format_of(path) is None:
+                raise DataError(f"{self.spec} has an unknown ending", hint=f"Known endings: {KNOWN_ENDINGS}.")
             if files:
-                if format_of(path) is None:
-                    raise DataError(f"{self.spec} has an unknown ending", hint=f"Known endings: {known_endings()}.")
                 return files
             if not found:
                 raise DataError(f"{self.repo} has no {path!r} at {revision[:12]}", field="data.sources")
         return _known(self._list(revision, path))
 
-    def of_config(self, info: Any, revision: str, config: str) -> list[tuple[str, int, str]]:
-        """(path, size, oid) of a configuration's training files."""
+    def of_config(self, info: Any, revision: str, config: str) -> list[File]:
+        """A configuration's training files."""
         card = info.card_data.to_dict() if info.card_data else {}
         patterns = training_patterns(card, config, self.spec)
         if patterns:
@@ -135,20 +132,19 @@ class _Hub:
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repo, path, repo_type="dataset", revision=revision)
-        # The commit pins the content; the host that stores it has ETags of its own.
-        file = RemoteFile(self.context.network, url, path, headers=build_hf_headers, size=size)
-        shard = HubShard(file, path, format_of(path) or "", {"oid": oid}, self.context)
+        # The commit fixes the content; the host that stores it has ETags of its own.
+        file = HttpFile(self.context.network, url, path, headers=build_hf_headers, size=size)
+        shard = HubShard(file, path, {"oid": oid}, self.context)
         local = try_to_load_from_cache(self.repo, path, revision=revision, repo_type="dataset")
         if isinstance(local, (str, os.PathLike)) and Path(local).stat().st_size == size:
             shard.local, shard.remote = Path(local), False
         return shard
 
-    def offline(self, path: str | None, config: str | None, recorded: dict[str, Any] | None) -> Source:
-        """What is on this machine: the shards of an index, or the client's snapshot of the dataset."""
+    def on_disk(self, path: str | None, config: str, recorded: dict[str, Any] | None) -> tuple[str, list[File]]:
+        """Commit and files without the network: those of an index, or of the client's snapshot of the dataset."""
         if recorded:
-            revision = recorded["revision"]
-            shards = [self.shard(revision, e["file"], e["size"], e["identity"]["oid"]) for e in recorded["shards"]]
-            return Source(self.spec, "hub", list(shards), revision)
+            files = [(entry["file"], entry["size"], entry["identity"]["oid"]) for entry in recorded["shards"]]
+            return recorded["revision"], files
         from huggingface_hub import DatasetCard, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -158,7 +154,7 @@ class _Hub:
             )
         except LocalEntryNotFoundError:
             raise DataError(
-                f"{self.repo} at {self.revision or 'main'} is not on this machine, and the network is not to be used",
+                f"{self.repo} at {self.revision or 'main'} is not on this machine, and the network must not be used",
                 field="data.sources",
                 hint=f"Fetch it with `hf download {self.repo} --repo-type dataset`, or go online.",
             ) from None
@@ -169,25 +165,26 @@ class _Hub:
         else:
             readme = root / "README.md"
             card = DatasetCard.load(readme).data.to_dict() if readme.is_file() else {}
-            patterns = training_patterns(card, str(config), self.spec)
+            patterns = training_patterns(card, config, self.spec)
             wanted = select(found, patterns or [f"{config}/**", f"data/{config}/**"])
             wanted = wanted if patterns else _training(wanted)
         files = _known(wanted)
         if not files:
-            raise DataError(f"{self.spec}: its files are not on this machine, and the network is not to be used")
-        return Source(self.spec, "hub", [self.shard(root.name, *file) for file in sorted(files)], root.name)
+            raise DataError(f"{self.spec}: its files are not on this machine, and the network must not be used")
+        return root.name, files
 
-    def _matching(self, revision: str, patterns: list[str]) -> list[tuple[str, int, str]]:
-        files: dict[str, tuple[str, int, str]] = {}
-        for folder in {wildcard_free_folder(pattern) for pattern in patterns}:
+    def _matching(self, revision: str, patterns: list[str]) -> list[File]:
+        """The files that match a pattern, listed from the last folder that has no wildcard before it."""
+        files: dict[str, File] = {}
+        for folder in {re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] for pattern in patterns}:
             files |= {file[0]: file for file in self._list(revision, folder)}
         return select(list(files.values()), patterns)
 
-    def _list(self, revision: str, folder: str) -> list[tuple[str, int, str]]:
+    def _list(self, revision: str, folder: str) -> list[File]:
         """All files below a folder; none where there is no such folder."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        def listing() -> list[tuple[str, int, str]]:
+        def listing() -> list[File]:
             files = []
             try:
                 for entry in self.api.list_repo_tree(
@@ -204,9 +201,9 @@ class _Hub:
         return self._ask(listing, revision)
 
     def _ask(self, question: Callable[[], T], revision: str | None) -> T:
-        """Ask the Hub; what may pass is tried again, what may not is explained."""
+        """Ask the Hub; what may pass is tried again, other errors are explained."""
 
-        def one() -> T:
+        def once() -> T:
             try:
                 return question()
             except SmolforgeError:
@@ -214,50 +211,116 @@ class _Hub:
             except Exception as error:
                 raise self._explain(error, revision) from None
 
-        return self.context.network.attempt("the Hub", self.spec, one)
+        return self.context.network.attempt("the Hub", self.spec, once)
 
     def _explain(self, error: Exception, revision: str | None) -> Exception:
         from huggingface_hub import errors
 
+        def refused(message: str, hint: str | None = None) -> DataError:
+            return DataError(message, field="data.sources", hint=hint)
+
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         if isinstance(error, errors.GatedRepoError):
-            return DataError(
-                f"{self.repo} is gated", hint="Accept its terms on its page, then set HF_TOKEN.", field="data.sources"
-            )
+            return refused(f"{self.repo} is gated", "Accept its terms on its page, then set HF_TOKEN.")
         if isinstance(error, errors.RepositoryNotFoundError):
-            return DataError(
-                f"no dataset {self.repo!r} on the Hub", hint="A private one needs HF_TOKEN.", field="data.sources"
-            )
+            return refused(f"no dataset {self.repo!r} on the Hub", "A private one needs HF_TOKEN.")
         if isinstance(error, errors.RevisionNotFoundError):
             if revision and revision != self.revision:
                 return SourceChanged(f"{self.repo} no longer has commit {revision}, which the run was made with")
-            return DataError(f"{self.repo} has no revision {revision!r}", field="data.sources")
+            return refused(f"{self.repo} has no revision {revision!r}")
         if isinstance(error, errors.HFValidationError):
-            return DataError(f"{self.repo} names no dataset: {error}", field="data.sources")
-        if status is not None and response is not None and passes(status):
-            return Trouble(
-                f"{status} {getattr(response, 'reason_phrase', '')}".strip(), wait=retry_after(response.headers)
-            )
+            return refused(f"{self.repo} does not name a dataset: {error}")
+        if response is not None and status is not None and may_pass(status):
+            reason = getattr(response, "reason_phrase", "")
+            return Trouble(f"{status} {reason}".strip(), wait=retry_after(response.headers))
         if status is not None:
-            return DataError(f"the Hub refuses {self.spec}: {status}", field="data.sources")
-        # Which HTTP library the client stands on differs by its version; faults on the way share these roots.
-        if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "requests", "urllib3"}:
+            return refused(f"the Hub refuses {self.spec}: {status}")
+        # Which HTTP library the client uses differs by its version; faults on the way share these roots.
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, OSError) or library in {"httpx", "httpx2", "httpcore", "requests", "urllib3"}:
             return Trouble(f"a broken connection ({type(error).__name__})")
-        if isinstance(error, (OSError, TimeoutError)):
-            return Trouble(f"a broken connection ({type(error).__name__})")
-        return DataError(f"the Hub's answer about {self.spec} makes no sense: {error}", field="data.sources")
+        return refused(f"the Hub's answer about {self.spec} makes no sense: {error}")
 
 
-def _described(entry: Any) -> tuple[str, int, str]:
+# -- dataset cards
+
+
+def configurations(card: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations that a card declares."""
+    configs = card.get("configs")
+    return [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
+
+
+def training_patterns(card: dict[str, Any], config: str, spec: str) -> list[str]:
+    """The patterns that a dataset card names for a configuration's training split; none where it names none.
+
+    Raises:
+        DataError: a pattern leaves the dataset.
+    """
+    entry = next((entry for entry in configurations(card) if entry.get("config_name") == config), {})
+    data_files = entry.get("data_files")
+    items = data_files if isinstance(data_files, list) else [data_files]
+    patterns = [item for item in items if isinstance(item, str)]
+    splits = [item for item in items if isinstance(item, dict)]
+    names = [str(item.get("split")) for item in splits]
+    if len(names) > 1:
+        used = "train is" if "train" in names else "all are"
+        logger.info("%s: of the splits %s, %s used", spec, ", ".join(names), used)
+    for item in [item for item in splits if item.get("split") == "train"] or splits:
+        path = item.get("path")
+        patterns += [p for p in (path if isinstance(path, list) else [path]) if isinstance(p, str)]
+    folder = entry.get("data_dir")
+    if not patterns and isinstance(folder, str):
+        patterns = [f"{folder.strip('/')}/**"]
+    return [inside(pattern.removeprefix("./")) for pattern in patterns]
+
+
+def inside(path: str) -> str:
+    """The path itself, if it stays inside the dataset.
+
+    Raises:
+        DataError: it does not.
+    """
+    if "://" in path or path.startswith("/") or "\\" in path or ".." in path.split("/") or not path.isprintable():
+        raise DataError(f"the dataset names {path!r}, which is not a path inside it", field="data.sources")
+    return path
+
+
+def select(files: Sequence[File], patterns: Sequence[str]) -> list[File]:
+    """The files that match one of the patterns."""
+    wanted = [pattern_regex(pattern) for pattern in patterns]
+    return [file for file in files if any(regex.match(file[0]) for regex in wanted)]
+
+
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """A glob over paths: `*` and `?` within a folder, `**` across folders, [abc] one of these."""
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def translate(match: re.Match[str]) -> str:
+        token = match[0]
+        if token in known:
+            return known[token]
+        if len(token) > 1:
+            chosen = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+            return f"[{'^' + chosen[1:] if chosen[0] in '!^' else chosen}]"
+        return re.escape(token)
+
+    try:
+        return re.compile(_GLOB.sub(translate, pattern) + r"\Z")
+    except re.error:
+        return re.compile(re.escape(pattern) + r"\Z")
+
+
+def _described(entry: Any) -> File:
     lfs = getattr(entry, "lfs", None)
     return inside(str(entry.path)), int(entry.size), str(lfs.sha256 if lfs else entry.blob_id)
 
 
-def _known(files: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
+def _known(files: list[File]) -> list[File]:
     return [file for file in files if format_of(file[0])]
 
 
-def _training(files: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
-    """Of a folder without a card: the training files where some are called so, else all."""
+def _training(files: list[File]) -> list[File]:
+    """Of a folder without a card: the training files where some are named so, else all."""
     return [file for file in files if "train" in file[0].rpartition("/")[2].lower()] or files

@@ -1,9 +1,9 @@
 """SRC is a local file, folder or glob.
 
-A folder is searched through and through for files of known formats; hidden files and those of other endings are
-passed over. A file named outright must have a known ending. The identity of a local shard is a hash of its bytes
-(of a large one: of evenly spread samples, its first and its last megabyte, where a parquet file keeps its
-footer), so a copied or touched corpus is still the same; an unchanged size and time of change saves the hashing.
+A folder is searched recursively for files of known formats; hidden files and other endings are passed over. A file
+named directly must have a known ending. The identity of a local shard is a hash of its bytes (of a large parquet file:
+of evenly spread samples with its first and its last megabyte, where the footer is), so a copied or touched corpus is
+still the same; an unchanged size and modification time saves the hashing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.readers import format_of, known_endings
-from smolforge.data.shard import Context, Shard, Source
+from smolforge.data.sources import KNOWN_ENDINGS, Context, Shard, Source, format_of
 from smolforge.errors import DataError, SourceChanged
 
-WHOLE_HASH = 64 << 20
+WHOLE_HASH = 64 << 20  # parquet files up to this size are hashed as a whole
 SAMPLE = 1 << 20
 SAMPLES = 32
+
+
+def read_file(path: Path, start: int, length: int) -> bytes:
+    """Up to `length` bytes of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 class LocalShard(Shard):
@@ -32,18 +45,13 @@ class LocalShard(Shard):
             stat = path.stat()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}", field="data.sources") from None
-        self.size, self._changed = stat.st_size, stat.st_mtime_ns
+        self.size, self._modified = stat.st_size, stat.st_mtime_ns
         if not self.size:
             raise DataError(f"{path} is empty", field="data.sources", hint="Remove it or fill it.")
         self._hash: str | None = None
 
     def read(self, start: int, length: int) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                data = file.read(length)
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from None
+        data = read_file(self.path, start, length)
         if len(data) != length:
             raise SourceChanged(
                 f"{self.path} ends at byte {start + len(data):,}; it had {self.size:,} bytes when it was indexed"
@@ -54,37 +62,30 @@ class LocalShard(Shard):
         return self.path
 
     def identity(self) -> dict[str, Any]:
-        if self._hash is None:
-            self._hash = self._fingerprint()
+        self._hash = self._hash or self._fingerprint()
         return {"hash": self._hash}
 
-    def same_as(self, recorded: dict[str, Any]) -> str | None:
-        if recorded["size"] == self.size and recorded.get("changed") == self._changed:
+    def difference(self, recorded: dict[str, Any]) -> str | None:
+        if recorded["size"] == self.size and recorded.get("changed") == self._modified:
             self._hash = recorded["identity"].get("hash")
-        return super().same_as(recorded)
+        return super().difference(recorded)
 
     def notes(self) -> dict[str, Any]:
-        return {"changed": self._changed}
+        return {"changed": self._modified}
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(str(self.size).encode(), digest_size=16)
-        whole = self.size <= WHOLE_HASH or self.format != "parquet"
-        try:
-            with self.path.open("rb") as file:
-                if whole:
-                    while block := file.read(SAMPLE):
-                        digest.update(block)
-                else:
-                    for i in range(SAMPLES):
-                        file.seek((self.size - SAMPLE) * i // (SAMPLES - 1))
-                        digest.update(file.read(SAMPLE))
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from None
+        if self.format == "parquet" and self.size > WHOLE_HASH:
+            starts = [(self.size - SAMPLE) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+        else:
+            starts = list(range(0, self.size, SAMPLE))
+        for start in starts:
+            digest.update(read_file(self.path, start, SAMPLE))
         return digest.hexdigest()
 
 
 def matches(spec: str) -> bool:
-    """Whether SRC is this kind: whatever nothing else claims."""
+    """Whether SRC is local: whatever no other source matches."""
     return True
 
 
@@ -109,16 +110,13 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     else:
         raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=_hint(spec))
     if not named:
-        raise DataError(problem, field="data.sources", hint=f"Known endings: {known_endings()}.")
+        raise DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
     shards: list[Shard] = []
     for file in sorted(named, key=lambda p: p.relative_to(root).as_posix()):
         format = format_of(file.name)
         if format is None:
-            raise DataError(
-                f"{file} has an unknown ending",
-                field="data.sources",
-                hint=f"Known endings: {known_endings()}.",
-            )
+            hint = f"Known endings: {KNOWN_ENDINGS}."
+            raise DataError(f"{file} has an unknown ending", field="data.sources", hint=hint)
         shards.append(LocalShard(file, file.relative_to(root).as_posix(), format))
     return Source(spec, "local", shards)
 
@@ -132,6 +130,7 @@ def _walk(root: Path) -> list[Path]:
 
 
 def _hint(spec: str) -> str:
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+    owner, slash, name = spec.partition("/")
+    if slash and owner and name and "/" not in name and not spec.startswith((".", "~")):
         return f"For a dataset of the Hub write {spec}:CONFIG or hf://datasets/{spec}/PATH."
     return "SRC is a file, folder or glob, a URL, hf://datasets/OWNER/NAME/PATH, OWNER/NAME:CONFIG, or tales."

@@ -1,27 +1,40 @@
-"""SRC is an http(s):// URL of one file: parquet is read in ranges, anything else fetched once into the cache."""
+"""SRC is a URL: http(s):// of one file, or a file, folder or glob behind any protocol that fsspec knows.
+
+Parquet is read in ranges, anything else is fetched once into the cache. `s3://`, `gs://` and `az://` need the package
+of their filesystem (s3fs, gcsfs, adlfs), whose own environment variables and configuration files hold the credentials.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from smolforge.data.readers import format_of, known_endings
-from smolforge.data.remote import NoRanges, RemoteFile
-from smolforge.data.shard import Context, Shard, Source
+from smolforge.data.fetch import HttpFile, Network, NoRanges, RemoteFile, Trouble, may_pass
+from smolforge.data.sources import KNOWN_ENDINGS, Context, Shard, Source, format_of
 from smolforge.errors import DataError
+
+T = TypeVar("T")
+
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+    "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "webhdfs": "requests", "oss": "ossfs",
+}  # fmt: skip
+IDENTITIES = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
 
 class RemoteShard(Shard):
-    """A file behind a URL, its ranges kept in the cache under what identifies it."""
+    """A remote file whose ranges are kept in the cache under its URL, size and identity."""
 
     remote = True
 
-    def __init__(self, file: RemoteFile, name: str, format: str, identity: dict[str, Any], context: Context) -> None:
+    def __init__(self, file: RemoteFile, name: str, identity: dict[str, Any], context: Context) -> None:
         assert file.size is not None
-        self.file, self.name, self.format, self.size = file, name, format, file.size
+        self.file, self.name, self.format, self.size = file, name, format_of(name) or "", file.size
         self._identity, self._context = identity, context
         self._key = f"{file.url} {file.size} {sorted(identity.items())}"
         self._kept: set[str] = set()
@@ -35,7 +48,7 @@ class RemoteShard(Shard):
         if data is not None and len(data) == length:
             return data
         if self._context.offline:
-            raise self.missing(f"bytes {start:,} to {start + length:,} are")
+            raise self._missing(f"bytes {start:,} to {start + length:,} are")
         if self.file.ranges:
             with contextlib.suppress(NoRanges):
                 data = self.file.read(start, length)
@@ -50,7 +63,7 @@ class RemoteShard(Shard):
     def whole(self) -> Path:
         cache, key = self._context.cache, f"{self._key} whole"
         if self._context.offline and not cache.holds(key):
-            raise self.missing("it is")
+            raise self._missing("it is")
         return cache.file(key, self.file.blocks(), what=self.name)
 
     def identity(self) -> dict[str, Any]:
@@ -62,44 +75,153 @@ class RemoteShard(Shard):
         for key in kept:
             self._context.cache.drop_range(key)
 
-    def missing(self, what: str) -> DataError:
-        """The error for bytes that only the network has."""
+    def _missing(self, what: str) -> DataError:
         return DataError(
-            f"{self.name}: {what} not on this machine, and the network is not to be used",
+            f"{self.name}: {what} not on this machine, and the network must not be used",
             field="data.sources",
             hint="Run once with the network (without HF_HUB_OFFLINE) so that the cache is filled.",
         )
 
 
+class FsspecFile(RemoteFile):
+    """A file of an fsspec filesystem. Its content is checked when it is looked at: `cat_file` takes no condition."""
+
+    def __init__(self, network: Network, filesystem: Any, path: str, size: int | None = None) -> None:
+        super().__init__(network, filesystem.unstrip_protocol(path), path, host_of(filesystem), size)
+        self.filesystem, self.path = filesystem, path
+
+    def look(self) -> dict[str, Any]:
+        info = ask(self.network, self.host, self.url, lambda: self.filesystem.info(self.path))
+        if not isinstance(info.get("size"), int):
+            raise DataError(f"{self.host} does not tell the length of {self.name}", field="data.sources")
+        self.size = info["size"]
+        key = next((key for key in IDENTITIES if info.get(key)), None)
+        return {key.lower(): str(info[key])} if key else {}
+
+    def _read(self, start: int, length: int, got: bytearray) -> None:
+        with troubles(self.host, self.url):
+            got += self.filesystem.cat_file(self.path, start=start + len(got), end=start + length)
+        if len(got) != length:
+            del got[length:]
+            raise Trouble("a range of another length than the one asked for")
+
+
 def matches(spec: str) -> bool:
-    """Whether SRC is a URL."""
-    return spec.lower().startswith(("http://", "https://"))
+    """Whether SRC is a URL, of the Hub excepted."""
+    return bool(re.match(r"(?!hf:)[A-Za-z][A-Za-z0-9+.-]*(://|::)", spec))
 
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
-    """The one file behind the URL.
+    """The files behind the URL.
 
     Raises:
-        DataError: its ending is unknown, it is not there, or offline and not known from an index.
-        SourceUnavailable: the network stayed away.
+        DataError: an ending is unknown, nothing is there, or offline and not known from an index.
+        SourceUnavailable: the network did not answer.
     """
+    if context.offline and recorded is None:
+        raise DataError(f"cannot look at {spec}: the network must not be used", field="data.sources")
+    if spec.lower().startswith(("http://", "https://")):
+        shards = [_http_shard(spec, context, recorded["shards"][0] if recorded else None)]
+    else:
+        shards = _fsspec_shards(spec, context, recorded["shards"] if recorded else [])
+    return Source(spec, "web", list(shards))
+
+
+def _http_shard(spec: str, context: Context, recorded: dict[str, Any] | None) -> RemoteShard:
     try:
         name = unquote(urlsplit(spec).path).rpartition("/")[2]
     except ValueError as error:
-        raise DataError(f"{spec} is no URL: {error}", field="data.sources") from None
-    format = format_of(name)
-    if format is None:
-        raise DataError(
-            f"{spec} has an unknown ending", field="data.sources", hint=f"Known endings: {known_endings()}."
-        )
-    file = RemoteFile(context.network, spec, name)
+        raise DataError(f"{spec} is not a valid URL: {error}", field="data.sources") from None
+    _check_ending(name, spec)
+    file = HttpFile(context.network, spec, name)
+    if context.offline and recorded:
+        file.size, file.etag = recorded["size"], recorded["identity"].get("etag")
+        return RemoteShard(file, name, recorded["identity"], context)
+    identity = file.look()
+    return RemoteShard(file, name, identity, context)
+
+
+def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) -> list[RemoteShard]:
+    filesystem, path = open_filesystem(spec)
     if context.offline:
-        if recorded is None:
-            raise DataError(f"cannot look at {spec}: the network is not to be used", field="data.sources")
-        entry = recorded["shards"][0]
-        file.size, file.etag = entry["size"], entry["identity"].get("etag")
-        identity = entry["identity"]
-    else:
-        file.look()
-        identity = {"etag": file.etag} if file.etag else {"modified": file.modified} if file.modified else {}
-    return Source(spec, "web", [RemoteShard(file, name, format, identity, context)])
+        files = [FsspecFile(context.network, filesystem, entry["file"], entry["size"]) for entry in recorded]
+        return [RemoteShard(f, f.path, e["identity"], context) for f, e in zip(files, recorded, strict=True)]
+
+    def find() -> list[str]:
+        filesystem.invalidate_cache()
+        if any(mark in path for mark in "*?["):
+            return [found for found in filesystem.glob(path) if format_of(found)]
+        if filesystem.isdir(path):
+            return [found for found in filesystem.find(path) if format_of(found)]
+        _check_ending(path, spec)
+        return [path]
+
+    paths = sorted(ask(context.network, host_of(filesystem), spec, find))
+    if not paths:
+        raise DataError(f"{spec} matches no file of a known format", hint=f"Known endings: {KNOWN_ENDINGS}.")
+    files = [FsspecFile(context.network, filesystem, found) for found in paths]
+    return [RemoteShard(file, file.path, file.look(), context) for file in files]
+
+
+def open_filesystem(spec: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, and the path in it.
+
+    Raises:
+        DataError: the protocol is unknown, or its package is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    protocol = re.split("://|::", spec)[0].lower()
+    try:
+        return url_to_fs(spec)
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        hint = f"Install it: pip install {package}" if package else str(error)
+        raise DataError(f"{protocol}:// needs a package that is missing", field="data.sources", hint=hint) from None
+    except ValueError as error:
+        known = f"Known to fsspec: http, https, {', '.join(sorted(PACKAGES))} and others."
+        raise DataError(f"cannot open {spec}: {error}", field="data.sources", hint=known) from None
+
+
+def host_of(filesystem: Any) -> str:
+    """What messages call the place: the first protocol of the filesystem."""
+    protocol = filesystem.protocol
+    return f"{protocol if isinstance(protocol, str) else protocol[0]}://"
+
+
+def ask(network: Network, host: str, what: str, question: Callable[[], T]) -> T:
+    """Ask a filesystem; what may pass is tried again."""
+
+    def once() -> T:
+        with troubles(host, what):
+            return question()
+
+    return network.attempt(host, what, once)
+
+
+@contextlib.contextmanager
+def troubles(host: str, what: str) -> Any:
+    """Turn a filesystem's errors into `Trouble` where they may pass, else into `DataError`."""
+    try:
+        yield
+    except (DataError, Trouble):
+        raise
+    except FileNotFoundError:
+        raise DataError(f"no such file: {what}", field="data.sources", hint="Check the address.") from None
+    except PermissionError as error:
+        hint = "Check the credentials of this filesystem."
+        raise DataError(f"{host} refuses {what}: {error}", field="data.sources", hint=hint) from None
+    except Exception as error:
+        # Each filesystem has errors of its own; those of a connection are OSErrors or say so in their name.
+        status = getattr(error, "status", getattr(error, "code", getattr(error, "status_code", None)))
+        name = type(error).__name__
+        if isinstance(status, int) and may_pass(status):
+            raise Trouble(f"{status} {name}") from None
+        if isinstance(error, OSError) or re.search("Timeout|Connect|Incomplete|Throttl", name):
+            raise Trouble(f"a broken connection ({name}: {str(error)[:100]})") from None
+        raise DataError(f"cannot read {what}: {name}: {error}", field="data.sources") from None
+
+
+def _check_ending(name: str, spec: str) -> None:
+    if format_of(name) is None:
+        raise DataError(f"{spec} has an unknown ending", field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")

@@ -1,0 +1,265 @@
+"""Read jsonl and txt, in row groups of about a megabyte of consecutive bytes.
+
+jsonl has a JSON object per line; blank lines are passed over. A txt file is a document, or several, split at the
+separator. A document longer than 64 KiB becomes several rows, cut where a line ends: otherwise a book in one file would
+be one document, which cannot be shared by lanes, shuffled, or held out in part. Only the last of its rows is followed
+by EOS. The rule looks at nothing before a row, so a row group may start with any of them.
+
+A compressed shard is decompressed once into the cache, as a stream within the cache's bound, which also stops a file
+that decompresses to terabytes. Files are opened for each row group: a corpus may have more files than a process may
+have open.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from smolforge.data.cache import decompress
+from smolforge.data.document import Row
+from smolforge.data.readers import Reader, Rows
+from smolforge.data.sources import compression_of
+from smolforge.errors import DataError, SourceChanged
+
+GROUP_BYTES = 1 << 20
+BLOCK = 1 << 20
+MAX_LINE = 256 << 20
+PIECE = 64 << 10  # longest row of a txt file
+MAX_BREAKS = 64  # line ends after a separator that belong to it
+
+
+class TextReader(Reader):
+    """Row groups are consecutive runs of bytes, [rows, bytes]; the formats differ in what a row is."""
+
+    @abstractmethod
+    def raw_rows(self, path: Path) -> Iterator[tuple[bytes, int]]:
+        """The file's bytes in pieces, with the number of rows (0 or 1) that each is; joined they are the file."""
+
+    @abstractmethod
+    def split(self, data: bytes) -> list[bytes]:
+        """The rows in the bytes of a row group."""
+
+    @abstractmethod
+    def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
+        """A row from its bytes; `last` is true for the last row of the file."""
+
+    def scan(self) -> list[list[int]]:
+        groups: list[list[int]] = []
+        rows = size = offset = 0
+        try:
+            for raw, count in self.raw_rows(self._plain()):
+                try:
+                    raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise not_utf8(self.shard.name, error, offset) from None
+                rows, size, offset = rows + count, size + len(raw), offset + len(raw)
+                if size >= GROUP_BYTES:
+                    groups.append([rows, size])
+                    rows = size = 0
+        except OSError as error:
+            raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
+        return [*groups, [rows, size]] if size else groups
+
+    def use(self, groups: list[list[int]]) -> None:
+        super().use(groups)
+        self._starts = [0]
+        for _, size in groups:
+            self._starts.append(self._starts[-1] + size)
+
+    def rows(self, group: int, start: int, count: int) -> Rows:
+        raws = self.split(self._read(self._starts[group], self.groups[group][1]))
+        if len(raws) != self.groups[group][0]:
+            raise DataError(f"{self.shard.name} is not the file that was indexed: row group {group} differs")
+        return _TextRows(self, group, raws)
+
+    def _read(self, start: int, size: int) -> bytes:
+        try:
+            try:
+                file = self._plain().open("rb")
+            except FileNotFoundError:  # another process trimmed the cache; decompress or fetch it again
+                file = self._plain().open("rb")
+            with file:
+                file.seek(start)
+                data = file.read(size)
+        except OSError as error:
+            raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
+        if len(data) != size:
+            raise SourceChanged(f"{self.shard.name} ends at byte {start + len(data):,}, inside an indexed row group")
+        return data
+
+    def _plain(self) -> Path:
+        """The local file without compression.
+
+        Raises:
+            DataError: the file is damaged or cut short, or decompresses to more than the cache may hold.
+        """
+        shard, compression = self.shard, compression_of(self.shard.name)
+        if compression is None:
+            return shard.whole()
+
+        def blocks() -> Iterator[bytes]:
+            try:
+                yield from decompress(shard.whole(), compression)
+            except EOFError as error:
+                raise DataError(
+                    f"{shard.name} is damaged: {error}", field="data.sources", hint="Fetch or write the file again."
+                ) from None
+
+        key = f"plain {shard.name} {shard.size} {sorted(shard.identity().items())}"
+        return self.context.cache.file(key, blocks(), what=f"{shard.name} (decompressed)")
+
+
+class _TextRows:
+    def __init__(self, reader: TextReader, group: int, raws: list[bytes]) -> None:
+        self.reader, self.group, self.raws = reader, group, raws
+        self.last = len(raws) - 1 if group == len(reader.groups) - 1 else -1
+
+    def take(self, rows: Sequence[int]) -> list[Row]:
+        return [self.reader.row(self.group, row, self.raws[row], last=row == self.last) for row in rows]
+
+
+class JsonLinesReader(TextReader):
+    """Lines that are JSON objects with the text column."""
+
+    def raw_rows(self, path: Path) -> Iterator[tuple[bytes, int]]:
+        first = True
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    where = f"at offset {file.tell() - len(line):,}"
+                    raise DataError(f"{self.shard.name} has a line longer than {MAX_LINE >> 20} MiB {where}")
+                filled = bool(line.strip())
+                yield line, int(filled)
+                if filled and first:  # a wrong column or format is found before anything trains
+                    self._text(line, f"{self.shard.name}, first line")
+                    first = False
+
+    def split(self, data: bytes) -> list[bytes]:
+        return [line for line in data.split(b"\n") if line.strip()]
+
+    def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
+        try:
+            return Row(self._text(raw, self.shard.name))
+        except DataError:
+            return Row(self._text(raw, f"{self.shard.name}, line {self._line(group, number)}"))  # raises
+
+    def _line(self, group: int, number: int) -> int:
+        """The number of the line, from 1, that a row is; counted only for an error."""
+        before = self._read(0, self._starts[group]).count(b"\n")
+        lines = self._read(self._starts[group], self.groups[group][1]).split(b"\n")
+        filled = (i for i, line in enumerate(lines, 1) if line.strip())
+        return before + next(islice(filled, number, None))
+
+    def _text(self, line: bytes, place: str) -> str:
+        column = self.context.column
+        try:
+            value: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place} is not valid JSON: {error}", field="data.sources") from None
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{place} is not a JSON object but {type(value).__name__}",
+                field="data.sources",
+                hint=f'Each line must look like {{"{column}": "..."}}.',
+            )
+        if column not in value:
+            raise DataError(
+                f"{place} has no column {column!r}",
+                field="data.text_column",
+                hint=f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}.",
+            )
+        text = value[column]
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise DataError(f"{place}: column {column!r} is not text but {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no UTF-8 can hold
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+
+class PlainTextReader(TextReader):
+    """Text split at the separator of the configuration."""
+
+    @property
+    def separator(self) -> bytes:
+        """UTF-8 of `data.separator`; empty where documents are whole files."""
+        return (self.context.separator or "").encode()
+
+    def raw_rows(self, path: Path) -> Iterator[tuple[bytes, int]]:
+        return ((raw, 1) for raw in pieces_of_file(path, self.separator))
+
+    def split(self, data: bytes) -> list[bytes]:
+        return list(pieces(data, self.separator))
+
+    def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
+        # A row holds at most one separator, with nothing but line ends after it.
+        found = raw.find(self.separator) if self.separator else -1
+        try:
+            text = (raw if found < 0 else raw[:found].rstrip(b"\r\n")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(f"{self.shard.name}, row group {group}, row {number}", error, 0) from None
+        return Row(text, last or found >= 0)
+
+
+def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> DataError:
+    """The error for bytes that are not UTF-8; `offset` is the place of the decoded bytes in the file."""
+    at = offset + error.start
+    return DataError(
+        f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,}",
+        field="data.sources",
+        hint="Convert it, for example with `iconv -f latin1 -t utf-8`.",
+    )
+
+
+def pieces_of_file(path: Path, separator: bytes) -> Iterator[bytes]:
+    """The raw rows of a file, separators included: joined they are the file."""
+    need = PIECE + len(separator) + MAX_BREAKS + 1  # as far as the rule looks
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            rest += block
+            at = 0
+            while len(rest) - at >= need:
+                size = first_piece(rest, at, separator)
+                yield rest[at : at + size]
+                at += size
+            rest = rest[at:]
+    yield from pieces(rest, separator)
+
+
+def pieces(data: bytes, separator: bytes) -> Iterator[bytes]:
+    """The raw rows of bytes that end where a row ends."""
+    at = 0
+    while at < len(data):
+        size = first_piece(data, at, separator)
+        yield data[at : at + size]
+        at += size
+
+
+def first_piece(data: bytes, at: int, separator: bytes) -> int:
+    """Length of the row that starts at `at`, looking no further than the longest row can reach."""
+    if separator:
+        found = data.find(separator, at, at + PIECE + len(separator))
+        if found >= 0:
+            end = found + len(separator)
+            stop = min(end + MAX_BREAKS, len(data))
+            while end < stop and data[end] in b"\r\n":
+                end += 1
+            return end - at
+    if len(data) - at <= PIECE:
+        return len(data) - at
+    for mark in (b"\n", b" "):
+        found = data.rfind(mark, at + PIECE // 2, at + PIECE)
+        if found >= 0:
+            return found + 1 - at
+    end = at + PIECE
+    while end > at + PIECE - 4 and data[end] & 0xC0 == 0x80:  # never inside a character
+        end -= 1
+    return end - at
