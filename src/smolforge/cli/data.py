@@ -45,7 +45,6 @@ def _which(args: argparse.Namespace) -> int:
         raise BadInput(f"{run.path} holds no run")
     if args.step < 1:
         raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     config = configuration.build_config(str(run.config_path))
     newest = commit.newest_whole(run.checkpoints_path)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
