@@ -46,7 +46,7 @@ def chromium():
 class Visit:
     """One open page and what it did: requests to other machines and errors are kept."""
 
-    def __init__(self, chromium, server: Server, path: str = "/", **context) -> None:
+    def __init__(self, chromium, server: Server, path: str = "/", ready: str = "#status.ready", **context) -> None:
         self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         self.context.set_default_timeout(20_000)
         self.page = self.context.new_page()
@@ -57,7 +57,7 @@ class Visit:
         self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
         self.server = server
         self.page.goto(server.url + path)
-        self.page.wait_for_selector(".sf-status:not(.sf-bad)", state="attached")
+        self.page.wait_for_selector(ready, state="attached")
 
     def close(self) -> None:
         """Close it; nothing may have left this machine, nothing may have failed."""

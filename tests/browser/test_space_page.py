@@ -43,10 +43,10 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_a_visitor_writes_with_it(chromium, space: Server) -> None:
     visit = Visit(chromium, space)
     assert TITLE in visit.page.inner_text("body")
-    visit.page.fill("#sf-prompt textarea", "Once upon a time")
-    visit.page.click("#sf-submit")
-    visit.page.wait_for_selector("#sf-text[aria-busy=false] .sf-token")
-    tokens = visit.page.locator(".sf-token").all_text_contents()
+    visit.page.fill("#prompt", "Once upon a time")
+    visit.page.click("#submit")
+    visit.page.wait_for_selector("#text[aria-busy=false] .token")
+    tokens = visit.page.locator(".token").all_text_contents()
     assert len(tokens) > 5 and "".join(tokens).strip()
     visit.close()
 

@@ -16,8 +16,9 @@ from serving_fixtures import STEPS, metric
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
 from smolforge.serving.app import create_app
-from smolforge.serving.page.timelapse import spread
-from smolforge.serving.page.training import POINTS, Curve, Tail, TrainingView
+from smolforge.serving.page.routes import MAX_POINTS as POINTS
+from smolforge.serving.page.routes import Curve, Tail, TrainingView
+from smolforge.serving.page.routes import select_steps as spread
 from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
 
@@ -29,7 +30,7 @@ def app_of(model, ready: bool = True, **settings):
     """A client of an app of its own."""
     app = create_app(ServeSettings(str(model), **{"page": False, "follow_seconds": 0.05, **settings}))
     with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
-        client.service = app.state.service
+        client.service = app.state.server
         if ready:
             until(lambda: client.get("/health").status_code == 200)
         yield client
@@ -67,9 +68,9 @@ def test_public_addresses_with_a_key_or_said_out_loud():
 
 def test_keys_of_any_letters():
     keys = Keys("sesame-öffne")
-    assert keys.fits("sesame-öffne".encode()) and not keys.fits(b"sesame") and not keys.fits(b"")
+    assert keys.matches("sesame-öffne".encode()) and not keys.matches(b"sesame") and not keys.matches(b"")
     assert keys.session and "sesame" not in keys.session
-    assert Keys(None).fits(b"anything")
+    assert Keys(None).matches(b"anything")
 
 
 def test_foreign_hosts_and_origins_stay_out(tiny_run):
@@ -123,7 +124,7 @@ def test_a_run_is_followed_without_dropping_requests(tiny_run, tmp_path):
         assert set(statuses) == {(200, 200)}
         assert prints[0] == f"smolforge-step-{STEPS[0]}" and prints[-1] == f"smolforge-step-{STEPS[-1]}"
         assert metric(client.get("/metrics").text, "smolforge_checkpoint_swaps_total") == 2
-        until(lambda: len(client.service.worker._models) == 1)
+        until(lambda: len(client.service.thread._models) == 1)
 
 
 def test_a_damaged_newer_checkpoint_is_not_taken(tiny_run, tmp_path):
@@ -184,7 +185,7 @@ def test_limits_answer_429_and_504(slow_run):
         for thread in threads:
             thread.join()
         assert {answer.status_code for answer in answers} == {429, 504}
-        until(lambda: not client.service.worker.live)
+        until(lambda: not client.service.thread.live)
         # A token is enough to see that the service works again: more may take longer than the limit on a busy machine.
         after = [client.post("/v1/completions", json={**ONCE, "max_tokens": 1}).status_code for _ in range(5)]
         assert 200 in after and set(after) <= {200, 504}
@@ -195,7 +196,7 @@ def test_chat_needs_a_template_and_quoted_special_tokens_are_text(tiny_run, chat
     with app_of(tiny_run) as client:
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_chat_template"
-    from smolforge.serving.chat import fill_template
+    from smolforge.serving.openai_routes import fill_template
     from smolforge.serving.schemas import ChatRequest
 
     def ids(text: str) -> list[int]:
@@ -241,17 +242,7 @@ def test_time_lapse_shows_each_checkpoint_under_one_seed(tiny_run):
         served = client.post("/v1/completions", json={**body, "temperature": 0.8, "top_p": 0.9}).json()
         assert texts[STEPS[-1]] == served["choices"][0]["text"]
         assert client.post("/page/timelapse", json={**body, "steps": [7]}).status_code == 400
-        until(lambda: len(client.service.worker._models) == 1)
-
-
-def test_gradio_clients_find_the_seeds_function(tiny_run):
-    with app_of(tiny_run, page=True) as client:
-        info = client.get("/gradio_api/info").json()["named_endpoints"]
-        names = [parameter["parameter_name"] for parameter in info["/generate"]["parameters"]]
-        assert list(info) == ["/generate"] and names == ["prompt", "max_tokens", "temperature", "top_p"]
-        call = client.post("/gradio_api/call/generate", json={"data": ["Once upon a time", 6, 0.8, 0.9]})
-        text = client.get(f"/gradio_api/call/generate/{call.json()['event_id']}").text
-        assert "complete" in text and "Once upon a time there" in text
+        until(lambda: len(client.service.thread._models) == 1)
 
 
 def test_training_tab_reads_a_growing_and_a_rewritten_log(tiny_run, tmp_path):

@@ -177,18 +177,30 @@ def test_11_stop_strings(client):
     assert answer.choices[0].text == free and answer.choices[0].finish_reason == "length"
 
 
-def test_12_unknown_fields_pass_and_unsupported_ones_are_refused(server, client):
-    ignored = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "some_new_field": [1, {"x": 2}]}
-    neutral = {"tools": [], "response_format": {"type": "text"}, "suffix": None, "best_of": 1, "store": False}
-    assert raw(server, prompt=ONCE, max_tokens=2, **ignored, **neutral).status_code == 200
+def test_12_no_field_is_ignored_silently(server, client):
+    harmless = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "x"}
+    neutral = {
+        "tools": [], "response_format": {"type": "text"}, "suffix": None, "best_of": 1, "store": False,
+        "no_repeat_ngram_size": 0, "repeat_penalty": 1, "skip_special_tokens": True, "chat_template_kwargs": {},
+    }  # fmt: skip
+    assert raw(server, prompt=ONCE, max_tokens=2, **harmless, **neutral).status_code == 200
     for field, value in {
         "best_of": 2, "suffix": "end", "tools": [{"type": "function"}], "response_format": {"type": "json_object"},
         "store": True, "grammar": "root ::= x", "reasoning_effort": "high", "guided_json": {"type": "object"},
+        "chat_template": "x", "chat_template_kwargs": {"a": 1}, "add_generation_prompt": False, "repeat_penalty": 1.1,
+        "include_stop_str_in_output": True, "no_repeat_ngram_size": 3, "some_new_field": None, "temprature": 0.5,
     }.items():  # fmt: skip
         response = raw(server, prompt=ONCE, **{field: value})
         assert response.status_code == 400 and response.json()["error"]["param"] == field, field
+        chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], field: value})
+        assert chat.status_code == 400 and chat.json()["error"]["param"] == field, field
+    assert "did you mean temperature" in raw(server, prompt=ONCE, temprature=0.5).json()["error"]["message"]
+    for alias in ("max_completion_tokens", "max_new_tokens", "n_predict"):
+        answer = raw(server, prompt=ONCE, ignore_eos=True, **{alias: 3})
+        assert answer.json()["usage"]["completion_tokens"] == 3, alias
     for n in (0, 17):
         assert raw(server, prompt=ONCE, n=n).json()["error"]["param"] == "n"
+    assert raw(server, prompt=ONCE, repetition_penalty=5e-324).json()["error"]["param"] == "repetition_penalty"
     with pytest.raises(openai.BadRequestError) as error:
         parts = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": parts}])
@@ -351,7 +363,7 @@ def test_21_sigterm_drains_tells_and_exits_0(slow_run):
 def test_22_the_key(server):
     for key, word in ((None, "no API key"), ("wrong", "wrong API key")):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for path in ("/v1/models", "/metrics", "/page/state", "/config", "/v1/nothing"):
+        for path in ("/v1/models", "/metrics", "/page/state", "/v1/nothing"):
             response = httpx.get(server.url + path, headers=headers)
             assert response.status_code == 401 and word in response.json()["error"]["message"], path
             assert response.json()["error"]["code"] == "invalid_api_key"
@@ -365,7 +377,7 @@ def test_23_page_assets_load_before_the_login(server):
     with httpx.Client(base_url=server.url, follow_redirects=True) as browser:
         page = browser.get("/")
         assert page.url.path == "/login" and page.status_code == 200 and MODEL in page.text
-        for path in ("/page/static/login.css", "/page/static/main.js", "/theme.css"):
+        for path in ("/page/static/login.css", "/page/static/main.js", "/page/static/uPlot.iife.min.js"):
             assert browser.get(path).status_code == 200, path
         wrong = browser.post("/login", data={"key": "open"})
         assert wrong.status_code == 401 and "not the key" in wrong.text and not browser.cookies
@@ -373,7 +385,7 @@ def test_23_page_assets_load_before_the_login(server):
         assert browser.get("/page/state").json()["model"] == MODEL
         cookie = next(iter(browser.cookies.jar))
         assert cookie.has_nonstandard_attr("HttpOnly") and "sesame" not in cookie.value
-        assert browser.get("/config").status_code == 200
+        assert browser.get("/").url.path == "/"
 
 
 def test_24_metrics_count_what_happened(server, client):

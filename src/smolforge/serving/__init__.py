@@ -1,17 +1,25 @@
-"""A model behind one port: a page for people and an API that OpenAI's clients already speak.
+"""One model behind one port: a page for people, and the API that OpenAI's clients speak.
 
-    request → security → app → schemas → EngineThread.submit → engine (its own thread) → ServerRequest → answer
+A request passes `security` (host, origin, key, body limits), is checked by `schemas`, and reaches its route. The
+route hands token ids to `EngineThread.submit`; the thread owns the engine, runs it step by step, and brings steps
+back to the event loop, where `streaming` turns them into text or server-sent events. A client that disconnects
+cancels its request before the next step. A run that is still training is followed: each newer checkpoint replaces
+the served model while running requests finish on the old one. The files, in the order to read them:
 
-settings.py     what a server is told, checked before anything starts
-models.py       what is served: a model directory, or a run whose newest checkpoint is followed
-engine_thread.py     the thread that owns the engines; request.py  a request as the event loop sees it
-security.py       who may enter: hosts, origins, keys, bodies; errors.py  everything said in OpenAI's shape
-sidecar.py       a server beside a training; load_test.py  what a server gives to how many clients
-schemas.py     what clients may send; completions.py, chat.py, tokens.py  what they get
-metrics.py      Prometheus; shutdown and signals live in server.py
-page/           the page: Gradio for the controls, our own script for tokens; training.py, timelapse.py feed it
-
-Nothing heavy is imported before it is used.
+    settings.py        the settings of a server, checked before anything starts
+    server.py          the process: binds the port, runs the app, handles signals
+    app.py             create_app: routes and middleware; loads and follows the model; /v1/models, /health, /metrics
+    security.py        middleware: host, origin, API key, body limits; the login of the page
+    errors.py          every error in OpenAI's shape
+    schemas.py         what clients can send
+    openai_routes.py   completions, chat, tokenize: all answers
+    state.py           what routes share: model source, metrics, limits
+    engine_thread.py   the thread that owns the engines; a request as the event loop sees it
+    streaming.py       transcripts and server-sent events
+    page/__init__.py   the page: index.html and plain JavaScript modules
+    page/routes.py     what the page's script asks for: writing, time-lapse, training curves
+    sidecar.py         a server next to a training: train --serve
+    load_test.py       bench serve: tokens/s and waiting time under load
 """
 
 from __future__ import annotations

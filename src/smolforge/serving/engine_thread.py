@@ -1,8 +1,9 @@
-"""The thread that owns the engines. The event loop hands it work and gets steps back; neither waits for the other.
+"""The thread that owns the engines, and a request as the event loop sees it.
 
-Several engines may live at once: the served one, an older one that still finishes what it began before a newer
-checkpoint took its place, and those of a time-lapse. Each turn of the loop takes commands, then steps every
-engine that is busy. Reading weights happens in a second thread, so that streams go on meanwhile.
+The event loop hands commands to the thread and gets steps back; neither waits for the other. Several engines can be
+alive at once: the served one, an older one that finishes its requests after a newer checkpoint replaced it, and
+those of a time-lapse. The thread runs the waiting commands, then one step of each busy engine, and repeats. Weights
+are read in a second thread, so that streams continue meanwhile.
 """
 
 from __future__ import annotations
@@ -10,37 +11,143 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
+import dataclasses
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolforge.errors import SmolforgeError
-from smolforge.serving.errors import ApiError, busy
-from smolforge.serving.models import LoadedModel
-from smolforge.serving.server_request import ServerRequest
+from smolforge.serving.errors import ApiError, busy, not_ready, shutting_down
 
 if TYPE_CHECKING:
+    from smolforge.generation.engine import Engine
     from smolforge.generation.sampling_params import SamplingParams
-    from smolforge.generation.sequence import StepOutput
+    from smolforge.generation.sequence import Request, StepOutput
 
-log = logging.getLogger("smolforge.serving")
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-FAILURES = 3  # steps in a row that fail before the server calls itself broken
+MAX_FAILURES = 3  # failed steps in a row after which the server reports itself as broken
 RATE_SECONDS = 10.0
 
 
-class EngineThread:
-    """Runs generations. Everything but `_run` and what it calls belongs to the event loop.
-
-    Args:
-        max_queue: most sequences that wait.
+@dataclasses.dataclass(eq=False)
+class LoadedModel:
+    """An engine and the place of its weights. Only the engine thread steps it.
 
     Attributes:
-        model: what is served now; None while it loads.
+        step: training step of the checkpoint, or None for a model without one.
+        created: time of the weights file in seconds since the epoch, for the API.
+    """
+
+    engine: Engine
+    directory: Path
+    step: int | None
+    created: int
+
+
+class ServerRequest:
+    """Prompts under one `SamplingParams`, and the steps that were written so far.
+
+    All methods run on the event loop, except `accept`, so no lock is needed.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        params: what is wanted of each prompt.
+        model: the model that runs them.
+        requests: the engine's requests, one for each prompt.
+        finished: every sequence has ended, or the request was cancelled or failed.
+        first_token: seconds from arrival to the first written token, or None.
+        waiting: sequences that have not begun.
+    """
+
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel) -> None:
+        self.prompts, self.params, self.model = prompts, params, model
+        self.requests: list[Request] = []
+        self.finished = False
+        self.first_token: float | None = None
+        self.waiting = self._unfinished = len(prompts) * params.n
+        self._arrived = time.monotonic()
+        self._started: set[tuple[int, int]] = set()
+        self._prompt_of: dict[int, int] = {}  # id of an engine's request -> index of the prompt
+        self._ready: list[tuple[int, StepOutput]] = []
+        self._error: BaseException | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def running(self) -> int:
+        """Sequences that have begun and not ended."""
+        return 0 if self.finished else self._unfinished - self.waiting
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompts and answers as OpenAI counts them; an end-of-text token counts."""
+        prompt, written = self.prompt_tokens, sum(request.written for request in self.requests)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    def accept(self, requests: list[Request]) -> None:
+        """Remember the engine's requests; called by the engine thread before their first step."""
+        self.requests = requests
+        self._prompt_of = {request.id: i for i, request in enumerate(requests)}
+
+    def deliver(self, steps: list[StepOutput]) -> None:
+        """Take new steps, in order."""
+        for step in steps:
+            if (step.request, step.index) not in self._started:
+                self._started.add((step.request, step.index))
+                self.waiting -= 1
+            if self.first_token is None and not step.prompt:
+                self.first_token = time.monotonic() - self._arrived
+            if step.finish_reason:
+                self._unfinished -= 1
+            self._ready.append((self._prompt_of[step.request], step))
+        self.finished = self.finished or self._unfinished == 0
+        self._news.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the request: the reader gets `error` after the steps that are ready."""
+        if not self.finished:
+            self.finished, self._error = True, error
+            self._news.set()
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, StepOutput]]]:
+        """Lists of (index of the prompt, step), each with all steps that are ready, until every sequence has ended.
+
+        Raises:
+            BaseException: the error that `fail` was given.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            ready, self._ready = self._ready, []
+            if ready:
+                yield ready
+            if self._error is not None:
+                raise self._error
+            if self.finished and not self._ready:
+                return
+
+
+class EngineThread:
+    """Runs requests. The event loop calls everything but `_run` and what it calls.
+
+    Args:
+        max_queue: maximum number of sequences that wait.
+
+    Attributes:
+        model: the served model; None while it loads.
         problem: why nothing can be served, or None.
-        live: generations that have not ended.
+        live: requests that have not ended.
+        observe_step: called with (sequences, tokens, seconds) of each step.
+        observe_first: called with the seconds to each first token.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -49,33 +156,30 @@ class EngineThread:
         self.problem: str | None = None
         self.live: set[ServerRequest] = set()
         self.draining = False
-        self.batch_size = 0
-        self.observe_step: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None
+        self.observe_step: Callable[[int, int, float], None] = lambda sequences, tokens, seconds: None
         self.observe_first: Callable[[float], None] = lambda seconds: None
-        self._written: collections.deque[tuple[float, int]] = collections.deque()
-        self._loop: asyncio.AbstractEventLoop  # set by start
-        self._commands: collections.deque[Callable[[], None]] = collections.deque()
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._owners: dict[tuple[int, int], ServerRequest] = {}  # (id of the model, id of its request)
-        self._models: list[LoadedModel] = []  # of the thread: all that have work, and the served one
-        self._served: LoadedModel | None = None
-        self._failures = 0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
         self.encoder = concurrent.futures.ThreadPoolExecutor(1, "encoder")
+        self._written: collections.deque[tuple[float, int]] = collections.deque()
+        self._loop: asyncio.AbstractEventLoop  # set by start
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # The following belongs to the thread.
+        self._stopping = False
+        self._owners: dict[tuple[int, int], ServerRequest] = {}  # (id of the model, id of its request)
+        self._models: list[LoadedModel] = []  # the served model and all others that have work
+        self._served: LoadedModel | None = None
+        self._failures = 0
 
     def start(self) -> None:
-        """Start the thread; called on the event loop."""
+        """Start the thread; call it on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """End what runs and join the threads."""
-        self.abort(ApiError(503, "the server is shutting down", code="shutting_down"))
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        """End all requests and join the threads."""
+        self.abort(shutting_down())
+        self._commands.put(lambda: setattr(self, "_stopping", True))
         await asyncio.to_thread(self._thread.join, 30)
         self.loader.shutdown(wait=False, cancel_futures=True)
         self.encoder.shutdown(wait=False, cancel_futures=True)
@@ -83,22 +187,22 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Sequences that have not begun."""
-        return sum(generation.waiting for generation in self.live)
+        return sum(request.waiting for request in self.live)
 
     @property
     def running(self) -> int:
         """Sequences that have begun and not ended."""
-        return sum(generation.running for generation in self.live)
+        return sum(request.running for request in self.live)
 
     def tokens_per_second(self) -> float:
-        """Tokens written over the last ten seconds."""
+        """Tokens written per second over the last ten seconds."""
         now = time.monotonic()
         while self._written and self._written[0][0] < now - RATE_SECONDS:
             self._written.popleft()
         return sum(count for _, count in self._written) / RATE_SECONDS
 
     async def install(self, model: LoadedModel) -> None:
-        """Serve `model` from now on; what runs on the one before it finishes there."""
+        """Serve `model` from now on; requests of the model before it finish there."""
 
         def swap() -> None:
             self._served = model
@@ -108,167 +212,147 @@ class EngineThread:
         self.model = model
 
     async def submit(
-        self, prompts: list[list[int]], sampling: SamplingParams, model: LoadedModel | None = None
+        self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
-        """Queue prompts; back as soon as the engine has taken all of them.
+        """Queue prompts; returns when the engine has accepted all of them.
+
+        Args:
+            model: the model that runs them; the served one unless given.
 
         Raises:
             ApiError: the queue is full, or nothing can be served now.
-            BadInput: the engine refused a prompt; none of them runs.
+            BadInput: the engine refused a prompt; then none of them runs.
         """
         target = model or self.model
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+            raise shutting_down(headers={"Retry-After": "5"})
         if self.problem is not None or target is None:
-            reason = self.problem or "the model is loading"
-            raise ApiError(503, reason, code="not_ready", headers={"Retry-After": "2"})
-        generation = ServerRequest(prompts, sampling, target)
-        if self.waiting + generation.sequences > self.max_queue:
+            raise not_ready(self.problem or "the model is loading")
+        request = ServerRequest(prompts, params, target)
+        if self.waiting + request.waiting > self.max_queue:
             raise busy(f"{self.waiting} sequences are waiting already, at most {self.max_queue} may; try again soon")
-        self.live.add(generation)
+        self.live.add(request)
         try:
-            await self._ask(lambda: self._add(generation))
+            await self._ask(lambda: self._add(request))
         except BaseException:
-            self.cancel(generation)
+            self.cancel(request)
             raise
-        return generation
+        return request
 
-    def cancel(self, generation: ServerRequest) -> None:
-        """Free what a generation holds before the next step. Does nothing for one that has ended."""
-        self.live.discard(generation)
-        if not generation.finished:
-            generation.finished = True
-        self._tell(lambda: self._remove(generation))
+    def cancel(self, request: ServerRequest) -> None:
+        """Free the memory of a request before the next step. Does nothing for one that has ended."""
+        self.live.discard(request)
+        request.finished = True
+        self._commands.put(lambda: self._remove(request))
 
     def abort(self, error: BaseException) -> None:
-        """End everything that waits or runs with `error`."""
-        for generation in list(self.live):
-            generation.fail(error)
-            self.cancel(generation)
-
-    def _tell(self, command: Callable[[], None]) -> None:
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+        """End all waiting and running requests with `error`."""
+        for request in list(self.live):
+            request.fail(error)
+            self.cancel(request)
 
     async def _ask(self, command: Callable[[], T]) -> T:
-        """Run `command` in the thread between two steps; what it returned or raised."""
-        answer: asyncio.Future[T] = self._loop.create_future()
-
-        def settle(value: Any, error: BaseException | None) -> None:
-            if answer.done():
-                return
-            if error is None:
-                answer.set_result(value)
-            else:
-                answer.set_exception(error)
+        """Run `command` in the thread between two steps; returns or raises what it did."""
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:
-            value, error = None, None
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
-                value = command()
-            except Exception as problem:  # carried over to whoever asked
-                error = problem
-            self._post(settle, value, error)
+                answer.set_result(command())
+            except Exception as error:
+                answer.set_exception(error)
 
-        self._tell(run)
-        return await answer
+        self._commands.put(run)
+        return await asyncio.wrap_future(answer)
 
-    def _post(self, call: Callable[..., None], *args: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop has closed: nobody is left to be told
-            self._stopping = True
-
-    # What follows runs in the thread.
+    # The following runs in the thread.
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._commands or self._stopping or any(m.engine.busy for m in self._models)):
-                    self._wake.wait()
-                if self._stopping:
-                    return
-                commands = list(self._commands)
-                self._commands.clear()
-            for command in commands:
-                command()
+        while not self._stopping:
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(block=not any(model.engine.busy for model in self._models))()
+                while True:
+                    self._commands.get_nowait()()
             for model in list(self._models):
                 if model.engine.busy:
                     self._step(model)
                 elif model is not self._served:
                     self._models.remove(model)
 
-    def _add(self, generation: ServerRequest) -> None:
-        model = generation.model
-        if generation.finished:  # cancelled before it began
+    def _post(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:  # the loop has closed
+            self._stopping = True
+
+    def _add(self, request: ServerRequest) -> None:
+        model = request.model
+        if request.finished:  # cancelled before it began
             return
         if model not in self._models:
             self._models.append(model)
-        requests = []
+        added: list[Request] = []
         try:
-            for prompt in generation.prompts:
-                requests.append(model.engine.add(prompt, generation.sampling))  # noqa: PERF401 (undone below)
+            for prompt in request.prompts:
+                added.append(model.engine.add(prompt, request.params))  # noqa: PERF401 (undone below)
         except BaseException:
-            for request in requests:
-                model.engine.cancel(request)
+            for one in added:
+                model.engine.cancel(one)
             raise
-        generation.accept(requests)
-        for request in requests:
-            self._owners[id(model), request.id] = generation
+        request.accept(added)
+        for one in added:
+            self._owners[id(model), one.id] = request
 
-    def _remove(self, generation: ServerRequest) -> None:
-        for request in generation.requests:
-            generation.model.engine.cancel(request)
-            self._owners.pop((id(generation.model), request.id), None)
+    def _remove(self, request: ServerRequest) -> None:
+        for one in request.requests:
+            request.model.engine.cancel(one)
+            self._owners.pop((id(request.model), one.id), None)
 
     def _step(self, model: LoadedModel) -> None:
         began = time.monotonic()
         try:
             steps = model.engine.step()
-        except Exception as error:  # whatever it is, the server lives and its clients are told
-            self._broken_step(model, error)
+        except Exception as error:  # the server lives on, and its clients get the error
+            self._step_failed(model, error)
             return
         self._failures = 0
-        rows = len({(step.request, step.index) for step in steps})
+        sequences = len({(step.request, step.index) for step in steps})
         news: dict[ServerRequest, list[StepOutput]] = collections.defaultdict(list)
         for step in steps:
             owner = self._owners.get((id(model), step.request))
             if owner is not None:
                 news[owner].append(step)
-        self._post(self._deliver, list(news.items()), rows, time.monotonic() - began)
+        self._post(self._deliver, list(news.items()), sequences, time.monotonic() - began)
 
-    def _broken_step(self, model: LoadedModel, error: Exception) -> None:
-        log.error("a step failed: %s", error, exc_info=not isinstance(error, SmolforgeError))
+    def _step_failed(self, model: LoadedModel, error: Exception) -> None:
+        logger.error("a step failed: %s", error, exc_info=not isinstance(error, SmolforgeError))
         self._failures += 1
-        mine = {owner for (home, _), owner in self._owners.items() if home == id(model)}
-        for generation in mine:
-            self._remove(generation)
-        self._post(self._fail, mine, error, self._failures >= FAILURES and model is self._served)
+        owned = {owner for (key, _), owner in self._owners.items() if key == id(model)}
+        for request in owned:
+            self._remove(request)
+        self._post(self._fail, owned, error, self._failures >= MAX_FAILURES and model is self._served)
 
-    # What follows runs on the event loop again.
+    # The following runs on the event loop again.
 
-    def _deliver(self, news: Sequence[tuple[ServerRequest, list[StepOutput]]], rows: int, seconds: float) -> None:
+    def _deliver(self, news: Sequence[tuple[ServerRequest, list[StepOutput]]], sequences: int, seconds: float) -> None:
         written = 0
-        for generation, steps in news:
-            if generation.finished:
+        for request, steps in news:
+            if request.finished:
                 continue
-            fresh = generation.first_token is None
-            generation.deliver(steps)
+            first = request.first_token is None
+            request.deliver(steps)
             written += sum(step.token_id is not None and not step.prompt for step in steps)
-            if fresh and generation.first_token is not None:
-                self.observe_first(generation.first_token)
-            if generation.finished:
-                self.live.discard(generation)
-                self._tell(lambda done=generation: self._remove(done))
-        self.batch_size = rows
+            if first and request.first_token is not None:
+                self.observe_first(request.first_token)
+            if request.finished:
+                self.cancel(request)
         self._written.append((time.monotonic(), written))
-        self.observe_step(rows, written, seconds)
+        self.observe_step(sequences, written, seconds)
 
-    def _fail(self, generations: set[ServerRequest], error: Exception, broken: bool) -> None:
-        told = ApiError(500, f"the model failed: {error}", code="model_failed")
-        for generation in generations:
-            self.live.discard(generation)
-            generation.fail(told)
+    def _fail(self, requests: set[ServerRequest], error: Exception, broken: bool) -> None:
+        for request in requests:
+            self.live.discard(request)
+            request.fail(ApiError(500, f"the model failed: {error}", code="model_failed"))
         if broken:
-            self.problem = f"the model failed {FAILURES} times in a row: {error}"
+            self.problem = f"the model failed {MAX_FAILURES} times in a row: {error}"

@@ -1,40 +1,36 @@
-"""Everything that goes wrong, said in the shape that OpenAI's clients read.
+"""Every error in the shape that OpenAI's clients read.
 
 {"error": {"message": ..., "type": ..., "param": the field or null, "code": ...}}
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from smolforge.errors import SmolforgeError
 
+logger = logging.getLogger(__name__)
 TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    422: "invalid_request_error",
     429: "rate_limit_error",
-    500: "server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
 
 
 class ApiError(Exception):
-    """An answer that is not the one asked for.
+    """An error answer.
 
     Args:
         status: HTTP status.
         message: one sentence that says what happened and what would be right.
-        param: the field of the request that it is about.
+        param: the field of the request that is wrong.
         code: a word for programs, such as `model_not_found`.
         headers: of the response, e.g. Retry-After.
     """
@@ -56,11 +52,11 @@ class ApiError(Exception):
         """The error as OpenAI writes it."""
         # A lone surrogate of the client's JSON cannot be sent back as UTF-8.
         message = self.message.encode("utf-8", "replace").decode()
-        kind = TYPES.get(self.status, "server_error")
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The same as an HTTP response."""
+        """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
@@ -69,14 +65,35 @@ def refused(field: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{field}: {message}", param=field, code=code)
 
 
-def busy(message: str, *, seconds: int = 1) -> ApiError:
-    """A 429 that says when to come back."""
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+def unsupported(field: str, message: str) -> ApiError:
+    """A 400 about a field that this server does not support."""
+    return refused(field, message, "unsupported_parameter")
 
 
-def of_smolforge(error: SmolforgeError, status: int = 400) -> ApiError:
-    """A SmolforgeError as an answer."""
-    field = f"{error.field}: " if error.field else ""
-    hint = f" {error.hint}" if error.hint else ""
-    code = "context_length_exceeded" if "context" in error.message else None
-    return ApiError(status, f"{field}{error.message}.{hint}", param=error.field, code=code)
+def busy(message: str) -> ApiError:
+    """A 429 that says when to try again."""
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
+def not_ready(reason: str) -> ApiError:
+    """A 503 while no model is served."""
+    return ApiError(503, reason, code="not_ready", headers={"Retry-After": "2"})
+
+
+def shutting_down(headers: dict[str, str] | None = None) -> ApiError:
+    """A 503 at the end of the server."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer to the client for `error`; details of unexpected errors only go to the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, SmolforgeError):
+        field = f"{error.field}: " if error.field else ""
+        hint = f" {error.hint}" if error.hint else ""
+        code = "context_length_exceeded" if "context" in error.message else None
+        status = 400 if error.exit_code == 2 else 500
+        return ApiError(status, f"{field}{error.message}.{hint}", param=error.field, code=code)
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; its log has the details")

@@ -1,76 +1,58 @@
-"""What clients may send. Every field is checked strictly, and one error names the field and what would be right.
+"""What clients can send. Every field is checked strictly; an error names the field and says what would be right.
 
-Fields that nobody knows are ignored, as clients send many; fields that are known to change the answer and that
-smolforge does not have are refused unless their value is the neutral one.
+No field is ignored silently: a field is supported, or listed in `HARMLESS`, or has a value that changes nothing
+(`NEUTRAL`); everything else is refused.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from smolforge.errors import BadInput
+from smolforge.errors import nearest
 from smolforge.generation.sampling_params import SamplingParams
-from smolforge.serving.errors import refused
+from smolforge.serving.errors import refused, unsupported
 
 MAX_LOGPROBS = 5  # OpenAI's bound for completions
 MAX_TOP_LOGPROBS = 20  # and for chat
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions
 MAX_MESSAGES = 1024
 
-# Field: values that change nothing. Any other value asks for something that smolforge does not do.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "suffix": (),
-    "tools": (),
-    "tool_choice": ("none", "auto"),
-    "functions": (),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "store": (),
-    "use_beam_search": (),
-    "length_penalty": (1,),
-    "early_stopping": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-    "json_schema": (),
-    "grammar": (),
-    "mirostat": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "dynatemp_range": (0,),
-    "top_n_sigma": (-1,),
-    "bad_words": (),
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
-    "image_data": (),
-    "lora": (),
-    "continue_final_message": (),
-}
-_NEUTRAL: tuple[Any, ...] = (None, False, "", [], {})
+# Fields about the account, the transport or the cache of another service; the answer does not depend on them.
+HARMLESS = {
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "cache_prompt", "id_slot", "priority", "request_id", "cache_salt", "return_progress",
+    "spaces_between_special_tokens",
+}  # fmt: skip
+# Known fields with the values that change nothing; unless that is True, the values of `NOTHING` change nothing too.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": (), "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",), "store": (),
+    "use_beam_search": (), "length_penalty": (1,), "early_stopping": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "json_schema": (), "grammar": (),
+    "mirostat": (0,), "dry_multiplier": (0,), "xtc_probability": (0,), "dynatemp_range": (0,), "top_n_sigma": (-1,),
+    "repeat_penalty": (1,), "no_repeat_ngram_size": (0,), "n_probs": (0,), "bad_words": (), "allowed_token_ids": (),
+    "prompt_logprobs": (), "truncate_prompt_tokens": (), "return_token_ids": (), "return_tokens_as_token_ids": (),
+    "image_data": (), "lora": (), "continue_final_message": (), "include_stop_str_in_output": (),
+    "skip_special_tokens": (True,), "add_special_tokens": (True,), "add_special": (True,), "parse_special": (),
+    "chat_template": (), "chat_template_kwargs": (), "add_generation_prompt": (True,), "echo": (), "best_of": (1,),
+}  # fmt: skip
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def check_text(text: str, what: str = "the text") -> str:
     """Text that can be tokenized.
 
     Raises:
-        ValueError: it holds half of a surrogate pair, which is no character.
+        ValueError: it holds a lone surrogate, half of the code of a character.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} holds a lone surrogate, which is no character") from None
+        raise ValueError(f"{what} holds a lone surrogate, which is not a character") from None
     return text
 
 
@@ -120,9 +102,9 @@ def _logit_bias(value: Any) -> Any:
     found: dict[int, float] = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
-            raise ValueError(f"{_show(key)} is no token id")
+            raise ValueError(f"{_show(key)} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
-            raise ValueError(f"{_show(bias)} is no number")
+            raise ValueError(f"{_show(bias)} is not a number")
         found[int(key)] = bias
     return found
 
@@ -168,39 +150,58 @@ LogitBias = Annotated[
 Text = Annotated[str, BeforeValidator(lambda v: check_text(v) if isinstance(v, str) else v)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A body whose unknown fields are refused by `check`."""
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    def refuse_unsupported(self) -> None:
-        """Refuse what is known to change the answer and is not supported.
+    def check(self) -> None:
+        """Refuse fields that are not supported.
 
         Raises:
             ApiError: 400 with the field.
         """
         for field, value in (self.model_extra or {}).items():
-            if field in UNSUPPORTED and not any(
-                type(value) is type(neutral) and value == neutral for neutral in (*_NEUTRAL, *UNSUPPORTED[field])
-            ):
-                raise refused(field, "is not supported by this server; leave it out", code="unsupported_parameter")
+            if field in HARMLESS:
+                continue
+            if field not in NEUTRAL:
+                known = nearest(field, type(self).model_fields)
+                hint = f"did you mean {known}?" if known else "leave it out"
+                raise unsupported(field[:100], f"is not a field of this request; {hint}")
+            neutral = (*NEUTRAL[field], *((None,) if any(same is True for same in NEUTRAL[field]) else NOTHING))
+            if not any(type(value) is type(same) and value == same for same in neutral):
+                raise unsupported(field, "is not supported by this server; leave it out")
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a stream."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
-class _Sampled(_Body):
-    """What completions and chat have in common."""
+Limit = Annotated[int | None, Field(ge=0)]
+
+
+class SampledRequest(Body):
+    """The fields that completions and chat have in common.
+
+    max_completion_tokens (OpenAI), max_new_tokens (transformers) and n_predict (llama.cpp) mean the same as max_tokens.
+    """
 
     model: Text | None = None
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
+    max_new_tokens: Limit = None
+    n_predict: Limit = None
     n: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    # Smaller penalties overflow the logits.
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: LogitBias = Field(default_factory=dict)
@@ -211,92 +212,70 @@ class _Sampled(_Body):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = None
 
-    # Ours and the request's name for the same.
-    _same: ClassVar[tuple[str, ...]] = (
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "frequency_penalty",
-        "presence_penalty",
-        "min_tokens",
-        "ignore_eos",
-    )
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    def check(self, max_n: int) -> None:
-        """What a single field cannot tell.
+    def check_request(self, max_n: int) -> None:
+        """Refuse unsupported fields, and fields that contradict each other.
 
         Raises:
             ApiError: 400 with the field.
         """
-        self.refuse_unsupported()
-        if self.stream_options is not None and not self.stream:
-            raise refused("stream_options", "is only allowed with stream: true")
+        self.check()
+        if self.stream_options is not None:
+            self.stream_options.check()
+            if not self.stream:
+                raise refused("stream_options", "is only allowed with stream: true")
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
 
-    def _sampling(self, **more: Any) -> SamplingParams:
-        given = {name: getattr(self, name) for name in self._same if getattr(self, name) is not None}
-        try:
-            return SamplingParams(
-                n=self.n or 1,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=max(0, self.top_k or 0),
-                logit_bias=self.logit_bias,
-                stop=tuple(self.stop),
-                stop_token_ids=tuple(self.stop_token_ids or ()),
-                seed=self.seed,
-                **given,
-                **more,
-            )
-        except BadInput as error:
-            if error.field == "stop_token_ids":
-                error.field = "stop_token_ids"
-            raise
+    def _sampling(self, default_max_tokens: int, **more: Any) -> SamplingParams:
+        limits = (self.max_completion_tokens, self.max_tokens, self.max_new_tokens, self.n_predict)
+        same = (
+            "n", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
+            "presence_penalty", "min_tokens", "ignore_eos",
+        )  # fmt: skip
+        given = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
+        return SamplingParams(
+            **{"temperature": 1.0, "top_p": 1.0, **given, **more},
+            max_tokens=next((limit for limit in limits if limit is not None), default_max_tokens),
+            top_k=max(0, self.top_k or 0),
+            logit_bias=self.logit_bias,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            seed=self.seed,
+        )
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(SampledRequest):
     """The body of /v1/completions."""
 
     prompt: Prompt = None
-    max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
 
-    def check(self, max_n: int) -> None:
-        """As of `_Sampled`, and no best_of."""
-        super().check(max_n)
+    def check_request(self, max_n: int) -> None:
+        """As in `SampledRequest`; best_of must equal n."""
+        super().check_request(max_n)
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refused(
-                "best_of", "is not supported; ask for n choices and rank them by logprobs", "unsupported_parameter"
-            )
+            raise unsupported("best_of", "is not supported; ask for n choices and rank them by logprobs")
 
     def sampling(self) -> SamplingParams:
-        """As the engine wants it.
+        """The parameters for the engine.
 
         Raises:
             BadInput: a value is out of range.
         """
-        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(max_tokens=max_tokens, echo=bool(self.echo), logprobs=self.logprobs)
+        return self._sampling(DEFAULT_MAX_TOKENS, echo=bool(self.echo), logprobs=self.logprobs)
 
 
-class ContentPart(_Body):
-    """A part of a message; only text is understood."""
+class ContentPart(Body):
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Body):
+class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -309,48 +288,65 @@ class Message(_Body):
         return self.content or ""
 
 
-class ChatRequest(_Sampled):
+class ChatRequest(SampledRequest):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(default=None, ge=0)
-    max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    def check(self, max_n: int) -> None:
-        """As of `_Sampled`, and what belongs together."""
-        super().check(max_n)
+    def check_request(self, max_n: int) -> None:
+        """As in `SampledRequest`; top_logprobs needs logprobs, and tool calls are refused."""
+        super().check_request(max_n)
         if self.top_logprobs and not self.logprobs:
             raise refused("top_logprobs", "is only allowed with logprobs: true")
         for message in self.messages:
             if message.role == "tool" or (message.model_extra or {}).get("tool_calls"):
-                raise refused("messages", "tool calls are not supported", "unsupported_parameter")
+                raise unsupported("messages", "tool calls are not supported")
 
-    def sampling(self, room: int) -> SamplingParams:
-        """As the engine wants it; `room` is the default of max_tokens.
+    def sampling(self, default_max_tokens: int) -> SamplingParams:
+        """The parameters for the engine.
 
         Raises:
             BadInput: a value is out of range.
         """
-        asked = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(max_tokens=room if asked is None else asked, logprobs=logprobs)
+        return self._sampling(default_max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """The body of /tokenize; `prompt` (vLLM) and `content` (llama.cpp) mean the same."""
 
+    model: Text | None = None
     prompt: Text | None = None
     content: Text | None = None
     with_pieces: bool | None = None
 
+    def text(self) -> str:
+        """The text to tokenize.
 
-class DetokenizeRequest(_Body):
+        Raises:
+            ApiError: there is none, or two, or an unsupported field.
+        """
+        self.check()
+        texts = [text for text in (self.prompt, self.content) if text is not None]
+        if len(texts) != 1:
+            raise refused("prompt", "give the text as prompt (or as content, which means the same)")
+        return texts[0]
+
+
+def _tokens(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of token ids")
+    _token_ids(value)
+    return value
+
+
+class DetokenizeRequest(Body):
     """The body of /detokenize."""
 
+    model: Text | None = None
     tokens: Annotated[
         Any,
-        BeforeValidator(lambda value: value if value == [] else _prompt(value)),
+        BeforeValidator(_tokens),
         WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
     ]

@@ -1,7 +1,7 @@
-"""Who may enter. Everything a request must pass before a route sees it, as two layers of plain ASGI.
+"""What a request must pass before a route sees it: host, origin, API key, body limits; and the login of the page.
 
-`SecurityMiddleware` looks at the head: known path and method, host, origin, key; it also sets security headers.
-`BodyMiddleware` reads the body within a size and a time, counts the request, and cancels a route whose client has left.
+`SecurityMiddleware` checks the head of a request and sets security headers. `BodyMiddleware` reads the body within a
+size and a time, counts the request, and cancels the route of a client that disconnected.
 """
 
 from __future__ import annotations
@@ -9,53 +9,54 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
+import html
+import string
 import time
-from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
-from urllib.parse import urlsplit
+from importlib import resources
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
+from fastapi import APIRouter, Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from smolforge.serving.errors import ApiError
-from smolforge.serving.metrics import Metrics
 from smolforge.serving.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from smolforge.serving.state import Metrics
+
 COOKIE = "smolforge_session"
-# What of Gradio the page needs. The rest of its routes (files, uploads, proxies, editing) does not exist here.
-GRADIO = re.compile(
-    r"^/(?:$|config/?$|theme\.css$|favicon\.ico$|manifest\.json$|robots\.txt$|assets/|static/|svelte/"
-    r"|gradio_api/(?:info/?$|app_id/?$|startup-events$|theme\.css$|heartbeat/|queue/(?:join|data|status)$|call/|reset/?$|cancel$))"
-)
-OPEN = re.compile(
-    r"^/(?:health$|login$|theme\.css$|favicon\.ico$|manifest\.json$|robots\.txt$|assets/|static/|svelte/|page/static/)"
-)
-DRAIN = 8 << 20  # of a body that is too large, read so that the client can read the answer
-GONE = 499  # nginx's word for a client that left before the answer
+COOKIE_SECONDS = 30 * 86400
+WRONG_KEY_SECONDS = 0.5  # slows guessing down; other requests are not delayed
+OPEN_PATHS = ("/health", "/login")  # need no key, like the files below OPEN_FILES
+OPEN_FILES = "/page/static/"
+DRAIN_BYTES = 8 << 20  # of a body that is too large, read so that the client can read the answer
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "SAMEORIGIN",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Gradio compiles the small functions of its events, which needs unsafe-eval; nothing is loaded from elsewhere.
+    # A browser asks whether its copy is still right, so an update never mixes old and new files of the page.
+    "cache-control": "no-cache",
     "content-security-policy": (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-        "frame-ancestors 'self'; base-uri 'self'; form-action 'self'; object-src 'none'"
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'self'; base-uri 'none'; form-action 'self'; "
+        "object-src 'none'"
     ),
 }
 
 
 class Keys:
-    """The key, and the session that the page gets for it. Comparisons take the same time for any guess."""
+    """The API key, and the session cookie that the page gets for it. Comparisons take constant time."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key.encode() if key else None
-        # Derived, so that a restart with the same key keeps the page logged in, and the cookie is not the key.
+        # Derived from the key: a restart with the same key keeps sessions, and the cookie does not reveal the key.
         self.session = hmac.new(self._key, b"smolforge page session", hashlib.sha256).hexdigest() if self._key else ""
 
     @property
@@ -63,17 +64,17 @@ class Keys:
         """Whether there is a key at all."""
         return self._key is not None
 
-    def fits(self, given: bytes) -> bool:
-        """Whether this is the key."""
+    def matches(self, given: bytes) -> bool:
+        """Whether `given` is the key, or no key is needed."""
         return self._key is None or hmac.compare_digest(given, self._key)
 
-    def admits(self, headers: Headers) -> bool:
-        """Whether the request shows the key or a session."""
+    def allows(self, headers: Headers) -> bool:
+        """Whether the request carries the key or a session."""
         if self._key is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Headers are bytes; starlette shows them as Latin-1.
-        if scheme.lower() == "bearer" and self.fits(given.strip().encode("latin-1")):
+        # Headers are bytes; starlette decodes them as Latin-1.
+        if scheme.lower() == "bearer" and self.matches(given.strip().encode("latin-1")):
             return True
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
@@ -85,27 +86,23 @@ class Keys:
 
 
 class SecurityMiddleware:
-    """The head of a request.
+    """Checks host, origin and key of a request, and sets the security headers of its response.
 
-    Args:
-        methods: methods of each path of the API; a path that ends in "/" stands for all below it.
-        metrics: where refusals are counted.
+    Starlette's TrustedHostMiddleware is not used: it answers in plain text and misreads IPv6 hosts with a port.
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServeSettings, keys: Keys, methods: dict[str, set[str]], metrics: Metrics
-    ) -> None:
-        self.app, self.settings, self.keys, self.methods, self.metrics = app, settings, keys, methods, metrics
+    def __init__(self, app: ASGIApp, settings: ServeSettings, keys: Keys, metrics: Metrics) -> None:
+        self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
         self.headers = dict(HEADERS)
         if settings.frame_origins:
-            # X-Frame-Options cannot name origins; browsers that know frame-ancestors do not read it.
+            # X-Frame-Options cannot name origins; browsers that know frame-ancestors ignore it.
             del self.headers["x-frame-options"]
             allowed = " ".join(("frame-ancestors 'self'", *settings.frame_origins))
             policy = self.headers["content-security-policy"]
             self.headers["content-security-policy"] = policy.replace("frame-ancestors 'self'", allowed)
         self.hosts: set[str] | None = None
         if settings.loopback and not keys.needed:
-            # A name that a foreign page points at 127.0.0.1 must not open the door.
+            # Against DNS rebinding: a foreign name that points at 127.0.0.1.
             self.hosts = {"localhost", "127.0.0.1", "::1", settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +113,7 @@ class SecurityMiddleware:
             await self.app(scope, receive, send)
             return
         head_only = scope["method"] == "HEAD"
-        if head_only:
+        if head_only:  # answered as a GET without its body
             scope = {**scope, "method": "GET"}
 
         async def secured(message: Message) -> None:
@@ -128,52 +125,36 @@ class SecurityMiddleware:
                 message = {**message, "body": b""}
             await send(message)
 
-        answer = self._check(scope)
+        try:
+            self._check_origin(Headers(scope=scope))
+            answer = self._check_key(scope)
+        except ApiError as error:
+            self.metrics.requests.labels("refused", str(error.status)).inc()
+            answer = error.response()
         await (answer or self.app)(scope, receive, secured)
 
-    def _check(self, scope: Scope) -> Response | None:
-        """The refusal, or None for a request that may go on."""
-        headers, path, method = Headers(scope=scope), scope["path"], scope["method"]
-        try:
-            self._check_host(headers)
-            allowed = self._methods_of(path)
-            if allowed is not None and method not in allowed:
-                listed = ", ".join(sorted({*allowed, "OPTIONS"}))
-                if method == "OPTIONS":
-                    return Response(status_code=204, headers={"Allow": listed})
-                raise ApiError(405, f"{path} does not take {method}; it takes {listed}", headers={"Allow": listed})
-            if OPEN.match(path) is None and not self.keys.admits(headers):
-                if path == "/" and method == "GET":
-                    return RedirectResponse("/login", 303)
-                what = "wrong API key" if headers.get("authorization") else "no API key"
-                raise ApiError(
-                    401,
-                    f"{what}: send it as 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-            if allowed is None and (GRADIO.match(path) is None or not self.settings.page):
-                raise ApiError(404, f"there is nothing at {path[:200]}", code="not_found")
-        except ApiError as error:
-            self.metrics.requests.labels(path if path in self.methods else "other", str(error.status)).inc()
-            return error.response()
-        return None
-
-    def _check_host(self, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if self.hosts is not None and _hostname(host) not in self.hosts:
             raise ApiError(403, "this server only answers under its own address; serve it with a key for others")
-        origin = headers.get("origin")
-        own = self.settings.cors_origins
-        if origin is not None and urlsplit(origin).netloc != host and origin not in own and "*" not in own:
+        origin, allowed = headers.get("origin"), self.settings.cors_origins
+        if origin is not None and urlsplit(origin).netloc != host and origin not in allowed and "*" not in allowed:
             raise ApiError(403, "requests from other web pages are not allowed; see --cors-origin")
 
-    def _methods_of(self, path: str) -> set[str] | None:
-        found = self.methods.get(path)
-        if found is None:
-            prefixes = (p for p in self.methods if p.endswith("/") and p != "/" and path.startswith(p))
-            found = self.methods.get(next(prefixes, ""))
-        return found
+    def _check_key(self, scope: Scope) -> Response | None:
+        """None for a request that is allowed; a redirect to the login for a visitor of the page."""
+        headers, path = Headers(scope=scope), scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_FILES) or self.keys.allows(headers):
+            return None
+        if path == "/" and scope["method"] == "GET":
+            return RedirectResponse("login", 303)
+        raise ApiError(
+            401,
+            ("wrong API key" if headers.get("authorization") else "no API key")
+            + ": send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 def _hostname(host: str) -> str | None:
@@ -184,30 +165,16 @@ def _hostname(host: str) -> str | None:
 
 
 class BodyMiddleware:
-    """The body of a request, its count, and its client's leaving.
+    """Reads the body within its limits, counts the request, and cancels the route of a client that disconnected."""
 
-    Args:
-        label: the route that a path is counted under.
-        ours: whether a path is ours; Gradio ends its own streams.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        settings: ServeSettings,
-        metrics: Metrics,
-        stopping: asyncio.Event,
-        label: Callable[[str], str],
-        ours: Callable[[str], bool],
-    ) -> None:
-        self.app, self.settings, self.metrics, self.stopping = app, settings, metrics, stopping
-        self.label, self.ours = label, ours
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), GONE
+        began, status = time.monotonic(), CLIENT_GONE
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -215,87 +182,96 @@ class BodyMiddleware:
                 status = message["status"]
             await send(message)
 
-        gone = asyncio.Event()
         try:
             try:
-                body = await self._read(scope, receive)
+                body = await self._read(receive)
             except ApiError as error:
                 await error.response()(scope, receive, counted)
                 return
-            if body is not None:
-                await self._run(scope, receive, counted, body, gone)
+            if body is None or not await self._run(scope, receive, counted, body):
+                status = CLIENT_GONE
         finally:
-            route = self.label(scope["path"])
-            self.metrics.requests.labels(route, str(GONE if gone.is_set() else status)).inc()
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None from a client that left.
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body, or None from a client that disconnected.
 
         Raises:
             ApiError: 413 too large, 408 too slow.
         """
-        most = self.settings.max_body
+        limit, seconds = self.settings.max_body, self.settings.body_seconds
         body, size = bytearray(), 0
-        deadline = time.monotonic() + self.settings.body_seconds
+        deadline = time.monotonic() + seconds
+        close = {"Connection": "close"}
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
-                raise ApiError(
-                    408, f"the body did not arrive within {self.settings.body_seconds:g} seconds",
-                    headers={"Connection": "close"},
-                ) from None  # fmt: skip
+                raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers=close) from None
             if message["type"] == "http.disconnect":
                 return None
             chunk = message.get("body", b"")
             size += len(chunk)
-            if size <= most:
+            if size <= limit:
                 body += chunk
             more = message.get("more_body", False)
-            if size > most and (not more or size > most + DRAIN):
-                raise ApiError(
-                    413, f"the body is larger than {most:,} bytes, the most this server takes",
-                    code="body_too_large", headers={"Connection": "close"},
-                )  # fmt: skip
+            if size > limit and (not more or size > limit + DRAIN_BYTES):
+                text = f"the body is larger than {limit:,} bytes, the most this server takes"
+                raise ApiError(413, text, code="body_too_large", headers=close)
             if not more:
                 return bytes(body)
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes, gone: asyncio.Event) -> None:
-        messages: Iterable[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
-        ours = self.ours(scope["path"])
-        left = asyncio.Event()
+    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> bool:
+        """Run the route; False where the client disconnected first."""
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            for message in messages:
-                return message
-            await left.wait()
-            return {"type": "http.disconnect"}
+            return messages.pop() if messages else await asyncio.get_running_loop().create_future()
 
-        async def watch() -> None:
+        async def disconnected() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
 
         route = asyncio.ensure_future(self.app(scope, replay, send))
-        watching: list[asyncio.Future[Any]] = [asyncio.ensure_future(watch())]
-        if not ours:  # Gradio's streams would outlive the server
-            watching.append(asyncio.ensure_future(self.stopping.wait()))
+        gone = asyncio.ensure_future(disconnected())
         try:
-            await asyncio.wait({route, *watching}, return_when=asyncio.FIRST_COMPLETED)
-            answered = route.done()
-            if not answered:
-                left.set()
-                if ours or self.stopping.is_set():
-                    route.cancel()
-                await asyncio.wait({route})
-            else:
-                gone.clear()
-            if not route.cancelled():
-                route.result()
+            await asyncio.wait({route, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not route.done():
+                return False
+            route.result()
+            return True
         finally:
-            for task in watching:
-                task.cancel()
+            gone.cancel()
             if not route.done():
                 route.cancel()
                 await asyncio.wait({route})
+
+
+def login_router(name: str, keys: Keys) -> APIRouter:
+    """The routes of the login: the page exchanges the key for a session cookie. The form needs no script."""
+    routes = APIRouter(include_in_schema=False)
+    page = string.Template((resources.files("smolforge.serving.page") / "login.html").read_text(encoding="utf-8"))
+
+    def form(problem: str, status: int) -> Response:
+        text = page.substitute(name=html.escape(name), problem=html.escape(problem))
+        return HTMLResponse(text, status, headers={"cache-control": "no-store"})
+
+    @routes.get("/login")
+    async def show() -> Response:
+        return form("", 200) if keys.needed else RedirectResponse("./", 303)
+
+    @routes.post("/login")
+    async def enter(request: Request) -> Response:
+        given = parse_qs((await request.body()).decode("utf-8", "replace")).get("key", [""])[0]
+        if not keys.matches(given.encode("utf-8", "replace")):
+            await asyncio.sleep(WRONG_KEY_SECONDS)
+            return form("That is not the key.", 401)
+        answer = RedirectResponse("./", 303)
+        if keys.needed:
+            secure = request.url.scheme == "https"
+            answer.set_cookie(COOKIE, keys.session, COOKIE_SECONDS, httponly=True, samesite="lax", secure=secure)
+        return answer
+
+    return routes

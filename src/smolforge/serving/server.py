@@ -1,18 +1,20 @@
-"""The process: binds the port, runs the app, ends in order.
+"""The process: binds the port, runs the app, and shuts down in order.
 
-SIGTERM and SIGINT: stop accepting, let what runs finish for `drain_seconds`, end the rest with an error that says
-so, exit 0. A second signal ends at once.
+SIGTERM and SIGINT: stop accepting, let running requests finish for `drain_seconds`, end the others with an error that
+says so, exit 0. A second signal ends the process at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,47 +22,47 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smolforge.errors import BadInput
+from smolforge.logging import ROOT, show
 from smolforge.serving.app import create_app
-from smolforge.serving.errors import ApiError
+from smolforge.serving.errors import shutting_down
 from smolforge.serving.settings import ServeSettings
-from smolforge.serving.state import Service
+from smolforge.serving.state import ServerState
 
-log = logging.getLogger("smolforge.serving")
-HEAD_SECONDS = 20.0  # for the head of a request; a slower client is shut out
+logger = logging.getLogger(__name__)
+HEAD_SECONDS = 20.0  # for the head of a request; a slower connection is closed
 SWITCH_SECONDS = 0.0005  # how long the engine's thread may keep the interpreter while a request waits for it
 
 
-class PatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """h11 with a limit on how long the head of a request may take, which uvicorn does not have."""
 
     def connection_made(self, transport: Any) -> None:
-        """Start the clock with the connection."""
+        """Start the timer."""
         super().connection_made(transport)
-        self._clock = self.loop.call_later(HEAD_SECONDS, self._late)
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
-        self._clock.cancel()
+        """Stop the timer."""
+        self._timer.cancel()
         super().connection_lost(exc)
 
     def _late(self) -> None:
-        # A request that is being answered has limits of its own; only the time until its head is whole counts here.
-        first = self.cycle is None
-        if first or (self.cycle.response_complete and self.conn.trailing_data[0]):
+        # A request that is being answered has limits of its own; only the time until its head is complete counts.
+        if self.cycle is None or (self.cycle.response_complete and self.conn.trailing_data[0]):
             self.transport.close()
         else:
-            self._clock = self.loop.call_later(HEAD_SECONDS, self._late)
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._late)
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a shutdown that drains, says why it ends the rest, and exits 0."""
+    """uvicorn with a shutdown that drains, tells the other clients why their requests end, and exits 0."""
 
-    service: Service
+    state: ServerState
     signals = 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As of uvicorn, but a signal is not raised again at the end: ending in order is success."""
+        """As in uvicorn, but the signal is not raised again at the end, so the process exits with 0."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -76,30 +78,27 @@ class Server(uvicorn.Server):
             self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Also ends where the model cannot be loaded."""
-        return await super().on_tick(counter) or self.service.failure is not None
+        """As in uvicorn; also ends the server when the model cannot be loaded."""
+        return await super().on_tick(counter) or self.state.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then abort, then what uvicorn does."""
-        service = self.service
-        service.worker.draining = True
-        service.stopping.set()
-        live = len(service.worker.live)
-        if live:
-            log.info("shutting down: %d requests may finish within %g s", live, service.settings.drain_seconds)
-        ending = asyncio.create_task(self._abort_later())
+        thread, seconds = self.state.thread, self.state.settings.drain_seconds
+        thread.draining = True
+        if thread.live:
+            logger.info("shutting down: %d requests can finish within %g s", len(thread.live), seconds)
+        aborting = asyncio.create_task(self._abort_later())
         try:
             await super().shutdown(sockets)
         finally:
-            ending.cancel()
+            aborting.cancel()
 
     async def _abort_later(self) -> None:
-        for _ in range(max(1, int(self.service.settings.drain_seconds * 20))):
+        end = time.monotonic() + self.state.settings.drain_seconds
+        while not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.05)
-            if self.force_exit:
-                break
-        while True:  # requests that were still sending their body may come in late
-            self.service.worker.abort(ApiError(503, "the server is shutting down", code="shutting_down"))
+        while True:  # requests whose body was still arriving can come in late
+            self.state.thread.abort(shutting_down())
             await asyncio.sleep(0.1)
 
 
@@ -107,59 +106,56 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        BadInput: the port is taken or may not be used, or the host is none of this machine.
+        BadInput: the port is in use or not permitted, or this machine does not have the address.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind((host, port))
-            found.listen(1024)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(1024)
         except OSError:
-            found.close()
+            listener.close()
             raise
     except OSError as error:
-        taken = error.errno in (98, 48)  # EADDRINUSE on Linux and macOS
+        taken = error.errno == errno.EADDRINUSE
         raise BadInput(
             f"port {port} of {host} is in use by another program" if taken else f"cannot use {host}:{port}: {error}",
             field="port" if taken else "host",
             hint="Stop it, or give another port with --port (0 takes a free one).",
         ) from None
-    found.setblocking(False)
-    return found
+    listener.setblocking(False)
+    return listener
 
 
 def serve(settings: ServeSettings) -> int:
-    """Serve until a signal; the exit code.
+    """Serve until a signal; returns the exit code.
 
     Raises:
         SmolforgeError: the port or the model cannot be used.
     """
-    # Before torch is imported: threads that spin while they wait starve everything else on a small machine.
+    # Before torch is imported: OpenMP threads that spin while they wait starve everything else on a small machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for chatty in ("httpx", "httpcore", "asyncio", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    listener = bind(settings.host, settings.port)
-    with listener:
+    show()
+    for handler in logging.getLogger(ROOT).handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    with bind(settings.host, settings.port) as listener:
         app = create_app(settings)
         sys.setswitchinterval(SWITCH_SECONDS)
         config = uvicorn.Config(
-            app, http=PatientProtocol, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.drain_seconds) + 10,
+            app, http=HeadTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.drain_seconds) + 10,
             proxy_headers=False, h11_max_incomplete_event_size=32 << 10,
         )  # fmt: skip
         server = Server(config)
-        server.service = service = app.state.service
+        server.state = state = app.state.server
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = listener.getsockname()[1]
-        print(f"smolforge serves {service.source.name} on http://{host}:{port}", file=sys.stderr, flush=True)
+        print(f"smolforge serves {state.source.name} on http://{host}:{port}", file=sys.stderr, flush=True)
         if not settings.loopback and settings.api_key is None:
-            log.warning("%s is public and has no key: everyone who reaches it can use it", settings.host)
+            logger.warning("%s is public and has no key: everyone who reaches it can use it", settings.host)
         server.run([listener])
-    if service.failure is not None:
-        raise service.failure
+    if state.failure is not None:
+        raise state.failure
     return 0

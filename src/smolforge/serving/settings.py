@@ -1,4 +1,4 @@
-"""What a server is told, checked before anything starts. The defaults are safe on a shared machine."""
+"""The settings of a server, checked before anything starts. The defaults are safe on a shared machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import ipaddress
 from smolforge.errors import BadInput
 
 KEY_VARIABLE = "SMOLFORGE_API_KEY"
+_AT_LEAST_ONE = ("max_batch", "max_queue", "max_per_client", "max_sequences", "max_n", "max_body")
+_ABOVE_ZERO = ("request_seconds", "body_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,26 +18,26 @@ class ServeSettings:
 
     Attributes:
         model: a run, a checkpoint, a Hugging Face directory or a Hub id.
-        host: address to bind. Anything but loopback needs `api_key` or `allow_public`.
+        host: address to bind. Addresses other than loopback need `api_key` or `allow_public`.
         port: port to bind; 0 takes a free one.
-        api_key: clients must show it; the page asks for it.
+        api_key: key that clients must send; the page asks for it.
         allow_public: serve a public address without a key.
         cors_origins: other web origins whose scripts may call the API; none unless given.
-        frame_origins: web origins whose pages may show this one in a frame, such as a Space's; none unless given.
-        name: id of the model in the API; the directory's or the Hub's name unless given.
-        quantize: as of `Engine.from_pretrained`.
-        draft: a smaller model that guesses ahead, as of `Engine.from_pretrained`; none unless given.
+        frame_origins: web origins whose pages may show this page in a frame; none unless given.
+        name: id of the model in the API; the name of the directory or Hub repository unless given.
+        quantize: as in `Engine.from_pretrained`.
+        draft: a smaller model that drafts tokens, as in `Engine.from_pretrained`; none unless given.
         max_batch: sequences that run at once.
-        max_queue: sequences that may wait; further ones get 429.
-        max_per_client: unfinished requests of one client (key and address); further ones get 429.
-        max_sequences: prompts x n of one request.
-        max_n: most choices of one prompt.
+        max_queue: sequences that can wait; further ones get 429.
+        max_per_client: unfinished requests of one client address; further ones get 429.
+        max_sequences: prompts × n of one request.
+        max_n: maximum number of choices per prompt.
         max_body: bytes of a request body.
-        request_seconds: a request that takes longer is ended with an error.
+        request_seconds: a request that takes longer ends with an error.
         body_seconds: a body that takes longer to arrive is refused.
-        drain_seconds: what runs may finish in this time after SIGTERM.
-        follow_seconds: how often a live run is looked at; 0 stays with the first checkpoint.
-        page: whether the page is mounted at /.
+        drain_seconds: time for running requests to finish after SIGTERM.
+        follow_seconds: how often a run is checked for a newer checkpoint; 0 keeps the first one.
+        page: serve the page at /.
     """
 
     model: str
@@ -62,11 +64,11 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise BadInput(f"{self.port} is no port", field="port", hint="Ports go from 0 (any free one) to 65535.")
-        for name in ("max_batch", "max_queue", "max_per_client", "max_sequences", "max_n", "max_body"):
+            raise BadInput(f"{self.port} is not a port", field="port", hint="Ports go from 0 (any free one) to 65535.")
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise BadInput(f"must be at least 1, not {getattr(self, name)}", field=name)
-        for name in ("request_seconds", "body_seconds"):
+        for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise BadInput(f"must be above 0, not {getattr(self, name)}", field=name)
         if self.api_key is not None and not self.api_key.strip():

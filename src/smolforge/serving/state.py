@@ -1,40 +1,163 @@
-"""What every route shares: the settings, the worker, the model's source, and who is asking for how much."""
+"""What all routes share: settings, the engine thread, the source of models, metrics, and limits of each client."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from starlette.requests import Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from smolforge.serving.errors import ApiError, busy, refused
-from smolforge.serving.server_request import ServerRequest
+from smolforge import hub
+from smolforge.checkpoint import commit, locate
+from smolforge.errors import CheckpointError
+from smolforge.run import Run
+from smolforge.serving.engine_thread import EngineThread, LoadedModel, ServerRequest
+from smolforge.serving.errors import ApiError, busy, not_ready, refused
 from smolforge.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from smolforge.generation.sampling_params import SamplingParams
-    from smolforge.serving.engine_thread import EngineThread
-    from smolforge.serving.metrics import Metrics
-    from smolforge.serving.models import LoadedModel, ModelSource
     from smolforge.tokenizer import Tokenizer
 
+T = TypeVar("T")
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 
-class Service:
-    """One server's state. Lives on the event loop.
+
+class ModelSource:
+    """What the user named, and the models that can be loaded from it.
 
     Attributes:
-        stopping: set when the server begins to shut down.
+        name: id of the model in the API.
+        run: the run that the model belongs to, or None; it feeds the time-lapse and the training tab.
+        follows: whether newer checkpoints replace the served one: for a run, not for one of its checkpoints.
+    """
+
+    def __init__(self, model: str, name: str | None = None) -> None:
+        self.model = model
+        path = Path(model).expanduser()
+        self.run: Run | None = None
+        self.follows = False
+        if not path.exists():
+            if not hub.is_model_id(model):
+                locate.resolve_model(model)  # raises the error that explains what is wrong
+            self.name = name or model
+            return
+        path = path.resolve()
+        if commit.step_of(path) is not None and Run(path.parent.parent).exists:
+            self.run = Run(path.parent.parent)
+        elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints_path.is_dir()):
+            self.run, self.follows = Run(path), True
+        self.name = name or path.name
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this is a run without a checkpoint."""
+        return self.follows and not self.steps()
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first; empty for a model outside a run."""
+        return commit.steps(self.run.checkpoints_path) if self.run else []
+
+    def open(self, settings: ServeSettings, step: int | None = None) -> LoadedModel:
+        """Load the checkpoint of `step`, or the newest whole one with the draft model of the settings.
+
+        Raises:
+            CheckpointError: there is no usable checkpoint.
+            BadInput: the draft has other token ids; its `field` is "draft".
+        """
+        from smolforge.generation.engine import Engine
+
+        model: str | Path = self.model
+        if step is not None:
+            if self.run is None or step not in self.steps():
+                raise CheckpointError(f"there is no checkpoint of step {step}", field="steps")
+            model = self.run.checkpoints_path / commit.step_name(step)
+        draft = settings.draft if step is None else None
+        engine = Engine.from_pretrained(model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft)
+        directory = engine.directory
+        assert directory is not None
+        weights = directory / "model.safetensors"
+        created = int(weights.stat().st_mtime if weights.is_file() else time.time())
+        return LoadedModel(engine, directory, commit.step_of(directory.resolve()), created)
+
+
+class Metrics:
+    """The metrics of one server for Prometheus. All are updated on the event loop.
+
+    The registry belongs to the server, so that two servers in one process stay apart.
+    """
+
+    def __init__(self, thread: EngineThread) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"smolforge_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"smolforge_{name}", text, labels, buckets=buckets, registry=registry)
+
+        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
+            Gauge(f"smolforge_{name}", text, registry=registry).set_function(read)
+
+        self.requests = counter("requests", "Requests by route and status.", "route", "status")
+        self.request_seconds = histogram("request_seconds", "From the request to its last byte.", "route")
+        first_token = histogram("time_to_first_token_seconds", "From arrival to the first token written.")
+        step_seconds = histogram("step_seconds", "Time of one step of the engine.")
+        batch_size = histogram("batch_size", "Sequences that wrote in one step.", buckets=_SEQUENCES)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of accepted prompts.")
+        written_tokens = counter("completion_tokens", "Tokens written.")
+        self.swaps = counter("checkpoint_swaps", "Newer checkpoints that were taken over while serving.")
+        gauge("queue_length", "Sequences that wait.", lambda: thread.waiting)
+        gauge("running", "Sequences that are being written.", lambda: thread.running)
+        gauge("tokens_per_second", "Tokens written, over ten seconds.", thread.tokens_per_second)
+        gauge("up", "1 when requests are served.", lambda: int(bool(thread.model) and not thread.problem))
+        gauge("checkpoint_step", "Training step served.", lambda: (thread.model and thread.model.step) or 0)
+        cache = Gauge("smolforge_cache_bytes", "Memory of keys and values.", ["kind"], registry=registry)
+        for kind in ("reserved", "kept", "budget"):
+            cache.labels(kind).set_function(
+                lambda kind=kind: thread.model.engine.memory()[f"cache_{kind}"] if thread.model else 0
+            )
+
+        def observe_step(sequences: int, tokens: int, seconds: float) -> None:
+            step_seconds.observe(seconds)
+            written_tokens.inc(tokens)
+            if sequences:
+                batch_size.observe(sequences)
+
+        thread.observe_first, thread.observe_step = first_token.observe, observe_step
+
+
+class ServerState:
+    """The state of one server, on the event loop.
+
+    Attributes:
         failure: why the model could not be loaded at all; `server.serve` ends with it.
     """
 
-    def __init__(self, settings: ServeSettings, source: ModelSource, worker: EngineThread, metrics: Metrics) -> None:
-        self.settings, self.source, self.worker, self.metrics = settings, source, worker, metrics
-        self.stopping = asyncio.Event()
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.source = ModelSource(settings.model, settings.name)
+        self.thread = EngineThread(settings.max_queue)
+        self.metrics = Metrics(self.thread)
         self.failure: Exception | None = None
         self._clients: collections.Counter[str] = collections.Counter()
+
+    @property
+    def problem(self) -> str | None:
+        """Why requests are not served now, or None."""
+        if self.thread.draining:
+            return "the server is shutting down"
+        if self.thread.problem is not None or self.thread.model is not None:
+            return self.thread.problem
+        return "the run has no checkpoint yet" if self.source.waiting else "the model is loading"
 
     @property
     def model(self) -> LoadedModel:
@@ -43,26 +166,21 @@ class Service:
         Raises:
             ApiError: 503 while there is none.
         """
-        if self.worker.model is None or self.worker.problem is not None:
-            reason = self.worker.problem or self.loading
-            raise ApiError(503, reason, code="not_ready", headers={"Retry-After": "2"})
-        return self.worker.model
-
-    @property
-    def loading(self) -> str:
-        """Why there is no model yet."""
-        return "the run has no checkpoint yet" if self.source.waiting else "the model is loading"
+        model = self.thread.model
+        if model is None or self.thread.problem is not None:
+            raise not_ready(self.problem or "the model is loading")
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The served model's."""
+        """The tokenizer of the served model."""
         return self.model.engine.tokenizer
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served here; no name means the one that is.
+        """Accept the id of the served model, or none.
 
         Raises:
-            ApiError: 404 with the right name.
+            ApiError: 404 with the right id.
         """
         if name is not None and name != self.source.name:
             raise ApiError(
@@ -72,41 +190,25 @@ class Service:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens being only text. Off the event loop."""
-        tokenizer = self.tokenizer
-        return await asyncio.get_running_loop().run_in_executor(self.worker.encoder, tokenizer.encode, text)
-
-    async def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of several texts."""
+    async def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; special tokens in it count as plain text."""
         encode = self.tokenizer.encode
+        return await self.compute(lambda: [encode(text) for text in texts])
 
-        def work() -> list[list[int]]:
-            return [encode(text) for text in texts]
-
-        return await asyncio.get_running_loop().run_in_executor(self.worker.encoder, work)
-
-    def check_sequences(self, prompts: int, n: int) -> None:
-        """Refuse a request of too many sequences.
-
-        Raises:
-            ApiError: 400.
-        """
-        most = self.settings.max_sequences
-        if prompts * n > most:
-            raise refused("prompt", f"{prompts} prompts with n = {n} are {prompts * n} sequences, at most {most}")
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Run work of the tokenizer off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread.encoder, work)
 
     @contextlib.contextmanager
     def client(self, request: Request) -> Iterator[None]:
-        """Count a request of a client until the block ends.
+        """Count an unfinished request of its client until the block ends.
 
         Raises:
-            ApiError: 429 where the client has too many unfinished ones.
+            ApiError: 429 where the client has too many.
         """
-        who = request.client.host if request.client else "local"
-        most = self.settings.max_per_client
-        if self._clients[who] >= most:
-            raise busy(f"this client has {self._clients[who]} unfinished requests already, at most {most} are allowed")
+        who, limit = request.client.host if request.client else "local", self.settings.max_per_client
+        if self._clients[who] >= limit:
+            raise busy(f"this client has {self._clients[who]} unfinished requests already, at most {limit} are allowed")
         self._clients[who] += 1
         try:
             yield
@@ -116,9 +218,17 @@ class Service:
                 del self._clients[who]
 
     async def submit(
-        self, prompts: list[list[int]], sampling: SamplingParams, model: LoadedModel | None = None
+        self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
-        """As of `EngineThread.submit`, and counted."""
-        generation = await self.worker.submit(prompts, sampling, model)
-        self.metrics.prompt_tokens.inc(generation.prompt_tokens)
-        return generation
+        """As `EngineThread.submit`, with a limit on the number of sequences; counts the prompts' tokens.
+
+        Raises:
+            ApiError: as in `EngineThread.submit`, or there are too many sequences.
+        """
+        count, limit = len(prompts) * params.n, self.settings.max_sequences
+        if count > limit:
+            text = f"{len(prompts)} prompts with n = {params.n} are {count} sequences, at most {limit} are allowed"
+            raise refused("prompt", text)
+        request = await self.thread.submit(prompts, params, model)
+        self.metrics.prompt_tokens.inc(request.prompt_tokens)
+        return request

@@ -1,103 +1,145 @@
-"""Sending a generation: as one JSON object, or as server-sent events."""
+"""From steps of the engine to an answer: the transcript of one choice, and server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
-import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
-from smolforge.errors import SmolforgeError
-from smolforge.serving.errors import ApiError, of_smolforge
+from smolforge.serving.errors import ApiError, as_api_error
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from smolforge.serving.engine_thread import EngineThread
-    from smolforge.serving.server_request import ServerRequest
+    from smolforge.generation.sequence import StepOutput
+    from smolforge.serving.engine_thread import EngineThread, ServerRequest
+    from smolforge.tokenizer import Tokenizer
 
-log = logging.getLogger("smolforge.serving")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
 KEEP_ALIVE_SECONDS = 15.0
-# What a route that can stream says of its answer in the OpenAPI document.
-EITHER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "One object, or with stream: true its pieces as server-sent events.",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {},  # OpenAPI 3.1 has no word for the form of one event
-        },
-    }
-}
 
 
 @contextlib.contextmanager
-def cancel_on_exit(worker: EngineThread, generation: ServerRequest, seconds: float) -> Iterator[ServerRequest]:
-    """A generation that is freed at the end of the block, however it ends, and ended after `seconds`."""
+def cancel_on_exit(thread: EngineThread, request: ServerRequest, seconds: float) -> Iterator[ServerRequest]:
+    """Free `request` at the end of the block, however it ends, and fail it with a 504 after `seconds`."""
 
     def late() -> None:
-        generation.fail(ApiError(504, f"the request took longer than {seconds:g} seconds", code="timeout"))
+        request.fail(ApiError(504, f"the request took longer than {seconds:g} seconds", code="timeout"))
 
     timer = asyncio.get_running_loop().call_later(seconds, late)
     try:
-        yield generation
+        yield request
     finally:
         timer.cancel()
-        worker.cancel(generation)
+        thread.cancel(request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of a transcript.
+
+    Attributes:
+        offset: where its text begins in the text of the choice, in characters.
+        logprob: natural log of its probability, or None where it was not asked for.
+        top: the likeliest tokens at its place, (id, logprob) each, best first.
+    """
+
+    token_id: int
+    offset: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Transcript:
+    """The text of one choice with its tokens.
+
+    Text can lag behind tokens (half characters, possible stop strings). A token is reported with the first text of
+    it; a token that only belongs to a stop string, or ends the text, is never reported.
+
+    Attributes:
+        finish_reason: set at the end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream()
+        self._in_prompt = True
+        self._decoded = 0
+        self._pending: list[Token] = []
+        self._parts: list[str] = []
+        self._shown = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self._parts)
+
+    def push(self, step: StepOutput) -> list[Token]:
+        """Take a step; returns the tokens that can be reported now."""
+        if self._in_prompt and not step.prompt:
+            self._in_prompt = False
+            self._decoded += len(self._decoder.flush())
+            self._decoder = self._tokenizer.stream()
+        if step.token_id is not None:
+            self._pending.append(Token(step.token_id, self._decoded, step.logprob, step.top_logprobs))
+            self._decoded += len(self._decoder.push(step.token_id))
+        self._parts.append(step.text)
+        self._shown += len(step.text)
+        self.finish_reason = step.finish_reason
+        if step.finish_reason == "length":
+            ready, self._pending = self._pending, []
+        else:
+            ready = [token for token in self._pending if token.offset < self._shown]
+            self._pending = self._pending[len(ready) :] if step.finish_reason is None else []
+        return ready
 
 
 def event(value: Any) -> bytes:
-    """One server-sent event."""
+    """One server-sent event with `value` as JSON."""
     return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of `error`; the details of our own mistakes only go to the log."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, SmolforgeError):
-        return of_smolforge(error, 400 if error.exit_code == 2 else 500)
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server made a mistake; its log says more")
-
-
 class EventStream(Response):
-    """Server-sent events from an iterator of ready-made bytes. An error becomes the last event.
+    """A response of server-sent events. An error becomes the last event.
 
     Args:
-        events: the bytes.
-        hold: entered while they are sent: frees what they are made from.
+        events: the bytes of one or several events each.
+        resources: entered while they are sent.
 
-    Whoever disconnects is noticed by `guard.BodyMiddleware`, which cancels the task that runs this.
+    `BodyMiddleware` notices a client that disconnects and cancels the task that sends the events.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], hold: contextlib.AbstractContextManager[Any]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], resources: contextlib.AbstractContextManager[Any]) -> None:
         self.status_code = 200
         self.background = None
-        self.events, self.hold = events, hold
+        self.events, self.resources = events, resources
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.hold:
+        async def send_part(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        with self.resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for data in with_keep_alive(self.events):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            except Exception as error:  # the headers are out: the error can only be the last event
-                told = event(as_api_error(error).body())
-                await send({"type": "http.response.body", "body": told, "more_body": True})
+                    await send_part(data)
+            except Exception as error:  # the status has been sent, so the error becomes an event
+                await send_part(event(as_api_error(error).body()))
         await send({"type": "http.response.body", "body": b""})
 
 
 async def with_keep_alive(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same events, and a comment wherever nothing came for a while, so that proxies keep the line open."""
+    """The same events, with a comment after each quiet `KEEP_ALIVE_SECONDS`, so that proxies keep the connection."""
     iterator = events.__aiter__()
     pending: asyncio.Future[bytes] | None = None
     try:

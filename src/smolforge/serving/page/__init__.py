@@ -1,7 +1,7 @@
-"""The page at /.
+"""The page at /: index.html, plain JavaScript modules and styles in static/, and the login form.
 
-page.py      Gradio: layout, controls, tabs; the seed project's app and beyond
-static/      our own script and styles: tokens as they come, their probabilities, branches, charts
-write.py     what the script reads while text is written; timelapse.py: the same prompt through a run's checkpoints
-training.py  a run's curves and samples from its files; assets.py: the static files, by name
+The page needs no build step and loads nothing from other servers. Its charts are drawn by uPlot, vendored in
+`smolforge/report/static` and served next to the page's own files.
+
+    routes.py   what the page's script asks for: writing, time-lapse, training curves
 """

@@ -2,13 +2,12 @@
 
 import { copy, make } from "./dom.js";
 import { forApi } from "./settings.js";
-import * as live from "./settings.js";
 
 const python = (value) => (value === null ? "None" : value === true ? "True" : value === false ? "False" : JSON.stringify(value));
 
 function snippets(model, needsKey) {
-  const { main, more } = forApi(live.current);
-  const base = `${window.location.origin}/v1`;
+  const { main, more } = forApi();
+  const base = new URL("v1", document.baseURI.split("#")[0]).href;
   const body = JSON.stringify({ model, ...main, ...more }, null, 2);
   const key = needsKey ? 'os.environ["SMOLFORGE_API_KEY"]' : '"none"';
   const lines = Object.entries(main).map(([name, value]) => `    ${name}=${python(value)},`);
@@ -42,15 +41,15 @@ export function api(place, state) {
   const code = make("code");
   const names = ["Python", "curl", "JavaScript"];
   let chosen = names[0];
-  const copier = make("button", { type: "button", class: "sf-tool", onclick: (click) => copy(code.textContent, click.currentTarget) }, "Copy");
-  const buttons = names.map((name) => make("button", { type: "button", class: "sf-tool", "aria-pressed": String(name === chosen),
+  const copier = make("button", { type: "button", class: "tool", onclick: (click) => copy(code.textContent, click.currentTarget) }, "Copy");
+  const buttons = names.map((name) => make("button", { type: "button", class: "tool", "aria-pressed": String(name === chosen),
     onclick: () => { chosen = name; buttons.forEach((b) => b.setAttribute("aria-pressed", String(b.textContent === name))); draw(); } }, name));
-  place.replaceChildren(make("section", { class: "sf-panel" },
-    make("h2", { class: "sf-h2" }, "Use via API"),
-    make("p", {}, "The server speaks OpenAI's API. This is the request that the first tab would make, with its present settings."),
-    make("div", { class: "sf-line" }, ...buttons, make("span", { class: "sf-gap" }), copier),
-    make("pre", { id: "sf-snippet", class: "sf-code", tabindex: "0" }, code),
-    make("p", { class: "sf-note" }, "Also here: /v1/chat/completions where the model has a chat template, /v1/models, /tokenize, /detokenize, /health, /metrics, /openapi.json.")));
+  place.replaceChildren(make("h2", {}, "Use via API"),
+   
+    make("p", {}, "The server speaks OpenAI's API. This is the request of the first tab, with its present settings."),
+    make("div", { class: "line" }, ...buttons, make("span", { class: "gap" }), copier),
+    make("pre", { id: "snippet", class: "code", tabindex: "0" }, code),
+    make("p", { class: "note" }, "Also here: /v1/chat/completions where the model has a chat template, /v1/models, /tokenize, /detokenize, /health, /metrics, /openapi.json."));
   function draw() {
     const text = snippets(state().model ?? "model", state().key)[chosen];
     if (code.textContent !== text) code.textContent = text;

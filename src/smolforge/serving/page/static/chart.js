@@ -1,19 +1,10 @@
-// One small line chart as SVG: axes with round numbers, a smoothed line over the raw one, the value under the pointer.
+// One line chart of a training curve, drawn by uPlot: the raw line, a smoothed line over it, and the value under the pointer.
 
 import { make, number } from "./dom.js";
 
-const HEIGHT = 180;
-const EDGE = { left: 58, right: 12, top: 10, bottom: 24 };
-const WIDTH = 460;
-
-function ticks(low, high, count) {
-  const rough = (high - low) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough) ?? power;
-  const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) found.push(value);
-  return found;
-}
+const HEIGHT = 190;
+const FONT = "11px system-ui, sans-serif";
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 const short = (value) => {
   const size = Math.abs(value);
@@ -23,56 +14,69 @@ const short = (value) => {
 };
 
 // A mean over a window around each point that shrinks towards both ends, so that it neither lags nor begins late.
-function smoothed(points) {
-  const most = Math.max(1, Math.round(points.length / 30));
+function smoothed(values) {
+  const most = Math.max(1, Math.round(values.length / 30));
   const sums = [0];
-  for (const [, y] of points) sums.push(sums.at(-1) + y);
-  return points.map(([x], i) => {
-    const half = Math.min(most, i, points.length - 1 - i);
-    return [x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)];
+  for (const value of values) sums.push(sums.at(-1) + value);
+  return values.map((_, i) => {
+    const half = Math.min(most, i, values.length - 1 - i);
+    return (sums[i + half + 1] - sums[i - half]) / (2 * half + 1);
   });
 }
 
-export function chart(title, points, { show, smooth = false, zero = false, other = null }) {
-  const all = [...points, ...(other ?? [])];
-  const xs = [points[0][0], points.at(-1)[0]];
-  // A few wild values at the start must not flatten the rest: the highest of all but one in fifty sets the top.
-  const sorted = all.map((p) => p[1]).sort((a, b) => a - b);
-  let low = zero ? 0 : sorted[0];
-  let high = sorted[Math.floor(0.99 * (sorted.length - 1))];
-  if (points.length < 200) high = sorted.at(-1);
-  if (high - low < 1e-12) { high += Math.abs(high) * 0.1 || 1; low -= zero ? 0 : Math.abs(low) * 0.1; }
-  const x = (v) => EDGE.left + ((v - xs[0]) / (xs[1] - xs[0] || 1)) * (WIDTH - EDGE.left - EDGE.right);
-  const y = (v) => EDGE.top + (1 - Math.min(1.04, Math.max(-0.04, (v - low) / (high - low)))) * (HEIGHT - EDGE.top - EDGE.bottom);
-  const path = (list) => `M${list.map(([a, b]) => `${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("L")}`;
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}, now ${show(points.at(-1)[1])}` });
-  for (const value of ticks(low, high, 4)) {
-    svg.append(make("line", { class: "sf-grid", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: y(value), y2: y(value) }),
-      make("text", { class: "sf-axis", x: EDGE.left - 6, y: y(value) + 3.5, "text-anchor": "end" }, short(value)));
+// A few extreme values at the start must not flatten the rest: of many points the highest hundredth is cut off.
+function limits(values, zero) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const low = zero ? 0 : sorted[0];
+  const high = sorted.length < 200 ? sorted.at(-1) : sorted[Math.floor(0.99 * (sorted.length - 1))];
+  const edge = high - low < 1e-12 ? Math.abs(high) * 0.1 || 1 : (high - low) * 0.04;
+  return [zero ? 0 : low - edge, high + edge];
+}
+
+// Draws `title` into a figure. `update(points, marks)` takes [step, value] pairs for the line and for the marks.
+export function chart(title, { show, smooth = false, zero = false, marksName = null }) {
+  const value = make("span", { class: "value" });
+  const key = make("span", { class: "key", hidden: true }, `● ${marksName}`);
+  const place = make("div", { class: "plot", role: "img" });
+  const figure = make("figure", { class: "chart" }, make("figcaption", {}, make("b", {}, title), key, value), place);
+  let range = [0, 1];
+  let latest = "";
+
+  const axis = { stroke: () => colour("--soft"), font: FONT, grid: { stroke: () => colour("--grid"), width: 1 }, ticks: { show: false } };
+  const plot = new uPlot({
+    width: 460, height: HEIGHT, legend: { show: false }, cursor: { y: false, drag: { x: false, y: false } },
+    scales: { x: { time: false }, y: { range: () => range } },
+    axes: [
+      { ...axis, grid: { show: false }, size: 26, values: (_, steps) => steps.map(short) },
+      { ...axis, size: 54, values: (_, numbers) => numbers.map(short) },
+    ],
+    series: [
+      {},
+      { stroke: () => colour(smooth ? "--faint" : "--ember"), width: smooth ? 1 : 1.8, points: { show: false }, spanGaps: true },
+      { stroke: () => colour("--ember"), width: 1.8, points: { show: false }, spanGaps: true, show: smooth },
+      { stroke: () => colour("--mark"), paths: () => null, points: { show: true, size: 7, fill: () => colour("--mark") } },
+    ],
+    hooks: { setCursor: [(self) => {
+      const [steps, values] = self.data;
+      let at = self.cursor.idx;
+      while (at > 0 && (values[at] ?? null) === null) at -= 1;
+      value.textContent = at === null || at === undefined ? latest : `step ${number(steps[at])}: ${show(values[at])}`;
+    }] },
+  }, [[], [], [], []], place);
+  figure.plot = plot;
+
+  function update(points, marks = []) {
+    const columns = (pairs) => [pairs.map(([step]) => step), pairs.map(([, y]) => y)];
+    const [steps, values] = columns(points);
+    range = limits([...values, ...marks.map(([, y]) => y)], zero);
+    latest = show(values.at(-1));
+    place.setAttribute("aria-label", `${title}: ${values.length} points, now ${latest}`);
+    key.hidden = !marks.length;
+    value.textContent = latest;
+    plot.setData(uPlot.join([[steps, values, smooth ? smoothed(values) : values], columns(marks)]));
   }
-  for (const value of ticks(xs[0], xs[1], 5)) {
-    svg.append(make("text", { class: "sf-axis", x: x(value), y: HEIGHT - 6, "text-anchor": "middle" }, short(value)));
-  }
-  const calm = smooth && points.length > 20;
-  svg.append(make("path", { class: calm ? "sf-raw" : "sf-curve", d: path(points) }));
-  if (calm) svg.append(make("path", { class: "sf-curve", d: path(smoothed(points)) }));
-  for (const [a, b] of other ?? []) svg.append(make("circle", { class: "sf-dot", cx: x(a), cy: y(b), r: 3.5 }));
-  const cursor = make("line", { class: "sf-cursor", y1: EDGE.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
-  svg.append(cursor);
-  const now = make("span", { class: "sf-value" }, show(points.at(-1)[1]));
-  svg.addEventListener("pointermove", (move) => {
-    const box = svg.getBoundingClientRect();
-    const wanted = xs[0] + (((move.clientX - box.left) / box.width) * WIDTH - EDGE.left) / (WIDTH - EDGE.left - EDGE.right) * (xs[1] - xs[0]);
-    const nearest = points.reduce((best, p) => (Math.abs(p[0] - wanted) < Math.abs(best[0] - wanted) ? p : best));
-    cursor.setAttribute("x1", x(nearest[0]));
-    cursor.setAttribute("x2", x(nearest[0]));
-    cursor.setAttribute("visibility", "visible");
-    now.textContent = `step ${number(nearest[0])}: ${show(nearest[1])}`;
-  });
-  svg.addEventListener("pointerleave", () => {
-    cursor.setAttribute("visibility", "hidden");
-    now.textContent = show(points.at(-1)[1]);
-  });
-  const legend = other?.length ? make("span", { class: "sf-key" }, "● validation") : null;
-  return make("figure", { class: "sf-chart" }, make("figcaption", {}, make("b", {}, title), legend, now), svg);
+
+  new ResizeObserver(() => { if (place.clientWidth) plot.setSize({ width: place.clientWidth, height: HEIGHT }); }).observe(place);
+  window.addEventListener("themechange", () => plot.redraw());
+  return { figure, update };
 }

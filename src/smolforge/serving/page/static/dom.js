@@ -1,11 +1,11 @@
 // Small helpers: elements without string templates, so that no text of a model or a file is ever read as HTML.
 
 export function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "text", "circle", "g", "rect", "polyline"].includes(tag);
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") Object.entries(value).forEach(([property, text]) => element.style.setProperty(property, text));
     else element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
@@ -20,7 +20,7 @@ export async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    const area = make("textarea", { style: "position:fixed;opacity:0" });
+    const area = make("textarea", { style: { position: "fixed", opacity: "0" } });
     area.value = text;
     document.body.append(area);
     area.select();
@@ -38,7 +38,7 @@ export async function events(path, body, signal, take) {
     method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   });
   if (!answer.ok) {
-    if (answer.status === 401) window.location = "/login";
+    if (answer.status === 401) window.location = "login";
     let message = `the server answered ${answer.status}`;
     try { message = (await answer.json()).error.message; } catch { /* not JSON: the status has to do */ }
     throw new Error(message);

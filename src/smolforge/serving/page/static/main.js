@@ -1,97 +1,89 @@
-// Puts the page's parts together. Gradio shows a tab's parts when it is first opened, so each is filled as it comes.
+// Puts the page's parts together: tabs, the state of the server, and the buttons of the form.
 
 import { api } from "./api.js";
-import { copy, make, number } from "./dom.js";
-import { timelapse } from "./timelapse.js";
+import { make, number } from "./dom.js";
 import { Paper } from "./paper.js";
 import * as settings from "./settings.js";
+import { timelapse } from "./timelapse.js";
 import { training } from "./training.js";
 
-const paper = new Paper();
-const watchers = new Set();
+const byId = (id) => document.getElementById(id);
+const paper = new Paper(byId("paper"));
+const watchers = new Set(); // functions that are told the server's state
+const STATE_EVERY = 3000;
 let state = {};
 
 async function refresh() {
   try {
-    const answer = await fetch("/page/state");
-    if (answer.status === 401) window.location = "/login";
+    const answer = await fetch("page/state");
+    if (answer.status === 401) window.location = "login";
     state = await answer.json();
   } catch {
     state = { ...state, ready: false, problem: "the server does not answer" };
   }
   watchers.forEach((tell) => tell(state));
-  paper.know(state);
 }
 
-function header(place) {
-  const status = make("span", { class: "sf-status", role: "status", "aria-live": "polite" });
-  const name = make("span", { class: "sf-name" }, "smolforge");
-  const theme = make("button", { class: "sf-icon", type: "button", title: "Light or dark", "aria-label": "Light or dark" }, "◐");
-  theme.addEventListener("click", () => {
-    const dark = document.body.classList.toggle("dark");
-    try { localStorage.setItem("smolforge-theme", dark ? "dark" : "light"); } catch { /* private window */ }
+function showState(now) {
+  const name = now.model ?? "smolforge";
+  document.title = `${name} · smolforge`;
+  byId("model").textContent = name;
+  const step = now.step === null || now.step === undefined ? "" : ` · step ${number(now.step)}`;
+  byId("status").textContent = now.ready ? `ready${step} · context ${number(now.context)}` : (now.problem ?? "…");
+  byId("status").classList.toggle("bad", !now.ready);
+  byId("status").classList.toggle("ready", now.ready);
+  if (!byId("examples").childElementCount) byId("examples").append(...(now.examples ?? []).map(example));
+}
+
+const example = (text) => make("button", { type: "button", class: "example", onclick: () => {
+  settings.set({ prompt: text });
+  byId("prompt").focus();
+} }, text);
+
+function write() {
+  const seed = settings.current.keep && settings.current.seed !== null ? settings.current.seed : settings.drawSeed();
+  settings.set({ seed });
+  paper.submit({ ...settings.current });
+}
+
+function tabs() {
+  const all = [...document.querySelectorAll("[role=tab]")];
+  function open(chosen) {
+    for (const tab of all) {
+      tab.setAttribute("aria-selected", String(tab === chosen));
+      tab.tabIndex = tab === chosen ? 0 : -1;
+      byId(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
+    }
+  }
+  all.forEach((tab, i) => {
+    tab.addEventListener("click", () => open(tab));
+    tab.addEventListener("keydown", (key) => {
+      const go = { ArrowRight: 1, ArrowLeft: -1 }[key.key];
+      if (!go) return;
+      const next = all[(i + go + all.length) % all.length];
+      next.focus();
+      open(next);
+    });
   });
-  place.replaceChildren(
-    make("header", { class: "sf-head" },
-      make("img", { src: "/page/static/icon.svg", alt: "", width: 36, height: 36 }),
-      make("div", { class: "sf-title" }, make("h1", {}, name), status), theme));
-  watchers.add((now) => {
-    name.textContent = now.model ?? "smolforge";
-    const step = now.step === null || now.step === undefined ? "" : ` · step ${number(now.step)}`;
-    status.textContent = now.ready ? `ready${step} · context ${number(now.context)}` : (now.problem ?? "…");
-    status.classList.toggle("sf-bad", !now.ready);
-  });
+  open(all[0]);
 }
 
-const parts = {
-  header,
-  paper: (place) => paper.mount(place),
-  timelapse: (place) => timelapse(place, () => state, watchers),
-  training: (place) => training(place),
-  api: (place) => watchers.add(api(place, () => state)),
-};
-
-function fill([name, element]) {
-  const place = element.querySelector(".sf-part") ?? element;
-  if (place.dataset.filled) return;
-  place.dataset.filled = "yes";
-  parts[name](place);
-  watchers.forEach((tell) => tell(state));
-}
-
-const early = window.smolforgeParts ?? [];
-window.smolforgeParts = { push: fill };
-
-try {
-  const wanted = localStorage.getItem("smolforge-theme");
-  if (wanted) document.body.classList.toggle("dark", wanted === "dark");
-} catch { /* private window */ }
-
-// What Gradio's events call.
-window.smolforge = {
-  submit(values) {
-    const now = settings.fromKnobs(values);
-    const seed = now.keep && now.seed !== null ? now.seed : settings.drawSeed();
-    settings.current.seed = seed;
-    paper.submit({ ...now, seed });
-    return seed;
-  },
-  stop: () => paper.stop(),
-  clear: () => { paper.clear(); return ""; },
-  example: (text) => { setTimeout(() => document.querySelector("#sf-prompt textarea")?.focus(), 50); return text; },
-  knobs(values) {
-    settings.fromKnobs(values);
-    watchers.forEach((tell) => tell(state));
-  },
-  fromLink: () => settings.fromLink(window.location.hash),
-  link: (button) => copy(settings.toLink(settings.current), button),
-};
-
+tabs();
+settings.mount();
+byId("theme").addEventListener("click", window.toggleTheme);
+byId("controls").addEventListener("submit", (submit) => { submit.preventDefault(); write(); });
+byId("stop").addEventListener("click", () => paper.stop());
+byId("clear").addEventListener("click", () => { paper.clear(); settings.set({ prompt: "" }); byId("prompt").focus(); });
 document.addEventListener("keydown", (key) => {
   if (key.key === "Escape") paper.stop();
-  if (key.key === "Enter" && (key.ctrlKey || key.metaKey)) document.querySelector("#sf-submit")?.click();
+  if (key.key === "Enter" && (key.ctrlKey || key.metaKey)) { key.preventDefault(); write(); }
 });
-
-early.forEach(fill);
+const showSnippet = api(byId("api"), () => state);
+watchers.add(showState);
+watchers.add((now) => paper.know(now));
+watchers.add(timelapse(byId("timelapse"), () => state));
+watchers.add(showSnippet);
+settings.onChange(showSnippet);
+training(byId("training"));
 refresh();
-setInterval(refresh, 3000);
+setInterval(refresh, STATE_EVERY);

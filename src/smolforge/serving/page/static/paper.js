@@ -13,13 +13,14 @@ const percent = (logprob) => 100 * Math.exp(logprob);
 const surprise = (logprob) => Math.min(1, Math.max(0, (-logprob - 0.3) / 6.6));
 
 export class Paper {
-  constructor() {
+  constructor(place) {
     this.takes = [];
     this.at = -1;
     this.running = null;
     this.state = {};
-    this.place = null;
+    this.place = place;
     this.popover = new Popover((index, choice) => this.branch(index, choice));
+    this.mount();
   }
 
   get take() { return this.takes[this.at]; }
@@ -29,51 +30,49 @@ export class Paper {
     this.describe();
   }
 
-  mount(place) {
+  mount() {
     const button = (label, title, action, more = {}) =>
-      make("button", { type: "button", class: "sf-tool", title, onclick: action, ...more }, label);
+      make("button", { type: "button", class: "tool", title, onclick: action, ...more }, label);
     this.text = make("div", {
-      id: "sf-text", class: "sf-text", role: "textbox", "aria-readonly": "true", "aria-multiline": "true",
+      id: "text", class: "text", role: "textbox", "aria-readonly": "true", "aria-multiline": "true",
       "aria-label": "What the model wrote", tabindex: "0",
     });
-    this.figures = make("div", { class: "sf-figures", role: "status", "aria-live": "off" });
-    this.meter = make("div", { class: "sf-meter", title: "how much of the context is used" }, make("span"));
+    this.figures = make("div", { id: "figures", class: "figures", role: "status", "aria-live": "off" });
+    this.meter = make("div", { class: "meter", title: "how much of the context is used" }, make("span"));
     this.buttons = {
-      regenerate: button("Regenerate", "Write again with the seed that is set", () => this.regenerate(), { id: "sf-regenerate" }),
-      continue: button("Continue", "Write on from here", () => this.prolong(), { id: "sf-continue" }),
-      copy: button("Copy", "Copy the text", (click) => copy(this.whole(), click.currentTarget), { id: "sf-copy" }),
+      regenerate: button("Regenerate", "Write again with the seed that is set", () => this.regenerate(), { id: "regenerate" }),
+      continue: button("Continue", "Write on from here", () => this.prolong(), { id: "continue" }),
+      copy: button("Copy", "Copy the text", (click) => copy(this.whole(), click.currentTarget), { id: "copy" }),
       link: button("Link", "Copy a link that carries the prompt and the settings",
-        (click) => window.smolforge.link(click.currentTarget), { id: "sf-link" }),
-      back: button("‹", "Earlier take", () => this.show(this.at - 1), { id: "sf-back", "aria-label": "Earlier take" }),
-      forth: button("›", "Later take", () => this.show(this.at + 1), { id: "sf-forth", "aria-label": "Later take" }),
+        (click) => copy(settings.toLink(), click.currentTarget), { id: "link" }),
+      back: button("‹", "Earlier take", () => this.show(this.at - 1), { id: "back", "aria-label": "Earlier take" }),
+      forth: button("›", "Later take", () => this.show(this.at + 1), { id: "forth", "aria-label": "Later take" }),
     };
-    this.takeLabel = make("span", { class: "sf-takes" });
-    this.turns = make("span", { class: "sf-turns" }, this.buttons.back, this.takeLabel, this.buttons.forth);
-    this.colours = make("input", { type: "checkbox", id: "sf-colours", checked: true });
-    this.colours.addEventListener("change", () => this.text.classList.toggle("sf-plain", !this.colours.checked));
-    const legend = make("label", { class: "sf-legend", for: "sf-colours", title: "Colour words by how surprising they were" }, this.colours, " expected",
-      ...[0.12, 0.4, 0.7, 1].map((s) => make("i", { style: `--s:${s}` })), "surprising");
+    this.takeLabel = make("span", { class: "takes" });
+    this.turns = make("span", { class: "turns" }, this.buttons.back, this.takeLabel, this.buttons.forth);
+    this.colours = make("input", { type: "checkbox", id: "colours", checked: true });
+    this.colours.addEventListener("change", () => this.text.classList.toggle("plain", !this.colours.checked));
+    const legend = make("label", { class: "legend", for: "colours", title: "Colour words by how surprising they were" }, this.colours, " expected",
+      ...[0.12, 0.4, 0.7, 1].map((s) => make("i", { style: { "--s": s } })), "surprising");
     this.welcome();
-    place.replaceChildren(make("section", { class: "sf-paper" },
-      make("div", { class: "sf-tools" }, this.buttons.regenerate, this.buttons.continue, this.buttons.copy,
+    this.place.replaceChildren(make("section", { class: "paper" },
+      make("div", { class: "tools" }, this.buttons.regenerate, this.buttons.continue, this.buttons.copy,
         this.buttons.link, this.turns),
-      this.text, make("div", { class: "sf-foot" }, this.figures, legend), this.meter));
+      this.text, make("div", { class: "foot" }, this.figures, legend), this.meter));
     this.text.addEventListener("keydown", (key) => this.walk(key));
     this.text.addEventListener("pointerover", (over) => {
-      const token = over.target.closest?.(".sf-token");
+      const token = over.target.closest?.(".token");
       if (token && over.pointerType === "mouse") this.open(token, false);
     });
     this.text.addEventListener("click", (click) => {
-      const token = click.target.closest?.(".sf-token");
+      const token = click.target.closest?.(".token");
       if (token) this.open(token, true);
     });
-    this.place = place;
-    if (this.take) this.draw();
     this.describe();
   }
 
   welcome() {
-    this.text.replaceChildren(make("p", { class: "sf-welcome" },
+    this.text.replaceChildren(make("p", { class: "welcome" },
       "What the model writes appears here. Point at a word to see how sure it was and what else it thought of; " +
       "choose another word, and the story goes on from there."));
   }
@@ -82,13 +81,13 @@ export class Paper {
 
   submit(knobs) {
     // On a phone the sheet may be out of sight.
-    const box = this.place?.getBoundingClientRect();
-    if (box && (box.top > window.innerHeight - 120 || box.bottom < 80)) this.place.scrollIntoView({ behavior: "smooth", block: "start" });
+    const box = this.place.getBoundingClientRect();
+    if (box.top > window.innerHeight - 120 || box.bottom < 80) this.place.scrollIntoView({ behavior: "smooth", block: "start" });
     return this.start({ knobs, prompt: knobs.prompt, tokens: [] }, []);
   }
 
   regenerate() {
-    document.querySelector("#sf-submit")?.click();
+    document.getElementById("submit").click();
   }
 
   prolong() {
@@ -137,7 +136,7 @@ export class Paper {
     Object.assign(take, { finish: null, problem: null, waiting: true, began: 0, count: 0, rate: 0 });
     this.describe();
     try {
-      await events("/page/write", { ...settings.forPage(knobs), ids }, abort.signal, (news) => this.take_in(take, news));
+      await events("page/write", { ...settings.forPage(knobs), ids }, abort.signal, (news) => this.take_in(take, news));
       if (!take.finish) take.problem = "the connection ended early";
     } catch (error) {
       if (error.name === "AbortError") take.finish = "stopped";
@@ -167,7 +166,7 @@ export class Paper {
     take.count += fresh.length;
     if (take.count > 1) take.rate = (1000 * (take.count - 1)) / Math.max(1, now - take.began);
     if (news.finish) take.finish = news.finish;
-    if (take === this.take && this.place) {
+    if (take === this.take) {
       const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
       this.text.append(...take.tokens.slice(first).map((token, i) => this.span(token, first + i)));
       if (news.rest && first && first === take.tokens.length) {
@@ -182,29 +181,28 @@ export class Paper {
 
   span(token, index) {
     const span = make("span", {
-      class: `sf-token${token.chosen ? " sf-chosen" : ""}`, "data-index": index, tabindex: "-1",
-      style: `--s:${surprise(token.p).toFixed(3)}`,
+      class: `token${token.chosen ? " chosen" : ""}`, "data-index": index, tabindex: "-1",
+      style: { "--s": surprise(token.p).toFixed(3) },
     });
     // The space before a word belongs to its token but takes no colour: marks stay as wide as the words.
     const [, space, word] = token.text.match(/^(\s*)([^]*)$/);
-    span.append(word ? space : "", make("span", { class: "sf-mark" }, word || space));
+    span.append(word ? space : "", make("span", { class: "mark" }, word || space));
     return span;
   }
 
   draw() {
-    if (!this.place) return;
     this.popover.close();
-    const prompt = make("span", { class: "sf-said" });
+    const prompt = make("span", { class: "said" });
     prompt.textContent = this.take.prompt;
     this.text.replaceChildren(prompt, ...this.take.tokens.map((token, i) => this.span(token, i)));
     this.mark();
   }
 
   mark() {
-    this.text?.querySelector(".sf-end")?.remove();
+    this.text.querySelector(".end")?.remove();
     const { finish, problem } = this.take ?? {};
-    const word = problem ?? { stop: "the end", length: null, stopped: "stopped" }[finish];
-    if (word) this.text?.append(make("span", { class: `sf-end${problem ? " sf-bad" : ""}` }, word));
+    const word = problem ?? { stop: "end of text", length: null, stopped: "stopped" }[finish];
+    if (word) this.text.append(make("span", { class: `end${problem ? " bad" : ""}` }, word));
   }
 
   show(index) {
@@ -215,12 +213,11 @@ export class Paper {
   }
 
   describe() {
-    if (!this.place) return;
     const take = this.take;
     const busy = Boolean(this.running);
-    document.querySelector("#sf-stop")?.classList.toggle("sf-live", busy);
+    document.getElementById("stop").disabled = !busy;
     this.text.setAttribute("aria-busy", String(busy));
-    this.text.classList.toggle("sf-writing", busy);
+    this.text.classList.toggle("writing", busy);
     this.buttons.regenerate.disabled = busy || !take;
     this.buttons.continue.disabled = busy || !take || Boolean(take?.problem && !take.tokens.length);
     this.buttons.copy.disabled = !take;
@@ -255,7 +252,7 @@ export class Paper {
   }
 
   walk(key) {
-    const tokens = [...this.text.querySelectorAll(".sf-token")].filter((token) => token.textContent);
+    const tokens = [...this.text.querySelectorAll(".token")].filter((token) => token.textContent);
     if (!tokens.length) return;
     const at = tokens.indexOf(document.activeElement);
     const go = { ArrowRight: 1, ArrowLeft: -1 }[key.key];

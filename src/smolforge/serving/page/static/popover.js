@@ -8,15 +8,15 @@ const visible = (text) => (text.startsWith("bytes:") ? text : text.replace(/^ /,
 export class Popover {
   constructor(choose) {
     this.choose = choose;
-    this.card = make("div", { id: "sf-popover", class: "sf-popover", role: "dialog", "aria-label": "Alternatives", hidden: true });
+    this.card = make("div", { id: "popover", class: "popover", role: "dialog", "aria-label": "Alternatives", hidden: true });
     this.pinned = false;
     this.card.addEventListener("keydown", (key) => this.keys(key));
     this.card.addEventListener("pointerleave", () => { if (!this.pinned) this.close(); });
     document.addEventListener("pointerdown", (down) => {
-      if (!this.card.contains(down.target) && !down.target.closest?.(".sf-token")) this.close();
+      if (!this.card.contains(down.target) && !down.target.closest?.(".token")) this.close();
     });
     document.addEventListener("pointerover", (over) => {
-      if (!this.pinned && !this.card.hidden && !this.card.contains(over.target) && !over.target.closest?.(".sf-token")) this.later();
+      if (!this.pinned && !this.card.hidden && !this.card.contains(over.target) && !over.target.closest?.(".token")) this.later();
       else clearTimeout(this.leaving);
     });
     window.addEventListener("resize", () => this.close());
@@ -26,23 +26,23 @@ export class Popover {
   show(anchor, token, index, percent, pinned) {
     clearTimeout(this.leaving);
     if (this.pinned && !pinned && !this.card.hidden) return;
-    this.anchor?.classList.remove("sf-open");
+    this.anchor?.classList.remove("open");
     this.anchor = anchor;
     this.pinned = pinned;
-    anchor.classList.add("sf-open");
+    anchor.classList.add("open");
     const share = percent(token.p);
     const rows = token.top.map((choice) => {
       const same = choice[0] === token.id;
       const value = percent(choice[2]);
       return make("li", {}, make("button", {
-        type: "button", class: "sf-choice", disabled: same, "aria-label": `${choice[1]}, ${value.toFixed(1)} percent${same ? ", chosen" : ", branch here"}`,
+        type: "button", class: "choice", disabled: same, "aria-label": `${choice[1]}, ${value.toFixed(1)} percent${same ? ", chosen" : ", branch here"}`,
         onclick: () => { this.close(); this.choose(index, choice); },
-      }, make("span", { class: "sf-bar", style: `width:${Math.max(1, value)}%` }),
-      make("span", { class: "sf-word" }, visible(choice[1])), make("span", { class: "sf-share" }, `${value.toFixed(value < 1 ? 2 : 1)}%`)));
+      }, make("span", { class: "bar", style: { width: `${Math.max(1, value)}%` } }),
+      make("span", { class: "word" }, visible(choice[1])), make("span", { class: "share" }, `${value.toFixed(value < 1 ? 2 : 1)}%`)));
     });
     this.card.replaceChildren(
       make("p", {}, make("b", {}, visible(token.text)), ` had ${share < 0.1 ? "less than 0.1" : share.toFixed(1)}%`),
-      make("ol", {}, ...rows), make("p", { class: "sf-hint" }, "Choose one to go on from there."));
+      make("ol", {}, ...rows), make("p", { class: "hint" }, "Choose one to continue from there."));
     if (!this.card.isConnected) document.body.append(this.card);
     this.card.hidden = false;
     this.put();
@@ -69,7 +69,7 @@ export class Popover {
 
   close() {
     clearTimeout(this.leaving);
-    this.anchor?.classList.remove("sf-open");
+    this.anchor?.classList.remove("open");
     this.card.hidden = true;
     this.pinned = false;
   }

@@ -3,14 +3,15 @@
 import { events, make, number } from "./dom.js";
 import * as settings from "./settings.js";
 
-export function timelapse(place, state, watchers) {
-  const button = make("button", { type: "button", id: "sf-timelapse-start", class: "sf-big" }, "Watch it learn");
-  const stop = make("button", { type: "button", id: "sf-timelapse-stop", class: "sf-tool", disabled: true }, "Stop");
-  const note = make("p", { class: "sf-note", role: "status" });
+// Fills the tab; returns a function that is told when the server's state has changed.
+export function timelapse(place, state) {
+  const button = make("button", { type: "button", id: "timelapse-start", class: "primary" }, "Start");
+  const stop = make("button", { type: "button", id: "timelapse-stop", class: "tool", disabled: true }, "Stop");
+  const note = make("p", { class: "note", role: "status" });
   const prompt = make("input", {
-    type: "text", id: "sf-timelapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
+    type: "text", id: "timelapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
   });
-  const cards = make("div", { class: "sf-cards", id: "sf-cards" });
+  const cards = make("div", { class: "cards", id: "cards" });
   let running = null;
 
   async function start() {
@@ -24,11 +25,11 @@ export function timelapse(place, state, watchers) {
     note.textContent = `the same prompt, the same seed (${seed}), at each step of training`;
     cards.replaceChildren();
     try {
-      await events("/page/timelapse", { ...knobs, steps: [] }, running.signal, (news) => {
+      await events("page/timelapse", { ...knobs, steps: [] }, running.signal, (news) => {
         if (news.steps) {
           for (const step of news.steps) {
-            const text = make("p", { class: "sf-timelapse-text" }, make("span", { class: "sf-said" }, knobs.prompt));
-            const card = make("article", { class: "sf-card", "data-step": step }, make("h3", {}, `step ${number(step)}`), text);
+            const text = make("p", { class: "timelapse-text" }, make("span", { class: "said" }, knobs.prompt));
+            const card = make("article", { class: "card", "data-step": step }, make("h3", {}, `step ${number(step)}`), text);
             found.set(step, { card, text });
             cards.append(card);
           }
@@ -38,11 +39,11 @@ export function timelapse(place, state, watchers) {
         if (!entry) return;
         if (news.text) entry.text.append(news.text);
         if (news.state) entry.card.dataset.state = news.state;
-        if (news.message) entry.text.append(make("span", { class: "sf-end sf-bad" }, news.message));
+        if (news.message) entry.text.append(make("span", { class: "end bad" }, news.message));
       });
     } catch (error) {
       note.textContent = error.name === "AbortError" ? "stopped" : error.message;
-      note.classList.toggle("sf-bad", error.name !== "AbortError");
+      note.classList.toggle("bad", error.name !== "AbortError");
     }
     button.disabled = false;
     stop.disabled = true;
@@ -51,14 +52,15 @@ export function timelapse(place, state, watchers) {
   button.addEventListener("click", start);
   stop.addEventListener("click", () => running?.abort());
   prompt.addEventListener("keydown", (key) => { if (key.key === "Enter") start(); });
-  place.replaceChildren(make("section", { class: "sf-panel" },
+  place.replaceChildren(
+    make("h2", {}, "Watch it learn"),
     make("p", {}, "The same prompt through the run's checkpoints, oldest first: watch the model learn to write. Settings are those of the first tab."),
-    make("div", { class: "sf-line" }, prompt, button, stop), note, cards));
-  watchers.add(() => {
+    make("div", { class: "line" }, prompt, button, stop), note, cards);
+  return () => {
     const steps = state().steps ?? [];
     if (running && !stop.disabled) return;
     button.disabled = !steps.length;
-    if (!steps.length) note.textContent = "This model belongs to no run with checkpoints. Serve a run to see a time-lapse.";
+    if (!steps.length) note.textContent = "This model does not belong to a run. Serve a run to see a time-lapse.";
     else if (!cards.childElementCount) note.textContent = `${steps.length} checkpoints, step ${number(steps[0])} to ${number(steps.at(-1))}`;
-  });
+  };
 }

@@ -1,0 +1,349 @@
+"""The OpenAI API: /v1/completions, /v1/chat/completions, and the tokenizer at /tokenize and /detokenize.
+
+Both ways of asking for text share `Answer`: it submits the prompts and sends the answer, whole or as a stream.
+`CompletionAnswer` and `ChatAnswer` only say how a choice is written as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from smolforge.serving.engine_thread import ServerRequest
+from smolforge.serving.errors import ApiError, refused
+from smolforge.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, SampledRequest, TokenizeRequest
+from smolforge.serving.state import ServerState
+from smolforge.serving.streaming import DONE, EventStream, Token, Transcript, cancel_on_exit, event
+from smolforge.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from smolforge.generation.sampling_params import SamplingParams
+
+# JSON has no minus infinity; OpenAI's API sends -9999.0 for "practically never".
+MIN_LOGPROB = -9999.0
+# A part of a streamed choice: its text, its logprobs, its finish_reason.
+Part = tuple[dict[str, Any], "dict[str, Any] | None", "str | None"]
+# The answer of a route that can stream, for the OpenAPI document.
+EITHER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One object, or with stream: true its parts as server-sent events.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {},  # OpenAPI 3.1 cannot describe the form of one event
+        },
+    }
+}
+
+
+def router(state: ServerState) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", summary="Continue prompts", responses=EITHER, tags=["OpenAI"])
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        state.check_model(body.model)
+        body.check_request(state.settings.max_n)
+        params = body.sampling()
+        return await answer(CompletionAnswer, state, body, request, await prompt_ids(state, body.prompt), params)
+
+    @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        state.check_model(body.model)
+        body.check_request(state.settings.max_n)
+        engine = state.model.engine
+        if engine.tokenizer.chat_template is None:
+            raise ApiError(
+                400,
+                f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions.",
+                param="messages",
+                code="no_chat_template",
+            )
+        ids = await state.compute(lambda: fill_template(engine.tokenizer, body))
+        params = body.sampling(max(1, engine.context - len(ids)))
+        return await answer(ChatAnswer, state, body, request, [ids], params)
+
+    @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        engine = state.model.engine
+        [ids] = await state.encode([body.text()])
+        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": engine.context}
+        if body.with_pieces:
+            found["pieces"] = [token_string(engine.tokenizer, i) for i in ids]
+        return found
+
+    @routes.post("/detokenize", summary="Token ids to text", tags=["Tokens"])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        body.check()
+        engine = state.model.engine
+        unknown = next((i for i in body.tokens if i >= engine.vocab_size), None)
+        if unknown is not None:
+            raise refused("tokens", f"token {unknown} is not in the vocabulary of {engine.vocab_size}")
+        text = await state.compute(lambda: engine.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        return {"prompt": text, "content": text}
+
+    return routes
+
+
+async def prompt_ids(state: ServerState, prompt: Any) -> list[list[int]]:
+    """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it."""
+    if prompt is None:
+        return [[state.tokenizer.eos_id]]
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt[0], str):
+        return await state.encode(prompt)
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+async def answer(
+    kind: type[Answer],
+    state: ServerState,
+    body: SampledRequest,
+    request: Request,
+    prompts: list[list[int]],
+    params: SamplingParams,
+) -> Response:
+    """Submit prompts; the response, as events where the body asks for a stream.
+
+    Raises:
+        ApiError: the client or the server has too much to do, or no model is served.
+        BadInput: the engine refused a prompt.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(state.client(request))
+        submitted = await state.submit(prompts, params)
+        stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
+        found = kind(submitted, body, state.source.name)
+        if body.stream:
+            return EventStream(found.stream(), stack.pop_all())
+        return JSONResponse(await found.whole())
+
+
+class Answer:
+    """The answer to one request. Subclasses write a choice as JSON."""
+
+    id_prefix: str
+    whole_object: str
+    stream_object: str
+
+    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
+        self.request, self.body = request, body
+        self.tokenizer = request.model.engine.tokenizer
+        n, step = request.params.n, request.model.step
+        # (prompt, choice of the prompt) in the order of the choices' indices
+        keys = [(prompt, choice) for prompt in range(len(request.prompts)) for choice in range(n)]
+        self.transcripts = {key: (index, Transcript(self.tokenizer)) for index, key in enumerate(keys)}
+        self.head = {
+            "id": f"{self.id_prefix}{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_name,
+            # which weights wrote it: changes when a newer checkpoint takes over
+            "system_fingerprint": f"smolforge-{f'step-{step}' if step is not None else request.model.created}",
+        }
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """The tokens with their log-probabilities, or None where they were not asked for."""
+        raise NotImplementedError
+
+    def choice(self, text: str) -> dict[str, Any]:
+        """The text of a whole choice."""
+        raise NotImplementedError
+
+    def opening(self) -> dict[str, Any] | None:
+        """The first part of a streamed choice, before any text."""
+        return None
+
+    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+        """The parts of a streamed choice that one step brings: (text, logprobs, finish_reason) each."""
+        raise NotImplementedError
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        tokens: dict[int, list[Token]] = {index: [] for index, _ in self.transcripts.values()}
+        async for batch in self.request.batches():
+            for prompt, step in batch:
+                index, transcript = self.transcripts[prompt, step.index]
+                tokens[index] += transcript.push(step)
+        choices = [
+            {
+                "index": index,
+                **self.choice(transcript.text),
+                "logprobs": self.logprobs(tokens[index]),
+                "finish_reason": transcript.finish_reason,
+            }
+            for index, transcript in self.transcripts.values()
+        ]
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.request.usage()}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; steps that are ready together are sent together."""
+        head = {**self.head, "object": self.stream_object}
+        options = self.body.stream_options
+        include_usage = bool(options and options.include_usage)
+        more = {"usage": None} if include_usage else {}
+
+        def chunk(index: int, text: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
+            choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
+            return event({**head, "choices": [choice], **more})
+
+        opening = self.opening()
+        if opening is not None:
+            yield b"".join(chunk(index, opening) for index, _ in self.transcripts.values())
+        async for batch in self.request.batches():
+            out = bytearray()
+            for prompt, step in batch:
+                index, transcript = self.transcripts[prompt, step.index]
+                for part in self.parts(step.text, transcript.push(step), step.finish_reason):
+                    out += chunk(index, *part)
+            if out:
+                yield bytes(out)
+        if include_usage:
+            yield event({**head, "choices": [], "usage": self.request.usage()})
+        yield DONE
+
+
+class CompletionAnswer(Answer):
+    """The answer of /v1/completions."""
+
+    id_prefix, whole_object, stream_object = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+        return [({"text": text}, self.logprobs(tokens), reason)] if text or tokens or reason else []
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """`top_logprobs` always includes the token itself, so it can hold one more than asked for."""
+        if self.body.logprobs is None:
+            return None
+        spell = self.tokenizer
+        tops: list[dict[str, float] | None] = []
+        for token in tokens:
+            if token.logprob is None:
+                tops.append(None)
+                continue
+            top = {token_string(spell, token_id): _finite(logprob) for token_id, logprob in reversed(token.top)}
+            top.setdefault(token_string(spell, token.token_id), _finite(token.logprob))
+            tops.append(dict(sorted(top.items(), key=lambda item: -item[1])))
+        return {
+            "tokens": [token_string(spell, token.token_id) for token in tokens],
+            "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": [token.offset for token in tokens],
+        }
+
+
+class ChatAnswer(Answer):
+    """The answer of /v1/chat/completions."""
+
+    id_prefix, whole_object, stream_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def opening(self) -> dict[str, Any] | None:
+        """The role."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+        """The text, then the end in a part of its own."""
+        found: list[Part] = []
+        if text or tokens:
+            found.append(({"delta": {"content": text}}, self.logprobs(tokens), None))
+        if reason:
+            found.append(({"delta": {}}, None, reason))
+        return found
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+
+        def describe(token_id: int, logprob: float) -> dict[str, Any]:
+            data = list(self.tokenizer.token_bytes(token_id))
+            return {"token": token_string(self.tokenizer, token_id), "logprob": _finite(logprob), "bytes": data}
+
+        content = [
+            {
+                **describe(token.token_id, token.logprob or 0.0),
+                "top_logprobs": [describe(token_id, logprob) for token_id, logprob in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def token_string(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as OpenAI spells it: its text, or `bytes:\\xe2\\x9c` where its bytes are not text by themselves."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
+
+
+def fill_template(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
+    """Token ids of a conversation.
+
+    The template's special tokens become single ids, those that a message quotes stay plain text: they are replaced
+    by marks before the template is filled, and encoded as text afterwards.
+
+    Raises:
+        ApiError: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    specials = [tokenizer.token_text(i) for i in sorted(tokenizer.special_ids)]
+    quoted = re.compile("|".join(map(re.escape, filter(None, specials)))) if specials else None
+    mark = f"\ue000{secrets.token_hex(16)}\ue001"
+    found: list[str] = []
+
+    def protect(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return mark
+
+    messages = []
+    for message in body.messages:
+        role = "system" if message.role == "developer" else message.role
+        text = message.text()
+        messages.append({"role": role, "content": quoted.sub(protect, text) if quoted else text})
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    eos = tokenizer.token_text(tokenizer.eos_id)
+    try:
+        template = environment.from_string(tokenizer.chat_template or "")
+        filled = template.render(
+            messages=messages, add_generation_prompt=True, bos_token=_bos(tokenizer) or eos, eos_token=eos, tools=None
+        )
+    except TemplateError as error:
+        raise refused("messages", f"the model's chat template refuses this conversation: {error}") from None
+    ids: list[int] = []
+    pieces = filled.split(mark)
+    for i, piece in enumerate(pieces):
+        ids += tokenizer.encode_with_special_tokens(piece) if piece else []
+        if i < len(pieces) - 1 and i < len(found):
+            ids += tokenizer.encode(found[i])
+    return ids
+
+
+def _bos(tokenizer: Tokenizer) -> str | None:
+    token = tokenizer.config.get("bos_token")
+    return token.get("content") if isinstance(token, dict) else token
