@@ -1,4 +1,4 @@
-"""lm-eval's tasks: the numbers of our model are those of lm-eval's own `hf` model on the same checkpoint."""
+"""lm-eval's tasks: a wrapped model has the numbers of lm-eval's own `hf` model on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import yaml
 
 from smolforge import cli
 from smolforge.checkpoint.format import write_model
-from smolforge.checkpoint.locate import load_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import build_model
@@ -21,7 +20,7 @@ from smolforge.tokenizer import Tokenizer
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytest.importorskip("transformers", reason="the hf model of lm-eval needs it")
 
-from smolforge.evaluation.tasks import SmolforgeLM, run_tasks
+from smolforge.evaluation.tasks import run_tasks, wrap_model
 
 QUESTIONS = [
     ("The cat sat on the", [" mat", " moon and saw the other cat", " 12"], 0),
@@ -92,9 +91,9 @@ def reference(model: Path, batch: int = 1) -> Any:
 
 
 @pytest.fixture(scope="module")
-def both(model: Path) -> tuple[SmolforgeLM, Any]:
-    module, tokenizer, _ = load_model(model)
-    return SmolforgeLM(module, tokenizer, batch=3), reference(model)
+def both(model: Path) -> tuple[Any, Any]:
+    """The wrapper serves any architecture, so on a Llama it can be compared with what needs none."""
+    return wrap_model(model, batch=3, device="cpu"), reference(model)
 
 
 def asked(*arguments: tuple) -> list[Any]:
@@ -103,7 +102,7 @@ def asked(*arguments: tuple) -> list[Any]:
     return [Instance("loglikelihood", {}, args, 0) for args in arguments]
 
 
-def test_loglikelihoods_are_those_of_hf(both: tuple[SmolforgeLM, Any]) -> None:
+def test_loglikelihoods_are_those_of_hf(both: tuple[Any, Any]) -> None:
     ours, theirs = both
     requests = asked(*((q, c) for q, choices, _ in QUESTIONS for c in choices))
     for a, b in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
@@ -112,7 +111,7 @@ def test_loglikelihoods_are_those_of_hf(both: tuple[SmolforgeLM, Any]) -> None:
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=1e-3)
 
 
-def test_some_continuation_is_greedy(both: tuple[SmolforgeLM, Any]) -> None:
+def test_some_continuation_is_greedy(both: tuple[Any, Any]) -> None:
     ours, theirs = both
     knobs = {"until": ["\n\n"], "max_gen_toks": 5, "do_sample": False}
     written = ours.generate_until(asked(("the cat", knobs)))[0]
@@ -123,7 +122,7 @@ def test_some_continuation_is_greedy(both: tuple[SmolforgeLM, Any]) -> None:
     assert value == pytest.approx(expected, abs=1e-4) and greedy == also
 
 
-def test_written_texts_are_those_of_hf(both: tuple[SmolforgeLM, Any]) -> None:
+def test_written_texts_are_those_of_hf(both: tuple[Any, Any]) -> None:
     ours, theirs = both
     # No stop string that is part of a special token's name: `hf` stops there too, though the text does not show it.
     knobs = [{"until": [" a", "\r"], "max_gen_toks": 20}, {"until": [], "max_gen_toks": 9, "do_sample": False}]
@@ -159,11 +158,19 @@ def test_what_is_shown(model: Path, task_files: Path, capsys: pytest.CaptureFixt
     assert "--limit" in capsys.readouterr().err
 
 
-def test_long_requests_are_said(both: tuple[SmolforgeLM, Any]) -> None:
-    said: list[str] = []
-    model = SmolforgeLM(both[0].module, both[0].text, say=said.append)
-    model.loglikelihood(asked(("x " * 200, " cat"), ("x", " cat")))
-    assert said == ["1 of 2 requests are longer than 64 tokens: their beginnings are cut"]
+def test_long_requests_are_logged(both: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    both[0].loglikelihood(asked(("x " * 200, " cat"), ("x", " cat")))
+    assert len([text for text in caplog.messages if "exceeds model's maximum length (64)" in text]) == 1
+
+
+def test_the_recreation_is_scored(model: Path, task_files: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        architecture="recreation", vocab_size=300, hidden_size=36, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, rope_theta=10_000.0,
+    )  # fmt: skip
+    write_model(tmp_path / "m", config, build_model(config, seed=2).state_dict(), Tokenizer.from_pretrained(model))
+    scores = run_tasks(tmp_path / "m", list(TASKS), task_files=task_files)
+    assert scores.keys() == TASKS.keys() and scores["rolling"]["bits_per_byte"] > 1
 
 
 @pytest.mark.parametrize(
@@ -192,6 +199,5 @@ def test_tasks_that_cannot_be_used(
 
 
 def test_a_missing_folder(model: Path, tmp_path: Path) -> None:
-    module, tokenizer, _ = load_model(model)
     with pytest.raises(BadInput, match="no such folder"):
-        run_tasks(module, tokenizer, ["x"], task_files=tmp_path / "nowhere")
+        run_tasks(model, ["x"], task_files=tmp_path / "nowhere")

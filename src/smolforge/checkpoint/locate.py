@@ -41,7 +41,8 @@ def resolve_model(model: str | Path) -> Path:
     if path.is_dir():
         return _resolve_directory(path)
     if path.exists():
-        raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=_FORMS)
+        hint = "Import it with examples/seed/import_lightning.py." if path.suffix == ".ckpt" else _FORMS
+        raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=hint)
     if not hub.is_model_id(str(model)):
         raise CheckpointError(f"no such directory: {model}", field="model", hint=_FORMS)
     try:

@@ -2,6 +2,19 @@
 
 A verb's module has `add(verbs)`, which describes its arguments, and `run(args)`, which imports what it needs and
 returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one JSON object.
+
+    options.py       the parser, options that verbs share, and how their values are read
+    train.py         start a run, or resume one
+    generate.py      continue prompts
+    serve.py         a page and an OpenAI-compatible API
+    eval.py          loss on a source, or lm-eval's tasks
+    export.py        a model for other programs
+    summary.py       parameters, FLOPs and memory of a model
+    compare.py       runs next to each other
+    verify.py        check every byte of a checkpoint
+    data.py          which documents fed a step; the embedded corpus as a file
+    bench.py         speed on this machine
+    build_native.py  compile the kernels ahead of time
 """
 
 from __future__ import annotations
@@ -29,11 +42,11 @@ DESCRIPTION = """\
 Pretrain, resume, sample and serve your own SmolLM2-class language model.
 
   smolforge train                          a pocket model on the embedded corpus, in minutes on a laptop
-  smolforge generate runs/pocket           write with it
+  smolforge generate runs/pocket           generate with it
   smolforge serve runs/pocket              a page and an OpenAI-compatible API
   smolforge train smollm2-135m             SmolLM2-135M on Cosmopedia-v2, streamed
 
-Press Ctrl-C at any time: the run is saved, and the same command goes on exactly where it stopped.
+Press Ctrl-C at any time: the run is saved, and the same command continues exactly where it stopped.
 """
 
 
@@ -77,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
 def parser(verb: str | None = None):
     """The parser of all verbs; only the file of `verb` is imported where it is one."""
-    from smolforge.cli.help import Parser
+    from smolforge.cli.options import Parser
 
     top = Parser(prog="smolforge", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=_Version())

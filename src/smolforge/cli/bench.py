@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
+
+from smolforge.cli.options import PRECISIONS, add_json, print_result
 
 EXAMPLES = """\
 examples:
@@ -38,7 +39,7 @@ def add(verbs: Any) -> None:
     generate.add_argument(
         "--quantize",
         nargs="+",
-        choices=("fp32", "bf16", "int8", "int4"),
+        choices=PRECISIONS,
         help="default: all four, on a GPU bf16 and int8",
     )
     generate.set_defaults(run=_generate)
@@ -46,7 +47,7 @@ def add(verbs: Any) -> None:
     serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")
     serve.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], metavar="N", help="how many at once")
     serve.add_argument("--tokens", type=int, default=64, metavar="N", help="length of each answer (default 64)")
-    serve.add_argument("--quantize", default="auto", choices=("auto", "none", "fp32", "bf16", "int8", "int4"))
+    serve.add_argument("--quantize", default="auto", choices=("auto", "none", *PRECISIONS))
     serve.set_defaults(run=_serve)
     data = parts.add_parser("data", help="tokens/s of the data pipeline alone", description=_data.__doc__)
     data.add_argument("--data", nargs="+", action="extend", default=[], metavar="SRC", help="sources (default: tales)")
@@ -54,7 +55,7 @@ def add(verbs: Any) -> None:
     data.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long (default 10)")
     data.set_defaults(run=_data)
     for part in (train, generate, serve, data):
-        part.add_argument("--json", action="store_true", help="print one JSON object")
+        add_json(part)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -92,11 +93,11 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
+    import sys
+
     print(line, file=sys.stderr)
 
 
 def _tell(args: argparse.Namespace, bench: Any, result: dict[str, Any]) -> int:
-    import json
-
-    print(json.dumps(result) if args.json else bench.table(result))
+    print_result(args, result, bench.table(result))
     return 0

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from smolforge.cli.options import add_json, print_result
+
 EXAMPLES = """\
 examples:
   smolforge build-native                       into the user's cache, where it is looked for
@@ -27,16 +29,14 @@ def add(verbs: Any) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to put it (default: the user's cache)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build."""
-    import json
-
     from smolforge.kernels.build import build
 
     path = str(build(args.directory))
-    print(json.dumps({"library": path}) if args.json else path)
+    print_result(args, {"library": path}, path)
     return 0

@@ -1,10 +1,12 @@
-"""smolforge data: questions about the stream of a run."""
+"""smolforge data: which documents fed a step, and the embedded corpus as a file."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from typing import Any
+
+from smolforge.cli.options import add_json, print_result
 
 
 def add(verbs: Any) -> None:
@@ -19,7 +21,7 @@ def add(verbs: Any) -> None:
     which = parts.add_parser("which", help="the documents that fed a step", description=_which.__doc__)
     which.add_argument("path", metavar="RUN", help="directory of the run")
     which.add_argument("--step", type=int, required=True, metavar="N", help="step as in metrics.jsonl, from 1")
-    which.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(which)
     which.set_defaults(run=_which)
     write = parts.add_parser("write", help="write documents of `tales`", description=_write.__doc__)
     write.add_argument("path", metavar="FILE", help="file ending in .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt")
@@ -30,8 +32,6 @@ def add(verbs: Any) -> None:
 
 def _which(args: argparse.Namespace) -> int:
     """Name the documents (source, file, row group, row) whose tokens fed a step."""
-    import json
-
     from smolforge import config as configuration
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
@@ -44,7 +44,7 @@ def _which(args: argparse.Namespace) -> int:
     if not run.exists:
         raise BadInput(f"{run.path} holds no run")
     if args.step < 1:
-        raise BadInput(f"{args.step} is no step; the first is 1", field="--step")
+        raise BadInput(f"{args.step} is not a step; the first is 1", field="--step")
     config = configuration.build_config(str(run.config_path))
     newest = commit.newest_whole(run.checkpoints_path)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
@@ -67,11 +67,9 @@ def _which(args: argparse.Namespace) -> int:
         corpus, Tokenizer.from_pretrained(source), cursor, address,
         sequences_per_step=config.sequences_per_step, skip_steps=skip,
     )  # fmt: skip
-    if args.json:
-        print(json.dumps({"step": args.step, "documents": [document._asdict() for document in documents]}))
-        return 0
-    for document in documents:
-        print(f"{document.source}  {document.file}  row group {document.row_group}  row {document.row}")
+    lines = [f"{found.source}  {found.file}  row group {found.row_group}  row {found.row}" for found in documents]
+    outcome = {"step": args.step, "documents": [found._asdict() for found in documents]}
+    print_result(args, outcome, "\n".join(lines))
     return 0
 
 

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smolforge.cli.options import MODEL_HELP, add_json, print_result
+from smolforge.errors import BadInput
+
 EXAMPLES = """\
 examples:
   smolforge export runs/pocket --to gguf --out pocket.gguf                     for llama.cpp, in f16
@@ -28,29 +31,25 @@ def add(verbs: Any) -> None:
         description="Write a model as one GGUF file, a Hugging Face Space or a plain model directory, or upload it.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a model directory or a Hub id")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--to", required=True, choices=("gguf", "space", "checkpoint", "hub"), help="what to make")
     parser.add_argument("--out", required=True, metavar="PATH", help="the new file or directory; OWNER/NAME of the Hub")
     parser.add_argument("--quantize", choices=KINDS, help="gguf: type of the weights (default f16)")
-    parser.add_argument("--name", help="gguf: what the file says it is (default: the directory's name)")
+    parser.add_argument("--name", help="gguf: the name in the file (default: the directory's name)")
     parser.add_argument("--title", help="space: its title (default: the model's name)")
     parser.add_argument("--private", action="store_true", default=None, help="hub: a new repository is private")
-    parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only say what would be uploaded")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only list what would be uploaded")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
-    import json
-
-    from smolforge.errors import BadInput
-
     for option, goal in _ONLY.items():
         if getattr(args, option) is not None and args.to != goal:
             raise BadInput(f"is an option of --to {goal}, not of --to {args.to}", field=f"--{option.replace('_', '-')}")
     outcome, lines = {"gguf": _gguf, "space": _space, "checkpoint": _checkpoint, "hub": _hub}[args.to](args)
-    print(json.dumps(outcome) if args.json else "\n".join(lines))
+    print_result(args, outcome, "\n".join(lines))
     return 0
 
 
@@ -86,10 +85,10 @@ def _space(args: argparse.Namespace) -> Outcome:
 
 
 def _checkpoint(args: argparse.Namespace) -> Outcome:
-    out = Path(args.out)
     from smolforge.checkpoint.locate import resolve_model
     from smolforge.export.plain import copy_model
 
+    out = Path(args.out)
     copy_model(resolve_model(args.model), out)
     return {"to": "checkpoint", "path": str(out)}, [f"{out}: the model without training state"]
 

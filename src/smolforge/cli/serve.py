@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from smolforge.cli.options import MODEL_HELP, add_inference, add_numbers
+
 EXAMPLES = """\
 examples:
   smolforge serve runs/pocket                    the page and the API on http://127.0.0.1:8000
@@ -25,37 +27,30 @@ def add(verbs: Any) -> None:
         description="Serve a model, or a run while it trains, on a page and an OpenAI-compatible API.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a model directory or a Hub id")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port, 0 for a free one (default 8000)")
-    parser.add_argument("--api-key", default=None, metavar="KEY", help="ask for this key (better in SMOLFORGE_API_KEY)")
+    parser.add_argument("--api-key", default=None, metavar="KEY", help="require this key (better: SMOLFORGE_API_KEY)")
     parser.add_argument("--allow-public", action="store_true", help="serve a public address without a key")
     parser.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="let this web origin call the API"
     )
     parser.add_argument("--name", default=None, help="id of the model in the API (default: its directory's name)")
-    parser.add_argument(
-        "--quantize", default="auto", choices=("auto", "none", "fp32", "bf16", "int8", "int4"),
-        help="precision of the weights (default: the fastest that keeps the quality)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--draft", metavar="DRAFT_MODEL",
-        help="a smaller model of the same tokenizer that guesses ahead while that pays; the texts stay the same",
-    )  # fmt: skip
+    add_inference(parser)
     limits = parser.add_argument_group("limits")
-    for option, default, text in (
-        ("--max-batch", 16, "sequences written at once"),
+    integer = (
+        ("--max-batch", 16, "sequences generated at once"),
         ("--max-queue", 256, "sequences that may wait; further ones get 429"),
         ("--max-per-client", 64, "unfinished requests of one client; further ones get 429"),
         ("--max-body", 512 << 10, "bytes of a request"),
-    ):
-        limits.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
-    for option, default, text in (
+    )
+    real = (
         ("--request-seconds", 600.0, "longest time for one request"),
-        ("--drain-seconds", 10.0, "time that running requests get at the end"),
-        ("--follow-seconds", 2.0, "how often a run is looked at; 0 stays with its first checkpoint"),
-    ):
-        limits.add_argument(option, type=float, default=default, metavar="S", help=f"{text} (default {default:g})")
+        ("--drain-seconds", 10.0, "time that running requests get when the server stops"),
+        ("--follow-seconds", 2.0, "how often a run is checked for a new checkpoint; 0 keeps the first one"),
+    )
+    add_numbers(limits, int, "N", *integer)
+    add_numbers(limits, float, "S", *real)
     parser.add_argument("--no-page", action="store_true", help="only the API")
     parser.set_defaults(run=run)
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from smolforge.cli.options import add_json, print_result
+
 
 def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
@@ -18,24 +20,19 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="PRESET|MODEL", help="a preset, a YAML file, a run or a model")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="sequence length for FLOPs and memory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Summarise."""
-    import json
-
     from smolforge.model.architecture import build_model
     from smolforge.model.summary import summarise, tree
 
     config = _shape(args.model)
     summary = summarise(config, args.length)
-    if args.json:
-        print(json.dumps(summary.to_dict()))
-        return 0
-    print(tree(build_model(config, device="meta", seed=None)))
-    print("\n".join(summary.lines()))
+    modules = tree(build_model(config, device="meta", seed=None))
+    print_result(args, summary.to_dict(), "\n".join([modules, *summary.lines()]))
     return 0
 
 
@@ -49,5 +46,5 @@ def _shape(word: str) -> Any:
     from smolforge.hub import is_model_id
 
     if not Path(word).exists() and not is_model_id(word):
-        return configuration.build_config(word).model  # says which presets there are
+        return configuration.build_config(word).model  # says lists the presets
     return format.read_config(locate.resolve_model(word))

@@ -1,15 +1,16 @@
-"""smolforge train: begin a run, or go on with one."""
+"""smolforge train: start a run, or resume one."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+from smolforge.cli.options import add_json, parse_positive, parse_seconds, parse_sources, parse_step_range
 
 EXAMPLES = """\
 examples:
@@ -17,12 +18,12 @@ examples:
   smolforge train pocket --data my_texts/*.txt      your own text
   smolforge train smollm2-135m --tokens 1B          SmolLM2-135M on Cosmopedia-v2
   smolforge train smollm2-135m --data A.parquet=0.7 B.jsonl=0.3 --set optimizer.lr=1e-3
-  smolforge train --out runs/pocket --steps +50     fifty steps more on an existing run
-  smolforge train my_run.yaml --time-limit 3h50m    stop, saved, before a scheduler would kill
+  smolforge train --out runs/pocket --steps +50     fifty more steps on an existing run
+  smolforge train my_run.yaml --time-limit 3h50m    save and stop before a scheduler kills the job
   torchrun --nproc-per-node 8 -m smolforge train smollm2-135m
 
-An existing run is gone on with: weights, moments, schedule and the place in the data are exactly
-those of a run that was never stopped. A data source is a file, folder or glob (.parquet,
+An existing run is continued: weights, moments, schedule and the position in the data are exactly
+those of a run that was never interrupted. A data source is a file, folder or glob (.parquet,
 .jsonl[.gz|.zst], .txt), a URL, hf://datasets/OWNER/NAME[@REV]/PATH, OWNER/NAME:CONFIG, or `tales`.
 Presets and all keys of --set: docs/configuration.md, or `smolforge summary PRESET`.
 """
@@ -32,27 +33,27 @@ def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
         "train",
-        help="begin a run, or go on with one",
-        description="Train a model; an existing run goes on exactly where it stopped.",
+        help="start a run, or resume one",
+        description="Train a model; an existing run continues exactly where it stopped.",
         epilog=EXAMPLES,
     )
     parser.add_argument("base", nargs="?", metavar="PRESET|FILE.yaml", help="what to train (default: pocket)")
     parser.add_argument("--data", nargs="+", action="extend", metavar="SRC[=WEIGHT]", help="sources of text")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", metavar="N|+N", help="length of the run in steps; +N goes on for N more")
+    length.add_argument("--steps", metavar="N|+N", help="length of the run in steps; +N adds N to an existing run")
     length.add_argument("--tokens", metavar="N", help="length of the run in tokens: 500k, 10M, 1B")
     parser.add_argument("--out", type=Path, metavar="RUN", help="directory of the run (default: runs/PRESET)")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a model directory or Hub id")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="insist that there is a run to go on with")
+    again.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
     again.add_argument("--fresh", action="store_true", help="start over; an earlier run is moved aside")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="any key of the configuration, e.g. optimizer.lr=1e-3 (may be repeated)",
     )  # fmt: skip
-    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after so long: 90m, 3h50m, 1:30:00")
+    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
     parser.add_argument(
-        "--skip-steps", action="append", default=[], metavar="A:B", help="leave the data of steps A up to B-1 out"
+        "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
     )
     parser.add_argument(
         "--profile", action="store_true", help="write a trace of a few steps to RUN/profile, for ui.perfetto.dev"
@@ -61,7 +62,7 @@ def add(verbs: Any) -> None:
         "--serve", nargs="?", type=int, const=8000, metavar="PORT",
         help="while it trains, serve the newest checkpoint on 127.0.0.1 (default port 8000)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object about the finished run")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,17 +71,17 @@ def run(args: argparse.Namespace) -> int:
     layers: dict[str, Any] = {}
     more_steps = None
     if args.steps is not None and args.steps.startswith("+"):
-        more_steps = _count(args.steps[1:], "--steps")
+        more_steps = parse_positive(args.steps[1:], "--steps")
     elif args.steps is not None:
-        layers["training"] = {"steps": _count(args.steps, "--steps")}
+        layers["training"] = {"steps": parse_positive(args.steps, "--steps")}
     elif args.tokens is not None:
-        layers["training"] = {"tokens": _count(args.tokens, "--tokens")}
+        layers["training"] = {"tokens": parse_positive(args.tokens, "--tokens")}
     if args.data:
         layers["data"] = {"sources": parse_sources(args.data)}
     if args.init:
         layers["init"] = args.init
-    time_limit = _seconds(args.time_limit) if args.time_limit else None
-    skip = [_range(text) for text in args.skip_steps]
+    time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
+    skip = [parse_step_range(text, "--skip-steps") for text in args.skip_steps]
     from smolforge.training.setup import TrainRequest, choose_place
     from smolforge.training.train import train
 
@@ -109,27 +110,8 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def parse_sources(words: list[str]) -> dict[str, float]:
-    """`A=0.7` → {A: 0.7}; a source without a weight weighs 1. A name with '=' in it may be written `NAME=1`.
-
-    Raises:
-        BadInput: a source is named twice.
-    """
-    from smolforge.errors import BadInput
-
-    sources: dict[str, float] = {}
-    for word in words:
-        name, equals, weight = word.rpartition("=")
-        weighted = bool(equals) and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) is not None
-        source = name if weighted else word
-        if source in sources:
-            raise BadInput(f"{source} is given twice", field="--data")
-        sources[source] = float(weight) if weighted else 1.0
-    return sources
-
-
 def print_outcome(finished: Any) -> None:
-    """The last figures of a run as one JSON object."""
+    """Print the last metrics of a run as one JSON object."""
     import json
 
     from smolforge.metrics_log import read_metrics
@@ -144,38 +126,3 @@ def print_outcome(finished: Any) -> None:
         if "entropy_bits_per_byte" in scores[-1]:
             outcome["entropy_bits_per_byte"] = scores[-1]["entropy_bits_per_byte"]
     print(json.dumps(outcome))
-
-
-def _count(text: str, field: str) -> int:
-    from smolforge.config import parse_count
-    from smolforge.errors import BadInput
-
-    try:
-        value = parse_count(text)
-    except ValueError as error:
-        raise BadInput(str(error), field=field) from None
-    if value < 1:
-        raise BadInput(f"{text!r} must be at least 1", field=field)
-    return value
-
-
-def _range(text: str) -> tuple[int, int]:
-    from smolforge.errors import BadInput
-
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise BadInput(f"{text!r} is no range", field="--skip-steps", hint="Write A:B with A < B; B itself stays in.")
-    return int(match[1]), int(match[2])
-
-
-def _seconds(text: str) -> float:
-    from smolforge.errors import BadInput
-
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
-    colons = re.fullmatch(r"(?:(\d+):)?(\d+):(\d+)", text)
-    if colons:
-        return int(colons[1] or 0) * 3600 + int(colons[2]) * 60 + int(colons[3])
-    if not text or not parts:
-        raise BadInput(f"{text!r} is no time", field="--time-limit", hint="Write 90m, 3h50m, 1:30:00 or seconds.")
-    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

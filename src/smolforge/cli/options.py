@@ -1,0 +1,179 @@
+"""Options that several verbs share, the parser they are added to, and how their values are read.
+
+Nothing heavy is imported here: `--help` of every verb has to answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from smolforge.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from smolforge.generation import SamplingParams
+
+MODEL_HELP = "a run, a checkpoint, a model directory or a Hub id"
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with exact option names, examples kept as written, and a suggestion for a mistyped word."""
+
+    def __init__(self, **settings: object) -> None:
+        settings.setdefault("formatter_class", _Formatter)
+        super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2, the message, and the command that lists the options."""
+        options = [name for action in self._actions for name in action.option_strings]
+        choices = [str(c) for a in self._actions if isinstance(a, argparse._SubParsersAction) for c in a.choices]
+        guess = None
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(":", 1)[1].split()[0]
+            guess = nearest(word.split("=")[0], options) if word.startswith("-") else None
+        elif "invalid choice:" in message:
+            guess = nearest(message.split("'")[1], choices)
+        hint = f"Did you mean {guess}? " if guess else ""
+        print(f"error: {message}\n  {hint}`{self.prog} --help` lists the options.", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse, but unknown words are reported by the verb they were given to."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            verbs = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+            verb = verbs[0].choices.get(found.verb) if verbs and found.verb else None
+            (verb or self).error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def add_numbers(parser: Any, kind: type, metavar: str, *options: tuple[str, Any, str]) -> None:
+    """Add options that take a number: (name, default, help). The help text says the default where there is one."""
+    for name, default, text in options:
+        shown = text if default is None else f"{text} (default {default:g})"
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model that generates: precision and draft model."""
+    parser.add_argument(
+        "--quantize", default="auto", choices=("auto", "none", *PRECISIONS),
+        help="precision of the weights (default: the fastest that keeps the quality)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="DRAFT_MODEL",
+        help="a smaller model with the same tokenizer for speculative decoding; the output stays the same",
+    )  # fmt: skip
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling options."""
+    integer = (
+        ("--max-tokens", 100, "maximum number of new tokens"),
+        ("--top-k", 0, "choose only among the K likeliest tokens; 0 for all"),
+        ("--n", 1, "continuations of each prompt"),
+        ("--seed", None, "equal seeds give equal texts (default: random)"),
+    )
+    real = (
+        ("--temperature", 0.8, "randomness; 0 always takes the likeliest token"),
+        ("--top-p", 0.9, "choose only among the likeliest tokens that add up to this probability"),
+        ("--min-p", 0.0, "drop tokens less likely than this share of the likeliest one"),
+        ("--repetition-penalty", 1.0, "above 1 makes repetition less likely"),
+    )
+    add_numbers(parser, int, "N", *integer)
+    add_numbers(parser, float, "X", *real)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)"
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The parameters that `add_sampling`'s options gave."""
+    from smolforge.generation import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "n")
+    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in names})
+
+
+def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -> None:
+    """Print the result of a verb on stdout: one JSON object with `--json`, else the text."""
+    print(json.dumps(outcome, ensure_ascii=False) if args.json else text)
+
+
+def parse_sources(words: list[str]) -> dict[str, float]:
+    """`A=0.7` → {A: 0.7}; a source without a weight weighs 1.
+
+    A path that exists is a source as it stands, so `--data year=2024` reads that folder.
+
+    Raises:
+        BadInput: a source is named twice.
+    """
+    sources: dict[str, float] = {}
+    for word in words:
+        name, equals, weight = word.rpartition("=")
+        weighted = bool(equals) and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) and not Path(word).expanduser().exists()
+        source = name if weighted else word
+        if source in sources:
+            raise BadInput(f"{source} is given twice", field="--data")
+        sources[source] = float(weight) if weighted else 1.0
+    return sources
+
+
+def parse_positive(text: str, field: str) -> int:
+    """`64k` → 64000.
+
+    Raises:
+        BadInput: not a whole number, or below 1.
+    """
+    from smolforge.config.sizes import parse_count
+
+    try:
+        value = parse_count(text)
+    except ValueError as error:
+        raise BadInput(str(error), field=field) from None
+    if value < 1:
+        raise BadInput(f"{text!r} must be at least 1", field=field)
+    return value
+
+
+def parse_step_range(text: str, field: str) -> tuple[int, int]:
+    """`3:5` → (3, 5).
+
+    Raises:
+        BadInput: not two whole numbers, the first the smaller.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise BadInput(f"{text!r} is not a range", field=field, hint="Write A:B with A < B; B itself is kept.")
+    return int(match[1]), int(match[2])
+
+
+def parse_seconds(text: str, field: str) -> float:
+    """Seconds of a duration: `90m`, `3h50m`, `1:30:00`, or a number of seconds.
+
+    Raises:
+        BadInput: not a duration.
+    """
+    colons = re.fullmatch(r"(?:(\d+):)?(\d+):(\d+)", text)
+    if colons:
+        return int(colons[1] or 0) * 3600 + int(colons[2]) * 60 + int(colons[3])
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not text or not parts:
+        raise BadInput(f"{text!r} is not a duration", field=field, hint="Write 90m, 3h50m, 1:30:00 or seconds.")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
