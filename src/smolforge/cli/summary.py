@@ -46,5 +46,5 @@ def _shape(word: str) -> Any:
     from smolforge.hub import is_model_id
 
     if not Path(word).exists() and not is_model_id(word):
-        return configuration.build_config(word).model  # says lists the presets
+        return configuration.build_config(word).model  # its error lists the presets
     return format.read_config(locate.resolve_model(word))
