@@ -34,24 +34,41 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     server = Server(process, f"http://127.0.0.1:{port}", [])
     try:
-        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, 90)
+        wait_until(lambda: httpx.get(f"{server.url}/gradio_api/info").status_code == 200, 90)
         yield server
     finally:
-        assert server.stop() == 0
+        server.stop()
+
+
+def open_page(chromium, space: Server, **context) -> Visit:
+    visit = Visit(chromium, space, ready="#submit", **context)
+    assert TITLE in visit.page.inner_text("body")
+    return visit
 
 
 def test_a_visitor_writes_with_it(chromium, space: Server) -> None:
-    visit = Visit(chromium, space)
-    assert TITLE in visit.page.inner_text("body")
-    visit.page.fill("#prompt", "Once upon a time")
+    visit = open_page(chromium, space)
+    output = visit.page.locator("#output textarea")
+    visit.page.fill("#prompt textarea", "Once upon a time")
     visit.page.click("#submit")
-    visit.page.wait_for_selector("#text[aria-busy=false] .token")
-    tokens = visit.page.locator(".token").all_text_contents()
-    assert len(tokens) > 5 and "".join(tokens).strip()
+    visit.page.wait_for_function("document.querySelector('#output textarea').value.length > 40")
+    assert output.input_value().startswith("Once upon a time")
+    visit.page.click("#clear")
+    visit.page.wait_for_function("document.querySelector('#output textarea').value === ''")
+    assert visit.page.input_value("#prompt textarea") == ""
+    visit.page.get_by_text("In the distant galaxy").click()
+    visit.page.wait_for_function("document.querySelector('#prompt textarea').value === 'In the distant galaxy'")
     visit.close()
 
 
-def test_it_has_the_page_of_a_phone_too(chromium, space: Server) -> None:
-    visit = Visit(chromium, space, viewport={"width": 390, "height": 800})
+def test_the_seeds_controls_are_there(chromium, space: Server) -> None:
+    visit = open_page(chromium, space)
+    for label in ("Prompt", "Maximum number of new tokens", "Temperature", "Top-p", "Top-k"):
+        assert visit.page.get_by_text(label, exact=True).count(), label
+    visit.close()
+
+
+def test_it_fits_a_phone(chromium, space: Server) -> None:
+    visit = open_page(chromium, space, viewport={"width": 390, "height": 800})
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
     visit.close()

@@ -73,5 +73,5 @@ def test_each_refusal_is_one_clear_error(tiny_run: Path, hub: UploadServer, monk
 
 @pytest.mark.parametrize("name", ["cat", "me/", "me/a--b", "../x", "me/.x", "a/b/c", "me/" + "x" * 100])
 def test_a_name_that_is_none(tiny_run: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="no name of a repository"):
+    with pytest.raises(BadInput, match="not a name of a repository"):
         push(tiny_run, name, dry_run=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -21,10 +22,10 @@ import yaml
 from smolforge import cli
 from smolforge.checkpoint.locate import load_model, resolve_model
 from smolforge.errors import BadInput, RunFailed
-from smolforge.export import plain
-from smolforge.export.space import export_space, front_matter, name_of, requirements
+from smolforge.export import push
+from smolforge.export.space import GRADIO, export_space, front_matter, name_of, requirements
 
-pytest.importorskip("gradio", reason="the extra web is not installed")
+pytest.importorskip("gradio", reason="the extra dev is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +35,25 @@ def space(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(space: Path) -> Iterator[str]:
-    """The Space as the Hub starts it: its own copy of the package, its own directory, the Space's variables."""
+    """The app as the Hub starts it: its own copy of the package, its own directory, the Space's variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "SPACE_ID": "me/cat", "SPACE_HOST": "me-cat.hf.space", "GRADIO_SERVER_PORT": str(port),
+        **os.environ, "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     environment.pop("OMP_WAIT_POLICY", None)
     process = subprocess.Popen(
-        [sys.executable, "app.py"], cwd=space, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "app.py"], cwd=space, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
             assert process.poll() is None, process.stderr and process.stderr.read()
             try:
-                if httpx.get(f"{url}/health").status_code == 200:
+                if httpx.get(f"{url}/gradio_api/info").status_code == 200:
                     break
             except httpx.TransportError:
                 pass
@@ -73,12 +75,14 @@ def test_front_matter_is_what_the_hub_reads(space: Path) -> None:
     assert "{{" not in text
 
 
-def test_requirements_are_those_of_the_package() -> None:
+def test_requirements_are_those_of_the_package_and_gradio() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of pyproject.toml")
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["web"]]
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], "gradio"]
     names = {re.split(r"[=>]", line)[0].lower().replace("_", "-") for line in requirements() if line[0].isalpha()}
     assert names == {re.split(r"[=>]", line)[0].lower().replace("_", "-") for line in wanted}
+    assert f"gradio=={GRADIO}" in (root / "constraints.txt").read_text().split(), "the version that is tested here"
 
 
 def test_waiting_threads_are_told_to_sleep_before_torch(space: Path) -> None:
@@ -90,22 +94,28 @@ def test_waiting_threads_are_told_to_sleep_before_torch(space: Path) -> None:
     assert standard == ["import os", "import sys", "from pathlib import Path"]
 
 
-def test_it_answers_with_its_own_copy(space: Path, address: str) -> None:
-    asked = {"model": "x", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
-    asked["model"] = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
-    assert asked["model"] == 'A "cat"\'s tale'
-    answer = httpx.post(f"{address}/v1/completions", json=asked, headers={"Origin": "https://me-cat.hf.space"})
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == 4
-    foreign = httpx.post(f"{address}/v1/completions", json=asked, headers={"Origin": "https://evil.example"})
-    assert foreign.status_code == 403
+def asked(address: str, *values: object) -> list[str]:
+    """The events that gradio's API sends for one call of the page's function."""
+    call = httpx.post(f"{address}/gradio_api/call/generate", json={"data": values}).json()
+    return httpx.get(f"{address}/gradio_api/call/generate/{call['event_id']}", timeout=60).text.split("\n\n")
 
 
-def test_the_hub_may_show_it_in_a_frame(address: str) -> None:
-    headers = httpx.get(f"{address}/").headers
-    assert "x-frame-options" not in headers
-    policy = headers["content-security-policy"]
-    assert "frame-ancestors 'self' https://huggingface.co https://*.hf.space;" in policy
+def test_it_has_the_seeds_function(address: str) -> None:
+    endpoints = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
+    names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
+    assert list(endpoints) == ["/generate"] and names == ["prompt", "max_tokens", "temperature", "top_p", "top_k"]
+
+
+def test_it_writes_token_by_token(address: str) -> None:
+    events = asked(address, "Once upon a time", 6, 0.8, 0.9, 5)
+    texts = [json.loads(event.partition("data: ")[2])[0] for event in events if event.startswith("event: generating")]
+    assert len(texts) >= 2 and all(later.startswith(text) for text, later in itertools.pairwise(texts))
+    assert texts[0].startswith("Once upon a time") and "event: complete" in events[-2] + events[-1]
+
+
+def test_bad_input_is_an_error_not_a_crash(address: str) -> None:
+    assert any("event: error" in event for event in asked(address, "", 4, 0.8, 0.9, 0))
+    assert any("event: complete" in event for event in asked(address, "a cat", 4, 0.8, 0.9, 0))
 
 
 def test_the_model_goes_without_training_state(space: Path, tiny_run: Path) -> None:
@@ -121,7 +131,7 @@ def test_a_directory_in_use_is_refused_and_kept(space: Path, tiny_run: Path) -> 
     for goal in ("space", "checkpoint"):
         assert cli.run(["export", str(tiny_run), "--to", goal, "--out", str(space)]) == 2
     assert sorted(path.name for path in space.parent.iterdir()) == before
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="exists already"):
         export_space(tiny_run, space)
 
 
@@ -129,9 +139,9 @@ def test_a_full_disk_leaves_nothing(tiny_run: Path, tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plain.shutil, "copyfile", full)
+    monkeypatch.setattr(push.shutil, "copyfile", full)
     with pytest.raises(RunFailed, match="no room on the disk"):
-        plain.copy_model(resolve_model(tiny_run), tmp_path / "out")
+        push.copy_model(resolve_model(tiny_run), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 Outcome = tuple[dict[str, Any], list[str]]
 
 
@@ -65,7 +60,7 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     from smolforge.export.space import name_of
 
     name = args.name or name_of(args.model)
-    done = export_gguf(args.model, Path(args.out), kind=args.quantize or "f16", name=name, say=_say)
+    done = export_gguf(args.model, Path(args.out), kind=args.quantize or "f16", name=name)
     outcome = {"to": "gguf", "path": str(done.path), "bytes": done.bytes, "kind": done.kind, "tensors": done.tensors}
     return outcome, [
         f"{done.path}: {done.kind}, {done.tensors} tensors, {done.bytes:,} bytes",
@@ -76,7 +71,7 @@ def _gguf(args: argparse.Namespace) -> Outcome:
 def _space(args: argparse.Namespace) -> Outcome:
     from smolforge.export.space import export_space
 
-    path = export_space(args.model, Path(args.out), title=args.title, say=_say)
+    path = export_space(args.model, Path(args.out), title=args.title)
     return {"to": "space", "path": str(path)}, [
         f"{path}: a Space",
         f"run it here:         python {path / 'app.py'}",
@@ -86,7 +81,7 @@ def _space(args: argparse.Namespace) -> Outcome:
 
 def _checkpoint(args: argparse.Namespace) -> Outcome:
     from smolforge.checkpoint.locate import resolve_model
-    from smolforge.export.plain import copy_model
+    from smolforge.export.push import copy_model
 
     out = Path(args.out)
     copy_model(resolve_model(args.model), out)
@@ -96,7 +91,7 @@ def _checkpoint(args: argparse.Namespace) -> Outcome:
 def _hub(args: argparse.Namespace) -> Outcome:
     from smolforge.export.push import push
 
-    done = push(args.model, args.out, private=bool(args.private), dry_run=bool(args.dry_run), say=_say)
+    done = push(args.model, args.out, private=bool(args.private), dry_run=bool(args.dry_run))
     outcome = {
         "to": "hub", "repo": done.repo, "url": done.url, "dry_run": done.url is None,
         "files": [{"name": name, "bytes": size} for name, size in done.files], "notes": done.notes,

@@ -1,7 +1,14 @@
-"""Roads out: what smolforge makes of a checkpoint for other programs.
+"""Exports: one file or directory of a model for other programs.
 
-gguf.py    one file for llama.cpp; gguf_vocabulary.py  its tokenizer
-plain.py   a model directory without training state
-space.py   a Hugging Face Space that serves the page
-push.py    a model on the Hub
+Every smolforge checkpoint is a Hugging Face model directory already, so an export only leaves something out (the
+training state), adds something (an app) or writes another format (GGUF). Each reads the checkpoint through
+`checkpoint/`, and writes to a temporary path that is renamed when all is done: a failed export leaves nothing.
+
+Read in this order:
+
+    push.py    a model without its training state: copied to a directory, or uploaded to the Hub
+    space.py   a Hugging Face Space: a Gradio app with the model and this package
+    gguf.py    one GGUF file for llama.cpp, with its tokenizer
+
+templates/ holds the files of a Space.
 """

@@ -1,17 +1,21 @@
-"""A model as one GGUF file, which llama.cpp and everything built on it runs.
+"""Write a model as one GGUF file for llama.cpp and the programs built on it.
 
 What differs from the Hugging Face directory: tensors have GGUF's names; the rows of q and k are reordered, because
 llama.cpp rotates neighbouring pairs where Hugging Face rotates halves; a tied head is left out, as the reader takes
-the embedding; and the tokenizer is written into the file, with the name of its splitting rule (`smollm`: every digit
-alone, then GPT-2's pattern). Tensors are read from the mapped checkpoint, converted and written one at a time.
+the embedding; and the tokenizer is part of the file. Tensors are read from the mapped checkpoint, converted and
+written one at a time.
+
+llama.cpp does not read tokenizer.json. It knows rules for splitting text by name (`smollm`: every digit alone, then
+GPT-2's pattern); a tokenizer whose rule has no name there would load and give other tokens, so it is refused.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +24,9 @@ from smolforge.checkpoint.format import check_vocabulary, check_weights, read_co
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
-from smolforge.errors import BadInput, RunFailed, unknown
-from smolforge.export.gguf_vocabulary import Vocabulary
-from smolforge.files import NO_ROOM, no_room, sync_directory
+from smolforge.errors import BadInput, unknown
+from smolforge.export.push import make_parent
+from smolforge.files import replacing_file
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -30,7 +34,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# By name: the type of the matrices, and that of the head, which decides about every token and costs little.
+logger = logging.getLogger(__name__)
+
+# By name: the type of the matrices, and that of the head, which every token depends on and which costs little.
 KINDS = {
     "f32": ("F32", "F32"),
     "f16": ("F16", "F16"),
@@ -49,29 +55,21 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished file: where it is, its size, its kind, and the tensors that could not be quantized."""
+    """A finished file."""
 
     path: Path
     bytes: int
     kind: str
     tensors: int
-    kept_f16: list[str]
 
 
-def export_gguf(
-    model: str | Path,
-    out: Path,
-    *,
-    kind: str = "f16",
-    name: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Exported:
-    """Write `model` to the GGUF file `out`, whole or not at all.
+def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | None = None) -> Exported:
+    """Write `model` to the GGUF file `out`; an export that fails leaves no file.
 
     Args:
         model: anything that `checkpoint.locate.resolve_model` takes.
         kind: f32, f16, bf16, q8_0, or q4_0 (whose head is q8_0). Norms are always f32.
-        name: what the file says it is; the name of the directory unless given.
+        name: the name in the file; that of the directory unless given.
 
     Raises:
         BadInput: an unknown kind, an architecture or tokenizer that llama.cpp does not have, a directory as `out`.
@@ -87,7 +85,7 @@ def export_gguf(
         raise BadInput(
             f"{directory} is of the architecture {config.architecture!r}, which llama.cpp does not have",
             field="model",
-            hint="Only Llama models can be exported to GGUF.",
+            hint="Only architectures that llama.cpp has can be exported to GGUF.",
         )
     tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
@@ -96,31 +94,18 @@ def export_gguf(
     out = Path(out)
     if out.is_dir():
         raise BadInput(f"{out} is a directory", field="out", hint="Give a file name such as model.gguf.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make {out.parent}: {error.strerror}", field="out") from None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    make_parent(out)
     plan = _plan(gguf, config, weights, kind)
-    try:
+    full = "Nothing was changed. Free some room, or export a smaller kind."
+    with replacing_file(out, needed=sum(item.bytes for item in plan), hint=full) as temporary:
         writer = gguf.GGUFWriter(temporary, llama_cpp_name)
         _write_header(gguf, writer, config, kind, name or directory.resolve().name)
         vocabulary.write(gguf, writer)
         _write_tensors(gguf, writer, config, weights, plan)
-        _finish(temporary, out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        failure = no_room(error, out, sum(item.bytes for item in plan))
-        if isinstance(failure, RunFailed) and error.errno in NO_ROOM:
-            failure.hint = "Nothing was changed. Free some room, or export a smaller kind."
-        raise failure from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     kept = [item.name for item in plan if item.type == "F16" and kind.startswith("q")]
     if kept:
-        say(f"{len(kept)} tensors stay f16: their rows are no multiple of {_BLOCK} (first: {kept[0]})")
-    return Exported(out, out.stat().st_size, kind, len(plan), kept)
+        logger.info("%d tensors stay f16: their rows are not a multiple of %d (first: %s)", len(kept), _BLOCK, kept[0])
+    return Exported(out, out.stat().st_size, kind, len(plan))
 
 
 def _library() -> Any:
@@ -131,13 +116,6 @@ def _library() -> Any:
             "the package gguf is not installed", field="to", hint="Install it with: pip install 'smolforge[gguf]'"
         ) from None
     return gguf
-
-
-def _finish(temporary: Path, out: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(out)
-    sync_directory(out.parent)
 
 
 @dataclass(frozen=True)
@@ -230,3 +208,123 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE in GGUF's form: every id has a token and a type, and the merges keep their order."""
+
+    tokens: list[str]
+    special: frozenset[int]
+    added: frozenset[int]
+    unused: frozenset[int]
+    merges: list[str]
+    rule: str
+    ids: dict[str, int]
+    chat_template: str | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
+        """The vocabulary of a tokenizer for a model with `size` rows; rows without a token are filled.
+
+        Raises:
+            BadInput: llama.cpp has no equal tokenizer; names the part that it lacks.
+        """
+        file = json.loads(tokenizer.backend.to_str())
+        added = {entry["id"]: entry for entry in file.get("added_tokens") or []}
+        tokens = [tokenizer.token_text(i) for i in range(size)]
+        unused = frozenset(i for i, token in enumerate(tokens) if not token)
+        for i in unused:
+            tokens[i] = f"[PAD{i}]"
+        special = frozenset(i for i, entry in added.items() if entry["special"])
+        return cls(
+            tokens=tokens,
+            special=special,
+            added=frozenset(added) - special,
+            unused=unused,
+            merges=list(_merges(file)),
+            rule=_rule(file),
+            ids=_special_ids(tokenizer),
+            chat_template=tokenizer.chat_template,
+        )
+
+    def write(self, gguf: Any, writer: Any) -> None:
+        """Add it to the header of a file."""
+        types = gguf.TokenType
+        groups = ((self.unused, types.UNUSED), (self.special, types.CONTROL), (self.added, types.USER_DEFINED))
+        kinds = [int(types.NORMAL)] * len(self.tokens)
+        for ids, kind in groups:
+            for i in ids:
+                kinds[i] = int(kind)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.rule)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges(self.merges)
+        for name, found in self.ids.items():
+            getattr(writer, f"add_{name}_token_id")(found)
+        # The models are trained without a first token, and on text without an added space.
+        writer.add_add_bos_token(False)
+        writer.add_add_space_prefix(False)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    ids = {"eos": tokenizer.eos_id}
+    for name in ("bos", "unk", "pad"):
+        token = tokenizer.config.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.backend.token_to_id(text) if isinstance(text, str) else None
+        if found is not None:
+            ids[name] = found
+    return ids
+
+
+def _merges(file: dict[str, Any]) -> Iterator[str]:
+    for merge in file["model"]["merges"]:
+        yield merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _rule(file: dict[str, Any]) -> str:
+    """llama.cpp's name for how the tokenizer splits text before merging (`tokenizer.ggml.pre`)."""
+    model = file["model"]
+    if (
+        model.get("type") != "BPE"
+        or model.get("byte_fallback")
+        or (file.get("decoder") or {}).get("type") != "ByteLevel"
+    ):
+        raise BadInput(
+            f"the tokenizer is a {model.get('type')} with the decoder {(file.get('decoder') or {}).get('type')}",
+            field="tokenizer",
+            hint="Only byte-level BPE tokenizers can be exported to GGUF.",
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise BadInput(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not", field="tokenizer")
+    if file.get("normalizer") is not None:
+        raise BadInput(
+            f"the tokenizer changes text by {file['normalizer'].get('type')} first, which llama.cpp does not",
+            field="tokenizer",
+        )
+    splitter = file.get("pre_tokenizer") or {}
+    steps: list[dict[str, Any]] = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    shapes = [_shape(step) for step in steps]
+    if shapes == ["digits", "bytes"]:
+        return "smollm"
+    if shapes == ["bytes"]:
+        return "gpt-2"
+    kinds = " then ".join(str(step.get("type")) for step in steps)
+    raise BadInput(
+        f"the tokenizer splits text by {kinds}, for which no rule of llama.cpp is known here",
+        field="tokenizer",
+        hint="Known: single digits then GPT-2's pattern (SmolLM2's and ours), and GPT-2's pattern alone.",
+    )
+
+
+def _shape(step: dict[str, Any]) -> str | None:
+    if step.get("type") == "Digits" and step.get("individual_digits"):
+        return "digits"
+    if step.get("type") == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
+        return "bytes"
+    return None
