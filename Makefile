@@ -28,7 +28,7 @@ test: $(VENV)/installed-dev      ## all tests but the long ones (about 12 minute
 test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
 	$(BIN)/python -m pytest -m browser
 
-lint: $(VENV)/installed-dev      ## ruff, pyright, and the floors of the house
+lint: $(VENV)/installed-dev      ## ruff, pyright, and the layers of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -62,9 +62,9 @@ def test_places_that_may_be_used(tmp_path: Path, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["thesis.tex"], "no run of smolforge"),
+        (["thesis.tex"], "not a run of smolforge"),
         (["config.json", "model.safetensors"], "a model directory"),
-        (["checkpoints/epoch-1.ckpt"], "no run of smolforge"),
+        (["checkpoints/epoch-1.ckpt"], "not a run of smolforge"),
         ([f"file{i}" for i in range(9)], r"file4, \.\.\."),
     ],
 )

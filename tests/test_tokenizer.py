@@ -242,3 +242,10 @@ def test_fuzzed_files_give_clear_errors_or_a_tokenizer_that_works(
         return
     found.decode(found.encode("a cat 12 é"))
     assert all(isinstance(found.token_bytes(i), bytes) for i in range(min(found.vocab_size, 500)))
+
+
+def test_the_token_that_begins_a_text(trained: Tokenizer) -> None:
+    assert trained.bos_id == trained.eos_id == 0
+    assert Tokenizer(trained.backend, {"bos_token": "<|im_start|>"}).bos_id == 1
+    assert Tokenizer(trained.backend, {"bos_token": {"content": "<|im_end|>"}}).bos_id == 2
+    assert Tokenizer(trained.backend, {"bos_token": "<s>"}).bos_id == 0, "not in the vocabulary"

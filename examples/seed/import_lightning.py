@@ -75,7 +75,7 @@ class Imported:
         directory: the model directory.
         config: shape of the model.
         step: Lightning's global step, or None where the file names none.
-        left_out: names in the file that are no weights of the model, such as rotary tables and a tied head.
+        left_out: names in the file that are not weights of the model, such as rotary tables and a tied head.
     """
 
     directory: Path
@@ -187,7 +187,7 @@ def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping):
-        raise CheckpointError("its state_dict is no mapping of names to tensors", field=str(path))
+        raise CheckpointError("its state_dict is not a mapping of names to tensors", field=str(path))
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(state):
         raise CheckpointError("has no state_dict of tensors", field=str(path), hint="Give the .ckpt of a model.")
@@ -222,7 +222,7 @@ def strip_prefixes(weights: Mapping[str, Tensor], where: str = "") -> tuple[dict
             left_out.append(name)
         elif not short.startswith(prefix):
             raise CheckpointError(
-                f"tensor {name!r} is none of the model, whose names begin with {prefix!r}", field=where or None
+                f"tensor {name!r} is unexpected: the model's names begin with {prefix!r}", field=where or None
             )
         elif short.removeprefix(prefix) in kept:
             raise CheckpointError(f"tensor {short!r} is there twice", field=where or None)
@@ -262,7 +262,7 @@ def recognise(
     narrow = head_dim if name == "llama" else head_dim // 3
     for what, rows, width in (("queries", queries, head_dim), ("keys", keys, narrow)):
         if not width or rows % width:
-            raise bad(f"its {rows} rows of {what} are no heads of width {width}")
+            raise bad(f"its {rows} rows of {what} are not heads of width {width}")
     layers = {int(match[1]) for key in weights if (match := re.match(names.layer, key))}
     try:
         return ModelConfig(

@@ -12,8 +12,9 @@ Names are imported when they are first used: `import smolforge` alone costs noth
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smolforge.checkpoint.locate import load_model
@@ -28,19 +29,19 @@ if TYPE_CHECKING:
     from smolforge.training.train import train
 
 _HOMES = {
-    "Corpus": ("data", "Corpus"),
-    "Engine": ("generation", "Engine"),
-    "Loader": ("data", "Loader"),
-    "TrainRequest": ("training.setup", "TrainRequest"),
-    "Run": ("run", "Run"),
-    "RunConfig": ("config", "RunConfig"),
-    "SamplingParams": ("generation", "SamplingParams"),
-    "SmolforgeError": ("errors", "SmolforgeError"),
-    "Tokenizer": ("tokenizer", "Tokenizer"),
-    "build_config": ("config", "build_config"),
-    "evaluate": ("evaluation", "evaluate"),
-    "load_model": ("checkpoint.locate", "load_model"),
-    "train": ("training.train", "train"),
+    "Corpus": "data",
+    "Engine": "generation",
+    "Loader": "data",
+    "TrainRequest": "training.setup",
+    "Run": "run",
+    "RunConfig": "config",
+    "SamplingParams": "generation",
+    "SmolforgeError": "errors",
+    "Tokenizer": "tokenizer",
+    "build_config": "config",
+    "evaluate": "evaluation",
+    "load_model": "checkpoint.locate",
+    "train": "training.train",
 }
 __all__ = [
     "Corpus",
@@ -57,10 +58,4 @@ __all__ = [
     "load_model",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'smolforge' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(f"smolforge.{module}"), attribute)
+__getattr__ = lazy_attributes(__name__, _HOMES)

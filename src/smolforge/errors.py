@@ -1,9 +1,8 @@
-"""What can go wrong, said once and clearly.
+"""Errors that users read: one message, the field it is about, and what to do.
 
-Every error a user can cause or meet is a `SmolforgeError`: one message, the field it is about, and what would
-be right. The command line prints it without a traceback and exits with `exit_code`; anything else that escapes
-is a bug of ours. Codes: 1 a run failed, 2 bad input, 75 the data's source stayed away (the run was saved, try
-again later), 130/143 stopped by a signal after the state was saved.
+Every error that a user can cause or meet is a `SmolforgeError`. The command line prints it without a traceback and
+exits with its `exit_code`; any other exception is a bug. Codes: 1 a run failed, 2 bad input, 75 the data's source could
+not be reached (the run was saved, try again later), 130/143 stopped by a signal after the state was saved.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from collections.abc import Iterable
 
 
 class SmolforgeError(Exception):
-    """Base of all errors that are meant to be read by a person.
+    """Base of all errors that users read.
 
     Args:
-        message: what happened, one sentence.
-        field: the option, key or file it is about, where there is one.
-        hint: what would be right, or what to do next.
+        message: what happened, in one sentence.
+        field: the option, key or file it is about.
+        hint: the right value, or what to do next.
     """
 
     exit_code = 1
@@ -35,21 +34,21 @@ class SmolforgeError(Exception):
 
 
 class BadInput(SmolforgeError):
-    """The user's words or files cannot be used as they are; nothing was changed."""
+    """An option, a value or a file cannot be used; nothing was changed."""
 
     exit_code = 2
 
 
 class ConfigError(BadInput):
-    """One or several things wrong with a configuration, told together.
+    """One or several errors in a configuration, reported together.
 
     Args:
-        problems: the single errors, in the order of the configuration.
+        problems: the errors, in the order of the configuration.
     """
 
     def __init__(self, problems: list[BadInput]) -> None:
         self.problems = problems
-        head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n"
+        head = "" if len(problems) == 1 else f"{len(problems)} errors in the configuration:\n"
         super().__init__(head + "\n".join(str(problem) for problem in problems))
 
 
@@ -62,7 +61,7 @@ class SourceChanged(DataError):
 
 
 class SourceUnavailable(SmolforgeError):
-    """The network stayed away for longer than the patience allowed; the run was saved."""
+    """A source could not be reached for `data.patience` seconds; the run was saved."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: trying again later may help
 
@@ -76,17 +75,17 @@ class RunLocked(BadInput):
 
 
 class RunFailed(SmolforgeError):
-    """The run itself could not go on (disk full, loss not finite again and again)."""
+    """The run cannot continue (disk full, loss repeatedly not finite)."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word nearest to `word`, or None where nothing is near (difflib's ratio of 0.6)."""
+    """The known word closest to `word`, or None if none is similar (difflib's ratio of 0.6)."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def unknown(kind: str, word: str, known: Iterable[str], *, field: str | None = None) -> BadInput:
-    """The error for a name that is not one of `known`, with the nearest right one."""
+    """The error for a name that is not one of `known`, with the closest valid one."""
     names = sorted(known)
     guess = nearest(word, names)
     hint = f"Did you mean {guess!r}? " if guess else ""

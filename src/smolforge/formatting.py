@@ -25,6 +25,15 @@ def clean(text: Any, limit: int | None = None) -> str:
     return _UNPRINTABLE.sub("\ufffd", shown.replace("\r\n", "\n"))
 
 
+def replace_lone_surrogates(text: str) -> str:
+    """`text` with each lone surrogate, which JSON can spell and UTF-8 cannot encode, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def is_known(value: float | None) -> TypeGuard[float]:
     """Whether `value` is a finite number."""
     return value is not None and math.isfinite(value)

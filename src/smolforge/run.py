@@ -103,7 +103,7 @@ class Run:
         if "config.json" in found or any(name.endswith(".safetensors") for name in found):
             what = "a model directory, not a run"
         else:
-            what = "not empty and no run of smolforge"
+            what = "not empty and not a run of smolforge"
         shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise BadInput(
             f"{self.path} is {what} (it holds {shown})",

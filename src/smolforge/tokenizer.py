@@ -1,9 +1,8 @@
-"""Text to tokens and back: load, train, and decode as a stream.
+"""Text to tokens and back: load, train, encode, and decode as a stream.
 
-A thin face over the `tokenizers` library. The files are those that transformers reads
-(tokenizer.json, tokenizer_config.json, special_tokens_map.json), so a checkpoint's tokenizer needs no
-conversion. A tokenizer trained here has the shape of SmolLM2's: byte-level BPE, single digits,
-`<|endoftext|>` = 0 and the same seventeen special tokens.
+A thin layer over the `tokenizers` library. The files are those that transformers reads (tokenizer.json,
+tokenizer_config.json, special_tokens_map.json), so a checkpoint's tokenizer needs no conversion. A tokenizer trained
+here has the form of SmolLM2's: byte-level BPE, single digits, `<|endoftext|>` = 0, the same seventeen special tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge import hub
 from smolforge.errors import BadInput, CheckpointError
+from smolforge.formatting import replace_lone_surrogates
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -34,23 +34,26 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 class Tokenizer:
-    """A loaded tokenizer. Plain `encode` reads special tokens in text as text, never as commands.
+    """A loaded tokenizer. `encode` reads special tokens in text as plain text.
 
     Attributes:
         backend: the `tokenizers.Tokenizer` that does the work.
         config: the contents of tokenizer_config.json.
         eos_id: the id that ends a document.
+        bos_id: the id that begins a text where the tokenizer names one (`bos_token`), else `eos_id`.
         chat_template: Jinja source of the chat template, or None for a base model.
     """
 
     def __init__(self, backend: Backend, config: dict[str, Any] | None = None) -> None:
         self.backend = backend
-        # A document that quotes "<|endoftext|>" must not end there: text is only ever text.
+        # A document that quotes "<|endoftext|>" must not end there: special tokens in text are plain text.
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.backend.no_truncation()
         self.config = config or {}
         self.eos_id = self._special_id("eos_token", END_OF_TEXT)
+        bos = self.backend.token_to_id(_token_text(self.config.get("bos_token")))
+        self.bos_id = self.eos_id if bos is None else bos
         self.chat_template: str | None = _template(self.config.get("chat_template"))
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
@@ -82,7 +85,7 @@ class Tokenizer:
             backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        except BaseException as error:  # PanicException of the library is not an Exception
             raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
         config = _read_json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"  # where transformers 5 keeps it
@@ -92,10 +95,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a byte-level BPE of SmolLM2's shape on `texts`.
+        """Train a byte-level BPE of SmolLM2's form on `texts`.
 
         Raises:
-            BadInput: `vocab_size` leaves no room for the 256 bytes and 17 special tokens.
+            BadInput: `vocab_size` is less than the 256 bytes and 17 special tokens need.
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
@@ -123,26 +126,25 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included: the least vocabulary a model needs."""
+        """Number of tokens, special ones included: the smallest vocabulary a model needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added at either end."""
-        return self.backend.encode(_unicode(text), add_special_tokens=False).ids
+        return self.backend.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts at once, in parallel threads."""
-        return [
-            e.ids for e in self.backend.encode_batch_fast([_unicode(text) for text in texts], add_special_tokens=False)
-        ]
+        texts = [replace_lone_surrogates(text) for text in texts]
+        return [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """Token ids of a trusted text, such as a filled chat template, whose special tokens are commands."""
-        return self._commanding.encode(_unicode(text), add_special_tokens=False).ids
+        """Token ids of a trusted text, such as a rendered chat template, in which special tokens are recognised."""
+        return self._with_special_tokens.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
 
     @functools.cached_property
-    def _commanding(self) -> Backend:
-        # A second backend: a flag that is turned to and fro would change what other threads encode meanwhile.
+    def _with_special_tokens(self) -> Backend:
+        # A second backend: changing the flag of the first would affect other threads that encode at the same time.
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self.backend.to_str())
@@ -175,10 +177,14 @@ class Tokenizer:
         """A decoder for tokens that arrive one at a time."""
         return StreamDecoder(self)
 
-    def save(self, directory: Path) -> None:
-        """Write the three files that transformers' `PreTrainedTokenizerFast` reads."""
+    def save(self, directory: Path, *, max_length: int = 8192) -> None:
+        """Write the three files that transformers' `PreTrainedTokenizerFast` reads.
+
+        Args:
+            max_length: `model_max_length` in tokens, of a tokenizer that does not name one itself.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        # `encode_special_tokens` is no part of the file: transformers sees its usual default.
+        # `encode_special_tokens` is not part of the file: transformers uses its own default.
         self.backend.save(str(directory / "tokenizer.json"))
         eos = self.token_text(self.eos_id)
         config = {
@@ -187,7 +193,7 @@ class Tokenizer:
             "eos_token": eos,
             "unk_token": eos,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": 8192,
+            "model_max_length": max_length,
             **self.config,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
@@ -196,8 +202,7 @@ class Tokenizer:
         _write_json(directory / "special_tokens_map.json", specials)
 
     def _special_id(self, key: str, default: str) -> int:
-        token = self.config.get(key) or default
-        text = _unicode(str(token.get("content") if isinstance(token, dict) else token))
+        text = _token_text(self.config.get(key) or default)
         found = self.backend.token_to_id(text)
         if found is None:
             raise BadInput(
@@ -209,10 +214,10 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come, without ever showing half a character.
+    """Decodes tokens as they arrive, one whole character after the other.
 
-    Works on bytes: a token's bytes go through Python's incremental UTF-8 decoder, which holds back an
-    unfinished character and replaces bytes that can no longer become one. Constant cost per token.
+    A token's bytes go through Python's incremental UTF-8 decoder, which keeps the bytes of an unfinished character and
+    replaces bytes that cannot become one. The cost per token is constant.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -220,13 +225,13 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Text that became whole with this token; '' while a character is still open or for a special token."""
+        """The text that this token completes; '' for a special token and while a character is unfinished."""
         if token_id in self._tokenizer.special_ids:
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end; bytes that never became a character show as U+FFFD."""
+        """The rest at the end; an unfinished character becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -245,21 +250,17 @@ def _byte_level_bytes(token: str) -> bytes:
     return bytes(table[char] for char in token) if all(char in table for char in token) else token.encode()
 
 
+def _token_text(token: Any) -> str:
+    # tokenizer_config.json has a special token as text or as an object with its `content`.
+    return replace_lone_surrogates(str(token.get("content") if isinstance(token, dict) else token or ""))
+
+
 def _template(value: Any) -> str | None:
     # Some files hold several templates, each with a name.
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
-
-
-def _unicode(text: str) -> str:
-    """`text` without lone surrogates, which JSON can carry and no encoding can: each becomes U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
@@ -277,7 +278,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", field="tokenizer") from None
+        raise CheckpointError(f"{path} is not valid JSON: {error}", field="tokenizer") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object", field="tokenizer")
     return value

@@ -284,3 +284,11 @@ def test_trained_tokenizer_survives_the_directory(tiny: Any, model_dir: Path) ->
     text = "the cat sat <|endoftext|> on 12 mats é 🙂"
     assert again.encode(text) == tiny.tokenizer.encode(text)
     assert again.eos_id == tiny.tokenizer.eos_id
+
+
+@pytest.mark.parametrize("positions", [64, 512])
+def test_the_tokenizers_longest_text_is_the_models(tiny: Any, tmp_path: Path, positions: int) -> None:
+    """transformers warns of longer texts, and truncates to it where asked."""
+    config = tiny.config.model_copy(update={"max_position_embeddings": positions})
+    write_model(tmp_path, config, tiny.module.state_dict(), tiny.tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == positions

@@ -71,7 +71,7 @@ def test_configuration(fail, override, words) -> None:
 
 def test_several_problems_are_told_together(fail) -> None:
     message = fail("train", "TINY", "--set", "optimizer.lr=-1", "--set", "data.holdout=2", "--set", "modle.x=1")
-    for word in ("3 problems", "optimizer.lr", "data.holdout", "modle", "model"):
+    for word in ("3 errors", "optimizer.lr", "data.holdout", "modle", "model"):
         assert word in message
 
 

@@ -99,3 +99,14 @@ def test_compare(run: Path, capsys, tmp_path) -> None:
 def test_native_code_is_built_where_asked(tmp_path, capsys) -> None:
     assert cli.run(["build-native", "--directory", str(tmp_path), "--json"]) == 0
     assert [Path(json.loads(capsys.readouterr().out)["library"])] == list(tmp_path.glob("*.so"))
+
+
+def test_a_path_that_exists_is_a_source_even_with_an_equals_sign(tmp_path, monkeypatch) -> None:
+    """Hive names its folders so: `--data year=2024` read it as the source `year` with a weight of 2024."""
+    from smolforge.cli.options import parse_sources
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "year=2024").mkdir()
+    assert parse_sources(["year=2024"]) == {"year=2024": 1.0}
+    assert parse_sources(["year=2024=0.25", "notes.txt=0.5"]) == {"year=2024": 0.25, "notes.txt": 0.5}
+    assert parse_sources(["month=3"]) == {"month": 3.0}

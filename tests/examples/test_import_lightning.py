@@ -168,7 +168,7 @@ BAD_STATES = {
     ),
     "odd heads": (
         {**spoiled("llama"), "model.model.layers.0.self_attn.q_proj.weight": torch.zeros(50, 48)},
-        "50 rows of queries are no heads of width 16",
+        "50 rows of queries are not heads of width 16",
     ),
     "fewer narrow heads": (
         {**spoiled("recreation"), "model.transformer.h.0.attn.k_proj.weight": torch.zeros(5, 48)},
@@ -231,7 +231,7 @@ def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path, tokenizer: Any) -> N
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": [1]}, {"state_dict": {"a": 1}}, torch.zeros(2)])
 def test_other_contents(tmp_path: Path, tokenizer: Any, content: Any) -> None:
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"not a Lightning checkpoint|no mapping|no state_dict"):
+    with pytest.raises(CheckpointError, match=r"not a Lightning checkpoint|not a mapping|no state_dict"):
         import_lightning(tmp_path / "x.ckpt", tmp_path / "out", tokenizer)
 
 
@@ -255,7 +255,7 @@ def test_a_tokenizer_too_large_for_the_model_leaves_nothing_behind(tmp_path: Pat
 def test_a_tensor_beside_the_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = save(tmp_path / "x.ckpt", spoiled("llama") | {"metric.weight": torch.zeros(2)})
     with pytest.raises(
-        CheckpointError, match=r"'metric\.weight' is none of the model, whose names begin with 'model\.'"
+        CheckpointError, match=r"'metric\.weight' is unexpected: the model's names begin with 'model\.'"
     ):
         import_lightning(path, tmp_path / "out", tokenizer, head_dim=16)
 
@@ -271,7 +271,7 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.Captur
     state = {f"model._orig_mod.{name}": tensor for name, tensor in build_model(RECREATION, seed=1).state_dict().items()}
     path = save(tmp_path / "seed.ckpt", state)
     words = [str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
-    # 48 rows are no heads of width 64, which is assumed unless given.
+    # 48 rows are not heads of width 64, which is assumed unless given.
     assert main(words) == 2 and "heads of width 64" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--head-dim", "16", "--positions", "64"]) == 0

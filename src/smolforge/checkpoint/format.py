@@ -56,13 +56,10 @@ def write_model(
     # One key only: the library writes metadata in an order that changes from run to run.
     write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
     stored = next(iter(tensors.values())).dtype
-    specials = {
-        "bos_token_id": tokenizer.eos_id if (bos := _bos_id(tokenizer)) is None else bos,
-        "eos_token_id": tokenizer.eos_id,
-    }
+    specials = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(directory / CONFIG, describe(config, str(stored).removeprefix("torch."), specials))
     _write_json(directory / GENERATION_CONFIG, specials)
-    tokenizer.save(directory)
+    tokenizer.save(directory, max_length=config.max_position_embeddings)
     if card:
         (directory / CARD).write_text(card, encoding="utf-8")
 
@@ -183,17 +180,11 @@ def read_generation_defaults(directory: Path) -> dict[str, Any]:
         if value is None:
             continue
         if not all(type(i) is int and -1 <= i < MAX_TOKEN_ID for i in ids):
-            raise CheckpointError(f"{json.dumps(value)[:200]} is no token id", field=f"{path}: {key}")
+            raise CheckpointError(f"{json.dumps(value)[:200]} is not a token id", field=f"{path}: {key}")
         found[key] = value
     if type(values.get("do_sample")) is bool:
         found["do_sample"] = values["do_sample"]
     return found
-
-
-def _bos_id(tokenizer: Tokenizer) -> int | None:
-    token = tokenizer.config.get("bos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.backend.token_to_id(text) if isinstance(text, str) else None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The typed configuration of a run: one tree, the same keys in YAML, in `--set` and in `config.yaml`.
 
 A configuration is built from layers, later ones winning: the defaults, a preset or a YAML file, and `--set key=value`.
-All problems of all layers are collected and told at once, each with the nearest right key.
+All errors are reported together, each with the closest valid key.
 
     sizes.py       counts and amounts of memory as people write them
     sections.py    the tree: keys, types, defaults, meanings

@@ -31,7 +31,7 @@ def explain(error: Any) -> BadInput:
     return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field)
 
 
-# Tags that pydantic adds to a location for the members of a union; they are no keys.
+# Tags that pydantic adds to a location for the members of a union; they are not keys.
 _BRANCHES = {"TokenizerConfig", "str", "int", "bool"}
 
 

@@ -36,14 +36,14 @@ def read_file(path: Path) -> dict[str, Any]:
     """The keys that a YAML file sets.
 
     Raises:
-        BadInput: the file is missing, is no YAML, or holds no mapping.
+        BadInput: the file is missing, is not valid YAML, or does not hold a mapping.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"no such configuration file: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise BadInput(f"{path} is no YAML: {error}") from None
+        raise BadInput(f"{path} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} must hold a mapping of keys such as model: and data:")
     return value

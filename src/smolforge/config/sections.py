@@ -157,7 +157,7 @@ class OptimizerConfig(_Section):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"groups: {pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"groups: {pattern!r} is not a valid regular expression: {error}") from None
             strange = set(values) - {"lr", "weight_decay"}
             if strange:
                 raise ValueError(f"groups: {pattern!r} sets {sorted(strange)}; known: lr, weight_decay")
@@ -293,7 +293,7 @@ class RunConfig(_Section):
         per_step = self.training.tokens_per_step
         if per_step is not None and per_step % self.data.sequence_length:
             raise ValueError(
-                f"training.tokens_per_step: {per_step} is no multiple of data.sequence_length "
+                f"training.tokens_per_step: {per_step} is not a multiple of data.sequence_length "
                 f"{self.data.sequence_length}"
             )
         return self

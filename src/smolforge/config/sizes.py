@@ -16,13 +16,13 @@ def parse_count(value: Any) -> Any:
     """`"64k"` → 64000; other types pass through to pydantic's own check.
 
     Raises:
-        ValueError: the text is no count.
+        ValueError: not a count.
     """
     if not isinstance(value, str):
         return value
     match = _COUNT.match(value)
     if not match:
-        raise ValueError(f"{value!r} is no count; write it as 512, 64k, 1M or 10B")
+        raise ValueError(f"{value!r} is not a whole number; write it as 512, 64k, 1M or 10B")
     number = float(match[1].replace("_", "")) * _SUFFIX[match[2].lower()]
     if not number.is_integer():
         raise ValueError(f"{value!r} is not a whole number")
@@ -33,13 +33,13 @@ def parse_memory(value: Any) -> Any:
     """`"6GB"` → bytes, with 2**30 bytes to a GB.
 
     Raises:
-        ValueError: the text is no amount of memory.
+        ValueError: not an amount of memory.
     """
     if not isinstance(value, str):
         return value
     match = _MEMORY.match(value)
     if not match:
-        raise ValueError(f"{value!r} is no amount of memory; write it as 6GB or 512MB")
+        raise ValueError(f"{value!r} is not an amount of memory; write it as 6GB or 512MB")
     power = ("b", "kb", "mb", "gb", "tb").index((match[2] or "b").lower())
     return int(float(match[1]) * 1024**power)
 

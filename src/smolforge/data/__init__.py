@@ -22,8 +22,9 @@ the number of ranks decide when something is read, never what is read. To resume
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smolforge.data.corpus import Corpus
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from smolforge.data.fetch import Network
     from smolforge.data.loader import Batch, Loader, data_digest, documents_of_step
 
-_WHERE = {
+_HOMES = {
     "Address": "document",
     "Batch": "loader",
     "Corpus": "corpus",
@@ -54,9 +55,4 @@ __all__ = [
     "documents_of_step",
     "merge_cursors",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"smolforge.data.{_WHERE[name]}"), name)
+__getattr__ = lazy_attributes(__name__, _HOMES)

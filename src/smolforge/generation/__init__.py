@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smolforge.generation.engine import Engine as Engine
@@ -19,9 +20,4 @@ if TYPE_CHECKING:
     from smolforge.generation.sequence import StepOutput as StepOutput
 
 _HOMES = {"Engine": "engine", "Request": "sequence", "StepOutput": "sequence", "SamplingParams": "sampling_params"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(__name__, _HOMES)

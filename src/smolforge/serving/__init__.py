@@ -24,8 +24,9 @@ the served model while running requests finish on the old one. The files, in the
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smolforge.serving.app import create_app as create_app
@@ -33,9 +34,4 @@ if TYPE_CHECKING:
     from smolforge.serving.settings import ServeSettings as ServeSettings
 
 _HOMES = {"ServeSettings": "settings", "create_app": "app", "serve": "server"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(__name__, _HOMES)

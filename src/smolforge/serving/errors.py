@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from smolforge.errors import SmolforgeError
+from smolforge.formatting import replace_lone_surrogates
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -51,7 +52,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error as OpenAI writes it."""
         # A lone surrogate of the client's JSON cannot be sent back as UTF-8.
-        message = self.message.encode("utf-8", "replace").decode()
+        message = replace_lone_surrogates(self.message)
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 

@@ -331,7 +331,11 @@ def fill_template(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
     try:
         template = environment.from_string(tokenizer.chat_template or "")
         filled = template.render(
-            messages=messages, add_generation_prompt=True, bos_token=_bos(tokenizer) or eos, eos_token=eos, tools=None
+            messages=messages,
+            add_generation_prompt=True,
+            bos_token=tokenizer.token_text(tokenizer.bos_id),
+            eos_token=eos,
+            tools=None,
         )
     except TemplateError as error:
         raise refused("messages", f"the model's chat template refuses this conversation: {error}") from None
@@ -342,8 +346,3 @@ def fill_template(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
         if i < len(pieces) - 1 and i < len(found):
             ids += tokenizer.encode(found[i])
     return ids
-
-
-def _bos(tokenizer: Tokenizer) -> str | None:
-    token = tokenizer.config.get("bos_token")
-    return token.get("content") if isinstance(token, dict) else token

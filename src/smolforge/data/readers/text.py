@@ -24,6 +24,7 @@ from smolforge.data.document import Row
 from smolforge.data.readers import Reader, Rows
 from smolforge.data.sources import compression_of
 from smolforge.errors import DataError, SourceChanged
+from smolforge.formatting import replace_lone_surrogates
 
 GROUP_BYTES = 1 << 20
 BLOCK = 1 << 20
@@ -177,11 +178,7 @@ class JsonLinesReader(TextReader):
             return ""
         if not isinstance(text, str):
             raise DataError(f"{place}: column {column!r} is not text but {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no UTF-8 can hold
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        return replace_lone_surrogates(text)
 
 
 class PlainTextReader(TextReader):
