@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 # torch is pinned in constraints.txt: the newest on the index would bring gigabytes of CUDA to a laptop.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
-# Native code writes several times as fast as torch's own kernels; where no compiler can build it, pip brings one.
+# Native code generates several times as fast as torch's own kernels; where no compiler can build it, pip brings one.
 COMPILER := $(shell command -v g++ || command -v clang++ || command -v c++)
 COMMA := ,
 EXTRAS := web,gguf$(if $(COMPILER),,$(COMMA)native)
 
-.PHONY: demo test test-browser lint soak bench install clean help
+.PHONY: demo test test-browser lint soak bench wheel wheel-check install clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,16 @@ bench: $(VENV)/installed-peers   ## smolforge beside its peers (builds llama.cpp
 	$(BIN)/python benchmarks/generation/compare.py --llama-python $(BIN)/python
 	$(BIN)/python benchmarks/serving/compare.py --llama-python $(BIN)/python
 
+# A wheel holds the kernels of its platform, which zig cross-compiles: a minute each the first time.
+PLATFORMS := linux-x86_64 linux-aarch64 macos-arm64 windows-x86_64
+wheel: $(VENV)/installed         ## wheels with the native code ready built, for four platforms, in dist/
+	for platform in $(PLATFORMS); do \
+	  SMOLFORGE_WHEEL=$$platform $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
+	ls -l dist
+
+wheel-check: $(VENV)/installed-dev     ## a wheel without a compiler: train, generate, serve (downloads torch)
+	$(BIN)/python -m pytest -m slow -s tests/kernels/test_wheel.py
+
 install: $(VENV)/installed-dev     ## make .venv with every extra but the trackers
 
 # Installing torch first and by its pin keeps every other package from choosing one of its own.
@@ -67,4 +77,4 @@ $(VENV)/installed-peers: $(VENV)/installed-dev
 	touch $@
 
 clean:           ## remove what can be made again; runs stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/smolforge/kernels/prebuilt .pytest_cache .ruff_cache .hypothesis

@@ -10,13 +10,12 @@ from smolforge.cli.options import add_json, print_result
 
 EXAMPLES = """\
 examples:
-  smolforge build-native                       into the user's cache, where it is looked for
-  smolforge build-native --directory native/   for an image that is built before it has a home
+  smolforge build-native                       into the user's cache, where smolforge looks for it
+  smolforge build-native --directory native/   into another folder
 
-The native step writes several times as fast as torch's own kernels on a CPU. Training gains a loss, an update of bf16
-weights and, where the processor multiplies bf16, an attention. All are compiled on first use, for the processor at
-hand, by $CXX, g++, clang++, c++ or the package ziglang (pip install ziglang), a compiler that needs no administrator;
-without one torch does the work.
+An installed wheel brings native code for most processors and needs no compiler; SMOLFORGE_KERNELS=native prefers what
+this command compiles. An installation from source compiles when it first needs the code; this command does it before,
+for example while an image is built. It uses $CXX, g++, clang++, c++ or the package ziglang (pip install ziglang).
 """
 
 
@@ -24,8 +23,8 @@ def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
         "build-native",
-        help="compile the fast code of this CPU ahead of time",
-        description="Compile the native code for this processor, or find it compiled, and print where it lies.",
+        help="compile the native code for this processor ahead of time",
+        description="Compile the native code for this processor, unless it is compiled already, and print its path.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to put it (default: the user's cache)")
@@ -34,7 +33,7 @@ def add(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build."""
+    """Compile, and print the path."""
     from smolforge.kernels.build import build
 
     path = str(build(args.directory))
