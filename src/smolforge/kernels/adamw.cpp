@@ -15,12 +15,12 @@ inline uint32_t hash(uint32_t x) {
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);
 }
-// Up with the odds of the part that is cut off, for 16 random bits.
+// Rounded up with the probability of the part that is cut off, for 16 random bits.
 inline uint16_t rounded(float x, uint32_t bits) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + bits) >> 16); }
 
 }  // namespace
 
-// rates: of the weight, of m, of sqrt(v), and epsilon. All of the same length, not overlapping.
+// rates: factors of the weight, m and sqrt(v), and epsilon. The four arrays have `count` elements and do not overlap.
 EXPORT void smolforge_rounded_adamw(int64_t count, uint16_t* weight, const uint16_t* gradient, uint16_t* first, uint16_t* second,
                                         uint32_t key, const float* rates, float beta1, float beta2, int threads) {
   constexpr int64_t PIECE = 1 << 14;
@@ -28,7 +28,7 @@ EXPORT void smolforge_rounded_adamw(int64_t count, uint16_t* weight, const uint1
   parallel_for((int)((count + PIECE - 1) / PIECE), threads, [=](int piece) {
     const int64_t start = piece * PIECE;
     const int n = (int)std::min(PIECE, count - start);
-    // Plain loops, which the compiler makes vectors of.
+    // A plain loop, which compilers vectorize.
     uint16_t *__restrict w = weight + start, *__restrict m = first + start, *__restrict v = second + start;
     const uint16_t* __restrict g = gradient + start;
     const uint32_t from = key + (uint32_t)start;

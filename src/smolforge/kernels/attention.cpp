@@ -118,22 +118,22 @@ void transpose(const Tensor4& t, int sequence, int head, int length, int padded,
   for (int p = 0; p < padded; p++)
     for (int c = 0; c < d; c++) to[(size_t)c * padded + p] = p < length ? row(t, sequence, head, p)[c] : 0;
 }
-// A unit's (d, 32) floats, each query times its factor, into its rows. `room` holds d x 32 bfloat16.
-void unpack(const float* from, const float* factor, uint16_t* room, const Tensor4& t, int sequence, int head, int position, int count, int d) {
+// A unit's (d, 32) floats, each query times its factor, into its rows. `scratch` holds d x 32 bfloat16.
+void unpack(const float* from, const float* factor, uint16_t* scratch, const Tensor4& t, int sequence, int head, int position, int count, int d) {
   const F left = _mm512_load_ps(factor), right = _mm512_load_ps(factor + 16);
   for (int c = 0; c < d; c++)
-    _mm512_store_si512(room + c * Q, (I)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(from + c * Q + 16), right), _mm512_mul_ps(_mm512_load_ps(from + c * Q), left)));
+    _mm512_store_si512(scratch + c * Q, (I)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(from + c * Q + 16), right), _mm512_mul_ps(_mm512_load_ps(from + c * Q), left)));
   for (int i = 0; i < count; i++) {
     uint16_t* to = row(t, sequence, head, position + i);
-    for (int c = 0; c < d; c++) to[c] = room[c * Q + i];
+    for (int c = 0; c < d; c++) to[c] = scratch[c * Q + i];
   }
 }
 
-// What of a unit's queries may see key `k`: those not before it, whose document does not begin after it.
-struct Sight {
+// Which queries of a unit see key `k`: those not before it, whose document does not begin after it.
+struct Visible {
   I lane0, lane1, first0, first1;
   int begin;  // even; no query of the unit sees a key before it
-  Sight(const int32_t* first, int position, int count) {
+  Visible(const int32_t* first, int position, int count) {
     alignas(64) int32_t f[Q];
     begin = first ? first[0] : 0;
     for (int i = 0; i < Q; i++) { f[i] = first ? first[std::min(i, count - 1)] : 0; begin = std::min(begin, f[i]); }
@@ -173,26 +173,26 @@ EXPORT void smolforge_attention(const Sizes* sizes, const Tensor4* q, const Tens
     for (int head = kv * group; head < (kv + 1) * group; head++)
       for (int at = 0; at < z.length; at += Q) {
         const int count = std::min(Q, z.length - at), keys = at + count;
-        const Sight sight(first ? first + (size_t)b * z.length + at : nullptr, at, count);
+        const Visible visible(first ? first + (size_t)b * z.length + at : nullptr, at, count);
         const int even = keys & ~1;
         pack_d(*q, b, head, at, count, d, packed);
-        product<false>(row(*k, b, kv, sight.begin), k->position, even - sight.begin, packed, d / 2, scores + sight.begin * Q, Q);
+        product<false>(row(*k, b, kv, visible.begin), k->position, even - visible.begin, packed, d / 2, scores + visible.begin * Q, Q);
         if (even < keys) {
-          uint16_t last[2][256];  // an odd key, and one of zeros beside it
+          uint16_t last[2][256];  // an odd key, and one of zeros next to it
           memset(last, 0, sizeof last);
           memcpy(last[0], row(*k, b, kv, even), 2 * d);
           product<false>(last[0], 256, 2, packed, d / 2, scores + even * Q, Q);
         }
         F most[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)}, total[2] = {};
-        for (int i = sight.begin; i < keys; i++)
+        for (int i = visible.begin; i < keys; i++)
           for (int h = 0; h < 2; h++) {
             F s = _mm512_load_ps(scores + i * Q + 16 * h);
-            if (!sight.all(i)) _mm512_store_ps(scores + i * Q + 16 * h, s = _mm512_mask_blend_ps(sight.mask(i, h), _mm512_set1_ps(-INFINITY), s));
+            if (!visible.all(i)) _mm512_store_ps(scores + i * Q + 16 * h, s = _mm512_mask_blend_ps(visible.mask(i, h), _mm512_set1_ps(-INFINITY), s));
             most[h] = _mm512_max_ps(most[h], s);
           }
         for (int h = 0; h < 2; h++) {
           const F peak = _mm512_mul_ps(most[h], scale);
-          for (int i = sight.begin; i < keys; i += 2) {
+          for (int i = visible.begin; i < keys; i += 2) {
             const F a = exp2_(_mm512_fmsub_ps(_mm512_load_ps(scores + i * Q + 16 * h), scale, peak));
             const F c = i + 1 < keys ? exp2_(_mm512_fmsub_ps(_mm512_load_ps(scores + (i + 1) * Q + 16 * h), scale, peak)) : _mm512_setzero_ps();
             total[h] = _mm512_add_ps(total[h], _mm512_add_ps(a, c));
@@ -200,8 +200,8 @@ EXPORT void smolforge_attention(const Sizes* sizes, const Tensor4* q, const Tens
           }
           most[h] = peak;
         }
-        const int pairs = (keys + 1) / 2 - sight.begin / 2;
-        product<false>(values + sight.begin, padded, d, weights + sight.begin / 2 * Q, pairs, sums_.as<float>(), Q);
+        const int pairs = (keys + 1) / 2 - visible.begin / 2;
+        product<false>(values + visible.begin, padded, d, weights + visible.begin / 2 * Q, pairs, sums_.as<float>(), Q);
         alignas(64) float sum[Q], peak[Q], inverse[Q] = {};
         for (int h = 0; h < 2; h++) _mm512_store_ps(sum + 16 * h, total[h]), _mm512_store_ps(peak + 16 * h, most[h]);
         for (int i = 0; i < count; i++) {
@@ -242,12 +242,12 @@ EXPORT void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, c
     for (int head = kv * group; head < (kv + 1) * group; head++)
       for (int at = 0; at < z.length; at += Q) {
         const int count = std::min(Q, z.length - at), end = at + count;
-        const Sight sight(first ? first + (size_t)b * z.length + at : nullptr, at, count);
+        const Visible visible(first ? first + (size_t)b * z.length + at : nullptr, at, count);
         pack_d(*q, b, head, at, count, d, q_by_d), pack_q(*q, b, head, at, count, d, q_by_q);
         pack_d(*out_gradient, b, head, at, count, d, o_by_d), pack_q(*out_gradient, b, head, at, count, d, o_by_q);
         alignas(64) float log_sum[Q], dot[Q], factor[Q];
         for (int i = 0; i < Q; i++) {
-          log_sum[i] = INFINITY, dot[i] = 0, factor[i] = root;  // queries beyond the last weigh nothing
+          log_sum[i] = INFINITY, dot[i] = 0, factor[i] = root;  // queries after the last have no weight
           if (i >= count) continue;
           log_sum[i] = log_sums[((size_t)b * z.heads + head) * z.length + at + i];
           const uint16_t *o = row(*out, b, head, at + i), *g = row(*out_gradient, b, head, at + i);
@@ -258,7 +258,7 @@ EXPORT void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, c
           }
           dot[i] = _mm512_reduce_add_ps(total);
         }
-        int row_ = sight.begin;
+        int row_ = visible.begin;
         for (; row_ < end; row_ += M) {
           alignas(64) F score[M][2], by_weight[M][2];
           tile<M, false>(keys + (size_t)row_ * d, d, q_by_d, d / 2, (float*)score, Q);
@@ -266,7 +266,7 @@ EXPORT void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, c
           for (int m = 0; m < M; m++)
             for (int h = 0; h < 2; h++) {
               F w = exp2_(_mm512_fmsub_ps(score[m][h], scale, _mm512_load_ps(log_sum + 16 * h)));
-              if (!sight.all(row_ + m)) w = _mm512_maskz_mov_ps(sight.mask(row_ + m, h), w);
+              if (!visible.all(row_ + m)) w = _mm512_maskz_mov_ps(visible.mask(row_ + m, h), w);
               score[m][h] = w;
             }
           tile<M, false>(values + (size_t)row_ * d, d, o_by_d, d / 2, (float*)by_weight, Q);
@@ -282,7 +282,7 @@ EXPORT void smolforge_attention_backward(const Sizes* sizes, const Tensor4* q, c
             tile<M, true>(by_score[0], Q, q_by_q + c / 32 * (Q / 2) * 32, Q / 2, k_sum + (size_t)row_ * d + c, d);
           }
         }
-        product<false>(keys_t + sight.begin, padded, d, pairs + sight.begin / 2 * Q, (std::min(row_, padded) - sight.begin) / 2, sums, Q);
+        product<false>(keys_t + visible.begin, padded, d, pairs + visible.begin / 2 * Q, (std::min(row_, padded) - visible.begin) / 2, sums, Q);
         unpack(sums, factor, (uint16_t*)q_by_d, *q_gradient, b, head, at, count, d);
       }
     for (int p = 0; p < z.length; p++)

@@ -1,7 +1,7 @@
-// Cross-entropy of a chunk of tokens, and in the place of their logits its gradient by them.
+// Cross-entropy of a chunk of tokens; the logits are overwritten with its gradient.
 //
-// A row of logits is read from memory once and its gradient written once; what lies between, a row in fp32, stays in the
-// second-level cache. The formula is that of `torch_chunk_loss` in loss.py.
+// A row of logits is read from memory once and its gradient written once. In between, the row is in fp32 in the second-level
+// cache. The formula is that of `torch_chunk_loss` in model/loss.py.
 
 #include <cmath>
 
@@ -19,27 +19,27 @@ inline void put(float* p, F v) { store(p, v); }
 inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
 inline void put(float* p, float x) { *p = x; }
 
-// Of one row: what it adds to the cross-entropy and to the z-loss. `room`: `words` floats, rounded up to whole vectors.
-template <class T> void row(T* logits, int64_t words, int64_t target, float scale, float z_weight, float* room, double* cross_entropy, double* z_loss) {
+// Cross-entropy and z-loss of one row. `scratch`: `words` floats, rounded up to whole vectors.
+template <class T> void row(T* logits, int64_t words, int64_t target, float scale, float z_weight, float* scratch, double* cross_entropy, double* z_loss) {
   const int64_t whole = words / LANES * LANES;
   F most = splat(-INFINITY);
   for (int64_t i = 0; i < whole; i += LANES) {
     const F v = wide(logits + i);
-    store(room + i, v);
+    store(scratch + i, v);
     most = v > most ? v : most;
   }
   if (whole < words) {
-    for (int64_t i = whole; i < whole + LANES; i++) room[i] = i < words ? wide(logits[i]) : -INFINITY;
-    const F v = load<F>(room + whole);
+    for (int64_t i = whole; i < whole + LANES; i++) scratch[i] = i < words ? wide(logits[i]) : -INFINITY;
+    const F v = load<F>(scratch + whole);
     most = v > most ? v : most;
   }
-  const float peak = greatest(most), logit = room[target];
+  const float peak = greatest(most), logit = scratch[target];
   double total = 0;
   for (int64_t i = 0; i < words;) {
     F part = {};
     for (const int64_t end = std::min(words, i + 64 * LANES); i < end; i += LANES) {
-      const F e = exp2_((load<F>(room + i) - peak) * LOG2E);
-      store(room + i, e);
+      const F e = exp2_((load<F>(scratch + i) - peak) * LOG2E);
+      store(scratch + i, e);
       part += e;
     }
     total += sum(part);
@@ -49,20 +49,20 @@ template <class T> void row(T* logits, int64_t words, int64_t target, float scal
   *z_loss = z_weight * log_z * log_z;
   // d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [word = target].
   const float factor = (float)(scale * (1 + 2 * z_weight * log_z) / total);
-  for (int64_t i = 0; i < whole; i += LANES) put(logits + i, load<F>(room + i) * factor);
-  for (int64_t i = whole; i < words; i++) put(logits + i, room[i] * factor);
-  put(logits + target, room[target] * factor - scale);
+  for (int64_t i = 0; i < whole; i += LANES) put(logits + i, load<F>(scratch + i) * factor);
+  for (int64_t i = whole; i < words; i++) put(logits + i, scratch[i] * factor);
+  put(logits + target, scratch[target] * factor - scale);
 }
 
 template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, float scale,
                              float z_weight, double* cross_entropy, double* z_loss, int threads) {
-  constexpr int TURN = 16;  // rows that a thread takes at a time
-  parallel_for((int)((count + TURN - 1) / TURN), threads, [&](int turn) {
-    std::vector<float> room(words + LANES);
-    for (int64_t r = (int64_t)turn * TURN; r < std::min(count, (int64_t)(turn + 1) * TURN); r++) {
+  constexpr int ROWS = 16;  // that a thread takes at a time
+  parallel_for((int)((count + ROWS - 1) / ROWS), threads, [&](int part) {
+    std::vector<float> scratch(words + LANES);
+    for (int64_t r = (int64_t)part * ROWS; r < std::min(count, (int64_t)(part + 1) * ROWS); r++) {
       T* at = logits + r * words;
       if (targets[r] == ignored) std::fill(at, at + words, T{}), cross_entropy[r] = z_loss[r] = 0;
-      else row(at, words, targets[r], scale, z_weight, room.data(), cross_entropy + r, z_loss + r);
+      else row(at, words, targets[r], scale, z_weight, scratch.data(), cross_entropy + r, z_loss + r);
     }
   });
 }

@@ -1,7 +1,7 @@
-// Packing: from the rows of a checkpoint, wherever they are mapped, straight into the layout of layout.h.
+// Pack the rows of a checkpoint, wherever they are mapped, into the layout of layout.h.
 //
-// One pass, no copies between: 32 rows are read, rounded to their kind and written side by side. The numbers are
-// those of quantize.py. In every kind a packed row is a row of 32-bit words; a unit holds the words of one place of
+// One pass without copies: 32 rows are read, rounded to their kind and written side by side. The numbers are those of
+// generation/quantize.py. Of every kind, a packed row is a row of 32-bit words; a unit holds the words at one position of
 // its 32 rows next to each other.
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace {
 inline float nearest(float x) { return (x + 12582912.f) - 12582912.f; }  // half to even, for |x| < 2^22
 inline float nearest4(float x) { return std::min(7.f, std::max(-8.f, nearest(x))); }
 
-// One row of k floats (padded with zeros to `padded`) as words of its kind; its scales go to every 32nd place.
+// One row of k floats (padded with zeros to `padded`) as words of its kind; its scales go to every 32nd element.
 void pack_row(int kind, int group, const float* row, int padded, uint32_t* words, void* scales, int lane) {
   if (kind == F32) {
     memcpy(words, row, sizeof(float) * padded);

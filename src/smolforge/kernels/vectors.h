@@ -1,6 +1,6 @@
-// Vectors as wide as the machine's, bfloat16, and powers of two.
+// Vectors as wide as the processor's, bfloat16, and powers of two.
 //
-// The vectors are the compiler's own; wider ones than the machine's would live in memory, not in registers.
+// The vectors are the compiler's own. Wider ones than the processor's would be kept in memory, not in registers.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-#if defined(__AVX512VNNI__)  // before it AVX-512 was slow, and had no byte quads
+#if defined(__AVX512VNNI__)  // processors without it slow down for AVX-512
 constexpr int WIDTH = 64;  // bytes of a vector
 #elif defined(__AVX2__)
 constexpr int WIDTH = 32;
@@ -37,7 +37,7 @@ inline F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); 
 inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
 inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
 
-// 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 it is 0 for our purposes.
+// 2^x for x <= 0 (or slightly above), relative error about 2e-7; below -126 the result is tiny, about 0.
 inline F exp2_(F x) {
   x = x < -126.f ? splat(-126.f) : x;
   const F magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
