@@ -109,7 +109,7 @@ def test_released_recipes(real_data: Path, name: str, file: str) -> None:
 @pytest.mark.parametrize("name", ["seed-recipe", "seed-recreation"])
 def test_the_seeds_recipe(name: str) -> None:
     """The learning rate of torch's own OneCycleLR at each of the 5,000 steps, and the seed's numbers."""
-    from smolforge.training.schedules import rate
+    from smolforge.training.optim import schedule_factor as rate
 
     config = configuration.build_config(name)
     weight = torch.nn.Parameter(torch.zeros(()))

@@ -25,8 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from smolforge.config import read_preset
 from smolforge.metrics_log import read_metrics
-from smolforge.training.setup import TrainRequest
-from smolforge.training.train import train
+from smolforge.training.api import train
 
 ARCHITECTURES = ("llama", "recreation")
 RECIPES = ("seed", "ours")
@@ -57,11 +56,7 @@ def layers(architecture: str, recipe: str, seed: int, steps: int | None) -> dict
 def measure(place: Path, steps: int | None) -> dict[str, float]:
     """Train one run, or read it where it is finished; its figures."""
     architecture, recipe, seed = place.name.split("-")
-    run, code = train(
-        TrainRequest("pocket", out=place, layers=layers(architecture, recipe, int(seed), steps)), quiet=True
-    )
-    if code:
-        sys.exit(code)
+    run = train("pocket", out=place, quiet=True, config=layers(architecture, recipe, int(seed), steps))
     rows = read_metrics(run)
     last = [row for row in rows if "validation" in row][-1]
     losses = [row["loss"] for row in rows if "loss" in row][-5:]

@@ -2,7 +2,7 @@
 
     import smolforge
 
-    run, code = smolforge.train(smolforge.TrainRequest("pocket", out="runs/mine"))
+    run = smolforge.train("pocket", out="runs/mine")
     engine = smolforge.Engine.from_pretrained("runs/mine")
     for step in engine.stream(["Once upon a time"], smolforge.SamplingParams(seed=1)):
         print(step.text, end="")
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
     from smolforge.generation import Engine, SamplingParams
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
-    from smolforge.training.setup import TrainRequest
-    from smolforge.training.train import train
+    from smolforge.training.api import train
 
 _HOMES = {
     "Corpus": "data",
     "Engine": "generation",
     "Loader": "data",
-    "TrainRequest": "training.setup",
     "Run": "run",
     "RunConfig": "config",
     "SamplingParams": "generation",
@@ -41,7 +39,7 @@ _HOMES = {
     "build_config": "config",
     "evaluate": "evaluation",
     "load_model": "checkpoint.locate",
-    "train": "training.train",
+    "train": "training.api",
 }
 __all__ = [
     "Corpus",
@@ -52,7 +50,6 @@ __all__ = [
     "SamplingParams",
     "SmolforgeError",
     "Tokenizer",
-    "TrainRequest",
     "build_config",
     "evaluate",
     "load_model",

@@ -1,14 +1,18 @@
-"""DistributedContext: who we are, and the few collectives that a run needs.
+"""The processes of one run: which one this is, and the collectives that a run needs.
 
-Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others; started alone it is
-rank 0 of 1 and every collective is a no-op, so the rest of the code never asks. Control messages (stop flags,
-cursors, digests) travel over gloo on the CPU even where gradients travel over NCCL: they never wait for a GPU.
+Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others. Started alone it is
+rank 0 of 1 and every collective returns at once, so callers need no second path. Control messages (stop flags, cursors,
+digests) use gloo on the CPU even where gradients use NCCL, so they never wait for a GPU.
+
+All ranks must call the same collectives in the same order. A collective therefore never stands in a branch that only
+some ranks take.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,9 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Longer than any save or evaluation, shorter than a scheduler's patience with a dead rank.
-HEARTBEAT = timedelta(minutes=20)
-# Gradients are summed in flat pieces: large enough to fill a link, small enough not to double the memory.
+# Longer than any save or evaluation, shorter than a scheduler waits for a dead rank.
+TIMEOUT = timedelta(minutes=20)
+# Gradients are summed in flat buckets: large enough to use a link fully, small enough not to double the memory.
 BUCKET_BYTES = 32 << 20
 
 
@@ -28,28 +32,23 @@ class DistributedContext:
     """This process among the others.
 
     Attributes:
-        rank: 0 .. world - 1.
-        world: number of processes.
-        local_rank: index of the GPU on this machine.
-        control: process group for messages between CPUs, None when alone.
+        rank: 0 .. world_size - 1.
+        world_size: number of processes.
+        control: process group for messages between CPUs; None for a single process.
     """
 
     rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    world_size: int = 1
     control: Any = None
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the run's files and messages."""
         return self.rank == 0
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; the same answer everywhere."""
-        return self.max(int(flag)) > 0
 
     def max(self, value: int) -> int:
         """The largest of all ranks' integers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         import torch
         import torch.distributed as dist
@@ -58,19 +57,19 @@ class DistributedContext:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
         return int(box)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order, on every rank."""
-        if self.world == 1:
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in rank order, on every rank."""
+        if self.world_size == 1:
             return [value]
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if self.world == 1:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
             return value
         import torch.distributed as dist
 
@@ -79,12 +78,12 @@ class DistributedContext:
         return box[0]
 
     def barrier(self) -> None:
-        if self.world > 1:
-            self.max(0)
+        """Wait until all ranks have called this."""
+        self.max(0)
 
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over the ranks in place, in flat buckets of equal precision."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         import torch
         import torch.distributed as dist
@@ -96,31 +95,28 @@ class DistributedContext:
                 t.copy_(part.view_as(t))
 
     def close(self) -> None:
-        if self.world > 1:
+        """Leave the process group."""
+        if self.world_size > 1:
             import torch.distributed as dist
 
             dist.destroy_process_group()
 
 
 def init_distributed(device: torch.device) -> DistributedContext:
-    """Meet the other ranks, as the launcher's environment describes them (RANK, WORLD_SIZE, LOCAL_RANK)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    """Join the other ranks that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return DistributedContext()
     import torch.distributed as dist
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=HEARTBEAT)
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=HEARTBEAT)
-    return DistributedContext(dist.get_rank(), world, local_rank(), control)
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    if dist.get_rank() > 0:  # what every rank decides alike is reported once
+        logging.getLogger("smolforge").setLevel(logging.WARNING)
+    return DistributedContext(dist.get_rank(), dist.get_world_size(), control)
 
 
-def local_rank() -> int:
-    """Index of this process on its machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

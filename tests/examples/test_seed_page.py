@@ -30,7 +30,7 @@ from smolforge.model.architecture import build_model
 from smolforge.model.recreation import key_value_width
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.schedules import rate
+from smolforge.training.optim import schedule_factor as rate
 
 PAGE = (Path(__file__).parents[2] / "docs" / "seed.md").read_text(encoding="utf-8")
 ROWS = [
@@ -128,7 +128,7 @@ SHOWN: dict[str, Callable[[str, str], bool]] = {
         "recreation at step 2,500" in out and locate.load_model("imported")[0] is not None
     ),
     "--steps +50": lambda out, err: f"resuming runs/pocket from step {STEPS}" in err and last_step() == STEPS + 50,
-    "--resume": lambda out, err: "is complete" in err and last_step() == STEPS,
+    "--resume": lambda out, err: "already has" in err and last_step() == STEPS,
     "--profile": lambda out, err: len(list(Path("runs/pocket/profile").glob("*.json.gz"))) == 1,
     "--steps 1": lambda out, err: last_step() == 1,
     "config.yaml": lambda out, err: losses("pocket-2") == losses("pocket") != [],

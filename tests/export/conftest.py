@@ -9,7 +9,7 @@ import yaml
 from tiny import TINY
 
 from smolforge.training.setup import TrainRequest
-from smolforge.training.train import train
+from smolforge.training.train import run_training
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,4 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export")
     (place / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     layers = {"training": {"steps": 3}, "samples": {"every": 100}, "evaluation": {"every": 100}}
-    run, code = train(TrainRequest(str(place / "tiny.yaml"), out=place / "cat", layers=layers), quiet=True)
-    assert code == 0
-    return run.path
+    return run_training(TrainRequest(str(place / "tiny.yaml"), out=place / "cat", layers=layers))[0].path

@@ -9,8 +9,8 @@ import torch
 from smolforge import config as configuration
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
-from smolforge.training import apply_plan, optim, plan
-from smolforge.training.update import Updater
+from smolforge.training import optim, plan
+from smolforge.training.train import train_step
 
 transformers = pytest.importorskip("transformers", reason="the oracle")
 
@@ -50,17 +50,13 @@ def prepared(precision: str, loss: str, seed: int):
 
 def our_curve(seed: int, precision: str, loss: str = "chunked") -> np.ndarray:
     config, chosen, model = prepared(precision, loss, seed)
-    optimizer = optim.build_optimizer(model, config.optimizer, CPU)
-    apply_plan.apply_plan(optimizer, chosen)
-    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
+    optimizer = optim.build_optimizer(model, config.optimizer, update=chosen.update)
     curve = []
     for step, tokens in enumerate(batches(seed)):
-        with chosen.precision.context(CPU):
-            scale = 1 / (BATCH * LENGTH)
-            total, nats = model.loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), scale=scale)
-        updater.backward(total)
-        updater.step(rate(config, step), nats.float())
-        curve.append(float(nats) * scale)
+        nats, _, _ = train_step(
+            model, optimizer, chosen, config, tokens, None, lr=rate(config, step), ranks=DistributedContext()
+        )
+        curve.append(float(nats) / (BATCH * LENGTH))
     return np.array(curve)
 
 

@@ -12,7 +12,7 @@ from smolforge.config import ModelConfig, OptimizerConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import build_model
 from smolforge.training import optim
-from smolforge.training.optim.muon import Muon, orthogonalised
+from smolforge.training.optim.muon import Muon, orthogonalize
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -26,7 +26,7 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
     u, _ = torch.linalg.qr(torch.randn(rows, min(rows, columns), generator=generator))
     v, _ = torch.linalg.qr(torch.randn(columns, min(rows, columns), generator=generator))
     values = 0.05 + 0.95 * torch.rand(min(rows, columns), generator=generator)
-    found = orthogonalised((scale * (u * values) @ v.T)[None])[0]
+    found = orthogonalize((scale * (u * values) @ v.T)[None])[0]
     inner = u.T @ found @ v
     assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all()
     torch.testing.assert_close((u * inner.diagonal()) @ v.T, found, atol=2e-3, rtol=0)
@@ -34,8 +34,8 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
 
 def model_and_optimizer(config: OptimizerConfig = CONFIG) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = build_model(ModelConfig(**SHAPE), seed=1)  # type: ignore[arg-type]
-    optimizer = optim.build_optimizer(model, config, torch.device("cpu"))
-    optim.set_rate(optimizer, config.lr)
+    optimizer = optim.build_optimizer(model, config)
+    optim.set_learning_rate(optimizer, config.lr)
     return model, optimizer
 
 
@@ -114,7 +114,7 @@ def test_groups_scale_the_rate_of_hidden_matrices_too() -> None:
 
 def test_bf16_weights_are_refused() -> None:
     try:
-        optim.build_optimizer(build_model(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG, torch.device("cpu"))  # type: ignore[arg-type]
+        optim.build_optimizer(build_model(ModelConfig(**SHAPE), dtype=torch.bfloat16), CONFIG)  # type: ignore[arg-type]
     except BadInput as error:
         assert "fp32" in str(error) and error.field == "optimizer.name"
     else:

@@ -14,7 +14,7 @@ from smolforge.errors import RunFailed
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
 from smolforge.run import Run
-from smolforge.training import loop
+from smolforge.training.train import Trainer
 
 TRAINING = {"steps": 12, "micro_batch": 8}
 
@@ -24,11 +24,11 @@ def poison(monkeypatch):
     """Makes the loss of the batches with these addresses not finite, wherever in a run they come up."""
     poisoned: set[int] = set()
     at = {"address": -1}
-    train, loss = loop.Loop._train, CausalLM.loss
+    step, loss = Trainer._step, CausalLM.loss
 
     def watched(self, batch):
         at["address"] = batch.step
-        train(self, batch)
+        step(self, batch)
 
     def spoiled(self, *args, **settings):
         value, nats = loss(self, *args, **settings)
@@ -36,7 +36,7 @@ def poison(monkeypatch):
             return value * math.nan, nats * math.nan
         return value, nats
 
-    monkeypatch.setattr(loop.Loop, "_train", watched)
+    monkeypatch.setattr(Trainer, "_step", watched)
     monkeypatch.setattr(CausalLM, "loss", spoiled)
     return poisoned
 

@@ -12,10 +12,9 @@ from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import attention, native_attention, native_loss
 from smolforge.model.architecture import build_model
-from smolforge.training import apply_plan, memory, optim
+from smolforge.training import optim
 from smolforge.training.optim import stochastic_adamw
-from smolforge.training.plan import make_plan
-from smolforge.training.precision import decide
+from smolforge.training.plan import choose_precision, make_plan, memory_needed
 
 CPU = torch.device("cpu")
 
@@ -73,11 +72,13 @@ def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
     monkeypatch.setattr(kernels, "unavailable", lambda: missing)
     chosen = make_plan(configured(precision="bf16-pure"), CPU, 1)
     (line,) = (reason for reason in chosen.reasons if reason.startswith("update: "))
-    assert line.startswith(f"update: {chosen.update} (") and ("no compiler" in line) == (missing is not None)
+    assert chosen.update == ("torch" if missing else "native")
+    assert line.startswith(f"update: {'torch' if missing else 'native C++'} (") and ("no compiler" in line) == (
+        missing is not None
+    )
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
-    optimizer = optim.build_optimizer(model, configured(precision="bf16-pure").optimizer, CPU)
-    apply_plan.apply_plan(optimizer, chosen)
-    assert optimizer.update is (stochastic_adamw.in_pieces if missing else stochastic_adamw.native_update)
+    optimizer = optim.build_optimizer(model, configured(precision="bf16-pure").optimizer, update=chosen.update)
+    assert optimizer._update is (stochastic_adamw.update_in_pieces if missing else stochastic_adamw.native_update)
     assert not any(reason.startswith("update") for reason in make_plan(configured(), CPU, 1).reasons)
 
 
@@ -104,9 +105,9 @@ def test_loss(monkeypatch) -> None:
 
 
 def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
-    precision = decide("fp32", CPU)
+    precision = choose_precision("fp32", CPU)[0]
     need = {
-        (micro, again): memory.estimate(configured(), precision, micro, recompute=again)
+        (micro, again): memory_needed(configured(), precision, micro, recompute=again)
         for micro in (1, 2, 4, 8)
         for again in (False, True)
     }
@@ -118,7 +119,7 @@ def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
     assert any(reason.startswith("memory: ") for reason in chosen.reasons)
     asked = make_plan(configured(memory=need[8, True], micro_batch=8), CPU, 1)
     assert (asked.micro_batch, asked.recompute) == (8, True)
-    with pytest.raises(BadInput, match="too little"):
+    with pytest.raises(BadInput, match="not enough"):
         make_plan(configured(memory=need[1, True] - 1), CPU, 1)
 
 

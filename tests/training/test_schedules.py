@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolforge.config import ScheduleConfig
-from smolforge.training.schedules import rate
+from smolforge.training.optim import schedule_factor as rate
 
 NAMES = ("wsd", "cosine", "onecycle", "constant")
 

@@ -1,7 +1,8 @@
-"""Trackers are guests: missing, broken, slow or dead, they never stop a run, and each failure is said once."""
+"""Missing, broken, slow or dead trackers never stop a run, and each failure gives one warning."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
@@ -74,20 +75,27 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "run")
 
 
-class Said(list[str]):
-    """What was said, and in which threads."""
+class Records(logging.Handler):
+    """Keeps what was logged."""
 
     def __init__(self) -> None:
-        self.threads: set[int] = set()
-
-    def __call__(self, text: str) -> None:
-        self.append(text)
-        self.threads.add(threading.get_ident())
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.emit = self.records.append  # type: ignore[method-assign]
 
 
-def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run) -> None:
-    said = Said()
-    with open_trackers([name], run, CONFIG, said) as trackers:
+@pytest.fixture
+def said() -> Iterator[list[logging.LogRecord]]:
+    """The warnings of the trackers."""
+    handler = Records()
+    logger = logging.getLogger("smolforge.training.trackers")
+    logger.addHandler(handler)
+    yield handler.records
+    logger.removeHandler(handler)
+
+
+def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run, said: list[logging.LogRecord]) -> None:
+    with open_trackers([name], run, CONFIG) as trackers:
         for step in range(100):
             trackers.scalars(step, {"loss": step / 2, "mfu": None, "grad_norm": float("nan"), "data_digest": "00"})
         trackers.text(99, "samples/Once", "<b>a ```` b</b>")
@@ -101,38 +109,44 @@ def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run) -> None
 
 def test_a_resumed_run_goes_on_in_the_same_place(name: str, fake: Fake, run: Run) -> None:
     for resume_step in (None, 40):
-        open_trackers([name], run, CONFIG, print, resume_step=resume_step).close()
+        open_trackers([name], run, CONFIG, resume_step=resume_step).close()
     first, second = fake.started
     assert first["resume"] == second["resume"] == "allow"
     assert (first.get("id"), first["name"]) == (second.get("id"), second["name"])
 
 
-def test_a_tracker_that_is_not_installed(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
+) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    said = Said()
-    with open_trackers([name], run, CONFIG, said) as trackers:
+    with open_trackers([name], run, CONFIG) as trackers:
         trackers.scalars(1, {"loss": 1.0})
-    assert len(said) == 1 and said[0].startswith(f"{name} is off") and "pip install" in said[0]
+    assert (
+        len(said) == 1 and said[0].getMessage().startswith(f"{name} is off") and "pip install" in said[0].getMessage()
+    )
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 @pytest.mark.parametrize("error", [RuntimeError("no\nnetwork"), SystemExit(1), ConnectionError("refused")], ids=repr)
-def test_a_tracker_that_raises(name: str, fake: Fake, run: Run, where: str, error: BaseException) -> None:
+def test_a_tracker_that_raises(
+    name: str, fake: Fake, run: Run, where: str, error: BaseException, said: list[logging.LogRecord]
+) -> None:
     fake.fail[where] = error
-    said = Said()
-    trackers = open_trackers([name], run, CONFIG, said, queue_rows=10_000)
+    trackers = open_trackers([name], run, CONFIG, queue_rows=10_000)
     for step in range(200):
         trackers.scalars(step, {"loss": 1.0})
     trackers.close()
     trackers.close()
-    assert len(said) == 1 and type(error).__name__ in said[0] and "\n" not in said[0]
-    assert said.threads == {threading.get_ident()}, "only the run's own thread may use its terminal"
+    assert len(said) == 1 and type(error).__name__ in said[0].getMessage() and "\n" not in said[0].getMessage()
+    assert {record.thread for record in said} == {threading.get_ident()}, (
+        "only the run's own thread may use its terminal"
+    )
     assert trackers.names == []
 
 
 @pytest.mark.parametrize("where", ["init", "log"])
 def test_a_tracker_that_hangs_is_dropped_when_its_queue_is_full(
-    name: str, fake: Fake, run: Run, where: str, monkeypatch: pytest.MonkeyPatch
+    name: str, fake: Fake, run: Run, where: str, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
 ) -> None:
     put = queue.Queue.put
 
@@ -142,25 +156,25 @@ def test_a_tracker_that_hangs_is_dropped_when_its_queue_is_full(
 
     monkeypatch.setattr(queue.Queue, "put", never_wait)
     fake.hang.add(where)
-    said = Said()
-    trackers = open_trackers([name], run, CONFIG, said, queue_rows=20)
+    trackers = open_trackers([name], run, CONFIG, queue_rows=20)
     trackers.scalars(0, {"loss": 1.0})
     assert fake.hanging.wait(30)
     for step in range(1, 100):
         trackers.scalars(step, {"loss": 1.0})
-    assert trackers.names == [] and len(said) == 1 and "does not keep up" in said[0]
+    assert trackers.names == [] and len(said) == 1 and "does not keep up" in said[0].getMessage()
     trackers.close()
     assert len(said) == 1
 
 
 @pytest.mark.parametrize("where", ["log", "finish"])
-def test_the_end_of_a_run_does_not_wait_for_ever(name: str, fake: Fake, run: Run, where: str) -> None:
+def test_the_end_of_a_run_does_not_wait_for_ever(
+    name: str, fake: Fake, run: Run, where: str, said: list[logging.LogRecord]
+) -> None:
     fake.hang.add(where)
-    said = Said()
-    trackers = open_trackers([name], run, CONFIG, said, close_seconds=0.05)
+    trackers = open_trackers([name], run, CONFIG, close_seconds=0.05)
     trackers.scalars(0, {"loss": 1.0})
     trackers.close()
-    assert len(said) == 1 and "did not finish in time" in said[0]
+    assert len(said) == 1 and "did not finish in time" in said[0].getMessage()
 
 
 def test_a_talkative_tracker_leaves_stdout_to_the_run(
@@ -170,17 +184,16 @@ def test_a_talkative_tracker_leaves_stdout_to_the_run(
     module.__dict__["run"] = Fake()
     exec("def init(**settings):\n    print('view the dashboard')\n    return run", module.__dict__)
     monkeypatch.setitem(sys.modules, "trackio", module)
-    open_trackers(["trackio"], run, CONFIG, print).close()
+    open_trackers(["trackio"], run, CONFIG).close()
     assert capsys.readouterr() == ("", "view the dashboard\n")
 
 
-def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run) -> None:
+def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run, said: list[logging.LogRecord]) -> None:
     fake.fail["log"] = ValueError("refused")
-    said = Said()
-    with open_trackers(["tensorboard", name], run, CONFIG, said) as trackers:
+    with open_trackers(["tensorboard", name], run, CONFIG) as trackers:
         for step in range(10):
             trackers.scalars(step, {"loss": float(step)})
-    assert len(said) == 1 and said[0].startswith(name)
+    assert len(said) == 1 and said[0].getMessage().startswith(name)
     assert read(run)["loss"] == {step: step for step in range(10)}
 
 
@@ -192,12 +205,11 @@ def read(run: Run) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run) -> None:
-    said = Said()
-    with open_trackers(["tensorboard"], run, CONFIG, said) as trackers:
+def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run, said: list[logging.LogRecord]) -> None:
+    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
         for step in range(1, 11):
             trackers.scalars(step, {"loss": 100.0})
-    with open_trackers(["tensorboard"], run, CONFIG, said, resume_step=6) as trackers:
+    with open_trackers(["tensorboard"], run, CONFIG, resume_step=6) as trackers:
         for step in range(7, 9):
             trackers.scalars(step, {"loss": 1.0})
         trackers.text(8, "samples", "two\nlines \ud800")
@@ -205,29 +217,29 @@ def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run) -
     assert said == []
 
 
-def test_tensorboard_that_cannot_write_is_dropped(run: Run) -> None:
+def test_tensorboard_that_cannot_write_is_dropped(run: Run, said: list[logging.LogRecord]) -> None:
     run.tensorboard_path.write_text("a file is in the way")
-    said = Said()
-    with open_trackers(["tensorboard"], run, CONFIG, said) as trackers:
+    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
         trackers.scalars(1, {"loss": 1.0})
-    assert len(said) == 1 and said[0].startswith("tensorboard is off")
+    assert len(said) == 1 and said[0].getMessage().startswith("tensorboard is off")
 
 
-def test_tensorboard_that_is_not_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    said = Said()
-    open_trackers(["tensorboard"], run, CONFIG, said).close()
-    assert len(said) == 1 and "pip install tensorboard" in said[0]
+    open_trackers(["tensorboard"], run, CONFIG).close()
+    assert len(said) == 1 and "pip install tensorboard" in said[0].getMessage()
 
 
 def test_an_unknown_tracker_is_named(run: Run) -> None:
     with pytest.raises(BadInput, match="wandb") as error:
-        open_trackers(["wandbb"], run, CONFIG, print)
+        open_trackers(["wandbb"], run, CONFIG)
     assert "Did you mean 'wandb'" in str(error.value)
 
 
 def test_a_name_given_twice_is_opened_once(fake: Fake, name: str, run: Run) -> None:
-    open_trackers([name, name], run, CONFIG, print).close()
+    open_trackers([name, name], run, CONFIG).close()
     assert len(fake.started) == 1
 
 

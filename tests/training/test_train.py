@@ -14,8 +14,7 @@ from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json_lines
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
-from smolforge.training.setup import TrainRequest
-from smolforge.training.train import train
+from smolforge.training.api import train
 
 
 def test_a_run_leaves_what_it_promises(make_run) -> None:
@@ -90,8 +89,8 @@ def test_fifty_more_steps_are_trained(make_run) -> None:
 def test_a_complete_run_says_so_and_changes_nothing(make_run, capsys) -> None:
     run = make_run()
     before = run.metrics_path.read_bytes()
-    _, code = train(TrainRequest(out=run.path))
-    assert code == 0 and run.metrics_path.read_bytes() == before
+    train(out=run.path)
+    assert run.metrics_path.read_bytes() == before
     assert "--steps +50" in " ".join(capsys.readouterr().err.split())
 
 
@@ -108,7 +107,7 @@ def test_another_run_is_not_gone_on_with(make_run, change, field) -> None:
     run = make_run(training={"steps": 5})
     before = weights_of(run)
     with pytest.raises(BadInput) as caught:
-        train(TrainRequest(out=run.path, layers=change), quiet=True)
+        train(out=run.path, quiet=True, config=change)
     assert field in str(caught.value) and "--fresh" in str(caught.value)
     assert weights_of(run) == before
 
@@ -158,7 +157,7 @@ def test_damaged_newest_checkpoint_falls_back(make_run, capsys) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    train(TrainRequest(out=run.path))
+    train(out=run.path)
     assert "step-00000020" in capsys.readouterr().err
     assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
 
@@ -166,7 +165,7 @@ def test_damaged_newest_checkpoint_falls_back(make_run, capsys) -> None:
 def test_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(CheckpointError, match="gpt2"):
-        train(TrainRequest(tiny_file(tmp_path), out=tmp_path / "run", layers={"init": str(tmp_path)}), quiet=True)
+        train(tiny_file(tmp_path), out=tmp_path / "run", init=str(tmp_path), quiet=True)
 
 
 def test_masking_documents_trains(make_run, tmp_path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
 from smolforge.training.setup import TrainRequest
-from smolforge.training.train import train
+from smolforge.training.train import run_training
 
 TINY = {
     "model": {
@@ -42,8 +42,8 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     base = tiny_file(tmp_path)
 
     def make(name: str = "run", *, request: dict[str, Any] | None = None, **changes: Any) -> Run:
-        run, code = train(TrainRequest(base, out=tmp_path / name, layers=changes, **(request or {})), quiet=True)
-        assert code == 0
+        run, shutdown = run_training(TrainRequest(base, out=tmp_path / name, layers=changes, **(request or {})))
+        assert shutdown.exit_code == 0
         return run
 
     return make

@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> int:
     from smolforge.training import bench
 
     result = bench.measure(
-        args.preset, length=args.length, micro_batch=args.batch, steps=args.steps, overrides=args.overrides, say=_say
+        args.preset, length=args.length, micro_batch=args.batch, steps=args.steps, overrides=args.overrides
     )
     return _tell(args, bench, result)
 

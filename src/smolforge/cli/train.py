@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         layers["init"] = args.init
     time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
     skip = [parse_step_range(text, "--skip-steps") for text in args.skip_steps]
-    from smolforge.training.setup import TrainRequest, choose_place
-    from smolforge.training.train import train
+    from smolforge.training.setup import TrainRequest, choose_run
+    from smolforge.training.train import run_training
 
     request = TrainRequest(
         base=args.base,
@@ -102,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         if args.serve is not None and os.environ.get("RANK", "0") == "0":
             from smolforge.serving.sidecar import sidecar
 
-            stack.enter_context(sidecar(choose_place(request), args.serve))
-        finished, code = train(request)
+            stack.enter_context(sidecar(choose_run(request), args.serve))
+        finished, shutdown = run_training(request)
     if args.json:
         print_outcome(finished)
     sys.stdout.flush()
-    return code
+    return shutdown.exit_code
 
 
 def print_outcome(finished: Any) -> None:

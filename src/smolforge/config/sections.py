@@ -134,8 +134,8 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    """muon needs fewer steps; adamw8bit less memory, bitsandbytes and a CUDA device."""
+    name: str = "adamw"
+    """adamw, muon or adamw8bit. muon needs fewer steps; adamw8bit less memory, bitsandbytes and a CUDA device."""
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -105,7 +105,7 @@ def evaluate(
     """
     ranks = ranks or DistributedContext()
     inputs, targets, documents = _windows(piece, length)
-    mine = range(ranks.rank, len(inputs), ranks.world)
+    mine = range(ranks.rank, len(inputs), ranks.world_size)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -124,7 +124,7 @@ def evaluate(
                     nats += model.loss(inputs_, targets_, document_ids=borders)[1]
     finally:
         model.train(was_training)
-    return _score(sum(ranks.gather(float(nats))), piece)
+    return _score(sum(ranks.all_gather(float(nats))), piece)
 
 
 def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:

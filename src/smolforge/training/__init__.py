@@ -1,12 +1,25 @@
-"""Training: from a configuration to a run on disk.
+"""Training: from a request to a run on disk.
 
-    setup.py       everything decided before the first step, each decision with its reason
-    loop.py        the steps: batch → loss → gradients → update, and when to log, evaluate, save or go back
-    observer.py    what a run says of itself: figures, validations, samples
-    state.py       what a checkpoint holds beside the model, and how a run goes on from it
-    precision.py   schedules.py   optim.py   guard.py   signals.py   progress.py   trackers.py
+One step takes the next batch of the stream, runs its micro-batches through the model with the loss scaled by the tokens
+of the global batch, sums the gradients over all ranks, clips them, and updates the weights. A loss or gradient that is
+not finite skips the update. The learning rate is a function of the step alone, the batch of step N a function of data
+and seed; so a run that was stopped, killed or moved to another number of ranks continues as if nothing had happened.
 
-One step is: the next batch of the stream, micro-batches through the model with the loss scaled by the tokens of the
-whole global batch, gradients summed over ranks, clipped, and an update that a non-finite gradient skips on the
-device. The learning rate is a pure function of the step.
+Everything that depends on the machine is decided before the first step, with a reason, in the plan. The plan goes to
+the constructors of model and optimizer; nothing is changed afterwards.
+
+In the order to read them:
+
+    train.py           open, step, save, evaluate, finish; `train_step` is the step itself
+    setup.py           from a request to configuration, data, tokenizer, model and optimizer
+    plan.py            device, precision, batch, memory and kernels, each with its reason
+    apply_plan.py      threads, freed memory, torch.compile and its fallback
+    optim/             optimizers, parameter groups, learning-rate schedules
+    checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
+    metrics.py         metrics of steps, validations, samples, progress bar
+    trackers.py        TensorBoard, wandb, trackio
+    shutdown.py        signals and the time limit
+    profiling.py       a trace of a few steps
+    bench.py           `smolforge bench train`
+    api.py             `smolforge.train` for Python
 """

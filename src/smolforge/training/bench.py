@@ -1,26 +1,33 @@
-"""Training on this machine: tokens/s, and what part of the matrix products' own speed that is.
+"""Training speed of this machine: tokens/s, and its share of the speed of matrix products alone.
 
 Floating point operations are those of `model.summary.flops_per_token`: matrix products and causal attention, forward
-and backward, recomputation not counted. The limit is measured in the same run, on the model's own largest products.
+and backward, recomputation not counted. The speed of matrix products is measured in the same run, on the model's own
+largest ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from smolforge import config as configuration
-from smolforge.config import RunConfig
+from smolforge.config import RunConfig, build_config
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token
-from smolforge.training import allocator, apply_plan, compiling, optim, plan
+from smolforge.training.apply_plan import apply_plan, compiled_graphs
 from smolforge.training.metrics import memory_in_use
-from smolforge.training.update import Updater
+from smolforge.training.optim import build_optimizer
+from smolforge.training.plan import Plan, choose_device, known_peak_flops, make_plan
+from smolforge.training.train import train_step
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("forward", "backward", "update")
 
@@ -32,93 +39,85 @@ def measure(
     micro_batch: int = 4,
     steps: int = 5,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train on random tokens, which cost as much as any.
+    """Train on random tokens, which cost as much as any others.
 
     Args:
         preset: whose model, optimizer and precision.
         length: tokens in a sequence.
         micro_batch: sequences in a step; one micro-batch, so that accumulation hides nothing, unless the overrides
-            give a `training.memory`, whose plan may cut it.
-        steps: measured steps after one that warms up; medians are reported.
+            give a `training.memory` whose plan cuts it.
+        steps: timed steps after one warm-up step; medians are reported.
         overrides: `key=value` as of --set, such as training.precision=bf16-pure.
 
     Raises:
-        BadInput: the configuration is none.
+        BadInput: a wrong configuration.
     """
-    device = plan.pick_device()
-    given = [f"data.sequence_length={length}", "training.steps=1000"]
+    device = choose_device()
+    batch = micro_batch * length
+    given = [f"data.sequence_length={length}", f"training.tokens_per_step={batch}", "training.steps=1000"]
     if not any(override.startswith("training.memory=") for override in overrides):
         given.append(f"training.micro_batch={micro_batch}")
-    config = configuration.build_config(
-        preset, [*given, f"training.tokens_per_step={micro_batch * length}", *overrides]
-    )
-    chosen = plan.make_plan(config, device, 1)
-    for reason in chosen.reasons:
-        say(reason)
-    torch.set_num_threads(chosen.threads)
-    torch.set_float32_matmul_precision(chosen.precision.matmul)
-    if device.type == "cpu":
-        allocator.keep_freed_memory()
-    model = build_model(config.model, dtype=chosen.precision.weights, device=device, **chosen.model_options)
-    optimizer = optim.build_optimizer(model, config.optimizer, device)
-    apply_plan.apply_plan(optimizer, chosen)
-    updater = Updater(model, optimizer, clip=config.training.grad_clip, ranks=DistributedContext())
+    config = build_config(preset, [*given, *overrides])
+    plan = make_plan(config, device, 1)
+    for reason in plan.reasons:
+        logger.info(reason)
+    apply_plan(plan)
+    model = build_model(config.model, **plan.model_options)
+    optimizer = build_optimizer(model, config.optimizer, update=plan.update)
     tokens = torch.randint(config.model.vocab_size, (micro_batch, length + 1), device=device)
 
-    def step() -> list[float]:
-        """Seconds of each part."""
-        spent, total = [0.0, 0.0], torch.zeros((), device=device)
-        for part in tokens.split(chosen.micro_batch):
-            began = _now(device)
-            with chosen.precision.context(device):
-                inputs, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-                loss, nats = model.loss(inputs, targets, scale=1 / (micro_batch * length))
-            forward = _now(device)
-            updater.backward(loss)
-            total += nats.float()
-            spent = [spent[0] + forward - began, spent[1] + _now(device) - forward]
-        began = _now(device)
-        updater.step(config.optimizer.lr, total)
-        return [*spent, _now(device) - began]
+    def timed_step() -> dict[str, float]:
+        seconds: dict[str, float] = defaultdict(float)
 
-    compiled_before = compiling.graphs()
-    first = sum(step())
-    step()
-    seconds = []
+        @contextlib.contextmanager
+        def span(name: str) -> Iterator[None]:
+            began = _now(device)
+            yield
+            seconds[name] += _now(device) - began
+
+        train_step(
+            model, optimizer, plan, config, tokens, None,
+            lr=config.optimizer.lr, ranks=DistributedContext(), span=span,
+        )  # fmt: skip
+        return seconds
+
+    graphs = compiled_graphs()
+    first = sum(timed_step().values())
+    timed_step()
+    timings = []
     for number in range(steps):
-        seconds.append(step())
-        say(f"step {number + 1}/{steps}: {micro_batch * length / sum(seconds[-1]):,.0f} tokens/s")
-    whole = statistics.median(sum(parts) for parts in seconds)
-    flops = flops_per_token(config.model, length)["training"] * micro_batch * length / whole
-    limit, peak = matmul_flops(config, chosen, micro_batch * length), plan.known_peak_flops(device)
+        timings.append(timed_step())
+        logger.info(f"step {number + 1}/{steps}: {batch / sum(timings[-1].values()):,.0f} tokens/s")
+    whole = statistics.median(sum(parts.values()) for parts in timings)
+    flops = flops_per_token(config.model, length)["training"] * batch / whole
+    limit, peak = matmul_flops(config, plan, batch), known_peak_flops(device)
     return {
-        "preset": preset, "device": str(device), "precision": chosen.precision.name, "attention": chosen.attention,
-        "loss": chosen.loss, "compiled_graphs": compiling.graphs() - compiled_before, "threads": chosen.threads,
+        "preset": preset, "device": str(device), "precision": plan.precision.name, "attention": plan.attention,
+        "loss": plan.loss, "compiled_graphs": compiled_graphs() - graphs, "threads": plan.threads,
         "sequences": micro_batch, "length": length, "overrides": list(overrides),
-        "tokens_per_second": micro_batch * length / whole,
+        "tokens_per_second": batch / whole,
         "flops_per_second": flops, "matmul_flops_per_second": limit, "share_of_matmul_limit": flops / limit,
         "mfu": flops / peak if peak else None,
         "memory_bytes": memory_in_use(device),
         "first_step_seconds": first,
         "share_by_part": {
-            name: statistics.median(parts[i] / sum(parts) for parts in seconds) for i, name in enumerate(PARTS)
+            name: statistics.median(parts[name] / sum(parts.values()) for parts in timings) for name in PARTS
         },
     }  # fmt: skip
 
 
-def matmul_flops(config: RunConfig, chosen: plan.Plan, rows: int) -> float:
+def matmul_flops(config: RunConfig, plan: Plan, rows: int) -> float:
     """FLOP/s of the products of an MLP alone, (rows, D) x (D, I), in the precision of the run: the best of ten."""
-    dtype = chosen.precision.autocast or chosen.precision.weights
+    dtype = plan.precision.autocast or plan.precision.weights
     width, inner = config.model.hidden_size, config.model.intermediate_size
-    left = torch.randn(rows, width, device=chosen.device).to(dtype)
-    right = torch.randn(width, inner, device=chosen.device).to(dtype)
+    left = torch.randn(rows, width, device=plan.device).to(dtype)
+    right = torch.randn(width, inner, device=plan.device).to(dtype)
     best = float("inf")
     for _ in range(10):
-        began = _now(chosen.device)
+        began = _now(plan.device)
         torch.mm(left, right)
-        best = min(best, _now(chosen.device) - began)
+        best = min(best, _now(plan.device) - began)
     return 2 * rows * width * inner / best
 
 
@@ -129,7 +128,7 @@ def _now(device: torch.device) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in words."""
+    """The measurements as text."""
     parts = ", ".join(f"{name} {share:.0%}" for name, share in result["share_by_part"].items())
     lines = [
         f"tokens/s          {result['tokens_per_second']:,.0f}"

@@ -1,23 +1,33 @@
-"""Saving and restoring a run: the model directory, the training state in it, and the choice of what stays.
+"""Checkpoints of a run: the state that training changes, how it is restored, and which checkpoints are kept.
 
-`state_tree` gathers what training will go on changing; the committer copies it to the host, and `writer` fills the
-checkpoint's directory from the copy, in a thread of its own where saving is asynchronous.
+`state_tree` gathers the state; the committer copies it to the host, and `checkpoint_writer` writes the checkpoint's
+directory from the copy, in a background thread where saving is asynchronous. A checkpoint is a model directory with a
+folder `training/`: optimizer moments by parameter name, the data cursor, the random generators of every rank, the
+gradient scaler, and the data ranges that are skipped.
 """
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from smolforge.checkpoint import commit, format
 from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
+from smolforge.errors import CheckpointError
 from smolforge.files import read_json_lines
-from smolforge.training import state
-from smolforge.training.setup import TrainContext
+from smolforge.training.setup import TrainContext, load_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,10 +35,10 @@ class Position:
     """Where a run stands.
 
     Attributes:
-        step: updates made.
-        cursor: of the data after the last consumed batch, None at the beginning.
-        skip: address ranges of the stream that are left out.
-        rollbacks: how often the run has gone back.
+        step: number of updates.
+        cursor: of the data after the last batch that was used; None at the beginning.
+        skip: ranges of the data stream that are left out, as batch numbers [first, end).
+        rollbacks: how often the run has rolled back.
     """
 
     step: int = 0
@@ -37,66 +47,139 @@ class Position:
     rollbacks: int = 0
 
 
-def state_tree(session: TrainContext, position: Position) -> dict[str, Any]:
-    """Everything to be saved, not yet copied. Called by all ranks together; rank 0's tree is the whole one."""
-    cursors = session.ranks.gather(position.cursor)
+def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
+    """Everything to save, not yet copied. Called by all ranks together; rank 0's tree is complete."""
+    cursors = context.ranks.all_gather(position.cursor)
     return {
-        "weights": session.model.state_dict(),
+        "weights": context.model.state_dict(),
         "training": {
             "step": position.step,
             "cursor": merge_cursors(cursors),
             "skip": [list(pair) for pair in position.skip],
             "rollbacks": position.rollbacks,
-            "optimizer": state.optimizer_tree(session.model, session.optimizer),
-            "random": session.ranks.gather(state.random_state(session.plan.device)),
-            "scaler": session.scaler.state_dict() if session.scaler else None,
+            "optimizer": optimizer_state(context.model, context.optimizer),
+            "optimizer_name": context.config.optimizer.name,
+            "random": context.ranks.all_gather(random_state(context.plan.device)),
+            "scaler": context.scaler.state_dict() if context.scaler else None,
         },
     }
 
 
-def writer(session: TrainContext, step: int) -> Callable[[Path, Any], None]:
-    """What fills the directory of a checkpoint from a copied tree."""
+def checkpoint_writer(context: TrainContext, step: int) -> Callable[[Path, Any], None]:
+    """A function that fills a checkpoint's directory from the copied tree."""
 
-    def fill(directory: Path, tree: Any) -> None:
-        rows = list(read_json_lines(session.run.metrics_path))
-        card = card_text(session.config, step=step, rows=rows)
-        format.write_model(directory, session.config.model, tree["weights"], session.tokenizer, card=card)
+    def write(directory: Path, tree: Any) -> None:
+        card = card_text(context.config, step=step, rows=list(read_json_lines(context.run.metrics_path)))
+        format.write_model(directory, context.config.model, tree["weights"], context.tokenizer, card=card)
         save_state(directory / "training", tree["training"])
 
-    return fill
+    return write
 
 
-def restore(session: TrainContext, directory: Path) -> Position:
-    """Put a checkpoint's weights, moments and random generators back."""
-    device = session.plan.device
-    state.assign(session.model, directory)
+def restore(context: TrainContext, directory: Path) -> Position:
+    """Load a checkpoint's weights, moments and random generators into `context`; its position.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or of another model.
+    """
+    load_weights(context.model, directory)
     tree = load_state(directory / "training")
-    session.optimizer.state.clear()
-    state.load_optimizer(session.model, session.optimizer, tree["optimizer"])
-    randoms = tree["random"]
-    state.set_random_state(randoms[session.ranks.rank % len(randoms)], device)
-    if session.scaler and tree["scaler"]:
-        session.scaler.load_state_dict(tree["scaler"])
+    saved, name = tree["optimizer"], context.config.optimizer.name
+    wrote = tree.get("optimizer_name") or _writer_of(saved)
+    if wrote != name:
+        logger.warning(f"optimizer: {name} starts without moments, because this checkpoint has those of {wrote}")
+        saved = {}
+    load_optimizer_state(context.model, context.optimizer, saved)
+    states = tree["random"]
+    set_random_state(states[context.ranks.rank % len(states)], context.plan.device)
+    if context.scaler and tree["scaler"]:
+        context.scaler.load_state_dict(tree["scaler"])
     return Position(tree["step"], tree["cursor"], [(a, b) for a, b in tree["skip"]], tree["rollbacks"])
 
 
-def best_step(session: TrainContext) -> int | None:
-    """The step with the best validation among those that still have a checkpoint."""
-    present = set(commit.steps(session.run.checkpoints_path))
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state by parameter name: names stay valid when groups change, positions would not."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> None:
+    """Replace the optimizer's state by one that `optimizer_state` returned.
+
+    Raises:
+        CheckpointError: the state is that of another model.
+    """
+    parameters = dict(model.named_parameters())
+    if tree and set(tree) != set(parameters):
+        name = sorted(set(tree) ^ set(parameters))[0]
+        raise CheckpointError(f"the optimizer's state does not fit the model at {name}", field="training/")
+    optimizer.state.clear()
+    for name, state in tree.items():
+        optimizer.state[parameters[name]] = {
+            key: _moved(value, parameters[name], f"{key} of {name}") if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+
+
+def _moved(value: Tensor, parameter: nn.Parameter, what: str) -> Tensor:
+    """`value` on the parameter's device, where fused kernels want even step counts; moments in its precision."""
+    if value.dim() == parameter.dim() and value.dim() and value.shape != parameter.shape:
+        raise CheckpointError(f"{what} has shape {tuple(value.shape)}", field="training/")
+    is_moment = value.dim() and value.shape == parameter.shape and value.is_floating_point()
+    return value.to(parameter.device, parameter.dtype if is_moment else value.dtype)
+
+
+def _writer_of(state: dict[str, Any]) -> str:
+    """The optimizer of a state from a checkpoint written before the name was recorded."""
+    keys = {key for values in state.values() for key in values}
+    return "muon" if "momentum" in keys else "adamw8bit" if "state1" in keys else "adamw"
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator of this process."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 (the global one, which libraries may use)
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def newest_before(context: TrainContext, step: int) -> Path | None:
+    """The newest complete checkpoint of fewer than `step` updates."""
+    folder = context.run.checkpoints_path
+    earlier = [folder / commit.step_name(found) for found in commit.steps(folder) if found < step]
+    return next((directory for directory in reversed(earlier) if not commit.verify(directory)), None)
+
+
+def best_step(context: TrainContext) -> int | None:
+    """The step with the lowest validation loss among those that still have a checkpoint."""
+    present = set(commit.steps(context.run.checkpoints_path))
     scores = {
         row["step"]: row["validation"]["loss"]
-        for row in read_json_lines(session.run.metrics_path)
+        for row in read_json_lines(context.run.metrics_path)
         if "validation" in row and row["step"] in present and row["validation"]["loss"] is not None
     }
     return min(scores, key=lambda step: (scores[step], step)) if scores else None
 
 
-def prune(session: TrainContext) -> None:
-    """Keep what the configuration wants kept."""
-    config = session.config.checkpoint
+def prune_checkpoints(context: TrainContext) -> None:
+    """Delete the checkpoints that the configuration does not keep."""
+    config = context.config.checkpoint
     commit.prune(
-        session.run.checkpoints_path,
+        context.run.checkpoints_path,
         keep=config.keep,
         keep_every=config.keep_every,
-        best=best_step(session) if config.best else None,
+        best=best_step(context) if config.best else None,
     )

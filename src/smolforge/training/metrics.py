@@ -1,10 +1,11 @@
-"""What a run says of itself: figures of its steps, validations, samples; to files, trackers and the console.
+"""What a run records: metrics of its steps, validations, samples; to files, trackers and the terminal.
 
-Logs are the main rank's. Validation runs on all ranks, which share the slice.
+Rank 0 writes. Validation runs on all ranks, which share its windows.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
@@ -20,104 +21,136 @@ from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
+from smolforge.logging import console
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
-from smolforge.training import plan
-from smolforge.training.progress import Console, Throughput
+from smolforge.training.plan import known_peak_flops
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
 from smolforge.training.trackers import Trackers, open_trackers
 
+logger = logging.getLogger(__name__)
+
+TRACKED = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data_seconds", "mfu")
+
 
 @dataclass
 class StepMetrics:
-    """Of one step, still on the device."""
+    """Metrics of one step, still on the device.
+
+    Attributes:
+        batch: what this rank read.
+        step: number of updates after it.
+        nats: () sum of the next-token losses over all ranks.
+        norm: () norm of the gradient before clipping.
+        skipped: () whether the update was skipped because loss or gradient were not finite.
+        lr: learning rate of the update.
+    """
 
     batch: Batch
     step: int
-    loss: torch.Tensor
+    nats: torch.Tensor
     norm: torch.Tensor
     skipped: torch.Tensor
     lr: float
 
 
 class MetricsLogger:
-    """Watches the steps of a session.
+    """Records a run: metrics.jsonl, samples.jsonl, trackers, terminal.
 
     Args:
-        session: of the run.
-        stop: polled during validation and sampling, which take long.
-        console: the live line.
+        shutdown: polled during validation and sampling, which take long.
     """
 
-    def __init__(self, session: TrainContext, stop: GracefulShutdown, console: Console) -> None:
-        self.session, self.stop, self.console = session, stop, console
-        self.config, self.plan, self.ranks = session.config, session.plan, session.ranks
+    def __init__(self, context: TrainContext, shutdown: GracefulShutdown) -> None:
+        self.context, self.shutdown = context, shutdown
+        self.config, self.plan, self.ranks = context.config, context.plan, context.ranks
         self.total = self.config.total_steps
         self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
-        self.peak_flops = plan.known_peak_flops(self.plan.device)
+        self.throughput = Throughput(self.config.tokens_per_step)
+        self.data_seconds = 0.0
+        """Seconds spent waiting for data since the last logged step."""
+        self.progress = ProgressBar(self.total)
         self.metrics: MetricsLog | None = None
         self.samples: MetricsLog | None = None
         self.trackers: Trackers | None = None
 
     def open(self, step: int) -> None:
-        """Open the logs of a run that stands at `step`; what they hold of later steps is dropped."""
-        run, config = self.session.run, self.config
+        """Open the logs of a run that stands at `step`; rows of later steps are removed."""
+        if not self.ranks.is_main:
+            return
+        run, config = self.context.run, self.config
         self.metrics, self.samples = MetricsLog(run.metrics_path), MetricsLog(run.samples_path)
         self.truncate_after(step)
         if 0 < step < self.total:
-            self.event(step, "resume", ranks=self.ranks.world)
+            self.event(step, "resume", ranks=self.ranks.world_size)
         self.trackers = open_trackers(
-            config.logging.trackers, run, config.model_dump(mode="json"), self.session.say, resume_step=step or None
+            config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None
         )
+        self.progress.start(step)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close logs, trackers and progress bar."""
+        self.progress.close()
         for log in (self.metrics, self.samples, self.trackers):
             if log:
                 log.close()
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was logged of later steps."""
+        """Remove the rows of later steps."""
         for log in (self.metrics, self.samples):
             if log:
                 log.truncate_after(step)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Note what happened at a step beside its figures."""
+        """Record an event, such as a skipped update, among the steps."""
         if self.metrics:
             self.metrics.append({"step": step, "event": event, **details, "time": time.time()})
 
-    def figures(self, figures: StepMetrics, pace: Throughput, data_seconds: float) -> None:
-        """Log a step: how it went, how fast, and how long it waited for data since the last one that was logged."""
-        digests = [pair for part in self.ranks.gather(figures.batch.digests) for pair in part]
-        if not self.ranks.is_main:
-            return
-        speed = pace.tokens_per_second
+    def log_skipped(self, metrics: StepMetrics) -> None:
+        """Record a step whose update was skipped, with the documents of its batch. Called by all ranks together."""
+        parts = self.ranks.all_gather([str(address) for address in metrics.batch.documents])
+        documents = [name for part in parts for name in part]
+        self.event(metrics.step, "skipped", documents=documents, address=metrics.batch.step)
+        shown = ", ".join(documents[:3]) + (f" and {len(documents) - 3} more" if len(documents) > 3 else "")
+        logger.warning(f"step {metrics.step}: loss or gradient not finite, update skipped; documents read: {shown}")
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Record a step where `logging.every` wants it. Called by all ranks together."""
+        if metrics.step % self.config.logging.every == 0 or metrics.step in (1, self.total):
+            digests = [pair for part in self.ranks.all_gather(metrics.batch.digests) for pair in part]
+            if self.metrics and self.trackers:
+                row = self._row(metrics, digests)
+                self.metrics.append(row)
+                self.trackers.scalars(metrics.step, {f"train/{k}": row[k] for k in TRACKED if k in row})
+                self.progress.show(row, self.throughput.seconds_per_step)
+            self.data_seconds = 0.0
+        self.progress.advance(metrics.step)
+
+    def _row(self, metrics: StepMetrics, digests: list[Any]) -> dict[str, Any]:
+        speed = self.throughput.tokens_per_second
         row: dict[str, Any] = {
-            "step": figures.step,
-            "tokens": figures.step * self.config.tokens_per_step,
-            "loss": float(figures.loss) / self.config.tokens_per_step,
-            "lr": figures.lr,
-            "grad_norm": float(figures.norm),
+            "step": metrics.step,
+            "tokens": metrics.step * self.config.tokens_per_step,
+            "loss": float(metrics.nats) / self.config.tokens_per_step,
+            "lr": metrics.lr,
+            "grad_norm": float(metrics.norm),
             "tokens_per_second": round(speed, 1),
             "memory_bytes": memory_in_use(self.plan.device),
-            "data_seconds": round(data_seconds, 4),
+            "data_seconds": round(self.data_seconds, 4),
             "data_digest": data_digest(digests),
             "time": time.time(),
         }
-        if self.peak_flops:
-            row["mfu"] = round(speed * self.flops / self.peak_flops / self.ranks.world, 4)
-        assert self.metrics and self.trackers
-        self.metrics.append(row)
-        shown = {**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None}
-        self.console.figures(shown, self.total, (self.total - figures.step) * pace.seconds_per_step)
-        names = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data_seconds", "mfu")
-        self.trackers.scalars(figures.step, {f"train/{k}": row[k] for k in names if row.get(k) is not None})
+        peak = known_peak_flops(self.plan.device)
+        if peak:
+            row["mfu"] = round(speed * self.flops / peak / self.ranks.world_size, 4)
+        return row
+
+    # Validation and samples
 
     def catch_up(self, step: int) -> None:
-        """Evaluations that a killed process still owed the step it had saved."""
-        validation, samples = self.owed(step)
+        """Make up for a validation or samples of the saved step that a killed process did not reach."""
+        validation, samples = self.missing(step)
         if validation:
             self.validate(step)
         if samples:
@@ -125,33 +158,32 @@ class MetricsLogger:
                 self.samples.truncate_after(step - 1)
             self.sample(step)
 
-    def owed(self, step: int) -> tuple[bool, bool]:
-        """Whether the step the run stands at still lacks its validation, and its samples."""
+    def missing(self, step: int) -> tuple[bool, bool]:
+        """Whether the step that the run stands at still lacks its validation, and its samples."""
         found = (False, False)
         if self.ranks.is_main and step:
-            rows, texts = read_json_lines(self.session.run.metrics_path), read_json_lines(self.session.run.samples_path)
+            rows = read_json_lines(self.context.run.metrics_path)
             validated = any("validation" in row and row["step"] == step for row in rows)
-            sampled = sum(row["step"] == step for row in texts) >= len(self.config.samples.prompts)
-            can_validate = self.session.slice is not None and due(self.config.evaluation.every, step, self.total)
-            wants_samples = due(self.config.samples.every, step, self.total)
-            found = (can_validate and not validated, wants_samples and not sampled)
+            texts = read_json_lines(self.context.run.samples_path)
+            sampled = sum(row["step"] == step for row in texts) >= len(self._prompts())
+            evaluates = self.context.eval_set is not None and is_due(self.config.evaluation.every, step, self.total)
+            samples = is_due(self.config.samples.every, step, self.total)
+            found = (evaluates and not validated, samples and not sampled)
         return self.ranks.broadcast(found)
 
     def validate(self, step: int) -> None:
-        """Score the frozen slice of held-out documents, on all ranks, and write it down."""
-        piece = self.session.slice
-        if piece is None:
+        """Score the held-out documents and record the result. Called by all ranks together."""
+        if self.context.eval_set is None:
             return
-        length = self.config.data.sequence_length
         score = evaluate(
-            self.session.model,
-            piece,
-            length=length,
+            self.context.model,
+            self.context.eval_set,
+            length=self.config.data.sequence_length,
             batch=self.plan.micro_batch,
             device=self.plan.device,
             context=lambda: self.plan.precision.context(self.plan.device),
             ranks=self.ranks,
-            between=self._poll_alone,
+            between=self._poll_single_rank,
         )
         if not (self.metrics and self.trackers):
             return
@@ -162,59 +194,160 @@ class MetricsLogger:
         }
         text = f"step {step:,}  held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
         text += f"bits per byte {score.bits_per_byte:.4f}"
-        floor = self.session.corpus.entropy_bits_per_byte
-        if floor:
-            row["entropy_bits_per_byte"] = floor
-            text += f"  (the source's own entropy {floor:.4f}, {score.bits_per_byte / floor - 1:.1%} above it)"
+        entropy = self.context.corpus.entropy_bits_per_byte
+        if entropy:
+            row["entropy_bits_per_byte"] = entropy
+            text += f"  ({score.bits_per_byte / entropy - 1:.1%} above the source's own entropy of {entropy:.4f})"
         self.metrics.append({**row, "time": time.time()})
-        self.session.say(text)
+        logger.info(text)
         self.trackers.scalars(step, {f"validation/{k}": v for k, v in row["validation"].items()})
 
     def sample(self, step: int) -> None:
-        """Continuations of the fixed prompts; the seed is the step's, so a resumed run writes the same."""
-        if not (self.samples and self.trackers):
+        """Continue the fixed prompts on rank 0; the step is the seed, so a resumed run writes the same."""
+        prompts = self._prompts()
+        if not (self.samples and self.trackers and prompts):
             return
-        wanted = self.config.samples
-        self.session.model.eval()
-        try:
-            engine = Engine.from_model(self.session.model, self.session.tokenizer)
-            room = engine.context - 1
-            prompts = [p for p in wanted.prompts if 0 < len(self.session.tokenizer.encode(p)) <= room]
-            texts, reasons = [""] * len(prompts), [""] * len(prompts)
-            sampling = SamplingParams(
-                max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=step
-            )
-            with torch.no_grad():
-                for piece in engine.stream(prompts, sampling):
-                    self._poll_alone()
-                    texts[piece.request] += piece.text
-                    reasons[piece.request] = piece.finish_reason or reasons[piece.request]
-        finally:
-            self.session.model.train()
-        for prompt, text, reason in zip(prompts, texts, reasons, strict=True):
+        for prompt, (text, reason) in zip(prompts, self._continuations(prompts, step), strict=True):
             row = {"step": step, "prompt": prompt, "text": text, "finish_reason": reason, "seed": step}
             self.samples.append(row)
             self.trackers.text(step, f"samples/{prompt}", prompt + text)
-        if prompts:
-            shown = " ".join((prompts[0] + texts[0]).split())
-            self.session.say(f"step {step:,}  writes: {shown[:160]}")
+            if prompt is prompts[0]:
+                logger.info(f"step {step:,}  sample: {' '.join((prompt + text).split())[:160]}")
 
-    def _poll_alone(self) -> None:
-        # With several ranks a lone exception would leave the others waiting; they stop at the next step.
-        if self.ranks.world == 1:
-            self.stop.poll()
+    def _prompts(self) -> list[str]:
+        """The prompts that the model can continue: neither empty nor longer than its context."""
+        room = self.config.model.max_position_embeddings - 1
+        encode = self.context.tokenizer.encode
+        return [prompt for prompt in self.config.samples.prompts if 0 < len(encode(prompt)) <= room]
+
+    def _continuations(self, prompts: list[str], seed: int) -> list[tuple[str, str]]:
+        """(text, finish reason) for each prompt."""
+        wanted, model = self.config.samples, self.context.model
+        sampling = SamplingParams(
+            max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=seed
+        )
+        texts, reasons = [""] * len(prompts), [""] * len(prompts)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for output in Engine.from_model(model, self.context.tokenizer).stream(prompts, sampling):
+                    self._poll_single_rank()
+                    texts[output.request] += output.text
+                    reasons[output.request] = output.finish_reason or reasons[output.request]
+        finally:
+            model.train()
+        return list(zip(texts, reasons, strict=True))
+
+    def _poll_single_rank(self) -> None:
+        # With several ranks an exception on one would leave the others waiting; they stop at the next step.
+        if self.ranks.world_size == 1:
+            self.shutdown.poll()
 
 
-def due(every: int | None, step: int, total: int) -> bool:
-    """Whether what is done `every` so many steps (a tenth of the run unless given) and at the last is done at this."""
+class ProgressBar:
+    """The run's progress: one live line on a terminal, a log line per logged step elsewhere. Both on stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = 0.0
+
+    def start(self, step: int) -> None:
+        """Show the live line where messages are shown on a terminal."""
+        self._started = time.monotonic()
+        if not (logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
+            return
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            console=console(),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self.total, completed=step, status="starting")
+
+    def advance(self, step: int) -> None:
+        """Move the live line to `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, row: dict[str, Any], seconds_per_step: float) -> None:
+        """Show the row of a logged step."""
+        loss = f"{row['loss']:.4f}" if math.isfinite(row["loss"]) else "not finite"
+        parts = [f"loss {loss}", f"lr {row['lr']:.2e}"]
+        if row["tokens_per_second"]:
+            parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        parts.append(f"{row['memory_bytes'] / 2**30:.1f} GiB")
+        left = (self.total - row["step"]) * seconds_per_step
+        if self._bar:
+            times = f"elapsed {clock(time.monotonic() - self._started)}"
+            times = f"ETA {clock(left)} · {times}" if left else times
+            self._bar.update(self._task, completed=row["step"], status="  ".join([*parts, times]))
+        else:
+            line = "  ".join([*parts, f"ETA {clock(left)}"] if left else parts)
+            logger.info(f"step {row['step']:,}/{self.total:,}  {line}")
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+class Throughput:
+    """Tokens per second over the last steps. The first step is left out: it compiles and waits for the first data."""
+
+    def __init__(self, tokens_per_step: int, window: int = 20) -> None:
+        self.tokens_per_step, self.window = tokens_per_step, window
+        self._times: list[float] = []
+
+    def tick(self) -> None:
+        """A step ended."""
+        self._times = [*self._times[-self.window :], time.perf_counter()]
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training, such as an evaluation."""
+        self._times = [t + seconds for t in self._times]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the window; 0 until two steps ended."""
+        steps = len(self._times) - 1
+        return (self._times[-1] - self._times[0]) / steps if steps > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together; 0 until two steps ended."""
+        return self.tokens_per_step / self.seconds_per_step if self.seconds_per_step else 0.0
+
+
+def is_due(every: int | None, step: int, total: int) -> bool:
+    """Whether something done `every` so many steps, and at the last, is due after `step` updates.
+
+    Args:
+        every: a tenth of the run, but at most 1,000 steps, where None.
+    """
     return step % (every or max(1, min(total // 10, 1000))) == 0 or step == total
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most allocated on a GPU, the resident memory of the process on a CPU."""
+    """Bytes: the maximum allocated on a GPU, the resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    whole = round(max(0.0, seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

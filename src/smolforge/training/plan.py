@@ -1,11 +1,20 @@
-"""What is decided before the first step, each decision once and with its reason.
+"""The plan: device, precision, batch, memory and kernels of a run, each decided once, with its reason.
 
-A plan depends on the configuration and the machine's shape only, never on a measurement: the same machine decides the
-same again, so a resumed run computes exactly what the uninterrupted one would have.
+A plan depends on the configuration and the machine only, never on a measurement: the same machine decides the same
+again, so a resumed run computes exactly what the uninterrupted one would have.
+
+The precisions:
+
+    fp32        everything in fp32
+    fp32-high   fp32 storage, matrix products through oneDNN (CPU) or TF32 (CUDA): `set_float32_matmul_precision`
+    bf16        weights and moments in fp32, matrix products in bf16 by autocast
+    bf16-pure   weights, gradients and moments in bf16, updates rounded stochastically so that small ones count
+    fp16        as bf16 in fp16, with a gradient scaler: for GPUs without bf16, such as a T4
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,22 +26,49 @@ import torch
 from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
+from smolforge.kernels.variants import cpu_flags
 from smolforge.model import native_attention, native_loss
-from smolforge.model.summary import flops_per_token
-from smolforge.training import memory
-from smolforge.training.precision import Precision, decide
+from smolforge.model.summary import activations_per_token, flops_per_token, summarise
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
 CPU_MICRO_TOKENS = 4096
 # Global batches where the configuration leaves them open: what one GPU accumulates in seconds, a laptop in minutes.
 GPU_STEP_TOKENS = 1 << 19
 CPU_STEP_TOKENS = 1 << 13
-# Up to this length blocked attention is taken for bf16 on a CPU; it lies between the two lengths that were measured.
+# Longest sequence for which blocked attention is chosen in bf16 on a CPU; between the two lengths that were measured.
 SHORT = 1024
-# What compiling costs and gains, from docs/performance.md: it must earn itself back well within the run.
+# What compiling costs and gains, from docs/performance.md: it must pay for itself well within the run.
 COMPILE_SECONDS = {"cpu": 40.0, "cuda": 90.0}
 COMPILE_GAIN = 1.25
 ASSUMED_FLOPS = {"cpu": 2e11, "cuda": 2e14}
+# Dense peak of the makers' data sheets in bf16 (T4, V100: fp16), FLOP/s, without sparsity.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10": 125e12, "T4": 65e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The numbers that a run computes in.
+
+    Attributes:
+        name: one of those above.
+        weights: precision in which weights are stored and updated.
+        autocast: precision of the matrix products, None where it is that of the weights.
+        matmul: value for `torch.set_float32_matmul_precision`.
+        scaler: whether gradients are scaled against fp16's narrow range.
+    """
+
+    name: str
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    matmul: str
+    scaler: bool = False
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """The context of forward passes."""
+        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -42,11 +78,13 @@ class Plan:
     Attributes:
         sequences: sequences of the global batch that this rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`.
+        compile: whether blocks, loss and update go through torch.compile.
+        threads: of matrix products on a CPU.
         attention: a key of `model.attention.ATTENTION`.
         loss: a key of `model.loss.LOSSES`.
-        update: "native" or "torch": what updates weights that are rounded stochastically.
+        update: which code updates weights in bf16, as of `optim.OptimizerBuilder`.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
-        reasons: one line per decision, to be printed and kept in the report.
+        reasons: one line per decision, for the terminal and the report.
     """
 
     device: torch.device
@@ -63,17 +101,21 @@ class Plan:
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """The arguments of `build_model` that were decided here."""
-        # DDP needs gradients of every row.
-        sparse = self.device.type == "cpu" and not torch.distributed.is_initialized()
+        """The keyword arguments of `build_model` that the plan decides."""
         return {
-            "attention": self.attention, "loss": self.loss, "recompute": self.recompute, "compile": self.compile,
-            "sparse_embedding": sparse,
-        }  # fmt: skip
+            "dtype": self.precision.weights,
+            "device": self.device,
+            "attention": self.attention,
+            "loss": self.loss,
+            "recompute": self.recompute,
+            # Only a few rows of the embedding's gradient are not zero. Ranks sum whole gradients.
+            "sparse_embedding": self.device.type == "cpu" and not torch.distributed.is_initialized(),
+            "compile": self.compile,
+        }
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU. `SMOLFORGE_DEVICE` overrides."""
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU. The environment variable SMOLFORGE_DEVICE overrides."""
     asked = os.environ.get("SMOLFORGE_DEVICE")
     if asked:
         return torch.device(asked)
@@ -83,7 +125,7 @@ def pick_device() -> torch.device:
 
 
 def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
-    """Fill in the global batch where the configuration leaves it open; it is part of the run from then on."""
+    """Fill in the global batch where the configuration leaves it open; it is fixed with the run."""
     if config.training.tokens_per_step is not None:
         return config
     wanted = GPU_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
@@ -92,121 +134,143 @@ def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"training": training})
 
 
-def make_plan(config: RunConfig, device: torch.device, world: int) -> Plan:
+def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     """Decide everything that the configuration leaves to the machine.
 
     Raises:
-        BadInput: the batch cannot be shared out over the ranks, or the device cannot do what was asked.
+        BadInput: the ranks cannot share the batch, or the device cannot do what was asked.
     """
-    total = config.sequences_per_step
-    for name, count in (("data.lanes", config.data.lanes), ("sequences per step", total)):
-        if count % world:
-            raise BadInput(
-                f"{count} cannot be shared evenly by {world} ranks",
-                field=name,
-                hint=f"Make it a multiple of {world}, or start another number of ranks.",
-            )
-    reasons = [f"device: {_device_name(device)}" + (f", {world} ranks" if world > 1 else "")]
-    precision = decide(config.training.precision, device)
-    reasons.append(f"precision: {precision.name} ({precision.reason})")
-    sequences = total // world
-    micro, recompute, room = _share_of_memory(config, device, precision, sequences)
+    _check_shares(config, world_size)
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    reasons = [f"device: {_device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
+    precision, reason = choose_precision(config.training.precision, device)
+    reasons.append(f"precision: {precision.name} ({reason})")
+    sequences = config.sequences_per_step // world_size
+    micro, recompute, memory = _fit_memory(config, device, precision, sequences)
+    count = sequences // micro
     reasons.append(
-        f"batch: {config.tokens_per_step:,} tokens per step = {total} sequences of {config.data.sequence_length:,}"
-        f" = {world} ranks x {sequences // micro} micro-batches x {micro}"
+        f"batch: {config.tokens_per_step:,} tokens per step = {processes} × {_plural(count, 'micro-batch', 'es')} × "
+        f"{_plural(micro, 'sequence')} of {_plural(config.data.sequence_length, 'token')}"
     )
-    if room:
-        reasons.append(f"memory: {room}")
-    attention, reason = _attention(config, device, precision)
-    reasons.append(f"attention: {attention} ({reason})")
-    loss, reason = _loss(config, device)
-    reasons.append(f"loss: {loss} ({reason})")
+    if memory:
+        reasons.append(f"memory: {memory}")
+    attention, reason = _choose_attention(config, device, precision)
+    reasons.append(f"attention: {_for_people(attention)} ({reason})")
+    loss, reason = _choose_loss(config, device)
+    reasons.append(f"loss: {_for_people(loss)} ({reason})")
+    compiled, compile_reason = _choose_compile(config, device, world_size)
     update = "torch"
     if precision.weights == torch.bfloat16 and config.optimizer.name == "adamw":
-        update, reason = _update(device)
-        reasons.append(f"update: {update} ({reason})")
+        update, reason = _choose_update(device, compiled)
+        reasons.append(f"update: {_for_people(update)} ({reason})")
     if "native" in (attention, loss, update):
         reasons.append(f"kernels: {kernels.description()}")
-    compiled, reason = _compile(config, device, world)
-    reasons.append(f"compile: {'on' if compiled else 'off'} ({reason})")
-    threads = config.training.threads or _physical_cores(world)
+    reasons.append(f"compile: {'on' if compiled else 'off'} ({compile_reason})")
+    threads = config.training.threads or _physical_cores(world_size)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
     return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, reasons)
 
 
-def _share_of_memory(
-    config: RunConfig, device: torch.device, precision: Precision, sequences: int
-) -> tuple[int, bool, str]:
+def _check_shares(config: RunConfig, world_size: int) -> None:
+    sequences, length = config.sequences_per_step, config.data.sequence_length
+    if sequences % world_size:
+        raise BadInput(
+            f"a step has {_plural(sequences, 'sequence')}, which {world_size} processes cannot share",
+            field="training.tokens_per_step",
+            hint=f"Set it to a multiple of {world_size * length:,} ({world_size} × {length:,}).",
+        )
+    if config.data.lanes % world_size:
+        raise BadInput(
+            f"{world_size} processes cannot share {config.data.lanes} lanes",
+            field="data.lanes",
+            hint=f"Set it to a multiple of {world_size}, or start another number of processes.",
+        )
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
+    """The precision for a device, and the reason.
+
+    Raises:
+        BadInput: the device cannot do what was asked.
+    """
+    name, reason = _best_precision(device) if asked == "auto" else (asked, "as asked")
+    if name == "fp16" and device.type != "cuda":
+        raise BadInput(
+            "fp16 needs a CUDA device",
+            field="training.precision",
+            hint="Use auto: bf16 where the processor has it, fp32 elsewhere.",
+        )
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    # On a CPU "medium" means oneDNN instead of MKL: 2.3 times faster on AMD at unchanged fp32 accuracy. Where the
+    # processor multiplies bf16 with AMX, oneDNN would round the inputs, so there it stays exact. fp32 attention inside
+    # of bf16 runs uses it too.
+    fast = "high" if device.type != "cpu" else "highest" if "amx_bf16" in cpu_flags() else "medium"
+    precision = {
+        "fp32": Precision("fp32", fp32, None, "highest"),
+        "fp32-high": Precision("fp32-high", fp32, None, fast),
+        "bf16": Precision("bf16", fp32, bf16, fast),
+        "bf16-pure": Precision("bf16-pure", bf16, None, fast),
+        "fp16": Precision("fp16", fp32, fp16, "high", scaler=True),
+    }[name]
+    return precision, reason
+
+
+def _best_precision(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{name} has bf16"
+        return "fp16", f"{name} has no bf16; gradients are scaled"
+    if device.type == "cpu":
+        if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
+            return "bf16", "this processor multiplies bf16"
+        return "fp32-high", "this processor has no bf16 arithmetic"
+    return "fp32", f"not known whether bf16 is faster on {device.type}"
+
+
+def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> tuple[int, bool, str]:
     """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
     budget, asked = config.training.memory, config.training.micro_batch
     if budget == "auto":
         return _micro_batch(config, device, sequences), False, ""
+    choices = [d for d in range(sequences, 0, -1) if sequences % d == 0]
     if asked != "auto":
-        _micro_batch(config, device, sequences)  # refuses what does not divide
-        choices = [asked]
-    else:
-        choices = [d for d in range(sequences, 0, -1) if sequences % d == 0]
+        choices = [_micro_batch(config, device, sequences)]
     for recompute in (False, True):
         for micro in choices:
-            needed = memory.estimate(config, precision, micro, recompute=recompute)
+            needed = memory_needed(config, precision, micro, recompute=recompute)
             if needed <= budget:
                 how = "activations computed again in the backward pass" if recompute else "activations kept"
                 return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
-    least = memory.estimate(config, precision, choices[-1], recompute=True)
+    least = memory_needed(config, precision, choices[-1], recompute=True)
     raise BadInput(
-        f"{budget / 1e9:.2f} GB are too little: about {least / 1e9:.2f} GB are needed at least",
+        f"{budget / 1e9:.2f} GB are not enough: at least about {least / 1e9:.2f} GB are needed",
         field="training.memory",
-        hint="Give more, or a smaller model, a shorter data.sequence_length, or training.precision=bf16-pure.",
+        hint="Give more, or use a smaller model, a shorter data.sequence_length, or training.precision=bf16-pure.",
     )
 
 
-def _attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
-    asked = config.training.attention
-    narrow = torch.bfloat16 in (precision.autocast, precision.weights)
-    missing = None
-    if device.type != "cpu":
-        missing = f"the device is {device.type}"
-    elif asked == "native" or (asked == "auto" and narrow):
-        missing = native_attention.unavailable()  # which compiles it where it is not compiled yet
-    if asked == "native" and missing:
-        raise BadInput(f"there is no native attention here: {missing}", field="training.attention", hint="Use auto.")
-    if asked != "auto":
-        return asked, "as asked"
-    if device.type != "cpu":
-        return "sdpa", "it takes the mask of document borders" if config.data.mask_documents else "torch's own kernels"
-    if narrow and not missing:
-        return "native", "no score leaves the cache"
-    why = f"; native: {missing}" if missing else ""
-    if config.data.mask_documents:
-        return "blocked", f"blocks of queries meet no document but their own{why}"
-    if narrow:
-        # Issue 7, Zen 5: blocks won at 512 tokens; at 2,048 fp32 SDPA under `medium` did.
-        short = config.data.sequence_length <= SHORT
-        where = f"sequences {'of at most' if short else 'beyond'} {SHORT:,} tokens{why}"
-        return "blocked" if short else "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; {where}"
-    return "sdpa", "torch's own kernels"
+def memory_needed(config: RunConfig, precision: Precision, micro_batch: int, *, recompute: bool) -> int:
+    """Estimated peak bytes of one rank's training step.
 
-
-def _loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    asked = config.training.loss
-    if asked == "linear" and config.training.z_loss:
-        raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
-    missing = None
-    if asked in ("auto", "native"):
-        # Asking compiles it where it is not compiled yet.
-        missing = native_loss.unavailable() if device.type == "cpu" else f"the device is {device.type}"
-    if asked == "native" and missing:
-        raise BadInput(f"there is no native loss here: {missing}", field="training.loss", hint="Use auto.")
-    if asked != "auto":
-        return asked, "as asked"
-    return ("chunked" if missing else "native"), "never holds the logits"
-
-
-def _update(device: torch.device) -> tuple[str, str]:
-    missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
-    what = "bf16 weights, rounded up or down at random"
-    return ("torch", f"{what}; native: {missing}") if missing else ("native", f"{what}, in one pass over the memory")
+    Args:
+        micro_batch: sequences in one forward pass.
+        recompute: whether only the inputs of layers are kept.
+    """
+    model = config.model
+    stored, used = precision.weights.itemsize, (precision.autocast or precision.weights).itemsize
+    # Weights, gradients and two moments; under autocast a narrow copy of the weights as well.
+    state = summarise(model, config.data.sequence_length).parameters * (4 * stored + (used if used != stored else 0))
+    tokens = micro_batch * config.data.sequence_length
+    layer = tokens * activations_per_token(model) * used
+    entry = tokens * model.hidden_size * used
+    layers = model.num_hidden_layers
+    activations = layers * entry + layer if recompute else layers * layer
+    # Logits of a chunk, their wide copy and their gradient; `full` holds those of all tokens.
+    rows = tokens if config.training.loss == "full" else min(tokens, 1024)
+    head = rows * model.vocab_size * (2 * used + 8)
+    return 500_000_000 + state + activations + head
 
 
 def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:
@@ -223,15 +287,64 @@ def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int
         # Activations of one token without recomputation: about 34 widths per layer in 2 bytes, plus the MLP's.
         model = config.model
         per_token = 2 * model.num_hidden_layers * (16 * model.hidden_size + 4 * model.intermediate_size)
-        room = torch.cuda.get_device_properties(device).total_memory * 0.5
-        most = int(room / per_token / config.data.sequence_length)
+        half = torch.cuda.get_device_properties(device).total_memory * 0.5
+        most = int(half / per_token / config.data.sequence_length)
     else:
         most = CPU_MICRO_TOKENS // config.data.sequence_length
     most = max(1, min(most, sequences))
     return max(d for d in range(1, most + 1) if sequences % d == 0)
 
 
-def _compile(config: RunConfig, device: torch.device, world: int) -> tuple[bool, str]:
+def _choose_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
+    asked = config.training.attention
+    bf16 = torch.bfloat16 in (precision.autocast, precision.weights)
+    missing = None
+    if device.type != "cpu":
+        missing = f"the device is {device.type}"
+    elif asked == "native" or (asked == "auto" and bf16):
+        missing = native_attention.unavailable()  # which loads the library, and may compile it
+    if asked == "native" and missing:
+        raise BadInput(f"native attention is not available: {missing}", field="training.attention", hint="Use auto.")
+    if asked != "auto":
+        return asked, "as asked"
+    if device.type != "cpu":
+        return "sdpa", "supports document masks" if config.data.mask_documents else "torch's own kernels"
+    if bf16 and not missing:
+        return "native", "scores are never stored in memory"
+    why = f"; native: {missing}" if missing else ""
+    if config.data.mask_documents:
+        return "blocked", f"blocks of queries skip other documents{why}"
+    if bf16:
+        # Issue 7, Zen 5: blocks were faster at 512 tokens, SDPA in fp32 under `medium` at 2,048.
+        short = config.data.sequence_length <= SHORT
+        where = f"sequences {'of at most' if short else 'beyond'} {SHORT:,} tokens{why}"
+        return "blocked" if short else "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; {where}"
+    return "sdpa", "torch's own kernels"
+
+
+def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    asked = config.training.loss
+    if asked == "linear" and config.training.z_loss:
+        raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
+    missing = None
+    if asked in ("auto", "native"):
+        missing = native_loss.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+    if asked == "native" and missing:
+        raise BadInput(f"the native loss is not available: {missing}", field="training.loss", hint="Use auto.")
+    if asked != "auto":
+        return asked, "as asked"
+    return ("chunked" if missing else "native"), "the logits are never stored as a whole"
+
+
+def _choose_update(device: torch.device, compiled: bool) -> tuple[str, str]:
+    missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+    what = "bf16 weights with stochastic rounding"
+    if not missing:
+        return "native", f"{what}, in one pass over the memory"
+    return "compiled" if compiled else "torch", f"{what}; native: {missing}"
+
+
+def _choose_compile(config: RunConfig, device: torch.device, world_size: int) -> tuple[bool, str]:
     asked = config.training.compile
     if asked in ("off", False):
         return False, "as asked"
@@ -242,11 +355,19 @@ def _compile(config: RunConfig, device: torch.device, world: int) -> tuple[bool,
     if asked in ("on", True):
         return True, "as asked"
     flops = flops_per_token(config.model, config.data.sequence_length)["training"]
-    seconds = flops * config.tokens_per_step * config.total_steps / ASSUMED_FLOPS[device.type] / world
+    seconds = flops * config.tokens_per_step * config.total_steps / ASSUMED_FLOPS[device.type] / world_size
     saved, cost = seconds * (1 - 1 / COMPILE_GAIN), COMPILE_SECONDS[device.type]
     if saved > 1.5 * cost:
         return True, f"saves about {saved:,.0f} s of this run for {cost:.0f} s of compiling"
     return False, f"would save about {saved:,.0f} s of this run and cost {cost:.0f} s"
+
+
+def known_peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of a known GPU, for MFU; None for others."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _device_name(device: torch.device) -> str:
@@ -256,9 +377,9 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
-def _physical_cores(world: int) -> int:
-    """Physical cores that this process may use, shared by the ranks of this machine."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+def _physical_cores(world_size: int) -> int:
+    """Physical cores that this process may use, divided by the ranks of this machine."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:
@@ -269,19 +390,12 @@ def _physical_cores(world: int) -> int:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii"))
         except OSError:
             cores.add(str(cpu))
-    return max(1, len(cores) // max(1, local_world))
+    return max(1, len(cores) // max(1, local_ranks))
 
 
-# Dense bf16 (T4: fp16) peak of the makers' data sheets, FLOP/s, without sparsity.
-_PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "T4": 65e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+def _for_people(choice: str) -> str:
+    return "native C++" if choice == "native" else choice
 
 
-def known_peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a known GPU, for MFU; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+def _plural(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count:,} {noun}{ending if count != 1 else ''}"

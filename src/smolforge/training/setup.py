@@ -1,42 +1,42 @@
-"""From what a user asked to a session that is ready to step: the place, the configuration, the data, the model.
+"""From a request to everything that the steps of a run need: configuration, data, tokenizer, model, optimizer.
 
-A run that exists is gone on with: its saved configuration is the base, and what the command line says on top may change
-how the run goes on (its length, learning rate, logging) but not what it is (model, tokenizer, data, global batch).
+An existing run is continued: its saved configuration is the base, and the request may change how it continues (length,
+learning rate, logging), but not what it is (model, tokenizer, data, global batch).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smolforge import config as configuration
-from smolforge import evaluation
-from smolforge.checkpoint import commit, format, locate
-from smolforge.config import RunConfig, TokenizerConfig
+from smolforge.checkpoint import commit, format, locate, weights
+from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
-from smolforge.errors import BadInput, SmolforgeError
-from smolforge.evaluation import EvalSlice
+from smolforge.errors import BadInput, DataError, SmolforgeError
+from smolforge.evaluation import EvalSlice, tokenize_eval_set
 from smolforge.files import write_atomically
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training import allocator, optim, plan
-from smolforge.training.plan import Plan
+from smolforge.training.apply_plan import apply_plan
+from smolforge.training.optim import build_optimizer, check_optimizer
+from smolforge.training.plan import Plan, make_plan
 from smolforge.training.shutdown import StopRequested
-from smolforge.training.state import assign
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 # What a run is. Changing one of these makes another run, whose checkpoints do not fit.
 IDENTITY = (
@@ -55,13 +55,13 @@ class TrainRequest:
         overrides: `key=value` of --set.
         layers: sections from other options, such as {"training": {"steps": 100}}.
         out: directory of the run; derived from the base where None.
-        fresh: start over; an earlier run in the way is moved aside.
-        must_resume: an error where there is no run to go on with.
+        fresh: start over; an existing run there is moved aside.
+        must_resume: fail if there is no run to resume.
         more_steps: train so many steps beyond the newest checkpoint.
         time_limit: seconds after which to save and stop.
         skip: ranges of steps whose data is left out.
         profile: write a trace of a few steps into the run.
-        command: what was typed, for the report; None from Python.
+        command: the command line, for the report; None from Python.
     """
 
     base: str | None = None
@@ -79,7 +79,7 @@ class TrainRequest:
 
 @dataclass
 class TrainContext:
-    """Everything that the steps of a run need, opened."""
+    """Everything that the steps of a run need."""
 
     run: Run
     config: RunConfig
@@ -89,19 +89,20 @@ class TrainContext:
     tokenizer: Tokenizer
     model: CausalLM
     optimizer: torch.optim.Optimizer
-    slice: EvalSlice | None
+    eval_set: EvalSlice | None
     scaler: torch.amp.GradScaler | None
-    say: Say
 
 
-def choose_place(request: TrainRequest) -> Run:
-    """The directory of the run: as asked, or runs/NAME after the preset or file."""
+# The run's directory
+
+
+def choose_run(request: TrainRequest) -> Run:
+    """The run's directory: as requested, or runs/NAME after the preset or file."""
     if request.out is not None:
         return Run(request.out)
-    base = request.base or "pocket"
-    path = Path(base)
+    path = Path(request.base or "pocket")
     if path.name == "config.yaml" and Run(path.parent).exists:
-        # Repeating a run is another run: it goes beside the first.
+        # Repeating a run makes another run, next to the first.
         number = 2
         while (path.parent.parent / f"{path.parent.name}-{number}").exists():
             number += 1
@@ -109,8 +110,8 @@ def choose_place(request: TrainRequest) -> Run:
     return Run(Path("runs") / path.stem)
 
 
-def move_aside(run: Run, say: Say) -> None:
-    """Make room for a fresh run; nothing is deleted."""
+def move_aside(run: Run) -> None:
+    """Rename an existing run, so that a fresh one can take its place; nothing is deleted."""
     if not run.path.exists():
         return
     run.check_place()
@@ -118,38 +119,39 @@ def move_aside(run: Run, say: Say) -> None:
     while (target := run.path.with_name(f"{run.path.name}.before-{number}")).exists():
         number += 1
     run.path.rename(target)
-    say(f"the earlier run is kept in {target}")
+    logger.info(f"the existing run is now in {target}")
+
+
+# The configuration
 
 
 def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunConfig:
-    """The configuration to go by: the run's own with changes on top, or a new one.
+    """The configuration to train with: the run's own with the request's changes, or a new one.
+
+    Args:
+        newest: the run's newest complete checkpoint.
 
     Raises:
-        BadInput: the directory holds a run that what was asked does not go on with.
+        BadInput: the directory holds a run that is not the requested one.
     """
     if not run.exists:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
-        return configuration.build_config(request.base or "pocket", list(request.overrides), **request.layers)
-    saved = configuration.build_config(str(run.config_path))
-    if request.base is not None and _name(request.base) != saved.preset and Path(request.base) != run.config_path:
+        return build_config(request.base or "pocket", list(request.overrides), **request.layers)
+    saved = build_config(str(run.config_path))
+    if (
+        request.base is not None
+        and _preset_name(request.base) != saved.preset
+        and Path(request.base) != run.config_path
+    ):
         raise BadInput(
-            f"{run.path} belongs to another run, begun from {saved.preset}",
+            f"{run.path} holds another run, started from {saved.preset}",
             field="out",
-            hint="Give another directory with --out, or --fresh to start over (the old run is moved aside).",
+            hint="Give another directory with --out, or --fresh to start over (the existing run is moved aside).",
         )
-    changed = configuration.build_config(str(run.config_path), list(request.overrides), **request.layers)
-    before, after = (_flat(c.model_dump(mode="json")) for c in (saved, changed))
-    strange = [
-        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and _is_identity(key)
-    ]
-    if strange and newest is not None:
-        key = strange[0]
-        raise BadInput(
-            f"{run.path} was begun with {before.get(key)!r}, not {after.get(key)!r}",
-            field=key,
-            hint="That would be another run: give another directory with --out, or --fresh to start over.",
-        )
+    changed = build_config(str(run.config_path), list(request.overrides), **request.layers)
+    if newest is not None:
+        _check_identity(run, saved, changed)
     if request.more_steps is not None:
         done = (commit.step_of(newest) or 0) if newest else 0
         training = changed.training.model_copy(update={"steps": done + request.more_steps, "tokens": None})
@@ -157,55 +159,27 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     return changed
 
 
-def open_tokenizer(
-    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext, say: Say
-) -> Tokenizer:
-    """The run's tokenizer: the checkpoint's, the one trained earlier, a named one, or one trained now.
-
-    Raises:
-        BadInput: its vocabulary is larger than the model's.
-    """
-    kept = run.path / "tokenizer"
-    if newest is not None:
-        tokenizer = Tokenizer.from_pretrained(newest)
-    elif isinstance(config.tokenizer, str):
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    else:
-        if ranks.is_main and not (kept / "tokenizer.json").is_file():
-            _train_tokenizer(config.tokenizer, corpus, say).save(kept)
-        ranks.barrier()
-        tokenizer = Tokenizer.from_pretrained(kept)
-    format.check_vocabulary(config.model, tokenizer)
-    return tokenizer
-
-
-def _train_tokenizer(config: TokenizerConfig, corpus: Corpus, say: Say) -> Tokenizer:
-    wanted = config.train.documents
-    say(f"tokenizer: training {config.train.vocab_size:,} tokens on {wanted:,} documents")
-    return Tokenizer.train(islice(corpus.texts(held_out=False), wanted), config.train.vocab_size)
-
-
-def new_model(config: RunConfig, chosen: Plan, newest: Path | None, say: Say) -> CausalLM:
-    """The model with new weights, with those of `init`, or, where there is a checkpoint to restore, with none yet."""
-    fresh = newest is None
-    model = build_model(
-        config.model,
-        dtype=chosen.precision.weights,
-        device=chosen.device,
-        seed=config.training.seed if fresh and config.init is None else None,
-        **chosen.model_options,
-    )
-    if fresh and config.init is not None:
-        assign(model, locate.resolve_model(config.init))
-        say(f"weights and tokenizer: from {config.init}")
-    return model
+def _check_identity(run: Run, saved: RunConfig, changed: RunConfig) -> None:
+    before, after = (_flatten(config.model_dump(mode="json")) for config in (saved, changed))
+    for key in sorted(before.keys() | after.keys()):
+        is_identity = any(key == prefix or key.startswith(f"{prefix}.") for prefix in IDENTITY)
+        if not is_identity or before.get(key) == after.get(key):
+            continue
+        was, wanted = before.get(key), after.get(key)
+        message = f"{run.path} was started with {was}, not {wanted}"
+        if key.startswith("data.sources."):
+            was, wanted = (", ".join(str(s) for s in c.data.sources) for c in (saved, changed))
+            message = f"{run.path} was started on other data ({was}), not {wanted}"
+            if was == wanted:
+                message = f"{run.path} was started with other weights of its sources"
+        raise BadInput(message, field=key, hint="Give another directory with --out, or --fresh to start over.")
 
 
 def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
-    """Take shape and tokenizer from `init`, so that continuing a model needs no other option.
+    """Take shape and tokenizer from the model `init`, so that continuing a model needs no other option.
 
-    The tokenizer is always the model's own: to another one its embedding means nothing. A run that has a checkpoint
-    has adopted both already, and goes on where `init` is gone.
+    The tokenizer is always that model's own, because its embedding belongs to no other. A run with a checkpoint has
+    adopted both already and does not need `init` any more.
     """
     if config.init is None or newest is not None:
         return config
@@ -222,95 +196,139 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
     return config.model_copy(update={"model": model, "tokenizer": tokenizer})
 
 
-def open_session(
-    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, say: Say
+def _preset_name(base: str) -> str:
+    return Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+# Data, model, optimizer
+
+
+def build_context(
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device
 ) -> TrainContext:
-    """Open everything in the order in which it can fail; what fails before the run is begun leaves no trace.
+    """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory.
 
     Raises:
         SmolforgeError: something cannot be opened.
     """
     try:
-        return _open_session(run, config, newest, ranks, device, say)
+        check_optimizer(config.optimizer.name)
+        plan = make_plan(config, device, ranks.world_size)
+        corpus = _open_corpus(run, config, ranks)
+        tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
+        for reason in plan.reasons:
+            logger.info(reason)
+        apply_plan(plan)
+        model = _build_model(config, plan, newest)
+        optimizer = build_optimizer(model, config.optimizer, update=plan.update)
+        eval_set = _open_eval_set(config, corpus, tokenizer)
     except (SmolforgeError, StopRequested):
         if ranks.is_main and not run.exists:
-            _forget(run)
+            run.index_path.unlink(missing_ok=True)
+            for folder in (run.path / "tokenizer", run.path / "cache", run.checkpoints_path):
+                shutil.rmtree(folder, ignore_errors=True)
         raise
+    scaler = torch.amp.GradScaler(device.type) if plan.precision.scaler else None
+    return TrainContext(run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler)
 
 
-def _forget(run: Run) -> None:
-    """Remove what a beginning that failed has made: a corrected command must find the place as it was."""
-    run.index_path.unlink(missing_ok=True)
-    for folder in (run.path / "tokenizer", run.path / "cache", run.checkpoints_path):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open_session(
-    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, say: Say
-) -> TrainContext:
-    chosen = plan.make_plan(config, device, ranks.world)
+def _open_corpus(run: Run, config: RunConfig, ranks: DistributedContext) -> Corpus:
+    """The data of the run. Rank 0 makes the index of a new run; the others open the same index."""
     index = ranks.broadcast(run.read_index() if ranks.is_main else None)
-    cache = run.path / "cache"
+    corpus = None
     if ranks.is_main:
-        corpus = Corpus.open(config.data, index=index, cache_dir=cache)
+        corpus = Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
         if index is None:
             run.write_index(corpus.index)
-    index = ranks.broadcast(corpus.index if ranks.is_main else None)
-    if not ranks.is_main:
-        corpus = Corpus.open(config.data, index=index, cache_dir=cache)
-    tokenizer = open_tokenizer(config, corpus, run, newest, ranks, say)
-    for reason in chosen.reasons:
-        say(reason)
-    torch.set_num_threads(chosen.threads)
-    if chosen.device.type == "cpu":
-        allocator.keep_freed_memory()
-    torch.set_float32_matmul_precision(chosen.precision.matmul)
-    model = new_model(config, chosen, newest, say)
+    index = ranks.broadcast(corpus.index if corpus else None)
+    return corpus or Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
+
+
+def _open_tokenizer(
+    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext
+) -> Tokenizer:
+    """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now.
+
+    Raises:
+        BadInput: its vocabulary is larger than the model's.
+    """
+    trained = run.path / "tokenizer"
+    if newest is not None:
+        tokenizer = Tokenizer.from_pretrained(newest)
+    elif isinstance(config.tokenizer, str):
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    else:
+        wanted = config.tokenizer.train
+        if ranks.is_main and not (trained / "tokenizer.json").is_file():
+            logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
+            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(trained)
+        ranks.barrier()
+        tokenizer = Tokenizer.from_pretrained(trained)
+    format.check_vocabulary(config.model, tokenizer)
+    return tokenizer
+
+
+def _build_model(config: RunConfig, plan: Plan, newest: Path | None) -> CausalLM:
+    """The model with new weights or those of `init`; unfilled where there is a checkpoint to restore."""
+    is_new = newest is None
+    seed = config.training.seed if is_new and config.init is None else None
+    model = build_model(config.model, seed=seed, **plan.model_options)
+    if is_new and config.init is not None:
+        load_weights(model, locate.resolve_model(config.init))
+        logger.info(f"weights and tokenizer: from {config.init}")
     count = sum(p.numel() for p in model.parameters())
-    say(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
-    optimizer = optim.build_optimizer(model, config.optimizer, device)
-    held_out = None
-    if config.data.holdout:
-        held_out = evaluation.tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
-    scaler = torch.amp.GradScaler(device.type) if chosen.precision.scaler else None
-    return TrainContext(run, config, chosen, ranks, corpus, tokenizer, model, optimizer, held_out, scaler, say)
+    logger.info(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
+    return model
 
 
-def write_environment(session: TrainContext, command: str | None) -> None:
-    """Keep what the run ran on, for the report."""
+def load_weights(model: CausalLM, directory: Path) -> None:
+    """Copy the weights of a model directory into `model`, in the precision that `model` has.
+
+    Raises:
+        CheckpointError: they are missing, damaged, or of another shape.
+    """
+    found = format.check_weights(model.config, weights.read_weights(directory), str(directory))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name])
+
+
+def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> EvalSlice | None:
+    if not config.data.holdout:
+        return None
+    try:
+        return tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
+    except DataError:
+        documents = sum(1 for _ in corpus.documents())
+        raise BadInput(
+            f"None of the {documents:,} documents was chosen for validation",
+            field="data.holdout",
+            hint="Use --set data.holdout=0.1, or 0 to train without validation.",
+        ) from None
+
+
+def write_environment(context: TrainContext, command: str | None) -> None:
+    """Record what the run runs on, for the report."""
     environment = {
-        "smolforge": _version(),
+        "smolforge": version("smolforge"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": str(session.plan.device),
-        "threads": session.plan.threads,
+        "device": str(context.plan.device),
+        "threads": context.plan.threads,
         "command": command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "pid": os.getpid(),
-        "decisions": session.plan.reasons,
+        "decisions": context.plan.reasons,
     }
-    write_atomically(session.run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("smolforge")
-
-
-def _name(base: str) -> str:
-    return Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
-
-
-def _is_identity(key: str) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in IDENTITY)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    write_atomically(context.run.path / "environment.json", json.dumps(environment, indent=2) + "\n")

@@ -1,55 +1,69 @@
-"""Being asked to stop: signals and a time limit, polled between pieces of work.
+"""Graceful shutdown: signals and a time limit, polled between pieces of work.
 
-The first SIGTERM, SIGINT or SIGUSR1 only raises a flag; the run saves and leaves at the next poll. A second one leaves
-at once: the previous checkpoint is whole, for a commit never touches it.
+The first SIGTERM, SIGINT or SIGUSR1 sets a flag; the run saves and ends at the next poll. A second one ends the process
+at once: the previous checkpoint stays complete, because saving never touches it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
-# SIGUSR1 is a scheduler's warning that SIGTERM will follow: the same exit code tells it the state was saved.
+logger = logging.getLogger(__name__)
+
+# Schedulers send SIGUSR1 as a warning that SIGTERM will follow, hence the same exit code.
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
-class StopRequested(Exception):
-    """Raised by a poll inside longer work, so that the loop can save and leave."""
+class StopRequested(BaseException):
+    """Ends longer work so that the run can save and end.
+
+    Like KeyboardInterrupt this is not an Exception: it comes out of a signal handler, in the middle of any code, and no
+    `except Exception` there may take it for an error of that code.
+    """
 
 
 class GracefulShutdown:
-    """The flag, as a context in which the handlers are installed.
+    """Whether the run was asked to stop; a context manager that installs the signal handlers.
+
+    Outside the main thread Python allows no signal handlers; there only the time limit applies.
 
     Args:
-        time_limit: seconds after which the run should stop by itself, None for never.
-        say: told once when a stop is requested.
+        time_limit: seconds after which the run should stop, None for never.
+
+    Attributes:
+        exit_code: 130 or 143 once a stop was requested, else 0.
+        reason: what requested the stop, for people.
+        immediate: whether a signal raises `StopRequested` where the program is. True at the beginning, while sources
+            are opened and nothing can be lost.
     """
 
-    def __init__(self, time_limit: float | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, time_limit: float | None = None) -> None:
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
         self.exit_code = 0
         self.reason = ""
-        self.eager = True
-        """While nothing can be lost (sources are being opened), a signal ends the work where it stands."""
-        self._say = say
-        self._before: dict[int, object] = {}
+        self.signal: signal.Signals | None = None
+        self.immediate = True
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> GracefulShutdown:
-        for number in EXIT_CODES:
-            self._before[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def requested(self, margin: float = 0.0) -> bool:
-        """Whether to save and leave now.
+        """Whether to save and stop now.
 
         Args:
             margin: seconds that saving needs; the time limit counts as reached that much earlier.
@@ -59,15 +73,15 @@ class GracefulShutdown:
         return bool(self.exit_code)
 
     def poll(self) -> None:
-        """Raise StopRequested if asked to stop; for evaluation and waiting."""
+        """Raise StopRequested if a stop was requested."""
         if self.requested():
             raise StopRequested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
         if self.exit_code:
-            os._exit(EXIT_CODES[signal.Signals(number)])
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
-        self.reason = f"{signal.Signals(number).name} received"
-        if self.eager:
+            os._exit(EXIT_CODES[received])
+        self.signal, self.exit_code, self.reason = received, EXIT_CODES[received], f"{received.name} received"
+        if self.immediate:
             raise StopRequested
-        self._say(f"{self.reason}: saving, then leaving. A second one leaves at once.")
+        logger.info(f"{self.reason}: saving, then stopping. A second signal stops at once.")

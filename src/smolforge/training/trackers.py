@@ -1,25 +1,24 @@
-"""Where numbers go besides metrics.jsonl: TensorBoard always, wandb and trackio by name.
+"""Where metrics go besides metrics.jsonl: TensorBoard by default, wandb and trackio by name.
 
-A tracker is a guest. It may be missing, refuse to start, hang, or lose its network; the run neither stops nor waits
-for it. Each failure is said once, and the tracker is dropped; metrics.jsonl has everything anyway.
-
-TensorBoard writes a local file and is called directly. The others talk to a network, so each lives in a background
-thread behind a bounded queue: the training thread only ever puts a row into the queue, and a tracker that lets it
-fill up has failed. What such a thread has to say is kept and said by the training thread, which owns the terminal.
+Tracker errors never stop a run; a failing tracker is dropped with one warning. A tracker may be missing, refuse to
+start, hang, or lose its network. Each one therefore works in a background thread behind a bounded queue: the training
+thread only ever puts rows into the queue, and a tracker that lets it fill up has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import json
+import logging
 import math
 import queue
+import re
 import sys
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,66 +27,49 @@ from smolforge.errors import unknown
 from smolforge.files import write_atomically
 from smolforge.run import Run
 
+logger = logging.getLogger(__name__)
+
 QUEUE_ROWS = 2000
 """Rows that wait for a slow tracker before it counts as failed."""
 CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for a tracker to send what it still has."""
-
-_STOP = object()
+"""How long the end of a run waits for its trackers to send what they still have."""
 
 
 class Trackers:
-    """All trackers of a run. No method raises, and none waits for a network.
+    """All trackers of a run, as a context manager. No method raises a tracker's error; only `close` waits for one."""
 
-    A context manager; `close` at the end waits for the slow ones, for `CLOSE_SECONDS` in all.
-    """
-
-    def __init__(self, say: Callable[[str], None], close_seconds: float = CLOSE_SECONDS) -> None:
-        self._say = say
-        self._close_seconds = close_seconds
-        self._open: dict[str, _Tracker] = {}
+    def __init__(self, trackers: dict[str, _Background], close_seconds: float) -> None:
+        self._open, self._close_seconds = trackers, close_seconds
 
     @property
     def names(self) -> list[str]:
         """The trackers that still work."""
         return list(self._open)
 
-    def add(self, name: str, make: Callable[[], _Tracker]) -> None:
-        """Open one more tracker; a failure is said."""
-        try:
-            self._open[name] = make()
-        except Exception as error:
-            self._say(_failure(name, error))
-
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send the finite numbers among `values`, by name, as those of `step`."""
-        kept = {name: float(value) for name, value in values.items() if _is_number(value)}
-        if kept:
-            self._each(lambda tracker: tracker.scalars(step, kept))
+        """Send the finite numbers among `values` by name."""
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        if numbers:
+            self._each(lambda tracker: tracker.put((step, numbers)))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Send a text, such as a sample, under the name `tag`."""
-        self._each(lambda tracker: tracker.text(step, tag, text))
+        self._each(lambda tracker: tracker.put((step, {tag: text})))
 
     def close(self) -> None:
         """Finish all trackers; a second call does nothing."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker, lambda tracker: tracker.finish())
+        self._each(lambda tracker: tracker.put(None))
         deadline = time.monotonic() + self._close_seconds
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker, lambda tracker: tracker.wait(max(0.0, deadline - time.monotonic())))
+        self._each(lambda tracker: tracker.wait(max(0.0, deadline - time.monotonic())))
         self._open.clear()
 
-    def _each(self, send: Callable[[_Tracker], None]) -> None:
+    def _each(self, call: Callable[[_Background], None]) -> None:
         for name, tracker in list(self._open.items()):
-            self._try(name, tracker, send)
-
-    def _try(self, name: str, tracker: _Tracker, send: Callable[[_Tracker], None]) -> None:
-        try:
-            send(tracker)
-        except Exception as error:  # whatever a guest throws, the run goes on
-            self._open.pop(name, None)
-            self._say(_failure(name, error))
+            try:
+                call(tracker)
+            except Exception as error:
+                del self._open[name]
+                logger.warning(_describe_failure(name, error))
 
     def __enter__(self) -> Trackers:
         return self
@@ -99,8 +81,7 @@ class Trackers:
 def open_trackers(
     names: Sequence[str],
     run: Run,
-    config_dict: Mapping[str, Any],
-    say: Callable[[str], None],
+    config: Mapping[str, Any],
     *,
     resume_step: int | None = None,
     close_seconds: float = CLOSE_SECONDS,
@@ -109,161 +90,58 @@ def open_trackers(
     """Open the trackers `names` (tensorboard, wandb, trackio) for one run, on one rank.
 
     Args:
-        config_dict: the resolved configuration; `logging.project` names the project.
-        say: where a failure is told, once per tracker, in the calling thread.
-        resume_step: the step that the run goes on from; what was tracked after it is taken back where possible.
-        close_seconds: how long `close` waits for the trackers in the background, in all.
-        queue_rows: rows that may wait for a tracker in the background.
+        config: the resolved configuration; `logging.project` names the project.
+        resume_step: the step that the run continues from; TensorBoard hides what was logged after it.
+        close_seconds: how long `close` waits for all trackers together.
+        queue_rows: rows that may wait for a tracker.
 
     Raises:
-        BadInput: a name that is no tracker's.
+        BadInput: an unknown tracker.
     """
-    trackers = Trackers(say, close_seconds)
-    for name in dict.fromkeys(names):
-        if name == "tensorboard":
-            trackers.add(name, lambda: TensorBoard(run, resume_step))
-        elif name in _REMOTE:
-            trackers.add(name, lambda kind=_REMOTE[name]: _Background(lambda: kind(run, dict(config_dict)), queue_rows))
-        else:
-            raise unknown("tracker", name, ["tensorboard", *_REMOTE], field="logging.trackers")
-    return trackers
+    known: dict[str, Callable[[], Any]] = {
+        "tensorboard": lambda: TensorBoard(run, resume_step),
+        "wandb": lambda: HostedTracker("wandb", run, config),
+        "trackio": lambda: HostedTracker("trackio", run, config),
+    }
+    for name in names:
+        if name not in known:
+            raise unknown("tracker", name, list(known), field="logging.trackers")
+    return Trackers({name: _Background(name, known[name], queue_rows) for name in dict.fromkeys(names)}, close_seconds)
 
 
-class _Tracker(ABC):
-    """What a run asks of a tracker. Any method may raise; it is then the last one called."""
+class _Background:
+    """A tracker in a thread: opening it, every row and the end of it happen there.
 
-    @abstractmethod
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    @abstractmethod
-    def text(self, step: int, tag: str, text: str) -> None: ...
-
-    @abstractmethod
-    def finish(self) -> None:
-        """No more rows will come."""
-
-    def wait(self, seconds: float) -> None:
-        """Until everything is sent, but no longer than `seconds`; raises where it is not."""
-        del seconds
-
-
-class TensorBoard(_Tracker):
-    """Event files in RUN/tensorboard, written by torch.utils.tensorboard."""
-
-    def __init__(self, run: Run, resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what an interrupted process wrote after the step that the run goes on from.
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(run.tensorboard_path), purge_step=purge, flush_secs=30)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        # TensorBoard reads text as Markdown, where a single newline is a space.
-        self._writer.add_text(tag, text.encode("utf-8", "replace").decode().replace("\n", "  \n"), step)
-
-    def finish(self) -> None:
-        self._writer.close()
-
-
-class Wandb(_Tracker):
-    """Weights & Biases. The run keeps its id in RUN, so that resuming goes on in the same one."""
-
-    def __init__(self, run: Run, config: dict[str, Any]) -> None:
-        wandb: Any = importlib.import_module("wandb")
-        self._html = wandb.Html
-        self._run = wandb.init(
-            project=_project(config),
-            name=_name(run),
-            id=_kept_id(run),
-            resume="allow",
-            dir=str(run.path),
-            config=config,
-            settings=_quiet_settings(wandb),
-        )
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        self._run.log({tag: self._html(f"<pre style='white-space:pre-wrap'>{html.escape(text)}</pre>")}, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-class Trackio(_Tracker):
-    """Trackio: local, or a Space where TRACKIO_SPACE_ID names one."""
-
-    def __init__(self, run: Run, config: dict[str, Any]) -> None:
-        trackio: Any = importlib.import_module("trackio")
-        _speak_on_stderr("trackio")
-        self._markdown = getattr(trackio, "Markdown", None)
-        name = f"{_name(run)}-{_kept_id(run)}"
-        self._run = trackio.init(project=_project(config), name=name, config=config, resume="allow", embed=False)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        # A code block with a fence longer than any in the text, so that the text stays text.
-        fence = "`" * max(3, 1 + _longest_run(text, "`"))
-        shown = f"{fence}\n{text}\n{fence}"
-        self._run.log({tag: self._markdown(shown) if self._markdown else text}, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-_REMOTE: dict[str, Callable[[Run, dict[str, Any]], _Tracker]] = {"wandb": Wandb, "trackio": Trackio}
-
-
-class _Background(_Tracker):
-    """A tracker in a thread of its own: import, start and every row happen there.
-
-    The thread is a daemon, since one that hangs in a network call cannot be ended and must not keep the process.
+    The thread is a daemon, because a network call that hangs cannot be ended and must not keep the process alive.
     """
 
-    def __init__(self, make: Callable[[], _Tracker], rows: int) -> None:
-        self._rows: queue.Queue[Any] = queue.Queue(maxsize=rows)
-        self._error: BaseException | None = None
+    def __init__(self, name: str, make: Callable[[], Any], rows: int) -> None:
+        self._rows: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue(maxsize=rows)
+        self._error: Exception | None = None
         self._finished = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make,), name="smolforge-tracker", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, args=(make,), name=f"tracker-{name}", daemon=True).start()
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._put(lambda tracker: tracker.scalars(step, values))
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        self._put(lambda tracker: tracker.text(step, tag, text))
-
-    def finish(self) -> None:
-        self._put(_STOP)
-
-    def wait(self, seconds: float) -> None:
-        if not self._finished.wait(seconds):
-            raise TimeoutError(f"it did not finish in time; {self._rows.qsize()} rows were not sent")
-        self._check()
-
-    def _put(self, row: Any) -> None:
-        self._check()
+    def put(self, row: tuple[int, Mapping[str, Any]] | None) -> None:
+        """Queue (step, values), or None for the end; raise what the tracker failed with."""
+        if self._error is not None:
+            raise self._error
         try:
             self._rows.put_nowait(row)
         except queue.Full:
             raise TimeoutError(f"it does not keep up; {self._rows.qsize()} rows wait to be sent") from None
 
-    def _check(self) -> None:
+    def wait(self, seconds: float) -> None:
+        """Wait until everything is sent; raise what the tracker failed with."""
+        if not self._finished.wait(seconds):
+            raise TimeoutError(f"it did not finish in time; {self._rows.qsize()} rows were not sent")
         if self._error is not None:
             raise self._error
 
-    def _work(self, make: Callable[[], _Tracker]) -> None:
+    def _work(self, make: Callable[[], Any]) -> None:
         try:
             tracker = make()
-            while (send := self._rows.get()) is not _STOP:
-                send(tracker)
+            while (row := self._rows.get()) is not None:
+                tracker.log(*row)
             tracker.finish()
         except BaseException as error:  # SystemExit too: some libraries end the process where they cannot start
             self._error = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
@@ -271,67 +149,89 @@ class _Background(_Tracker):
             self._finished.set()
 
 
-def _failure(name: str, error: Exception) -> str:
-    if isinstance(error, ImportError):
-        fix = "pip install tensorboard" if name == "tensorboard" else "pip install 'smolforge[track]'"
-        return f"{name} is off: {error}; install it with {fix}. The run goes on, metrics.jsonl has everything."
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return f"{name} is off from here: {reason}. The run goes on, metrics.jsonl has everything."
+class TensorBoard:
+    """Event files in RUN/tensorboard, written by torch.utils.tensorboard."""
+
+    def __init__(self, run: Run, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted process wrote after the step that the run continues from.
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(log_dir=str(run.tensorboard_path), purge_step=purge, flush_secs=30)
+        self.finish = self._writer.close
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write numbers, and texts as Markdown, where a single newline would be a space."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value.encode("utf-8", "replace").decode().replace("\n", "  \n"), step)
+            else:
+                self._writer.add_scalar(name, value, step)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+class HostedTracker:
+    """wandb or trackio, which share an interface: init, log, finish.
+
+    The run's id is kept in RUN/trackers.json, so that a resumed run continues the same one there.
+    """
+
+    def __init__(self, library: str, run: Run, config: Mapping[str, Any]) -> None:
+        self._library: Any = importlib.import_module(library)
+        self._is_wandb = library == "wandb"
+        name, identity = run.path.resolve().name or "run", _stable_id(run)
+        if self._is_wandb:
+            own = {"name": name, "id": identity, "dir": str(run.path), "settings": _wandb_settings(self._library)}
+        else:
+            _print_on_stderr(library)
+            own = {"name": f"{name}-{identity}", "embed": False}
+        project = (config.get("logging") or {}).get("project") or "smolforge"
+        self._run = self._library.init(project=project, config=dict(config), resume="allow", **own)
+        self.finish = self._run.finish
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send numbers and texts."""
+        self._run.log({k: self._rich(v) if isinstance(v, str) else v for k, v in values.items()}, step=step)
+
+    def _rich(self, text: str) -> Any:
+        if self._is_wandb:
+            return self._library.Html(f"<pre style='white-space:pre-wrap'>{html.escape(text)}</pre>")
+        # A code block whose fence is longer than any run of backticks in the text.
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        markdown = getattr(self._library, "Markdown", str)
+        return markdown(f"{fence}\n{text}\n{fence}")
 
 
-def _longest_run(text: str, character: str) -> int:
-    longest = current = 0
-    for found in text:
-        current = current + 1 if found == character else 0
-        longest = max(longest, current)
-    return longest
+def _wandb_settings(wandb: Any) -> Any:
+    for known in ({"finish_timeout": CLOSE_SECONDS}, {}):  # a wandb that does not know a setting refuses it
+        with contextlib.suppress(Exception):
+            return wandb.Settings(console="off", silent=True, **known)
+    return None
 
 
-def _project(config: Mapping[str, Any]) -> str:
-    logging = config.get("logging")
-    return str(logging.get("project") or "smolforge") if isinstance(logging, Mapping) else "smolforge"
+def _print_on_stderr(package: str) -> None:
+    """Give the modules of a package that prints a `print` on stderr, since stdout belongs to the run's results.
 
-
-def _name(run: Run) -> str:
-    return run.path.resolve().name or "run"
-
-
-def _kept_id(run: Run) -> str:
-    """A name for this run that no other has, made once and kept in RUN/trackers.json."""
-    path = run.path / "trackers.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["id"]
-        if isinstance(kept, str) and kept.isalnum():
-            return kept
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    made = uuid.uuid4().hex[:8]
-    write_atomically(path, json.dumps({"id": made}) + "\n")
-    return made
-
-
-def _speak_on_stderr(package: str) -> None:
-    """Let a package that prints on stdout, where a run's own results go, print on stderr.
-
-    In its own modules only: `contextlib.redirect_stdout` would move the words of every thread.
+    `contextlib.redirect_stdout` would redirect every thread.
     """
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == package and module is not None:
             vars(module)["print"] = partial(print, file=sys.stderr)
 
 
-def _quiet_settings(wandb: Any) -> Any:
-    """Settings under which wandb leaves the terminal alone and gives up at the end; fewer where it knows fewer."""
-    for wanted in (
-        {"console": "off", "silent": True, "finish_timeout": CLOSE_SECONDS},
-        {"console": "off", "silent": True},
-    ):
-        try:
-            return wandb.Settings(**wanted)
-        except Exception:  # a setting that this wandb does not know is refused with an error of its own
-            continue
-    return None
+def _stable_id(run: Run) -> str:
+    path = run.path / "trackers.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))["id"]
+        if isinstance(stored, str) and stored.isalnum():
+            return stored
+    made = uuid.uuid4().hex[:8]
+    write_atomically(path, json.dumps({"id": made}) + "\n")
+    return made
+
+
+def _describe_failure(name: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        fix = "pip install tensorboard" if name == "tensorboard" else "pip install 'smolforge[track]'"
+        return f"{name} is off: {error}; install it with {fix}. The run continues; metrics.jsonl has everything."
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{name} is off from now on: {reason}. The run continues; metrics.jsonl has everything."

@@ -1,124 +1,399 @@
-"""`smolforge train`: from what was asked to a finished run, or to a saved one and the command that goes on."""
+"""`smolforge train` from top to bottom: open, step, save, evaluate, finish.
+
+Order within a step: wait for the batch, agree with the other ranks whether to stop, run the micro-batches, update, log.
+Then, where due: save, validate, sample. Saving comes first, so that a crash in evaluation loses nothing. On a GPU
+metrics are read one step late, so that reading them never makes the device wait.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
-from smolforge import distributed
 from smolforge.checkpoint import commit
-from smolforge.distributed import DistributedContext
+from smolforge.checkpoint.background import Committer
+from smolforge.config import RunConfig
+from smolforge.data import Batch, Loader
+from smolforge.distributed import DistributedContext, init_distributed
+from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.lock import RunLock
 from smolforge.metrics_log import read_metrics
+from smolforge.model.architecture import CausalLM
 from smolforge.report import write_report
 from smolforge.run import Run
-from smolforge.training import checkpointing, plan, setup
+from smolforge.training import checkpointing, setup
+from smolforge.training.apply_plan import compiled_graphs, run_first_step
 from smolforge.training.checkpointing import Position
-from smolforge.training.loop import Loop
+from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
+from smolforge.training.optim import optimizer_step, schedule_factor
+from smolforge.training.plan import Plan, choose_device, resolve_batch
 from smolforge.training.profiling import Profiler
-from smolforge.training.progress import Console
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
+logger = logging.getLogger(__name__)
 
-def train(request: TrainRequest, *, quiet: bool = False) -> tuple[Run, int]:
-    """Begin or go on with a run.
+BAD_STEPS = 3
+"""Non-finite steps in a row after which a run rolls back."""
+READY, STOP, DATA_ERROR, SOURCE_UNAVAILABLE = range(4)  # what a rank found when it wanted its next batch
 
-    Returns:
-        The run, and an exit code: 0 done, 130 or 143 stopped by a signal after the state was saved.
+# Open
+
+
+def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
+    """Train as requested; the run, and whether and why it stopped early (its `exit_code` is 0, 130 or 143).
 
     Raises:
         SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
     """
-    device = plan.pick_device()
-    ranks = distributed.init_distributed(device)
-    console = Console(quiet=quiet or not ranks.is_main)
-    run = setup.choose_place(request)
-    with GracefulShutdown(request.time_limit, console.say) as stop, contextlib.ExitStack() as stack:
+    device = choose_device()
+    ranks = init_distributed(device)
+    run = setup.choose_run(request)
+    with GracefulShutdown(request.time_limit) as shutdown, contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
         try:
-            session, position = _open(request, run, ranks, device, console, stack)
-            stop.eager = False
-            loop = Loop(session, position, stop, console)
-            if position.step >= session.config.total_steps and not any(loop.observer.owed(position.step)):
-                console.say(
-                    f"{run.path} is complete: {position.step:,} of {session.config.total_steps:,} steps. "
-                    f"`{_again(run)} --steps +50` trains fifty more, `--fresh` starts over."
-                )
-                return run, 0
-            if ranks.is_main:
-                run.write_config(session.config.to_yaml())
-                setup.write_environment(session, request.command)
-                if request.profile:
-                    remaining = session.config.total_steps - position.step
-                    loop.profiler = Profiler(run.path, remaining, device, console.say)
-            loop.run()
+            context, position = open_run(request, run, ranks, device, stack)
+            shutdown.immediate = False
+            trainer = Trainer(context, position, shutdown)
+            if not trainer.is_complete():
+                if ranks.is_main:
+                    run.write_config(context.config.to_yaml())
+                    setup.write_environment(context, request.command)
+                if request.profile and ranks.is_main:
+                    trainer.profiler = Profiler(run.path, trainer.total - position.step, device)
+                trainer.run()
+                if ranks.is_main:
+                    finish(context)
         except StopRequested:
-            saved = f"saved. Go on with: {_again(run)}" if run.exists else "nothing was begun yet"
-            console.say(f"{stop.reason}: {saved}")
-            return run, stop.exit_code
-        if ranks.is_main:
-            _finish(session, console)
-    return run, 0
+            saved = f"saved. Continue with: {_resume_command(run)}" if run.exists else "nothing was written yet"
+            logger.info(f"{shutdown.reason}: {saved}")
+    return run, shutdown
 
 
-def _open(
-    request: TrainRequest,
-    run: Run,
-    ranks: DistributedContext,
-    device: torch.device,
-    console: Console,
-    stack: contextlib.ExitStack,
+def open_run(
+    request: TrainRequest, run: Run, ranks: DistributedContext, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[TrainContext, Position]:
-    """Take the run's place and lock, and open all that its steps need."""
+    """Lock the run's directory and open all that its steps need; the context, and the position to train from."""
     if ranks.is_main:
         if request.fresh and run.exists:
             with RunLock(run):
-                pass  # nobody else is writing it
-            setup.move_aside(run, console.say)
+                pass  # no other process writes it
+            setup.move_aside(run)
         run.check_place()
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
     config = setup.adopt_init(setup.resolve_config(request, run, newest), newest)
-    config = plan.resolve_batch(config, device)
+    config = resolve_batch(config, device)
     if ranks.is_main:
         run.prepare()
         stack.enter_context(RunLock(run))
         commit.sweep(run.checkpoints_path)
     ranks.barrier()
-    session = setup.open_session(run, config, newest, ranks, device, console.say)
-    stack.callback(session.corpus.close)  # a thread that waits for a network would keep the process from ending
-    return session, _begin(session, newest, request, console)
-
-
-def _begin(session: TrainContext, newest: Path | None, request: TrainRequest, console: Console) -> Position:
+    context = setup.build_context(run, config, newest, ranks, device)
+    stack.callback(context.corpus.close)  # a thread that waits for a network would keep the process alive
     position = Position()
     if newest is not None:
-        position = checkpointing.restore(session, newest)
-        console.say(f"resuming {session.run.path} from step {position.step:,}")
+        position = checkpointing.restore(context, newest)
+        logger.info(f"resuming {run.path} from step {position.step:,}")
     if request.skip:
         position = replace(position, skip=sorted({*position.skip, *request.skip}))
-    return position
+    return context, position
 
 
-def _finish(session: TrainContext, console: Console) -> None:
-    run = session.run
-    path = write_report(run.path)
+# Step
+
+
+class RollBack(Exception):
+    """Three steps in a row were not finite."""
+
+
+class Trainer:
+    """Trains a run from its position to its end, or until it is asked to stop."""
+
+    def __init__(self, context: TrainContext, position: Position, shutdown: GracefulShutdown) -> None:
+        self.context, self.position, self.shutdown = context, position, shutdown
+        self.config, self.plan, self.ranks = context.config, context.plan, context.ranks
+        self.total = self.config.total_steps
+        self.metrics = MetricsLogger(context, shutdown)
+        self.pending: deque[StepMetrics] = deque()  # steps whose metrics were not read from the device yet
+        self.bad: list[StepMetrics] = []  # the last steps, as far as they were not finite
+        self.save_seconds = 0.0
+        self.saved_step = position.step if position.cursor else -1
+        self.profiler: Profiler | None = None
+        self.committer = Committer(
+            context.run.checkpoints_path,
+            asynchronous=self.config.checkpoint.asynchronous,
+            after=lambda path: checkpointing.prune_checkpoints(context),
+        )
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do; the user is told."""
+        step, run = self.position.step, self.context.run
+        if step < self.total or any(self.metrics.missing(step)):
+            return False
+        asked = f"; you asked for {self.total:,}" if step > self.total else ""
+        logger.info(
+            f"{run.path} already has {step:,} steps{asked}. "
+            f"`{_resume_command(run)} --steps +50` trains fifty more, `--fresh` starts over."
+        )
+        return True
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            StopRequested: a signal or the time limit; the state was saved.
+            SmolforgeError: the run failed; what could be saved was saved.
+        """
+        self.metrics.open(self.position.step)
+        try:
+            with self.profiler or contextlib.nullcontext():
+                self.metrics.catch_up(self.position.step)
+                while self.position.step < self.total:
+                    try:
+                        self._steps()
+                    except RollBack:
+                        self._roll_back()
+        except StopRequested:
+            self._save()
+            raise
+        finally:
+            # A save in flight ends or fails here; its failure must not hide the first error.
+            failing = sys.exc_info()[0] is not None
+            with contextlib.suppress(SmolforgeError) if failing else contextlib.nullcontext():
+                self.committer.close()
+            self.metrics.close()
+
+    def _steps(self) -> None:
+        """Step until the end, a stop, or a roll-back."""
+        context, config = self.context, self.config
+        with Loader(
+            context.corpus,
+            context.tokenizer,
+            sequences_per_step=config.sequences_per_step,
+            rank=self.ranks.rank,
+            world=self.ranks.world_size,
+            cursor=self.position.cursor,
+            skip_steps=self.position.skip,
+        ) as loader:
+            self.metrics.throughput = Throughput(config.tokens_per_step)
+            graphs = None  # compiled so far; None before the first step
+            while self.position.step < self.total:
+                with record_function("wait for data"):
+                    batch = self._next_batch(loader)
+                if graphs is None and self.plan.compile:
+                    run_first_step(lambda b=batch: self._step(b), context.model, context.optimizer)
+                else:
+                    self._step(batch)
+                if graphs is not None and compiled_graphs() > graphs:
+                    logger.info(f"step {self.position.step:,}: compiled again, {compiled_graphs()} graphs by now")
+                graphs = compiled_graphs()
+                self._flush_metrics(keep=0 if self.plan.device.type == "cpu" else 1)
+                if self.profiler:
+                    self.profiler.step(self.position.step)
+                self.metrics.throughput.tick()
+                self._save_and_evaluate()
+                self.committer.poll()
+
+    def _next_batch(self, loader: Loader) -> Batch:
+        """The next batch, unless a rank is asked to stop or cannot read its data; then all ranks stop together."""
+        began = time.perf_counter()
+        batch, error, status = None, None, READY
+        try:
+            while batch is None and status == READY:
+                if self.shutdown.requested(margin=self.save_seconds + 2 * self.metrics.throughput.seconds_per_step):
+                    status = STOP
+                elif loader.wait(0.2):
+                    batch = next(loader)
+        except SmolforgeError as caught:
+            error, status = caught, SOURCE_UNAVAILABLE if isinstance(caught, SourceUnavailable) else DATA_ERROR
+        self.metrics.data_seconds += time.perf_counter() - began
+        # The only point where ranks may differ. From here on all of them act on the same status.
+        status = self.ranks.max(status)
+        if status == READY:
+            assert batch is not None
+            return batch
+        self._flush_metrics(keep=0)
+        if status == STOP:
+            raise StopRequested
+        self._save()
+        other = SourceUnavailable if status == SOURCE_UNAVAILABLE else RunFailed
+        raise error or other("another process could not read its data; the run was saved")
+
+    def _step(self, batch: Batch) -> None:
+        """One update with a batch."""
+        step, config, device = self.position.step, self.config, self.plan.device
+        tokens = _to_device(batch.tokens, device).long()
+        document_ids = _to_device(batch.document_ids, device) if config.data.mask_documents else None
+        lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
+        context = self.context
+        nats, norm, skipped = train_step(
+            context.model, context.optimizer, self.plan, config, tokens, document_ids,
+            lr=lr, ranks=self.ranks, scaler=context.scaler,
+        )  # fmt: skip
+        self.position.step, self.position.cursor = step + 1, batch.cursor
+        self.pending.append(StepMetrics(batch, step + 1, nats, norm, skipped, lr))
+
+    def _flush_metrics(self, keep: int) -> None:
+        """Read and record the metrics of all but the newest `keep` steps.
+
+        Raises:
+            RollBack: three steps in a row were not finite.
+        """
+        while len(self.pending) > keep:
+            metrics = self.pending.popleft()
+            if bool(metrics.skipped):
+                self.bad.append(metrics)
+                self.metrics.log_skipped(metrics)
+                if len(self.bad) >= BAD_STEPS:
+                    raise RollBack
+            else:
+                self.bad.clear()
+            self.metrics.log_step(metrics)
+
+    def _roll_back(self) -> None:
+        """Restore the newest checkpoint before the steps that were not finite, and leave their data out."""
+        start, batches = self.bad[0].step, [bad.batch.step for bad in self.bad]
+        self.pending.clear()
+        self.bad.clear()
+        self.context.optimizer.zero_grad(set_to_none=True)
+        limit = self.config.training.rollbacks
+        where = f"three steps in a row were not finite from step {start} on"
+        if self.position.rollbacks >= limit:
+            raise RunFailed(
+                f"{where}, after {limit} roll-backs",
+                hint="metrics.jsonl names the documents of each skipped step. Try a lower optimizer.lr, a longer "
+                "schedule.warmup or training.precision=fp32, and resume.",
+            )
+        self.committer.wait()
+        self.ranks.barrier()
+        directory = checkpointing.newest_before(self.context, start)
+        if directory is None:
+            raise RunFailed(
+                f"{where}, before the first checkpoint", hint="Try a lower optimizer.lr or a longer schedule.warmup."
+            )
+        count, first, last = self.position.rollbacks + 1, min(batches), max(batches)
+        self.position = checkpointing.restore(self.context, directory)
+        self.position.skip.append((first, last + 1))
+        self.position.rollbacks = count
+        self.metrics.truncate_after(self.position.step)
+        self.metrics.event(self.position.step, "rollback", skipped=[first, last + 1], count=count)
+        logger.warning(
+            f"rolled back to step {self.position.step}; batches {first} to {last} of the stream are left out "
+            f"({count} of at most {limit} roll-backs)"
+        )
+
+    # Save and evaluate
+
+    def _save_and_evaluate(self) -> None:
+        """Save, validate and sample where due."""
+        step, config = self.position.step, self.config
+        save, validate, sample = (
+            is_due(part.every, step, self.total) for part in (config.checkpoint, config.evaluation, config.samples)
+        )
+        if not (save or validate or sample):
+            return
+        self._flush_metrics(keep=0)
+        began = time.perf_counter()
+        if save and (not self.bad or step == self.total):  # no checkpoint amid steps that are not finite
+            self._save()
+        if validate:
+            self.metrics.validate(step)
+        if sample:
+            self.metrics.sample(step)
+        if validate and save and self.ranks.is_main:
+            self.committer.wait()
+            checkpointing.prune_checkpoints(self.context)
+        self.metrics.throughput.pause(time.perf_counter() - began)
+
+    def _save(self) -> None:
+        """Start saving the run's state; wait for the end of it at the run's end, or where saving is synchronous."""
+        step = self.position.step
+        if step in (0, self.saved_step):
+            self.committer.wait()
+            return
+        began = time.perf_counter()
+        self._flush_metrics(keep=0)
+        tree = checkpointing.state_tree(self.context, self.position)
+        if self.ranks.is_main:
+            self.committer.save(step, tree, checkpointing.checkpoint_writer(self.context, step))
+            if step == self.total or self.shutdown.requested():
+                self.committer.wait()
+        self.saved_step = step
+        self.save_seconds = max(self.save_seconds, time.perf_counter() - began)
+        self.ranks.barrier()
+
+
+def train_step(
+    model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
+    tokens: Tensor, document_ids: Tensor | None, *,
+    lr: float, ranks: DistributedContext, scaler: Any = None,
+    span: Callable[[str], AbstractContextManager[Any]] = record_function,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the global batch in micro-batches, then one update.
+
+    Args:
+        tokens: (B, T + 1), this rank's share of the batch.
+        document_ids: (B, T + 1) where attention stops at document borders, else None.
+        span: the context of each part ("forward", "backward", "update"), for profiles and timings.
+
+    Returns:
+        Sum of the losses in nats over all ranks (), norm of the gradient before clipping (), and whether the update was
+        skipped because one of them is not finite (); all on the device.
+    """
+    nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
+    for start in range(0, len(tokens), plan.micro_batch):
+        rows = slice(start, start + plan.micro_batch)
+        ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
+        inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
+        with span("forward"), plan.precision.context(tokens.device):
+            loss, part = model.loss(
+                inputs, targets, document_ids=ids,
+                scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
+            )  # fmt: skip
+        with span("backward"):
+            (scaler.scale(loss) if scaler else loss).backward()
+        nats += part.float()
+    with span("update"):
+        norm, skipped = optimizer_step(
+            model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
+        )
+    return nats, norm, skipped
+
+
+def _to_device(array: Any, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+# Finish
+
+
+def finish(context: TrainContext) -> None:
+    """Write the report of a complete run, and tell what to do with it."""
+    run = context.run
+    report = write_report(run.path)
     scores = [row for row in read_metrics(run) if "validation" in row]
     if scores:
-        bits = scores[-1]["validation"]["bits_per_byte"]
-        floor = scores[-1].get("entropy_bits_per_byte")
-        gap = f", {bits / floor - 1:.1%} above the source's own entropy of {floor:.4f}" if floor else ""
-        console.say(f"held-out bits per byte: {bits:.4f}{gap}")
-    last = commit.newest_whole(run.checkpoints_path)
-    console.say(f"checkpoint: {last}")
-    console.say(f"report:     {path}")
-    console.say(f"write:      smolforge generate {shlex.quote(str(run.path))}")
+        bits, entropy = scores[-1]["validation"]["bits_per_byte"], scores[-1].get("entropy_bits_per_byte")
+        above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
+        logger.info(f"held-out bits per byte: {bits:.4f}{above}")
+    logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
+    logger.info(f"report:     {report}")
+    logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")
 
 
-def _again(run: Run) -> str:
+def _resume_command(run: Run) -> str:
     return f"smolforge train --out {shlex.quote(str(run.path))}"

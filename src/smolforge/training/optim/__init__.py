@@ -1,104 +1,213 @@
-"""Optimizers: which parameter is updated how.
+"""Optimizers, the update of the weights, and the learning rate as a function of the step.
 
-Matrices and embeddings are decayed, vectors are not. The groups together own every parameter exactly once, and that
-is checked. A device flag (`found_inf` of torch's fused optimizers) lets an update be skipped without asking the host.
+In the order to read them, after this file (the registry, parameter groups, `optimizer_step`, learning-rate schedules):
+
+    adamw.py              adamw and adamw8bit
+    stochastic_adamw.py   AdamW for weights in bf16, with stochastic rounding
+    muon.py               muon
+
+Adding an optimizer is one new file here: a function under `@register("name")` that returns a `torch.optim.Optimizer`
+over all parameters of the model, as `OptimizerBuilder` says. `optimizer.name` then takes that name.
+
+An optimizer may set `_step_supports_amp_scaling = True`, as torch's fused ones do. It then skips an update on the
+device where its attribute `found_inf` is not 0; other optimizers cost a synchronization with the host each step.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import math
+import pkgutil
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from smolforge.config import OptimizerConfig
-from smolforge.errors import BadInput
-from smolforge.model.architecture import CausalLM
-from smolforge.training.optim.muon import Muon
-from smolforge.training.optim.stochastic_adamw import StochasticAdamW
+from smolforge.config import OptimizerConfig, ScheduleConfig
+from smolforge.distributed import DistributedContext
+from smolforge.errors import unknown
 
 
-def parameter_groups(model: CausalLM, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameters by their learning-rate factor and decay, in the model's order.
+class OptimizerBuilder(Protocol):
+    """Builds an optimizer.
 
-    The first pattern of `config.groups` found in a name decides; `lr` there is a factor, `weight_decay` a value.
+    Args:
+        model: whose parameters are updated, on its device.
+        config: the section `optimizer` of the configuration.
+        update: which code updates weights in bf16: "torch", "compiled" or "native"; others may ignore it.
     """
-    hidden = model.hidden_matrices() if config.name == "muon" else set()
+
+    def __call__(self, model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer: ...
+
+
+_BUILDERS: dict[str, OptimizerBuilder] = {}
+
+
+def register(name: str) -> Callable[[OptimizerBuilder], OptimizerBuilder]:
+    """Register the decorated function as the builder of `optimizer.name = name`."""
+
+    def add(builder: OptimizerBuilder) -> OptimizerBuilder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+@functools.cache
+def builders() -> dict[str, OptimizerBuilder]:
+    """All registered optimizers by name; imports the files of this folder."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _BUILDERS
+
+
+def check_optimizer(name: str) -> None:
+    """Check that an optimizer is registered.
+
+    Raises:
+        BadInput: it is not; the closest name is in the error.
+    """
+    if name not in builders():
+        raise unknown("optimizer", name, sorted(builders()), field="optimizer.name")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, update: str = "torch") -> torch.optim.Optimizer:
+    """The optimizer of `config` over all parameters of `model`; arguments as of `OptimizerBuilder`.
+
+    Raises:
+        BadInput: an unknown optimizer, or one that needs a library or device that is not here.
+    """
+    check_optimizer(config.name)
+    return builders()[config.name](model, config, update=update)
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, orthogonal: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Parameters by learning-rate factor and weight decay, in the model's order; each is in exactly one group.
+
+    Matrices and embeddings are decayed, vectors are not. The first pattern of `config.groups` found in a name
+    overrides that: `lr` there is a factor, `weight_decay` a value.
+
+    Args:
+        orthogonal: names of parameters in groups of their own, marked `orthogonal`.
+    """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         chosen = next((values for pattern, values in config.groups.items() if re.search(pattern, name)), {})
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), name in hidden)
+        key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), name in orthogonal)
         groups.setdefault(key, []).append(parameter)
-    owned = [id(p) for members in groups.values() for p in members]
-    everything = {id(p) for p in model.parameters()}
-    assert len(owned) == len(set(owned)) and set(owned) == everything, "each parameter has exactly one group"
     return [
-        {"params": members, "factor": lr, "weight_decay": decay, "orthogonal": orthogonal}
-        for (lr, decay, orthogonal), members in groups.items()
+        {"params": members, "factor": lr, "weight_decay": decay, "orthogonal": marked}
+        for (lr, decay, marked), members in groups.items()
     ]
 
 
-def build_optimizer(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `config` over all parameters of `model`.
-
-    Raises:
-        BadInput: the optimizer needs a library that is not installed, or another device.
-    """
-    return _OPTIMIZERS[config.name](model, config, device)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of the next update; each group scales it by its factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 
 
-def _adamw(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), fused: one kernel updates all parameters.
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, nats: Tensor, *,
+    lr: float, clip: float, ranks: DistributedContext, scaler: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sum gradients over ranks, clip them, update the weights unless something is not finite, and clear the gradients.
 
-    Weights in bf16 are rounded stochastically, see `stochastic_adamw.py`."""
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
-        return StochasticAdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    The fused optimizers skip an update on the device (`found_inf`), so the host does not wait for it.
+
+    Args:
+        nats: () sum of this rank's losses; becomes the sum over all ranks in place.
+        clip: largest global norm of the gradient, 0 for none.
+        scaler: gradient scaler of fp16 runs.
+
+    Returns:
+        Norm of the gradient before clipping (), and whether the update was skipped ().
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    ranks.all_reduce_([*gradients, nats])
+    set_learning_rate(optimizer, lr)
+    if scaler:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    finite = torch.isfinite(nats)
+    if scaler:
+        # The scaler skips gradients that overflow, which is normal while it looks for its scale.
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        finite = finite & torch.isfinite(norm)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(finite):
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, ~finite
 
 
-def _muon(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Muon over the layers' matrices, AdamW over the rest, see `muon.py`."""
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
-        raise BadInput(
-            "muon keeps its weights in fp32",
-            field="optimizer.name",
-            hint="Use adamw, or training.precision=bf16, which computes in bf16 over fp32 weights.",
-        )
-    return Muon(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum
-    )
+# Schedules. Nothing is kept between calls: a resumed run needs only its step.
 
 
-def _adamw8bit(model: CausalLM, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861) from bitsandbytes."""
-    try:
-        import bitsandbytes  # type: ignore[import-not-found]
-    except ImportError:
-        raise BadInput(
-            "adamw8bit needs the bitsandbytes library",
-            field="optimizer.name",
-            hint="pip install bitsandbytes, or use adamw.",
-        ) from None
-    if device.type != "cuda":
-        raise BadInput("adamw8bit needs a CUDA device", field="optimizer.name", hint="Use adamw.")
-    return bitsandbytes.optim.AdamW8bit(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
-    )
+def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
+    """Factor of the peak learning rate, in [0, 1], for update number `step` (0-based) of a run of `total` updates."""
+    return _SCHEDULES[config.name](config, step, total)
 
 
-_OPTIMIZERS: dict[str, Callable[[CausalLM, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "muon": _muon,
+def _steps_of(value: float, total: int) -> int:
+    """A length given in steps, or as a share of the run where below 1."""
+    return round(value * total) if value < 1 else min(int(value), total)
+
+
+def _warmup(config: ScheduleConfig, step: int, total: int) -> float:
+    """The warmup, then constant. The first update already moves: its factor is 1 / (warmup + 1)."""
+    return min(1.0, (step + 1) / (_steps_of(config.warmup, total) + 1))
+
+
+def _wsd(config: ScheduleConfig, step: int, total: int) -> float:
+    """Warmup, stable, linear decay (Hu et al. 2024, arXiv:2404.06395; SmolLM2's own)."""
+    decay = _steps_of(config.decay, total)
+    left = total - step
+    falling = 1.0 if left > decay else config.floor + (1 - config.floor) * left / (decay + 1)
+    return min(_warmup(config, step, total), falling)
+
+
+def _cosine(config: ScheduleConfig, step: int, total: int) -> float:
+    """Warmup, then half a cosine to the floor (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+    warmup = _steps_of(config.warmup, total)
+    if step < warmup:
+        return _warmup(config, step, total)
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _onecycle(config: ScheduleConfig, step: int, total: int) -> float:
+    """Up from `start`, down to `floor` times the start, as torch's OneCycleLR (Smith 2017, arXiv:1708.07120)."""
+    peak_at = max(1.0, _steps_of(config.warmup, total) - 1.0)
+    last = max(peak_at + 1, total - 1.0)
+    if step <= peak_at:
+        return _anneal(config.anneal, config.start, 1.0, step / peak_at)
+    end = config.start * config.floor
+    return _anneal(config.anneal, 1.0, end, min(1.0, (step - peak_at) / (last - peak_at)))
+
+
+def _anneal(shape: str, first: float, last: float, share: float) -> float:
+    if shape == "linear":
+        return first + (last - first) * share
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+_SCHEDULES: dict[str, Callable[[ScheduleConfig, int, int], float]] = {
+    "wsd": _wsd,
+    "cosine": _cosine,
+    "onecycle": _onecycle,
+    "constant": _warmup,
 }

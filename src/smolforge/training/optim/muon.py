@@ -1,11 +1,12 @@
-"""Muon: the momentum of each hidden matrix, orthogonalised, is its update (Jordan et al. 2024, kellerjordan.github.io/
+"""Muon: the momentum of each hidden matrix, orthogonalized, is its update (Jordan et al. 2024, kellerjordan.github.io/
 posts/muon). All directions of a matrix learn at one speed, so it needs fewer steps than AdamW.
 
-Embeddings, the head and vectors are not maps from hidden to hidden; AdamW updates them. Updates are scaled to the size
-that AdamW's have (Liu et al. 2025, arXiv:2502.16982, section 2.2), so one learning rate and decay serve both.
+Muon is for matrices that map hidden states to hidden states; AdamW updates embeddings, the head and vectors. Updates
+are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so one learning rate and decay serve
+both.
 
-Unlike torch.optim.Muon this one computes in fp32 on a CPU, where bf16 is slow or missing, takes `found_inf`, and owns
-the rest of the parameters too.
+Unlike torch.optim.Muon this one computes in fp32 on a CPU, where bf16 is slow or missing, supports `found_inf`, and
+updates the rest of the parameters too.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# (a, b, c) of each iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x. Each polynomial is the one of its degree that brings
-# what the ones before it left nearest to 1, beginning with singular values from 0.01 to 1 (the minimax of Amsel et al.
-# 2025, arXiv:2505.16932, solved here as a linear program). Three such do as much as five of Jordan's one for all.
+from smolforge.config import OptimizerConfig
+from smolforge.errors import BadInput
+from smolforge.model.architecture import CausalLM
+from smolforge.training.optim import parameter_groups, register
+
+# (a, b, c) of each iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x. Each polynomial is the best of its degree at bringing
+# the singular values that the ones before it left close to 1, starting from values between 0.01 and 1 (the minimax of
+# Amsel et al. 2025, arXiv:2505.16932, solved as a linear program). Three of them equal five iterations of Jordan's.
 _ITERATIONS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 # Root mean square of AdamW's updates at a learning rate of 1, as Liu et al. measured it.
 _SIZE = 0.2
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Nearly U Vᵀ of each matrix's singular value decomposition.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Approximately U Vᵀ of each matrix's singular value decomposition.
 
     Singular values from 0.01 of the Frobenius norm on come between 0.7 and 1.3.
 
@@ -46,11 +52,25 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+@register("muon")
+def build_muon(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
+    """Muon over the layers' matrices, AdamW over the rest."""
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise BadInput(
+            "muon keeps its weights in fp32",
+            field="optimizer.name",
+            hint="Use adamw, or training.precision=bf16, which computes in bf16 over fp32 weights.",
+        )
+    assert isinstance(model, CausalLM)
+    groups = parameter_groups(model, config, orthogonal=model.hidden_matrices())
+    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum)
+
+
 class Muon(torch.optim.AdamW):
     """Muon over the groups marked `orthogonal`, fused AdamW over the others.
 
     Args:
-        params: parameter groups as `optim.parameter_groups` makes them.
+        params: parameter groups of `parameter_groups`.
         momentum: decay of the running mean of the gradient, of `orthogonal` groups.
 
     Attributes:
@@ -68,7 +88,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        assert closure is None, "the gradients are made before"
+        assert closure is None, "gradients are computed before"
         everything = self.param_groups
         try:
             self.param_groups = [group for group in everything if not group["orthogonal"]]
@@ -98,7 +118,7 @@ class Muon(torch.optim.AdamW):
                 looks_ahead.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's
                 state["momentum"].copy_(torch.where(skip, state["momentum"], mean))
             # Matrices of one shape go through the iteration together: a few large products instead of many small.
-            updates = orthogonalised(torch.stack(looks_ahead))
+            updates = orthogonalize(torch.stack(looks_ahead))
             size = group["lr"] * _SIZE * max(shape) ** 0.5
             for parameter, update in zip(parameters, updates, strict=True):
                 new = parameter * (1 - group["lr"] * group["weight_decay"]) - size * update

@@ -2,10 +2,10 @@
 
 bf16 keeps 8 bits: an update below 1/256 of a weight is lost when rounded to nearest, and late in a run nearly all are.
 Rounded up or down at random, with the odds of where it lies between, every update counts on average (Gupta et al.
-2015, arXiv:1502.02551). The second moment, which moves by 1 - beta2 of itself, needs the same; the first moves enough.
+2015, arXiv:1502.02551). The second moment changes by 1 - beta2 of itself and needs the same; the first changes enough.
 
 The random bits are a hash of (seed, step, parameter, element), so an update is a pure function of the saved state and
-a resumed run goes on bit for bit. `found_inf` skips an update on the device, as in torch's fused optimizers.
+a resumed run continues bit for bit. `found_inf` skips an update on the device, as in torch's fused optimizers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
     return kept.view(torch.float32).to(torch.bfloat16)
 
 
-def _update(
+def update_at_once(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
     beta1: float, beta2: float,
 ) -> None:  # fmt: skip
@@ -68,24 +68,24 @@ def _update(
     second.copy_(torch.where(skip, second, round_stochastically(v, _shift_right(bits, 16))))
 
 
-def in_pieces(
+def update_in_pieces(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
     beta1: float, beta2: float,
 ) -> None:  # fmt: skip
-    """`_update` without a compiler: piece by piece, so that the intermediates stay in the cache."""
+    """`update_at_once` without a compiler: piece by piece, so that the intermediates stay in the cache."""
     for start in range(0, weight.numel(), _PIECE):
         w, g, m, v = (t[start : start + _PIECE] for t in (weight, gradient, first, second))
-        _update(w, g, m, v, key + start, skip, rates, beta1, beta2)
+        update_at_once(w, g, m, v, key + start, skip, rates, beta1, beta2)
 
 
 def native_update(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
     beta1: float, beta2: float,
 ) -> None:  # fmt: skip
-    """`_update` on a CPU, from adamw.cpp: one pass over the memory. Sharded parameters go to torch."""
+    """`update_at_once` on a CPU, from adamw.cpp: one pass over the memory. Sharded parameters go to torch."""
     tensors = weight, gradient, first, second
     if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in tensors):
-        in_pieces(*tensors, key, skip, rates, beta1, beta2)
+        update_in_pieces(*tensors, key, skip, rates, beta1, beta2)
     elif not skip:
         kernels.library().smolforge_rounded_adamw(
             ctypes.c_int64(weight.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
@@ -94,17 +94,36 @@ def native_update(
         )  # fmt: skip
 
 
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(update_at_once, dynamic=True)  # for flat parameters of any size
+
+
+def _compiled_update(*args: Any) -> None:
+    """`update_at_once` as one kernel of torch's compiler."""
+    _compiled()(*args)
+
+
+_UPDATES: dict[str, Callable[..., None]] = {
+    "torch": update_in_pieces,
+    "compiled": _compiled_update,
+    "native": native_update,
+}
+
+
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over bf16 parameters.
 
     Args:
-        params: parameter groups as `parameter_groups` makes them.
+        params: parameter groups of `parameter_groups`.
         seed: of the random bits.
+        update: which code updates a parameter: "torch", "compiled", or "native" for C++ on a CPU.
 
     Attributes:
         found_inf: (), not 0 where the next update is to be skipped; None for never.
-        update: what updates a flat parameter: `in_pieces`, `compiled_update()`, or `native_update`.
     """
+
+    _step_supports_amp_scaling = True  # torch's name for an optimizer that reads `found_inf`
 
     def __init__(
         self,
@@ -115,16 +134,22 @@ class StochasticAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float = 0.0,
         seed: int = 0,
+        update: str = "torch",
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self.found_inf: Tensor | None = None
-        self.update: Callable[..., None] = in_pieces
+        self._update: Callable[..., None] = _UPDATES[update]
+
+    def uncompile(self) -> None:
+        """Update without torch.compile, where the machine cannot compile."""
+        if self._update is _compiled_update:
+            self._update = update_in_pieces
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        assert closure is None, "the gradients are made before"
+        assert closure is None, "gradients are computed before"
         number = 0
         skips: dict[torch.device, Tensor] = {}
         for group in self.param_groups:
@@ -144,7 +169,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 skip = skips[device]
                 state["step"] += (~skip).float()
                 key = _key(self.seed, number, state["step"])
-                self.update(
+                self._update(
                     parameter.view(-1), parameter.grad.contiguous().view(-1), state["exp_avg"].view(-1),
                     state["exp_avg_sq"].view(-1), key, skip, _rates(group, state["step"]), beta1, beta2,
                 )  # fmt: skip
@@ -168,9 +193,3 @@ def _key(seed: int, number: int, step: Tensor) -> Tensor:
     key = (key ^ _shift_right(key, 16)) * _FIRST
     key = (key ^ _shift_right(key, 15)) * _SECOND
     return key ^ _shift_right(key, 16)
-
-
-@functools.cache
-def compiled_update() -> Callable[..., None]:
-    """`_update` as one kernel of torch's compiler, for flat parameters of any size."""
-    return torch.compile(_update, dynamic=True)

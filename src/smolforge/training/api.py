@@ -1,0 +1,75 @@
+"""`smolforge.train`: training from Python."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smolforge.logging import show
+from smolforge.run import Run
+from smolforge.training.setup import TrainRequest
+from smolforge.training.train import run_training
+
+
+def train(
+    base: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    data: str | Sequence[str] | dict[str, float] | None = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    init: str | None = None,
+    fresh: bool = False,
+    time_limit: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Start a run or continue one, and train it to its end.
+
+    Args:
+        base: preset or YAML file; unless given the run's own configuration, or `pocket` for a new run.
+        out: directory of the run; runs/NAME after `base` unless given.
+        data: source or sources of text, or {source: weight}.
+        steps: length of the run in steps.
+        tokens: length of the run in tokens.
+        init: start from the weights of a model directory or Hub id.
+        fresh: start over; an existing run is moved aside.
+        time_limit: seconds after which to save and return.
+        config: more settings by section, such as {"optimizer": {"lr": 1e-3}}.
+        quiet: leave Python's logging as it is, instead of showing messages and progress on stderr.
+
+    Returns:
+        The run: complete, or saved because the time limit came.
+
+    Raises:
+        SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM arrived; the state was saved.
+    """
+    layers: dict[str, Any] = copy.deepcopy(dict(config or {}))
+    for name, length in (("steps", steps), ("tokens", tokens)):
+        if length is not None:
+            layers.setdefault("training", {})[name] = length
+    if data is not None:
+        sources = [data] if isinstance(data, str) else data
+        weights = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
+        layers.setdefault("data", {})["sources"] = dict(weights)
+    if init is not None:
+        layers["init"] = init
+    if not quiet:
+        show()
+    request = TrainRequest(
+        base=None if base is None else str(base),
+        layers=layers,
+        out=None if out is None else Path(out),
+        fresh=fresh,
+        time_limit=time_limit,
+    )
+    run, shutdown = run_training(request)
+    if shutdown.signal is signal.SIGINT:
+        raise KeyboardInterrupt
+    if shutdown.signal is not None:
+        raise SystemExit(shutdown.exit_code)
+    return run

@@ -1,0 +1,68 @@
+"""Resuming under other conditions: another optimizer, a thread, a rank that loses its source."""
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from launch import finish, start_ranks
+from tiny import steps_of, tiny_file
+
+from faults.server import FaultServer, Status
+from smolforge import tales
+from smolforge.checkpoint import commit
+from smolforge.errors import BadInput
+from smolforge.run import Run
+
+
+def test_another_optimizer_starts_without_moments(make_run, caplog) -> None:
+    make_run(training={"steps": 5})
+    run = make_run(training={"steps": 8}, optimizer={"name": "muon"})
+    assert "muon starts without moments" in caplog.text
+    make_run(training={"steps": 10})  # the state of the last checkpoint is muon's, as the configuration says
+    assert [step for step, _, _ in steps_of(run)] == list(range(1, 11))
+    assert caplog.text.count("starts without moments") == 1
+
+
+def test_an_unknown_optimizer_changes_nothing(make_run) -> None:
+    run = make_run(training={"steps": 5})
+    before = run.config_path.read_text()
+    with pytest.raises(BadInput, match="adamw"):
+        make_run(optimizer={"name": "adamv"})
+    assert run.config_path.read_text() == before
+
+
+def test_a_run_trains_in_a_thread(make_run) -> None:
+    done = []
+    thread = threading.Thread(target=lambda: done.append(make_run(training={"steps": 3})))
+    thread.start()
+    thread.join()
+    assert steps_of(done[0])[-1][0] == 3
+
+
+def test_one_rank_loses_its_source_and_all_save_and_stop(tmp_path: Path) -> None:
+    """One row group, which belongs to one rank, cannot be read; the other rank must not wait for that rank."""
+    import pyarrow.parquet as pq
+
+    shard = tmp_path / "shard.parquet"
+    tales.write(shard, kind="parquet", documents=range(200), row_group_size=2)
+    column = pq.ParquetFile(shard).metadata.row_group(60).column(1)  # the text
+    first = column.dictionary_page_offset or column.data_page_offset
+    place = range(first, first + column.total_compressed_size)
+    with FaultServer() as server:
+        server.files["shard.parquet"] = shard.read_bytes()
+        run = Run(tmp_path / "run")
+        words = [tiny_file(tmp_path), "--out", str(run.path), "--steps", "500", "--data", server.url("shard.parquet")]
+        words += ["--set", "data.cache=0", "--set", "data.read_ahead=1MB", "--set", "data.patience=1"]
+
+        def fault(request):
+            # Opening the run reads the held-out documents everywhere; only what the steps read fails.
+            asked = re.match(r"bytes=(\d+)-(\d+)", request.range or "") if run.config_path.exists() else None
+            if asked and int(asked[1]) < place.stop and int(asked[2]) >= place.start:
+                return Status(503)
+            return None
+
+        server.fault = fault
+        outputs = [finish(process, 75) for process in start_ranks(words, 2)]
+    assert sum("another process could not read its data" in output for output in outputs) == 1
+    assert commit.steps(run.checkpoints_path)[-1] == steps_of(run)[-1][0]
