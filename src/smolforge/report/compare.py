@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the numbers of each run, and the keys that differ."""
         return {
-            "runs": [summary.as_dict() for summary in self.summaries],
+            "runs": [asdict(summary) for summary in self.summaries],
             "differences": {key: dict(zip(self.names, values, strict=True)) for key, values in self.differences},
         }
 

@@ -11,7 +11,7 @@ import math
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +216,6 @@ class RunSummary:
     data_wait: float | None
     parameters: int | None
     resumes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
 
 
 def summarize(history: History) -> RunSummary:
