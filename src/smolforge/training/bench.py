@@ -63,32 +63,8 @@ def measure(
     for reason in plan.reasons:
         logger.info(reason)
     apply_plan(plan)
-    model = build_model(config.model, **plan.model_options)
-    optimizer = build_optimizer(model, config.optimizer, update=plan.update)
-    tokens = torch.randint(config.model.vocab_size, (micro_batch, length + 1), device=device)
-
-    def timed_step() -> dict[str, float]:
-        seconds: dict[str, float] = defaultdict(float)
-
-        @contextlib.contextmanager
-        def span(name: str) -> Iterator[None]:
-            began = _now(device)
-            yield
-            seconds[name] += _now(device) - began
-
-        train_step(
-            model, optimizer, plan, config, tokens, None,
-            lr=config.optimizer.lr, ranks=DistributedContext(), span=span,
-        )  # fmt: skip
-        return seconds
-
     graphs = compiled_graphs()
-    first = sum(timed_step().values())
-    timed_step()
-    timings = []
-    for number in range(steps):
-        timings.append(timed_step())
-        logger.info(f"step {number + 1}/{steps}: {batch / sum(timings[-1].values()):,.0f} tokens/s")
+    first, *timings = _time_steps(config, plan, micro_batch, length, steps)
     whole = statistics.median(sum(parts.values()) for parts in timings)
     flops = flops_per_token(config.model, length)["training"] * batch / whole
     limit, peak = matmul_flops(config, plan, batch), known_peak_flops(device)
@@ -100,11 +76,36 @@ def measure(
         "flops_per_second": flops, "matmul_flops_per_second": limit, "share_of_matmul_limit": flops / limit,
         "mfu": flops / peak if peak else None,
         "memory_bytes": memory_in_use(device),
-        "first_step_seconds": first,
+        "first_step_seconds": sum(first.values()),
         "share_by_part": {
             name: statistics.median(parts[name] / sum(parts.values()) for parts in timings) for name in PARTS
         },
     }  # fmt: skip
+
+
+def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, steps: int) -> list[dict[str, float]]:
+    """Seconds of each part of the first step and of `steps` timed ones; the warm-up between them is left out."""
+    device = plan.device
+    model = build_model(config.model, **plan.model_options)
+    optimizer = build_optimizer(model, config.optimizer, update=plan.update)
+    tokens = torch.randint(config.model.vocab_size, (sequences, length + 1), device=device)
+    timings: list[dict[str, float]] = []
+
+    @contextlib.contextmanager
+    def span(name: str) -> Iterator[None]:
+        began = _now(device)
+        yield
+        timings[-1][name] += _now(device) - began
+
+    for number in range(steps + 2):
+        timings.append(defaultdict(float))
+        train_step(
+            model, optimizer, plan, config, tokens, None,
+            lr=config.optimizer.lr, ranks=DistributedContext(), span=span,
+        )  # fmt: skip
+        if number >= 2:
+            logger.info(f"step {number - 1}/{steps}: {sequences * length / sum(timings[-1].values()):,.0f} tokens/s")
+    return [timings[0], *timings[2:]]
 
 
 def matmul_flops(config: RunConfig, plan: Plan, rows: int) -> float:

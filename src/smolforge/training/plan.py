@@ -108,7 +108,7 @@ class Plan:
             "attention": self.attention,
             "loss": self.loss,
             "recompute": self.recompute,
-            # Only a few rows of the embedding's gradient are not zero. Ranks sum whole gradients.
+            # Only a few rows of the embedding's gradient are not zero; all_reduce needs it whole.
             "sparse_embedding": self.device.type == "cpu" and not torch.distributed.is_initialized(),
             "compile": self.compile,
         }
@@ -116,8 +116,7 @@ class Plan:
 
 def choose_device() -> torch.device:
     """CUDA where there is one, else the CPU. The environment variable SMOLFORGE_DEVICE overrides."""
-    asked = os.environ.get("SMOLFORGE_DEVICE")
-    if asked:
+    if asked := os.environ.get("SMOLFORGE_DEVICE"):
         return torch.device(asked)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -141,15 +140,15 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
         BadInput: the ranks cannot share the batch, or the device cannot do what was asked.
     """
     _check_shares(config, world_size)
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    processes = _plural(world_size, "process", "es")
     reasons = [f"device: {_device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
     precision, reason = choose_precision(config.training.precision, device)
     reasons.append(f"precision: {precision.name} ({reason})")
     sequences = config.sequences_per_step // world_size
     micro, recompute, memory = _fit_memory(config, device, precision, sequences)
-    count = sequences // micro
     reasons.append(
-        f"batch: {config.tokens_per_step:,} tokens per step = {processes} × {_plural(count, 'micro-batch', 'es')} × "
+        f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
+        f"{_plural(sequences // micro, 'micro-batch', 'es')} × "
         f"{_plural(micro, 'sequence')} of {_plural(config.data.sequence_length, 'token')}"
     )
     if memory:
@@ -366,15 +365,14 @@ def known_peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of a known GPU, for MFU; None for others."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in torch.cuda.get_device_name(device)), None)
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
-    return device.type
+    if device.type != "cuda":
+        return device.type
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
 
 
 def _physical_cores(world_size: int) -> int:
