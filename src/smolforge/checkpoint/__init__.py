@@ -1,10 +1,11 @@
-"""Checkpoints: Hugging Face model directories that are written whole or not at all.
+"""Checkpoints: Hugging Face model directories that exist completely or not at all. In the order to read them:
 
-format.py   the directory: config, weights, tokenizer, card
-weights.py  safetensors read with suspicion
-state.py    what only training needs, in safetensors and JSON
-commit.py   written beside, fsynced, renamed; verified, found, pruned
-background.py  the same in a thread
-locate.py   from a name (run, directory, Hub id) to a loaded model
-card.py     the README of a checkpoint
+format.py       the directory: config, weights, tokenizer, card
+weights.py      read untrusted safetensors files; write them
+state.py        what only training needs, in safetensors and JSON
+commit.py       write, fsync, rename; verify, find, prune
+background.py   the same in a thread
+locate.py       from a name (run, directory, Hub id) to a loaded model
+verify.py       `smolforge verify`: all checkpoints under a path
+card.py         the README of a checkpoint
 """

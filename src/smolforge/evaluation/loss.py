@@ -1,9 +1,9 @@
-"""How well a model predicts text: loss, perplexity, and bits per byte on a frozen slice of documents.
+"""How well a model predicts text: loss, perplexity and bits per byte on a tokenized evaluation set.
 
-Each document is read alone, from an EOS to an EOS: a score does not depend on what happened to stand before it. Short
-documents share a window, behind borders that attention does not cross; a long one goes on in windows of its own.
-Bits per byte count everything that is predicted, the ends of documents included, over the UTF-8 bytes of the text:
-models with different tokenizers, and a source's own entropy, can be compared by it.
+Each document is scored by itself, from one EOS to the next, so a score does not depend on the documents before it.
+Short documents share a window, separated by borders that attention does not cross; a long one continues in further
+windows. Bits per byte are the bits of all predicted tokens, EOS included, divided by the UTF-8 bytes of the text: they
+compare models with different tokenizers, and a model with the entropy of its source.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from smolforge.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvalSlice:
-    """A frozen piece of text, tokenized.
+    """A tokenized evaluation set.
 
     Attributes:
-        tokens: int32 (n,), beginning with an EOS that is only context.
+        tokens: int32 (n,), starting with an EOS that is only context.
         n_bytes: UTF-8 bytes of the text behind the predicted tokens.
-        documents: how many documents, the last one perhaps cut.
+        documents: number of documents; the last one may be truncated.
         eos_id: what each document ends with.
     """
 
@@ -46,7 +46,7 @@ class EvalSlice:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model made of a slice. loss is in nats per token."""
+    """The scores of a model on an evaluation set. `loss` is in nats per token."""
 
     loss: float
     perplexity: float
@@ -60,10 +60,10 @@ class Score:
 
 
 def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> EvalSlice:
-    """Tokenize texts until `max_tokens` are reached; the last document is cut there.
+    """Tokenize texts until `max_tokens` are reached; the last document is truncated there.
 
     Raises:
-        DataError: there is no text at all.
+        DataError: the texts are empty.
     """
     pieces: list[list[int]] = [[tokenizer.eos_id]]
     count = n_bytes = documents = 0
@@ -95,7 +95,7 @@ def evaluate(
     ranks: DistributedContext | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score `model` on a slice, the windows shared out over the ranks.
+    """Score `model` on a slice, the windows divided among the ranks.
 
     Args:
         length: positions in a window; context is never longer.
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:
-    """The same score of what writes text: weights, keys and values in the precision that they are served in.
+    """The same score of a runner: weights, keys and values in the precision that serving uses.
 
     Args:
         length: positions in a window; context is never longer.

@@ -1,8 +1,8 @@
 """The seed's recipe and ours, on the seed's architecture and on SmolLM2's: which learns more from the same tokens.
 
-    python benchmarks/recipes/run.py                      all twelve runs, then the table and one JSON line
-    python benchmarks/recipes/run.py --steps 700          shorter
-    python benchmarks/recipes/run.py --seeds 0 --recipes ours --architectures llama     one of them
+    python examples/seed/recipes.py                      all twelve runs, then the table and one JSON line
+    python examples/seed/recipes.py --steps 700          shorter
+    python examples/seed/recipes.py --seeds 0 --recipes ours --architectures llama     one of them
 
 Every run has the pocket preset's sizes, tokenizer, data, order of the data, global batch and number of tokens; the
 seed's batch of 1, accumulated twice, is pocket's too. What differs is the architecture, and the recipe: optimizer
