@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+
+from smolforge.serving.load_test import ServerProcess, serve_command, start_server
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,12 +25,9 @@ TOLD = "Once upon a time there was a {a} {b} who lived in a {c}. One day the {b}
 
 
 @dataclasses.dataclass
-class Server:
+class Server(ServerProcess):
     """A running server."""
 
-    process: subprocess.Popen[str]
-    url: str
-    log: list[str]
     key: str | None = None
 
     @property
@@ -69,11 +63,6 @@ class Server:
             time.sleep(0.05)
         return False
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """End it; its exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
-
 
 def metric(text: str, name: str, **labels: str) -> float:
     """The sum of a metric's samples that carry these labels."""
@@ -89,35 +78,11 @@ def metric(text: str, name: str, **labels: str) -> float:
 def serving(model: Path, *options: str, key: str | None = None, wait: bool = True) -> Iterator[Server]:
     """A server in a process of its own, on a free port."""
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        "SMOLFORGE_API_KEY": key or "",
     }  # fmt: skip
-    environment.pop("SMOLFORGE_API_KEY", None)
-    if key is not None:
-        environment["SMOLFORGE_API_KEY"] = key
-    command = [sys.executable, "-m", "smolforge", "serve", str(model), "--port", "0", *options]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log: list[str] = []
-    try:
-        url = None
-        for line in process.stderr:
-            log.append(line)
-            if match := re.search(r"on (http://\S+)$", line.strip()):
-                url = match[1]
-                break
-        assert url, "".join(log)
-        threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
-        server = Server(process, url, log, key)
-        if wait:
-            wait_until(lambda: server.get("/health").status_code == 200, 90, lambda: "".join(log))
-        yield server
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with start_server(serve_command(model, *options), environment=environment, wait=wait) as running:
+        yield Server(running.process, running.url, running.log, key)
 
 
 def wait_until(true, seconds: float, explain=lambda: "") -> None:

@@ -2,11 +2,10 @@
 
     python benchmarks/serving/compare.py [--llama-python PYTHON] [--tokens 48] [--rounds 1] [--only NAME ...]
 
-Each server runs alone, in a process of its own, and is pressed through /v1/completions by the client that
-`smolforge bench serve` uses. The model has SmolLM2-135M's shape and random weights, so that every answer has its
-full length. transformers is `transformers serve` with continuous batching. llama.cpp is its own server, through the
-package xllamacpp, which brings it ready-built (`pip install xllamacpp`, in a virtual environment of its own whose
-PYTHON is given), with 16 slots.
+Each server runs alone, in a process of its own, and gets the load of `smolforge bench serve` through /v1/completions.
+The model has SmolLM2-135M's shape and random weights, so that every answer has its full length. transformers is
+`transformers serve` with continuous batching. llama.cpp is its own server with 16 slots, from the package xllamacpp
+(`pip install xllamacpp`, in a virtual environment of its own whose PYTHON is given).
 
 Needs about 4 GB of memory and 2 GB of disk under --workspace. The last line is one JSON object.
 """
@@ -21,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from smolforge.errors import RunFailed
+from smolforge.logging import show
 from smolforge.serving import load_test
 
 HERE = Path(__file__).parent
@@ -29,7 +30,7 @@ CONTEXT = 512  # positions of one slot
 
 
 def commands(model: Path, port: int, llama_python: str | None, threads: int) -> dict[str, list[str]]:
-    """How each contestant is started. Names end in the precision of the weights."""
+    """The command of each server. Names end in the precision of the weights."""
     python = sys.executable
     ours = [python, "-m", "smolforge", "serve", str(model), "--port", str(port), "--no-page", "--max-batch", str(SLOTS)]
     theirs = [
@@ -70,8 +71,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "smolforge-serving")
-    parser.add_argument("--only", nargs="*", default=None, help="contestants to run, by name")
+    parser.add_argument("--only", nargs="*", default=None, help="servers to run, by name")
     args = parser.parse_args()
+    show()
     model = prepare(args.workspace, args.llama_python)
     results: dict[str, list[dict[str, float]]] = {}
     for name in commands(model, 0, args.llama_python, args.threads):
@@ -80,13 +82,14 @@ def main() -> None:
         port = load_test.free_port()
         command = commands(model, port, args.llama_python, args.threads)[name]
         environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-        # smolforge names its model; transformers loads the one it is asked for; llama.cpp does not look.
+        # smolforge names its model; transformers loads the one in the request; llama.cpp ignores the field.
         asked = str(model) if name.startswith("transformers") else model.name
         try:
-            with load_test.running(command, f"http://127.0.0.1:{port}", environment) as url:
-                say = lambda line, name=name: print(f"{name:18} {line}", file=sys.stderr, flush=True)  # noqa: E731
-                results[name] = load_test.sweep(url, asked, load_test.CLIENTS, args.tokens, args.rounds, say)
-        except load_test.RunFailed as error:  # one that does not run here must not end the comparison
+            address = f"http://127.0.0.1:{port}"
+            print(name, file=sys.stderr)
+            with load_test.start_server(command, url=address, environment=environment) as server:
+                results[name] = load_test.sweep(server.url, asked, load_test.CLIENTS, args.tokens, args.rounds)
+        except RunFailed as error:  # a server that cannot run here must not end the comparison
             print(f"{name}: {error}", file=sys.stderr)
     for name, levels in results.items():
         print(

@@ -21,6 +21,7 @@ from smolforge.serving.page.routes import Curve, Tail, TrainingView
 from smolforge.serving.page.routes import select_steps as spread
 from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
+from smolforge.serving.streaming import event
 
 ONCE = {"prompt": "Once upon a time", "max_tokens": 8}
 
@@ -83,6 +84,22 @@ def test_foreign_hosts_and_origins_stay_out(tiny_run):
         assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
         friend = client.post("/v1/completions", json=ONCE, headers={"Origin": "https://friend.example"})
         assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+        # What a browser asks first for the official openai package.
+        wanted = {
+            "Origin": "https://friend.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-arch,x-stainless-retry-count",
+        }
+        preflight = client.options("/v1/chat/completions", headers=wanted)
+        assert preflight.status_code == 200 and "x-stainless-arch" in preflight.headers["access-control-allow-headers"]
+        refused = client.options("/v1/completions", headers={**wanted, "Origin": "https://evil.example"})
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+
+
+def test_events_hold_no_line_breaks_but_their_own():
+    data = event({"text": "a\u2028b\u2029c\x85d\ne"})
+    assert data.decode().splitlines() == [data.decode().strip(), ""]
+    assert json.loads(data[6:])["text"] == "a\u2028b\u2029c\x85d\ne"
 
 
 def test_a_run_is_followed_without_dropping_requests(tiny_run, tmp_path):
@@ -196,11 +213,9 @@ def test_chat_needs_a_template_and_quoted_special_tokens_are_text(tiny_run, chat
     with app_of(tiny_run) as client:
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_chat_template"
-    from smolforge.serving.openai_routes import fill_template
-    from smolforge.serving.schemas import ChatRequest
 
     def ids(text: str) -> list[int]:
-        return fill_template(tokenizer, ChatRequest.model_validate({"messages": [{"role": "user", "content": text}]}))
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
 
     start, end = tokenizer.backend.token_to_id("<|im_start|>"), tokenizer.backend.token_to_id("<|im_end|>")
     assert [i for i in ids("Hi") if i in (start, end)] == [start, end, start]

@@ -81,7 +81,7 @@ def _serve(args: argparse.Namespace) -> int:
     """Serve a model to 1, 4, 8 and 16 clients and say what each of them sees."""
     from smolforge.serving import load_test
 
-    result = load_test.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize, say=_say)
+    result = load_test.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize)
     return _tell(args, load_test, result)
 
 

@@ -100,8 +100,9 @@ def create_app(settings: ServeSettings) -> FastAPI:
     app.add_middleware(security.SecurityMiddleware, settings=settings, keys=keys, metrics=state.metrics)
     if settings.cors_origins:
         app.add_middleware(
+            # Any header: the openai package for JavaScript sends a dozen of its own (x-stainless-...).
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],
         )  # fmt: skip
     return app
 

@@ -1,22 +1,27 @@
-"""How a server holds up as clients join: tokens/s of all together, and how long each waits for its first token.
+"""How a server holds up as clients join: tokens/s of all clients together, and the time each waits for its first token.
 
-Any server that speaks OpenAI's completions can be pressed; benchmarks/serving puts others beside ours this way.
+`run_load` works with any server that speaks OpenAI's completions; benchmarks/serving compares other servers with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
+import logging
 import os
+import re
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,11 @@ import httpx
 
 from smolforge.errors import RunFailed
 
+logger = logging.getLogger(__name__)
 CLIENTS = (1, 4, 8, 16)
-PROMPT_LETTERS = 160  # about 40 tokens
+PROMPT_CHARACTERS = 160  # about 40 tokens
 START_SECONDS = 180.0
+STOP_SECONDS = 30.0
 
 
 def measure(
@@ -36,19 +43,18 @@ def measure(
     tokens: int = 64,
     rounds: int = 2,
     quantize: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Serve a model in a process of its own and run_load it with ever more clients.
+    """Serve a model in a process of its own, to more and more clients.
 
     Args:
-        model: what to serve; SmolLM2-135M's shape with random weights unless given.
-        clients: how many ask at once, level by level.
+        model: what to serve; random weights in the shape of SmolLM2-135M unless given.
+        clients: numbers of clients that ask at once.
         tokens: length of each answer.
         rounds: answers that each client asks for, one after the other.
-        quantize: as of `smolforge serve`.
+        quantize: as in `smolforge serve`.
 
     Returns:
-        The model, the settings, and of each level what `run_load` found.
+        The model, the settings, and the result of `run_load` for each number of clients.
 
     Raises:
         SmolforgeError: the server did not start, or answered with an error.
@@ -56,22 +62,20 @@ def measure(
     with contextlib.ExitStack() as stack:
         if model is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="smolforge-bench-")))
-            say("making a model of SmolLM2-135M's shape with random weights")
+            logger.info("making a model with random weights in the shape of SmolLM2-135M")
             model = str(make_model(place / "smollm2-135m-shape"))
-        port = free_port()
-        options = ["--port", str(port), "--quantize", quantize, "--no-page"]
-        command = [sys.executable, "-m", "smolforge", "serve", model, *options]
-        url = stack.enter_context(running(command, f"http://127.0.0.1:{port}"))
+        command = serve_command(model, "--quantize", quantize, "--no-page")
+        url = stack.enter_context(start_server(command)).url
         name = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        levels = sweep(url, name, clients, tokens, rounds, say, ignore_eos=True)
+        levels = sweep(url, name, clients, tokens, rounds, ignore_eos=True)
     settings = {"tokens": tokens, "rounds": rounds, "quantize": quantize, "threads": os.cpu_count()}
     return {"bench": "serve", "model": name, **settings, "levels": levels}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The levels as text, one a line."""
+    """The levels as text, one per line."""
     lines = [
-        f"{result['model']}, {result['tokens']} tokens an answer, precision {result['quantize']}",
+        f"{result['model']}, {result['tokens']} tokens per answer, precision {result['quantize']}",
         f"{'clients':>7} {'tokens/s':>9} {'each':>7} {'first token':>12} {'slowest':>9}",
     ]
     for level in result["levels"]:
@@ -81,16 +85,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sweep(
-    url: str, model: str, clients: Sequence[int], tokens: int, rounds: int, say: Callable[[str], None], **extra: Any
-) -> list[dict[str, Any]]:
+def sweep(url: str, model: str, clients: Sequence[int], tokens: int, rounds: int, **extra: Any) -> list[dict[str, Any]]:
     """`run_load` with each number of clients; `extra` goes into every request. No prompt is used twice."""
     prompts = _prompts()
-    asyncio.run(_run_load(url, model, 1, 8, 1, prompts, extra))  # what is made at the first request
+    run_load(url, model, 1, 8, 1, prompts, **extra)  # what is prepared at the first request
     levels = []
     for count in clients:
         levels.append(run_load(url, model, count, tokens, rounds, prompts, **extra))
-        say(f"{count} clients: {levels[-1]['tokens_per_second']:.1f} tokens/s")
+        logger.info("%d clients: %.1f tokens/s", count, levels[-1]["tokens_per_second"])
     return levels
 
 
@@ -100,14 +102,24 @@ def run_load(
     """Let clients ask at once.
 
     Returns:
-        clients, tokens (written in all), seconds (wall time of all), tokens_per_second (aggregate),
+        clients, tokens (written in all), seconds (wall time of all), tokens_per_second (of all together),
         first_token_seconds (median over all answers) and slowest_first_token_seconds.
 
     Raises:
         RunFailed: an answer was an error.
     """
+    body = {"model": model, "max_tokens": tokens, "stream": True, **extra}
+
+    async def run() -> list[tuple[int, float]]:
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as http:
+
+            async def client() -> list[tuple[int, float]]:
+                return [await _ask(http, {**body, "prompt": next(prompts)}) for _ in range(rounds)]
+
+            return list(itertools.chain(*await asyncio.gather(*(client() for _ in range(clients)))))
+
     began = time.perf_counter()
-    answers = asyncio.run(_run_load(url, model, clients, tokens, rounds, prompts, extra))
+    answers = asyncio.run(run())
     seconds = time.perf_counter() - began
     written, waits = sum(count for count, _ in answers), [wait for _, wait in answers]
     return {
@@ -116,21 +128,9 @@ def run_load(
     }  # fmt: skip
 
 
-async def _run_load(
-    url: str, model: str, clients: int, tokens: int, rounds: int, prompts: Iterator[str], extra: dict[str, Any]
-) -> list[tuple[int, float]]:
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as http:
-
-        async def client() -> list[tuple[int, float]]:
-            body = {"model": model, "max_tokens": tokens, "stream": True, **extra}
-            return [await _ask(http, {**body, "prompt": next(prompts)}) for _ in range(rounds)]
-
-        return [answer for answers in await asyncio.gather(*(client() for _ in range(clients))) for answer in answers]
-
-
 async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, float]:
     """(tokens, seconds until the first text) of one streamed answer."""
-    began, first, pieces, whole = time.perf_counter(), None, 0, False
+    began, first, events, complete = time.perf_counter(), None, 0, False
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RunFailed(f"the server answered {response.status_code}: {(await response.aread())[:500]!r}")
@@ -139,52 +139,84 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, floa
                 continue
             news = json.loads(line[6:])
             if "error" in news:
-                raise RunFailed(f"the server broke off: {news['error']}")
+                raise RunFailed(f"the server ended a stream: {news['error']}")
             for choice in news.get("choices", ()):
-                whole = whole or choice.get("finish_reason") == "length"
+                complete = complete or choice.get("finish_reason") == "length"
                 if choice.get("text"):
-                    pieces += 1
+                    events += 1
                     first = first or time.perf_counter()
-    # A piece may hold several tokens, or none of its own while a character is not whole: only the limit is exact.
-    return body["max_tokens"] if whole else pieces, (first or time.perf_counter()) - began
+    # An event can bring several tokens, or none while a character is incomplete: only the limit is exact.
+    return body["max_tokens"] if complete else events, (first or time.perf_counter()) - began
 
 
 def _prompts() -> Iterator[str]:
     from smolforge.tales import document
 
-    return (document(i).text[:PROMPT_LETTERS].rstrip() for i in itertools.count())
+    return (document(i).text[:PROMPT_CHARACTERS].rstrip() for i in itertools.count())
 
 
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
+@dataclasses.dataclass
+class ServerProcess:
+    """A server in a process of its own, and what it wrote to stderr."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+def serve_command(model: str | Path, *options: str) -> list[str]:
+    """The command that serves `model` on a free port."""
+    return [sys.executable, "-m", "smolforge", "serve", str(model), "--port", "0", *options]
 
 
 @contextlib.contextmanager
-def running(command: list[str], url: str, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """A server's process, from when its /health answers 200 to the end of the block.
+def start_server(
+    command: list[str], *, url: str | None = None, environment: dict[str, str] | None = None, wait: bool = True
+) -> Iterator[ServerProcess]:
+    """Run a server until the end of the block.
+
+    Args:
+        url: its address; the one that smolforge's server prints unless given.
+        environment: variables for the process besides those of this one.
+        wait: wait until /health answers 200.
 
     Raises:
-        RunFailed: it ended, or did not answer within three minutes.
+        RunFailed: it ended, or did not answer within three minutes; with the end of what it printed.
     """
+    variables = {**os.environ, **(environment or {})}
     process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
+    assert process.stderr is not None
+    log: list[str] = []
+    reader = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
+    server = ServerProcess(process, url or "", log)
     try:
+        while not server.url and (line := process.stderr.readline()):
+            log.append(line)
+            found = re.search(r"on (http://\S+)$", line.strip())
+            server.url = found[1] if found else ""
+        reader.start()
         end = time.monotonic() + START_SECONDS
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > end:
-                raise RunFailed("the server did not start", hint=f"Run it by hand to see why: {' '.join(command)}")
-            time.sleep(0.2)
-        yield url
+        while not server.url or (wait and not _healthy(server.url)):
+            if not server.url or process.poll() is not None or time.monotonic() > end:
+                reader.join(1)
+                hint = f"It printed: {''.join(log)[-2000:].strip() or 'nothing'}"
+                raise RunFailed(f"the server did not start: {' '.join(command)}", hint=hint)
+            time.sleep(0.05)
+        yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.stop()
 
 
 def _healthy(url: str) -> bool:
@@ -194,8 +226,14 @@ def _healthy(url: str) -> bool:
         return False
 
 
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
 def make_model(place: Path) -> Path:
-    """A model of SmolLM2-135M's shape: random weights, and a tokenizer that has a text for each of its ids."""
+    """A model of SmolLM2-135M's shape: random weights, and a tokenizer with a text for each of its ids."""
     from smolforge.checkpoint.format import write_model
     from smolforge.config import ModelConfig
     from smolforge.model.architecture import build_model

@@ -7,9 +7,6 @@ Both ways of asking for text share `Answer`: it submits the prompts and sends th
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -67,7 +64,7 @@ def router(state: ServerState) -> APIRouter:
                 param="messages",
                 code="no_chat_template",
             )
-        ids = await state.compute(lambda: fill_template(engine.tokenizer, body))
+        ids = await state.compute(lambda: engine.tokenizer.encode_chat(body.conversation()))
         params = body.sampling(max(1, engine.context - len(ids)))
         return await answer(ChatAnswer, state, body, request, [ids], params)
 
@@ -293,56 +290,3 @@ def token_string(tokenizer: Tokenizer, token_id: int) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
-
-
-def fill_template(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
-    """Token ids of a conversation.
-
-    The template's special tokens become single ids, those that a message quotes stay plain text: they are replaced
-    by marks before the template is filled, and encoded as text afterwards.
-
-    Raises:
-        ApiError: the template refuses the conversation.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    specials = [tokenizer.token_text(i) for i in sorted(tokenizer.special_ids)]
-    quoted = re.compile("|".join(map(re.escape, filter(None, specials)))) if specials else None
-    mark = f"\ue000{secrets.token_hex(16)}\ue001"
-    found: list[str] = []
-
-    def protect(match: re.Match[str]) -> str:
-        found.append(match[0])
-        return mark
-
-    messages = []
-    for message in body.messages:
-        role = "system" if message.role == "developer" else message.role
-        text = message.text()
-        messages.append({"role": role, "content": quoted.sub(protect, text) if quoted else text})
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    eos = tokenizer.token_text(tokenizer.eos_id)
-    try:
-        template = environment.from_string(tokenizer.chat_template or "")
-        filled = template.render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=tokenizer.token_text(tokenizer.bos_id),
-            eos_token=eos,
-            tools=None,
-        )
-    except TemplateError as error:
-        raise refused("messages", f"the model's chat template refuses this conversation: {error}") from None
-    ids: list[int] = []
-    pieces = filled.split(mark)
-    for i, piece in enumerate(pieces):
-        ids += tokenizer.encode_with_special_tokens(piece) if piece else []
-        if i < len(pieces) - 1 and i < len(found):
-            ids += tokenizer.encode(found[i])
-    return ids

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from smolforge.errors import nearest
+from smolforge.formatting import replace_lone_surrogates
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.serving.errors import refused, unsupported
 
@@ -49,10 +50,8 @@ def check_text(text: str, what: str = "the text") -> str:
     Raises:
         ValueError: it holds a lone surrogate, half of the code of a character.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds a lone surrogate, which is not a character") from None
+    if replace_lone_surrogates(text) is not text:
+        raise ValueError(f"{what} holds a lone surrogate, which is not a character")
     return text
 
 
@@ -303,6 +302,11 @@ class ChatRequest(SampledRequest):
         for message in self.messages:
             if message.role == "tool" or (message.model_extra or {}).get("tool_calls"):
                 raise unsupported("messages", "tool calls are not supported")
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages as the chat template reads them."""
+        roles = {"developer": "system"}
+        return [{"role": roles.get(m.role, m.role), "content": m.text()} for m in self.messages]
 
     def sampling(self, default_max_tokens: int) -> SamplingParams:
         """The parameters for the engine.

@@ -1,4 +1,4 @@
-"""A server beside a training, in a process of its own: `smolforge train --serve`."""
+"""A server next to a training, in a process of its own: `smolforge train --serve`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ END_SECONDS = 30.0
 def sidecar(run: Run, port: int) -> Iterator[None]:
     """Serve `run` on 127.0.0.1 for as long as the block lasts.
 
-    The server starts when the training has taken the run's place, answers 503 until the first checkpoint is there,
-    and then follows the newest one. Its key comes from SMOLFORGE_API_KEY.
+    The server starts when the training has locked the run, answers 503 until the first checkpoint exists, and then
+    follows the newest one. Its key comes from SMOLFORGE_API_KEY.
 
     Raises:
-        BadInput: the port is no port, or in use.
+        BadInput: `port` is not a port, or it is in use.
     """
     if not 0 < port <= 65535:
-        raise BadInput(f"{port} is no port", field="--serve", hint="Ports go from 1 to 65535.")
+        raise BadInput(f"{port} is not a port", field="--serve", hint="Ports go from 1 to 65535.")
     try:
-        socket.create_server(("127.0.0.1", port)).close()  # said now, not after the training has begun
+        socket.create_server(("127.0.0.1", port)).close()  # an error now, not after the training has begun
     except OSError as error:
         raise BadInput(f"cannot use port {port}: {error.strerror}", field="--serve", hint="Give another.") from None
     server = _Sidecar(run, port)
@@ -46,15 +46,15 @@ class _Sidecar(threading.Thread):
         super().__init__(name="sidecar", daemon=True)
         self.run_to_serve, self.port = run, port
         self._began = time.time()
-        self._over = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._taken():
-            if self._over.wait(LOOK_SECONDS):
+        while not self._locked():
+            if self._ended.wait(LOOK_SECONDS):
                 return
         command = [sys.executable, "-m", "smolforge", "serve", str(self.run_to_serve.path), "--port", str(self.port)]
         process = subprocess.Popen(command)
-        self._over.wait()
+        self._ended.wait()
         process.terminate()
         try:
             process.wait(END_SECONDS)
@@ -64,10 +64,10 @@ class _Sidecar(threading.Thread):
 
     def end(self) -> None:
         """Let running requests finish, and end the server."""
-        self._over.set()
+        self._ended.set()
         self.join()
 
-    def _taken(self) -> bool:
+    def _locked(self) -> bool:
         """Whether the training of this process has locked the run: it writes the lock's file as it does so."""
         try:
             return (

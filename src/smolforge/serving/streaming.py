@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
 KEEP_ALIVE_SECONDS = 15.0
+# Many clients split events into lines with Unicode's line breaks, which JSON leaves as they are.
+LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 @contextlib.contextmanager
@@ -103,7 +105,8 @@ class Transcript:
 
 def event(value: Any) -> bytes:
     """One server-sent event with `value` as JSON."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return b"data: " + text.translate(LINE_BREAKS).encode() + b"\n\n"
 
 
 class EventStream(Response):
