@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from smolforge import config as configs
-from smolforge.checkpoint.card import card_text, count_parameters
+from smolforge.checkpoint.card import card_text
+from smolforge.model.summary import count_parameters
 
 ROWS: list[dict[str, Any]] = [
     {"step": 0, "tokens": 0, "validation": {"loss": 9.0, "perplexity": 8103.1, "bits_per_byte": 3.0}},

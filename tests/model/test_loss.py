@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolforge.model import loss, native_loss
-from smolforge.model.loss import IGNORE, chunked_loss, full_loss, torch_chunk_loss
+from smolforge import kernels
+from smolforge.model.loss import IGNORE, LOSSES, chunked_loss, full_loss, native_chunk_loss, torch_chunk_loss
 
-missing = native_loss.unavailable()
+missing = kernels.unavailable()
 needs_native = pytest.mark.skipif(missing is not None, reason=f"no native loss: {missing}")
-WAYS = [chunked_loss, pytest.param(loss.native_loss, marks=needs_native, id="native")]
+WAYS = [chunked_loss, pytest.param(LOSSES["native"], marks=needs_native, id="native")]
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,7 +61,7 @@ def test_the_native_loss_of_a_chunk(words, dtype, tolerance) -> None:
     targets = torch.randint(words, (40,), generator=g)
     targets[[0, 39]] = IGNORE
     ours, theirs, scale = logits.clone(), logits.double(), torch.tensor(0.25)
-    sums = native_loss.chunk_loss(ours, targets, scale, 1e-3)
+    sums = native_chunk_loss(ours, targets, scale, 1e-3)
     expected = torch_chunk_loss(theirs, targets, scale.double(), 1e-3)
     for a, b in zip(sums, expected, strict=True):
         assert a.dtype == torch.float32 and float(a) == pytest.approx(float(b), rel=1e-6, abs=1e-6)
@@ -74,12 +74,12 @@ def test_the_native_loss_shows_what_is_not_finite_and_no_target() -> None:
     for bad in (float("nan"), float("inf")):
         logits = torch.zeros(3, 40)
         logits[1, 17] = bad
-        total, _ = native_loss.chunk_loss(logits, torch.tensor([1, 2, 3]), torch.tensor(1.0), 0.0)
+        total, _ = native_chunk_loss(logits, torch.tensor([1, 2, 3]), torch.tensor(1.0), 0.0)
         assert not total.isfinite() and not logits[1].isfinite().all()
     with pytest.raises(IndexError, match="40 columns"):
-        native_loss.chunk_loss(torch.zeros(2, 40), torch.tensor([1, 40]), torch.tensor(1.0), 0.0)
+        native_chunk_loss(torch.zeros(2, 40), torch.tensor([1, 40]), torch.tensor(1.0), 0.0)
     with pytest.raises(IndexError):
-        native_loss.chunk_loss(torch.zeros(2, 40), torch.tensor([1, -1]), torch.tensor(1.0), 0.0)
+        native_chunk_loss(torch.zeros(2, 40), torch.tensor([1, -1]), torch.tensor(1.0), 0.0)
 
 
 def peak_bytes(loss, tokens: int, vocabulary: int, width: int = 32) -> int:

@@ -6,11 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import both, inputs
 
-from smolforge.model import native_attention
-from smolforge.model.attention import blocked, causal_mask, sdpa
-from smolforge.model.native_attention import attend
+from smolforge.model.attention import blocked, causal_mask, native, native_rows, native_unavailable, sdpa
 
-missing = native_attention.unavailable()
+missing = native_unavailable()
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no native attention: {missing}")
 
 
@@ -30,7 +28,7 @@ def of(batch, heads, kv_heads, length, width):
 @pytest.mark.parametrize("length", [2, 31, 32, 33, 45, 200])
 def test_as_near_to_the_truth_as_sdpa(heads, kv_heads, width, length) -> None:
     narrow, wide = of(2, heads, kv_heads, length, width)
-    near(both(attend, narrow), both(sdpa, narrow), both(sdpa, wide))
+    near(both(native, narrow), both(sdpa, narrow), both(sdpa, wide))
 
 
 @given(st.lists(st.lists(st.integers(1, 70), min_size=4, max_size=4), min_size=1, max_size=3), st.booleans())
@@ -40,7 +38,7 @@ def test_document_borders_are_kept(documents: list[list[int]], shared: bool) -> 
     ids = [torch.arange(4).repeat_interleave(torch.tensor(lengths))[:length] for lengths in documents]
     mask = causal_mask(torch.stack(ids[:1] if shared else ids))
     narrow, wide = of(len(documents), 4, 2, length, 32)
-    near(both(attend, narrow, mask), both(sdpa, narrow, mask), both(sdpa, wide, mask))
+    near(both(native, narrow, mask), both(sdpa, narrow, mask), both(sdpa, wide, mask))
 
 
 def test_bits_do_not_depend_on_threads() -> None:
@@ -50,7 +48,7 @@ def test_bits_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(both(attend, narrow))
+            found.append(both(native, narrow))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -60,29 +58,29 @@ def test_bits_do_not_depend_on_threads() -> None:
 def test_strides_as_they_come() -> None:
     """Heads next to each other, apart, and with d not contiguous."""
     narrow, _ = of(2, 4, 2, 40, 32)
-    expected = both(attend, narrow)
+    expected = both(native, narrow)
     for first, second in ((1, 2), (2, 3)):
         moved = [x.detach().transpose(first, second).contiguous().transpose(first, second) for x in narrow]
-        got = both(attend, [x.requires_grad_() for x in moved])
+        got = both(native, [x.requires_grad_() for x in moved])
         assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 @pytest.mark.parametrize("width, dtype", [(16, torch.bfloat16), (48, torch.bfloat16), (64, torch.float32)])
 def test_other_shapes_and_precisions_go_to_blocked(width, dtype) -> None:
     tensors = inputs(1, 4, 2, 20, width, dtype)
-    assert torch.equal(attend(*tensors, None), blocked(*tensors, None))
+    assert torch.equal(native(*tensors, None), blocked(*tensors, None))
 
 
 def test_the_operator_is_sound_under_the_compiler() -> None:
     narrow, _ = of(1, 2, 1, 20, 32)
     first = torch.zeros(1, 20, dtype=torch.int32)
     for mask in (None, first):
-        torch.library.opcheck(native_attention.native_attention, (*narrow, mask))
+        torch.library.opcheck(native_rows, (*narrow, mask))
 
 
 def test_scores_are_never_kept() -> None:
     narrow, _ = of(1, 2, 2, 512, 32)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        attend(*narrow, None)
+        native(*narrow, None)
     assert kept and max(kept) <= 2 * 512 * 32

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from smolforge.config import ModelConfig
 from smolforge.generation.quantize import Int4, Int8, quantize
 from smolforge.model.architecture import build_model
-from smolforge.model.summary import flops_per_token, size, summarise, tree
+from smolforge.model.summary import flops_per_token, summarise, tree
 
 SMALL = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
          "num_attention_heads": 6}  # fmt: skip
@@ -117,14 +117,6 @@ def test_served_bytes_are_those_of_the_quantizer(precision: str) -> None:
         else:
             expected += stored.nbytes
     assert summarise(UNTIED, 128).serving_memory["weights"][precision] == expected
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (23040, "22.5 KiB"), (2 << 30, "2.0 GiB"), (3 << 40, "3.0 TiB")],
-)
-def test_sizes_for_people(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 def test_a_summary_does_not_wait_for_torch_compile() -> None:

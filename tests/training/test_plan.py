@@ -10,11 +10,11 @@ from smolforge import config as configuration
 from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
-from smolforge.model import attention, native_attention, native_loss
+from smolforge.model import attention
 from smolforge.model.architecture import build_model
 from smolforge.training import optim
 from smolforge.training.optim import stochastic_adamw
-from smolforge.training.plan import choose_precision, make_plan, memory_needed
+from smolforge.training.plan import choose_precision, make_plan, memory_of
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 @pytest.fixture
 def no_native(monkeypatch):
-    monkeypatch.setattr(native_attention, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(attention, "native_unavailable", lambda: "no compiler")
 
 
 @pytest.mark.parametrize("way", ["blocked", "sdpa", "sdpa-fp32"])
@@ -83,7 +83,7 @@ def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
 
 
 def test_native_attention_for_bf16(monkeypatch) -> None:
-    monkeypatch.setattr(native_attention, "unavailable", lambda: None)
+    monkeypatch.setattr(attention, "native_unavailable", lambda: None)
     assert {make_plan(config, CPU, 1).attention for config in variants().values()} == {"native"}
     assert make_plan(configured(precision="fp32"), CPU, 1).attention == "sdpa"
     config = configured(attention="native")
@@ -92,13 +92,13 @@ def test_native_attention_for_bf16(monkeypatch) -> None:
 
 
 def test_loss(monkeypatch) -> None:
-    missing = native_loss.unavailable()
+    missing = kernels.unavailable()
     assert make_plan(configured(), CPU, 1).loss == ("chunked" if missing else "native")
     assert make_plan(configured(loss="chunked"), CPU, 1).loss == "chunked"
     assert make_plan(configured(loss="full"), CPU, 1).loss == "full"
     with pytest.raises(BadInput, match="z-loss"):
         make_plan(configured(loss="linear", z_loss=0.1), CPU, 1)
-    monkeypatch.setattr(native_loss, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(kernels, "unavailable", lambda: "no compiler")
     assert make_plan(configured(), CPU, 1).loss == "chunked"
     with pytest.raises(BadInput, match="no compiler"):
         make_plan(configured(loss="native"), CPU, 1)
@@ -107,7 +107,7 @@ def test_loss(monkeypatch) -> None:
 def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
     precision = choose_precision("fp32", CPU)[0]
     need = {
-        (micro, again): memory_needed(configured(), precision, micro, recompute=again)
+        (micro, again): memory_of(configured(), CPU, precision, micro, recompute=again).total
         for micro in (1, 2, 4, 8)
         for again in (False, True)
     }

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from smolforge.config import ModelConfig, RunConfig, TokenizerConfig
+from smolforge.config import RunConfig, TokenizerConfig
+from smolforge.formatting import count
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -41,19 +42,21 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
         license: an identifier of the Hub's list; `unknown` unless given, since only the owner of the run can say.
     """
     from smolforge.model.architecture import architecture_of
+    from smolforge.model.summary import count_parameters
 
     past = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
     architecture = architecture_of(config.model)
     words = f"Licensed under {license}." if license else _NO_LICENSE
+    parameters = count_parameters(config.model)
     total = sum(config.data.sources.values())
     tokens = step * config.tokens_per_step
     return _template().render(
         front=_front_matter(config, license or "unknown", architecture),
-        title=f"{_size(count_parameters(config.model))} language model, step {step:,}",
+        title=f"{count(parameters)} language model, step {step:,}",
         note=architecture.note,
         in_transformers=architecture.in_transformers,
         architecture=architecture.class_name,
-        parameters=count_parameters(config.model),
+        parameters=parameters,
         origin=f"the weights of `{_public(config.init)}`" if config.init else "scratch",
         step=step,
         total=max(step, config.total_steps),
@@ -78,26 +81,6 @@ def _template() -> Template:
     source = (resources.files("smolforge.checkpoint") / "templates" / "card.md.jinja").read_text(encoding="utf-8")
     # Markdown, not HTML: nothing is escaped, and the values are the user's own configuration.
     return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-
-
-@functools.cache
-def _count(serialized: str) -> int:
-    from smolforge.model.architecture import build_model
-
-    model = build_model(ModelConfig.model_validate_json(serialized), device="meta", seed=None)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, counted from the module tree without taking memory."""
-    return _count(config.model_dump_json())
-
-
-def _size(parameters: int) -> str:
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{letter}"
-    return str(parameters)
 
 
 def _public(source: str) -> str:

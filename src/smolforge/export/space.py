@@ -21,12 +21,12 @@ from typing import Any
 
 import yaml
 
-from smolforge.checkpoint.card import count_parameters
 from smolforge.checkpoint.format import read_config
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.config import THREE_PROMPTS
 from smolforge.errors import BadInput
 from smolforge.export.push import card_license, copy_model, new_directory
+from smolforge.model.summary import count_parameters
 
 TEMPLATES = ("app.py", "README.md", "gitattributes")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -1,16 +1,20 @@
-"""Exact causal attention, several ways: one signature, the rest of the code cannot tell which one runs.
+"""Exact causal attention, several ways: one signature, and the rest of the code cannot tell which one runs.
 
 `attend(q, k, v, mask) -> y` with q (B, H, T, d), k and v (B, K, S, d), y (B, H, T, d). Query i of T sees the keys up
 to S - T + i; where `mask` (B or 1, 1, T, S) is given it replaces that rule.
 
-`sdpa` is torch's own. `blocked` is for training on a CPU, where torch's backward pass is slow: the G = H / K query
-heads that share a key head stand as rows of one matrix, blocks of queries meet only the columns they may see, and the
-backward pass computes the scores of a block again. No scores of size T x T are ever kept, so memory grows with T only.
-Where documents are masked, a block meets only the columns from its first document on.
+    sdpa       torch's own
+    sdpa-fp32  the same in fp32, whatever the precision around it
+    blocked    for training on a CPU, where torch's backward pass is slow: the G = H / K query heads that share a key
+               head stand as rows of one matrix, blocks of queries meet only the columns they may see, and the backward
+               pass computes the scores of a block again. Memory grows with T only, for no T x T scores are kept
+    native     attention.cpp, in bf16 on a CPU that multiplies bf16: scores stay in the second-level cache
+    flex       torch's FlexAttention, for compiled models on CUDA
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolforge import kernels
 from smolforge.errors import unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -25,6 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # Rows of one block's matrix products: enough to run at full speed, few enough that the scores stay in the cache and
 # that little above the diagonal is computed (measured in docs/performance.md).
 BLOCK_ROWS = 192
+NATIVE_WIDEST = 256  # head width of attention.cpp
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
@@ -196,10 +202,114 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
-def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    from smolforge.model.native_attention import attend
+class _Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("sequences", "heads", "kv_heads", "length", "d", "threads")]
 
-    return attend(q, k, v, mask)
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("sequence", "head", "position"))]
+
+
+def native_unavailable() -> str | None:
+    """The reason why `native` cannot run on this machine; None where it can."""
+    missing = kernels.unavailable()
+    if missing or kernels.library().smolforge_attention_available():
+        return missing
+    return "this processor does not multiply bf16 in 512-bit vectors"
+
+
+def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """attention.cpp, in bf16; other precisions, a cache and widths that are not a multiple of 32 use `blocked`.
+
+    A mask must let no query look ahead, and let each see one unbroken range of keys, as `causal_mask` does."""
+    width, length = q.shape[-1], q.shape[2]
+    fits = width % 32 == 0 and width <= NATIVE_WIDEST and length == k.shape[2] > 1
+    if not fits or not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+        return blocked(q, k, v, mask)
+    first = None
+    if mask is not None:  # the first key that each query sees, (B, T)
+        first = mask[:, 0].to(torch.uint8).argmax(-1).to(torch.int32).expand(q.shape[0], -1).contiguous()
+    return native_rows(q, k, v, first)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With d contiguous, as the library reads rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_rows(x: Tensor) -> Tensor:
+    """(B, heads, T, d) that lies in memory as (B, T, heads, d), which the projection behind reads as it is."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _tensor(x: Tensor) -> Any:
+    return ctypes.byref(_Tensor(x.data_ptr(), *x.stride()[:3]))
+
+
+def _call(name: str, q: Tensor, k: Tensor, *arguments: Any) -> None:
+    sizes = _Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], torch.get_num_threads())
+    getattr(kernels.library(), name)(ctypes.byref(sizes), *arguments)
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+@torch.library.custom_op("smolforge::native_attention", mutates_args=())
+def native_rows(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Causal attention in bf16.
+
+    Args:
+        q: (B, H, T, d).
+        k: (B, K, T, d).
+        v: (B, K, T, d).
+        first: (B, T) int32, the first key that each query sees; all before it unless given.
+
+    Returns:
+        (B, H, T, d) bf16, and the logarithms to base 2 of the sums of exponentials, (B, H, T) fp32.
+    """
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out, log_sums = _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _call("smolforge_attention", q, k, *map(_tensor, (q, k, v)), _pointer(first), _tensor(out), _pointer(log_sums))
+    return out, log_sums
+
+
+@torch.library.custom_op("smolforge::native_attention_backward", mutates_args=())
+def _native_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, q, k, v, out = map(_rows, (gradient, q, k, v, out))
+    made = _empty_rows(q), _empty_rows(k), _empty_rows(v)
+    _call(
+        "smolforge_attention_backward", q, k, *map(_tensor, (q, k, v)), _pointer(first), _tensor(out),
+        _pointer(log_sums), _tensor(gradient), *map(_tensor, made),
+    )  # fmt: skip
+    return made
+
+
+@native_rows.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_native_backward.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_rows(q), _empty_rows(k), _empty_rows(v)
+
+
+def _keep_native(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _native_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_native_backward(gradient, *ctx.saved_tensors), None)
+
+
+native_rows.register_autograd(_native_gradients, setup_context=_keep_native)
 
 
 ATTENTION: dict[str, Attend] = {

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from smolforge.checkpoint.card import count_parameters
 from smolforge.config import ModelConfig, RunConfig
 from smolforge.errors import BadInput
 from smolforge.files import read_json_lines
@@ -320,6 +319,8 @@ def _parameters(history: History) -> int | None:
     if not isinstance(section, dict):
         return None
     try:
+        from smolforge.model.summary import count_parameters
+
         config = ModelConfig.model_validate(section)
         # Even on the meta device, building takes time in proportion to the layers; real models have tens.
         return count_parameters(config) if config.num_hidden_layers <= 1000 else None

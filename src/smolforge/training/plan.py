@@ -27,8 +27,8 @@ from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.kernels.variants import cpu_flags
-from smolforge.model import native_attention, native_loss
-from smolforge.model.summary import activations_per_token, flops_per_token, summarise
+from smolforge.model import attention as attentions
+from smolforge.model.summary import MemoryEstimate, estimate_memory, flops_per_token
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
 CPU_MICRO_TOKENS = 4096
@@ -238,11 +238,11 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
         choices = [_micro_batch(config, device, sequences)]
     for recompute in (False, True):
         for micro in choices:
-            needed = memory_needed(config, precision, micro, recompute=recompute)
+            needed = memory_of(config, device, precision, micro, recompute=recompute).total
             if needed <= budget:
                 how = "activations computed again in the backward pass" if recompute else "activations kept"
                 return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
-    least = memory_needed(config, precision, choices[-1], recompute=True)
+    least = memory_of(config, device, precision, choices[-1], recompute=True).total
     raise BadInput(
         f"{budget / 1e9:.2f} GB are not enough: at least about {least / 1e9:.2f} GB are needed",
         field="training.memory",
@@ -250,26 +250,21 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
     )
 
 
-def memory_needed(config: RunConfig, precision: Precision, micro_batch: int, *, recompute: bool) -> int:
-    """Estimated peak bytes of one rank's training step.
-
-    Args:
-        micro_batch: sequences in one forward pass.
-        recompute: whether only the inputs of layers are kept.
-    """
-    model = config.model
-    stored, used = precision.weights.itemsize, (precision.autocast or precision.weights).itemsize
-    # Weights, gradients and two moments; under autocast a narrow copy of the weights as well.
-    state = summarise(model, config.data.sequence_length).parameters * (4 * stored + (used if used != stored else 0))
-    tokens = micro_batch * config.data.sequence_length
-    layer = tokens * activations_per_token(model) * used
-    entry = tokens * model.hidden_size * used
-    layers = model.num_hidden_layers
-    activations = layers * entry + layer if recompute else layers * layer
-    # Logits of a chunk, their wide copy and their gradient; `full` holds those of all tokens.
-    rows = tokens if config.training.loss == "full" else min(tokens, 1024)
-    head = rows * model.vocab_size * (2 * used + 8)
-    return 500_000_000 + state + activations + head
+def memory_of(
+    config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool
+) -> MemoryEstimate:
+    """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
+    return estimate_memory(
+        config.model,
+        sequences=micro_batch,
+        length=config.data.sequence_length,
+        stored=precision.weights,
+        computed=precision.autocast,
+        optimizer=config.optimizer.name,
+        recompute=recompute,
+        loss=config.training.loss,
+        save_copy=config.checkpoint.asynchronous and device.type == "cpu",
+    )
 
 
 def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:
@@ -301,7 +296,7 @@ def _choose_attention(config: RunConfig, device: torch.device, precision: Precis
     if device.type != "cpu":
         missing = f"the device is {device.type}"
     elif asked == "native" or (asked == "auto" and bf16):
-        missing = native_attention.unavailable()  # which loads the library, and may compile it
+        missing = attentions.native_unavailable()  # which loads the library, and may compile it
     if asked == "native" and missing:
         raise BadInput(f"native attention is not available: {missing}", field="training.attention", hint="Use auto.")
     if asked != "auto":
@@ -327,7 +322,7 @@ def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
         raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
     missing = None
     if asked in ("auto", "native"):
-        missing = native_loss.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+        missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
     if asked == "native" and missing:
         raise BadInput(f"the native loss is not available: {missing}", field="training.loss", hint="Use auto.")
     if asked != "auto":
