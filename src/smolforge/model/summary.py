@@ -137,7 +137,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
-    The peak of a process on a CPU lay between ERRORS of it (tests/model/test_memory.py).
+    Measured on a CPU (SmolLM2-135M with 12 layers, 1,024 and 2,048 tokens, all types, losses and recomputation), the
+    peak of the process was 0.90 to 1.17 times `total`; tests/model/test_memory.py measures it again.
 
     Args:
         sequences: sequences of one micro-batch.
