@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from launch import finish, start_ranks
-from tiny import steps_of, tiny_file
+from tiny import steps_of, tiny_file, undo_after
 
 from faults.server import FaultServer, Status
 from smolforge import tales
@@ -66,3 +66,14 @@ def test_one_rank_loses_its_source_and_all_save_and_stop(tmp_path: Path) -> None
         outputs = [finish(process, 75) for process in start_ranks(words, 2)]
     assert sum("another process could not read its data" in output for output in outputs) == 1
     assert commit.steps(run.checkpoints_path)[-1] == steps_of(run)[-1][0]
+
+
+def test_more_steps_count_from_where_they_were_first_asked_for(make_run) -> None:
+    run = make_run(request={"more_steps": 5})
+    assert steps_of(run)[-1][0] == 5  # of a new run: five, not those of the configuration
+    make_run(request={"more_steps": 10})
+    undo_after(run, 10)  # killed at step 10, and the same command again
+    make_run(request={"more_steps": 10})
+    assert steps_of(run)[-1][0] == 15
+    make_run(request={"more_steps": 10})
+    assert steps_of(run)[-1][0] == 25

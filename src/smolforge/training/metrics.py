@@ -75,8 +75,12 @@ class MetricsLogger:
         self.samples: MetricsLog | None = None
         self.trackers: Trackers | None = None
 
-    def open(self, step: int) -> None:
-        """Open the logs of a run that stands at `step`; rows of later steps are removed."""
+    def open(self, step: int, more_steps: int | None = None) -> None:
+        """Open the logs of a run that stands at `step`; rows of later steps are removed.
+
+        Args:
+            more_steps: how many steps `--steps +N` asked for; recorded once.
+        """
         if not self.ranks.is_main:
             return
         run, config = self.context.run, self.config
@@ -84,6 +88,9 @@ class MetricsLogger:
         self.truncate_after(step)
         if 0 < step < self.total:
             self.event(step, "resume", ranks=self.ranks.world_size)
+        extended = [row["length"] for row in read_json_lines(run.metrics_path) if row.get("event") == "extend"]
+        if more_steps and self.total not in extended:
+            self.event(step, "extend", more=more_steps, length=self.total)
         self.trackers = open_trackers(
             config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None
         )

@@ -28,6 +28,7 @@ from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, DataError, SmolforgeError
 from smolforge.evaluation import EvalSlice, tokenize_eval_set
 from smolforge.files import write_atomically
+from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ class TrainRequest:
         out: directory of the run; derived from the base where None.
         fresh: start over; an existing run there is moved aside.
         must_resume: fail if there is no run to resume.
-        more_steps: train so many steps beyond the newest checkpoint.
+        more_steps: train so many steps beyond where the run stood when this was first requested.
         time_limit: seconds after which to save and stop.
         skip: ranges of steps whose data is left out.
         profile: write a trace of a few steps into the run.
@@ -137,7 +138,8 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if not run.exists:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
-        return build_config(request.base or "pocket", list(request.overrides), **request.layers)
+        new = build_config(request.base or "pocket", list(request.overrides), **request.layers)
+        return new if request.more_steps is None else _with_steps(new, request.more_steps)
     saved = build_config(str(run.config_path))
     if (
         request.base is not None
@@ -153,10 +155,26 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if newest is not None:
         _check_identity(run, saved, changed)
     if request.more_steps is not None:
-        done = (commit.step_of(newest) or 0) if newest else 0
-        training = changed.training.model_copy(update={"steps": done + request.more_steps, "tokens": None})
-        changed = changed.model_copy(update={"training": training})
+        changed = _with_steps(changed, _extended_length(run, newest, request.more_steps))
     return changed
+
+
+def _with_steps(config: RunConfig, steps: int) -> RunConfig:
+    training = config.training.model_copy(update={"steps": steps, "tokens": None})
+    return config.model_copy(update={"training": training})
+
+
+def _extended_length(run: Run, newest: Path | None, more: int) -> int:
+    """The run's length in steps after `--steps +more`. Repeating the command of an interrupted run adds nothing."""
+    done = (commit.step_of(newest) or 0) if newest else 0
+    events = [row for row in read_metrics(run) if row.get("event") == "extend"]
+    if events and events[-1]["more"] == more and done < events[-1]["length"]:
+        length = events[-1]["length"]
+        logger.info(
+            f"+{more:,} steps were already requested at step {events[-1]['step']:,}: {length - done:,} are left"
+        )
+        return length
+    return done + more
 
 
 def _check_identity(run: Run, saved: RunConfig, changed: RunConfig) -> None:

@@ -73,7 +73,7 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
                     setup.write_environment(context, request.command)
                 if request.profile and ranks.is_main:
                     trainer.profiler = Profiler(run.path, trainer.total - position.step, device)
-                trainer.run()
+                trainer.run(request.more_steps)
                 if ranks.is_main:
                     finish(context)
         except StopRequested:
@@ -150,14 +150,14 @@ class Trainer:
         )
         return True
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self, more_steps: int | None = None) -> None:
+        """Train to the end; `more_steps` as of `TrainRequest`, for the log.
 
         Raises:
             StopRequested: a signal or the time limit; the state was saved.
             SmolforgeError: the run failed; what could be saved was saved.
         """
-        self.metrics.open(self.position.step)
+        self.metrics.open(self.position.step, more_steps)
         try:
             with self.profiler or contextlib.nullcontext():
                 self.metrics.catch_up(self.position.step)
