@@ -30,7 +30,6 @@ HERE = Path(__file__).parent
 PAIRS = {
     "native-fp32": ("llama.cpp-f32", 0.95), "native-bf16": ("llama.cpp-bf16", 1.3),
     "native-int8": ("llama.cpp-q8_0", 2.0), "native-int4": ("llama.cpp-q4_0", 1.7),
-    "stock-bf16": ("llama.cpp-bf16", 0.8), "stock-int8": ("llama.cpp-q8_0", 0.8),
 }  # fmt: skip
 OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "transformers-compiled-bf16", "seed-fp32"]
 BARE = {"native-fp32": (32, None), "native-bf16": (16, 0.8), "native-int8": (8, 0.8), "native-int4": (4, 0.7)}

@@ -50,11 +50,11 @@ def main() -> int:
             return 1
     rate = {name: len(THREE_PROMPTS) * args.tokens / statistics.median(times) for name, times in seconds.items()}
     ratios = [a / d for a, d in zip(seconds["alone"], seconds["drafted"], strict=True)]
-    cost = drafted.speculation.draft.cost
+    cost = drafted.speculation.cost
     print(json.dumps({
         "tokens_per_second": {name: round(value, 1) for name, value in rate.items()},
         "drafted_over_alone": round(statistics.median(ratios), 3),
-        "guessed": drafted.guessed, "guessed_right": drafted.guessed_right,
+        "drafted": drafted.speculation.proposed, "accepted": drafted.speculation.accepted,
         "cost_by_bytes": round(cost.bytes_ratio, 3), "cost_now": round(cost.value, 3),
     }))  # fmt: skip
     return 0

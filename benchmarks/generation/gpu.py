@@ -3,8 +3,8 @@
     python benchmarks/generation/gpu.py [--rounds 5] [--batches 1 64] [--only NAME ...]
 
 A job is a prompt of 32 tokens and 128 new ones for every sequence, greedily, prompts included. The contestants take
-turns, job by job; reported are medians. smolforge runs its `StaticRunner`, whose logits go to the CPU in every step
-and are searched there, as in its engine. transformers runs `generate` in bf16, with its dynamic cache, and with its
+turns, job by job; reported are medians. smolforge runs its engine, whose `CudaRunner` replays one CUDA graph for each
+step and picks the tokens on the device. transformers runs `generate` in bf16, with its dynamic cache, and with its
 static cache compiled in `reduce-overhead` mode (CUDA graphs) where that works. Read bandwidth is measured in the
 same run; the share of it is that of the weights alone, each read once for a step.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, NEW = 32, 128
-NAMES = ("smolforge-bf16", "smolforge-int8", "transformers-bf16", "transformers-bf16-static-compiled")
+NAMES = ("smolforge-bf16", "transformers-bf16", "transformers-bf16-static-compiled")
 
 
 class Contestant:
@@ -40,26 +40,26 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
 
 
 def smolforge(directory: Path, precision: str, device: str) -> Contestant:
-    """The runner alone, as `smolforge bench generate` has it."""
-    from smolforge.checkpoint.locate import load_model
-    from smolforge.generation.sequence import ScheduledChunk
-    from smolforge.generation.static import StaticRunner
+    """The engine, which samples on the device; greedy, as the others."""
+    import torch
 
-    runner = StaticRunner(load_model(directory, device=device)[0], precision)  # type: ignore[arg-type]
-    for line in runner.decisions:
-        print(f"smolforge-{precision}: {line}", file=sys.stderr)
+    from smolforge.checkpoint.locate import load_model
+    from smolforge.generation import Engine, SamplingParams
+
+    module, tokenizer, _ = load_model(directory, device=device)
+    engine = Engine.from_model(module, tokenizer, quantize=precision, max_batch=64)
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
 
     def run(rows: list[list[int]]) -> None:
-        caches = [runner.new_cache(PROMPT + NEW) for _ in rows]
-        pieces = [ScheduledChunk(cache, row, 0, 1) for cache, row in zip(caches, rows, strict=True)]
-        for at in range(PROMPT, PROMPT + NEW):
-            tokens = runner.forward(pieces).argmax(-1).tolist()
-            pieces = [ScheduledChunk(cache, [token], at, 1) for cache, token in zip(caches, tokens, strict=True)]
+        for _ in engine.stream(rows, params):
+            pass
 
+    @torch.inference_mode()
     def logits(row: list[int]) -> Any:
-        return runner.forward([ScheduledChunk(runner.new_cache(PROMPT), row, 0, 1)])[0]
+        return engine.runner.module(torch.tensor([row], device=device))[0, -1].float().cpu()  # type: ignore[attr-defined]
 
-    return Contestant(runner.weight_bytes, run, logits, runner.name)
+    weights = sum(p.nbytes for p in engine.runner.module.parameters())  # type: ignore[attr-defined]
+    return Contestant(weights, run, logits, engine.runner.name)
 
 
 def transformers(directory: Path, static: bool, device: str) -> Contestant:

@@ -39,20 +39,19 @@ class Contestant:
 
 
 def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
-    """variant: native-PRECISION or stock-PRECISION, straight on the runner."""
+    """variant: native-PRECISION, directly on the runner."""
     import torch
 
     from smolforge.checkpoint.locate import load_model
     from smolforge.generation.runners.cpu import CpuRunner
     from smolforge.generation.scheduler import CHUNK
     from smolforge.generation.sequence import ScheduledChunk
-    from smolforge.generation.stock import StockRunner
 
     torch.set_num_threads(threads)
-    kind, precision = variant.split("-")
+    precision = variant.split("-")[1]
     start = time.perf_counter()
     module, _, _ = load_model(workspace / "hf")
-    runner = (CpuRunner if kind == "native" else StockRunner)(module, precision)  # type: ignore[arg-type]
+    runner = CpuRunner(module, precision)  # type: ignore[arg-type]
     me = Contestant()
     me.load_seconds, me.weight_bytes = time.perf_counter() - start, runner.weight_bytes
     state: dict = {}
@@ -61,18 +60,18 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
         length = len(rows[0])
         state.update(caches=[runner.new_cache(length + 256) for _ in rows], at=length)
         for at in range(0, length, CHUNK):
-            pieces = [
+            chunks = [
                 ScheduledChunk(cache, row[at : at + CHUNK], at, int(at + CHUNK >= length))
                 for cache, row in zip(state["caches"], rows, strict=True)
             ]
-            logits = runner.forward(pieces)
+            logits = runner.forward(chunks)
         state["next"] = logits.argmax(-1).tolist()
 
     def decode(count: int) -> None:
         for _ in range(count):
             at, tokens = state["at"], zip(state["caches"], state["next"], strict=True)
-            pieces = [ScheduledChunk(cache, [token], at, 1) for cache, token in tokens]
-            state["next"] = runner.forward(pieces).argmax(-1).tolist()
+            chunks = [ScheduledChunk(cache, [token], at, 1) for cache, token in tokens]
+            state["next"] = runner.forward(chunks).argmax(-1).tolist()
             state["at"] += 1
 
     me.prefill, me.decode = prefill, decode
@@ -98,7 +97,7 @@ def engine(variant: str, workspace: Path, threads: int) -> Contestant:
         whole.scheduler.pool.clear()
         sampling = SamplingParams(max_tokens=256, seed=0, ignore_eos=True)
         requests[:] = [whole.add(row, sampling) for row in rows]
-        while any(request.choices[0].written == 0 for request in requests):
+        while any(request.sequences[0].written == 0 for request in requests):
             whole.step()
 
     def decode(count: int) -> None:
@@ -236,7 +235,7 @@ def seed_loop(variant: str, workspace: Path, threads: int) -> Contestant:
 
 
 MAKERS = {
-    "native": smolforge, "stock": smolforge, "engine": engine, "llama.cpp": llama_cpp,
+    "native": smolforge, "engine": engine, "llama.cpp": llama_cpp,
     "transformers": transformers, "seed": seed_loop,
 }  # fmt: skip
 

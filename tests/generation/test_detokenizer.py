@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge.generation.detokenizer import TextStream
+from smolforge.generation.detokenizer import Detokenizer
 
 
 class Letters:
@@ -23,7 +23,7 @@ class Letters:
 
 def shown(pieces, stops):
     """What a stream shows, piece by piece."""
-    stream, out = TextStream(Letters(pieces), stops), []
+    stream, out = Detokenizer(Letters(pieces), stops), []
     for i in range(len(pieces)):
         out.append(stream.push(i))
         if stream.stopped:
@@ -64,13 +64,13 @@ def test_no_part_of_a_stop_is_shown_early(pieces, stop):
 
 
 def test_text_is_not_held_back_longer_than_needed():
-    stream = TextStream(Letters(["ab", "x"]), ["abc"])
+    stream = Detokenizer(Letters(["ab", "x"]), ["abc"])
     assert stream.push(0) == "" and stream.push(1) == "abx"
 
 
 def test_half_characters_wait(tokenizer):
     ids = tokenizer.encode("a🙂é")
-    stream = TextStream(tokenizer.stream())
+    stream = Detokenizer(tokenizer.stream())
     pieces = [stream.push(i) for i in ids] + [stream.flush()]
     assert "".join(pieces) == "a🙂é" and not any("\ufffd" in piece for piece in pieces)
     assert len(ids) > 3, "the emoji must be spread over tokens for this to be a test"

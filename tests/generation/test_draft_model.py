@@ -19,7 +19,7 @@ from smolforge.generation.draft_model import PairedCache
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.sampler import Sampler
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.generation.speculative import ENOUGH, FORGET, MOST, Cost, fastest, speed
+from smolforge.generation.speculative import ENOUGH, FORGET, MOST, DraftCost, fastest, speed
 from smolforge.tokenizer import Tokenizer
 
 CHANCE = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)
@@ -34,20 +34,21 @@ def native_step():
         pytest.skip(str(error))
 
 
-def drafted(tokenizer, draft, *, cost=0.0, lookup=False, model=None, **options):
+def drafted(tokenizer, draft, *, cost=0.0, ngrams=False, model=None, **options):
     """An engine with a draft that is thought to cost so much, whatever the clock says."""
     engine = Engine.from_model(model or make_model(), tokenizer, quantize="fp32", draft=draft, **options)
     assert engine.speculation and engine.speculation.draft
-    ledger = engine.speculation.draft.cost
+    ledger = engine.speculation.cost
     ledger.bytes_ratio, ledger.draft_took = cost, lambda rows, seconds: None
-    if not lookup:
-        begin = engine.speculation.begin
+    if not ngrams:
+        drafts_of = engine.speculation.drafts_of
 
-        def without_lookup(choice):
-            begin(choice)
-            choice.lookup = None
+        def without_ngrams(sequence):
+            drafts = drafts_of(sequence)
+            drafts.ngram.propose = lambda running, room: []
+            return drafts
 
-        engine.speculation.begin = without_lookup
+        engine.speculation.drafts_of = without_ngrams
     return engine
 
 
@@ -66,16 +67,16 @@ def near():
 def engines(tokenizer, near):
     """The same model with a draft (and lookups), with a draft of a short context, and alone."""
     return (
-        drafted(tokenizer, near, lookup=True),
+        drafted(tokenizer, near, ngrams=True),
         drafted(tokenizer, make_model("one-kv", seed=5, context=40)),
         Engine.from_model(make_model(), tokenizer, quantize="fp32", speculate=False),
     )
 
 
-def steps_of(engine, prompts, sampling):
+def steps_of(engine, prompts, params):
     return sorted(
         ((s.request, s.index, s.token_id, s.text, s.logprob, s.top_logprobs, s.finish_reason)
-         for s in engine.stream(prompts, sampling)),
+         for s in engine.stream(prompts, params)),
         key=lambda step: step[:2],
     )  # fmt: skip
 
@@ -98,30 +99,30 @@ def run(engine, request):
 def test_the_text_is_the_same_to_the_last_bit(
     engines, unit, times, temperature, seed, repetition, presence, frequency, tokens, n, least, logprobs, echo, clear
 ):
-    sampling = SamplingParams(
+    params = SamplingParams(
         temperature=temperature, seed=seed, max_tokens=tokens, repetition_penalty=repetition,
         presence_penalty=presence, frequency_penalty=frequency, n=n, stop=("qu",), stop_token_ids=(5, 6, 7),
         min_tokens=min(least, tokens), logprobs=logprobs, echo=echo,
     )  # fmt: skip
     prompts = [unit * times, [7, *unit], [9]]
     *with_drafts, alone = engines
-    expected = steps_of(alone, prompts, sampling)
+    expected = steps_of(alone, prompts, params)
     for engine in with_drafts:
         if clear:  # otherwise this text may begin with rows kept from another, of the model or of both
             engine.scheduler.pool.clear()
-        engine.speculation.draft.rate.value = 0.9  # or failures of other texts would silence it
-        assert steps_of(engine, prompts, sampling) == expected
+        engine.speculation.rate.value = 0.9  # or failures of other texts would silence it
+        assert steps_of(engine, prompts, params) == expected
         assert engine.memory()["cache_reserved"] == 0
 
 
 def test_the_drafts_above_were_used(engines):
     for engine in engines[:2]:
-        engine.guessed = engine.guessed_right = 0
-        engine.speculation.draft.rate.value = 0.9
+        engine.speculation.proposed = engine.speculation.accepted = 0
+        engine.speculation.rate.value = 0.9
         for seed in range(5):
             list(engine.stream([[5, 6, seed]], SamplingParams(temperature=1.0, seed=seed, ignore_eos=True)))
-        assert engine.guessed > 0
-    assert engines[0].guessed_right > 0.2 * engines[0].guessed
+        assert engine.speculation.proposed > 0
+    assert engines[0].speculation.accepted > 0.2 * engines[0].speculation.proposed
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,14 @@ def test_the_drafts_above_were_used(engines):
 )
 def test_the_same_model_is_always_right(tokenizer, penalties):
     engine = drafted(tokenizer, make_model())
-    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=100, seed=1, ignore_eos=True, **penalties)
-    request = engine.add([5, 6, 7, 8], sampling)
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=100, seed=1, ignore_eos=True, **penalties)
+    request = engine.add([5, 6, 7, 8], params)
     assert run(engine, request) <= 16  # 99 tokens at nine a step, once the rate has risen so far
     assert request.written == 100
-    assert engine.guessed_right == engine.guessed > 80
+    assert engine.speculation.accepted == engine.speculation.proposed > 80
 
 
-def test_the_end_is_guessed_and_nothing_behind_it(tokenizer):
+def test_the_end_is_drafted_and_nothing_behind_it(tokenizer):
     engine = drafted(tokenizer, make_model())
     for seed in range(5):
         request = engine.add(
@@ -144,43 +145,43 @@ def test_the_end_is_guessed_and_nothing_behind_it(tokenizer):
         )
         run(engine, request)
         assert request.sequences[0].finish_reason == "stop"
-    assert engine.guessed > 20
-    assert engine.guessed - engine.guessed_right <= 5, "stop strings are not known to the draft"
+    assert engine.speculation.proposed > 20
+    assert engine.speculation.proposed - engine.speculation.accepted <= 5, "stop strings are not known to the draft"
 
 
 def check_against_a_fresh_draft(engine, monkeypatch):
-    """Every guess must be what the draft draws after reading the text from its start; the lengths of its pieces."""
+    """Every token must be what the draft draws after reading the text from its start; the lengths of its chunks."""
     draft, lengths = engine.speculation.draft, []
     forward, propose = draft.runner.forward, draft.propose
 
     def checked(asked):
-        guesses = propose(asked)
-        for choice, found in guesses.items():
-            tokens = list(choice.tokens)
-            for guess in found[:1]:
-                piece = ScheduledChunk(draft.runner.new_cache(len(tokens)), tokens, 0, 1)
-                assert guess == choice.sampler.choose(forward([piece])[0], choice.written)
-        return guesses
+        drafts = propose(asked)
+        for sequence, found in drafts.items():
+            tokens = list(sequence.tokens)
+            for token in found[:1]:
+                chunk = ScheduledChunk(draft.runner.new_cache(len(tokens)), tokens, 0, 1)
+                assert token == sequence.sampler.sample_id(forward([chunk])[0], sequence.written)
+        return drafts
 
     monkeypatch.setattr(draft, "propose", checked)
     monkeypatch.setattr(draft.runner, "forward", lambda ps: lengths.extend(len(p.tokens) for p in ps) or forward(ps))
     return lengths
 
 
-def test_wrong_guesses_leave_no_trace_in_the_draft_s_cache(tokenizer, near, monkeypatch):
+def test_wrong_drafts_leave_no_trace_in_the_draft_s_cache(tokenizer, near, monkeypatch):
     engine = drafted(tokenizer, near)
     lengths = check_against_a_fresh_draft(engine, monkeypatch)
     run(engine, engine.add([5, 6, 7], CHANCE))
-    assert 0 < engine.guessed_right < engine.guessed
+    assert 0 < engine.speculation.accepted < engine.speculation.proposed
     assert [length for length in lengths if length > 2] == [3], "no row is run twice"
 
 
-def test_guesses_that_did_not_become_the_text_are_forgotten():
+def test_drafts_that_did_not_become_the_text_are_forgotten():
     cache = PairedCache(*(TensorCache(make_model().config, 20, torch.float32, torch.device("cpu")) for _ in range(2)))
-    cache.read, cache.guesses = 3, [7, 8, 9]
-    cache.settle([1, 2, 3, 7, 8, 5, 5, 5, 5])
-    assert (cache.read, cache.guesses) == (5, [])
-    cache.settle([1, 2, 3, 7])  # the last token is always run again
+    cache.read, cache.drafted = 3, [7, 8, 9]
+    cache.accept([1, 2, 3, 7, 8, 5, 5, 5, 5])
+    assert (cache.read, cache.drafted) == (5, [])
+    cache.accept([1, 2, 3, 7])  # the last token is always run again
     assert cache.read == 3
 
 
@@ -188,12 +189,12 @@ def test_rows_that_the_draft_never_read_are_not_copied(tokenizer, near, monkeypa
     engine = drafted(tokenizer, near, cost=0.9)
     first = engine.add(list(range(1, 40)), CHANCE)
     run(engine, first)
-    assert engine.guessed == 0 and engine.memory()["cache_kept"]
-    engine.speculation.draft.cost.bytes_ratio = 0.0
+    assert engine.speculation.proposed == 0 and engine.memory()["cache_kept"]
+    engine.speculation.cost.bytes_ratio = 0.0
     lengths = check_against_a_fresh_draft(engine, monkeypatch)
     again = engine.add(first.sequences[0].tokens[:50], CHANCE)
     run(engine, again)
-    assert engine.guessed > 0 and lengths[0] == 50
+    assert engine.speculation.proposed > 0 and lengths[0] == 50
 
 
 def test_a_step_that_failed_is_taken_again(tokenizer, near, monkeypatch):
@@ -205,28 +206,28 @@ def test_a_step_that_failed_is_taken_again(tokenizer, near, monkeypatch):
     request = engine.add([5, 6, 7], CHANCE)
     forward, turns = engine.runner.forward, iter(range(100))
 
-    def unreliable(pieces):
+    def unreliable(chunks):
         if next(turns) % 3 == 2:
             raise RuntimeError("no luck")
-        return forward(pieces)
+        return forward(chunks)
 
     monkeypatch.setattr(engine.runner, "forward", unreliable)
     while not request.finished:
         with contextlib.suppress(RuntimeError):
             engine.step()
-    assert request.sequences[0].tokens == expected.sequences[0].tokens and engine.guessed > 0
+    assert request.sequences[0].tokens == expected.sequences[0].tokens and engine.speculation.proposed > 0
 
 
 def test_a_low_rate_is_tried_again(tokenizer):
     engine = drafted(tokenizer, make_model())
     request = engine.add([5, 6, 7], SamplingParams(temperature=1.0, max_tokens=100, seed=1, ignore_eos=True))
-    request.sequences[0].draft_rate.value = 0.2
+    engine.speculation.drafts_of(request.sequences[0]).model_rate.value = 0.2
     assert 15 < run(engine, request) < 50
 
 
 def test_both_models_are_timed_and_prompts_are_not(tokenizer, monkeypatch):
     engine = Engine.from_model(make_model(), tokenizer, quantize="fp32", draft=make_model())
-    cost = engine.speculation.draft.cost
+    cost = engine.speculation.cost
     cost.bytes_ratio, rows = 0.01, {"draft": [], "model": []}
     for who in rows:
         took = getattr(cost, f"{who}_took")
@@ -240,11 +241,11 @@ def test_both_models_are_timed_and_prompts_are_not(tokenizer, monkeypatch):
     assert all(1 <= n <= 1 + MOST and s > 0 for n, s in rows["model"]) and len(rows["model"]) >= ENOUGH
 
 
-def test_choices_of_a_step_are_drafted_together(tokenizer):
+def test_sequences_of_a_step_are_drafted_together(tokenizer):
     engine = drafted(tokenizer, make_model())
     calls = []
     forward = engine.speculation.draft.runner.forward
-    engine.speculation.draft.runner.forward = lambda pieces: calls.append(len(pieces)) or forward(pieces)
+    engine.speculation.draft.runner.forward = lambda chunks: calls.append(len(chunks)) or forward(chunks)
     requests = [engine.add([5, 6, 7 + i], CHANCE) for i in range(4)]
     steps = 0
     while engine.busy:
@@ -253,41 +254,43 @@ def test_choices_of_a_step_are_drafted_together(tokenizer):
     assert all(request.written == 60 for request in requests)
     assert max(calls) == 4 and len(calls) <= 1 + steps * MOST
     assert sum(calls) / len(calls) > 3, "most calls run all four"
-    assert engine.guessed_right == engine.guessed > 150 and steps < 20
+    assert engine.speculation.accepted == engine.speculation.proposed > 150 and steps < 20
 
 
-def test_choices_of_a_prompt_copy_its_rows(tokenizer):
+def test_sequences_of_a_prompt_copy_its_rows(tokenizer):
     engine = drafted(tokenizer, make_model())
     rows = []
     forward = engine.speculation.draft.runner.forward
-    engine.speculation.draft.runner.forward = lambda pieces: (
-        rows.extend(len(p.tokens) for p in pieces) or forward(pieces)
+    engine.speculation.draft.runner.forward = lambda chunks: (
+        rows.extend(len(p.tokens) for p in chunks) or forward(chunks)
     )
     request = engine.add(
         list(range(1, 150)), SamplingParams(temperature=1.0, max_tokens=9, n=3, seed=1, ignore_eos=True)
     )
     run(engine, request)
     assert [count for count in rows if count > 2] == [149], "the prompt is read once"
-    assert engine.guessed_right == engine.guessed > 0
+    assert engine.speculation.accepted == engine.speculation.proposed > 0
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])
-def test_guesses_never_pass_the_limit(tokenizer, tokens):
+def test_drafts_never_pass_the_limit(tokenizer, tokens):
     engine = drafted(tokenizer, make_model())
     request = engine.add([5, 6], SamplingParams(temperature=1.0, max_tokens=tokens, seed=2, ignore_eos=True))
     forward = engine.runner.forward
 
-    def watched(pieces):
-        for piece in pieces:
-            assert piece.start + len(piece.tokens) < 2 + tokens
-        return forward(pieces)
+    def watched(chunks):
+        for chunk in chunks:
+            assert chunk.start + len(chunk.tokens) < 2 + tokens
+        return forward(chunks)
 
     engine.runner.forward = watched
     calls, read = [], engine.speculation.draft.runner.forward
-    engine.speculation.draft.runner.forward = lambda pieces: calls.append(1) or read(pieces)
+    engine.speculation.draft.runner.forward = lambda chunks: calls.append(1) or read(chunks)
     run(engine, request)
     assert request.written == tokens
-    assert (engine.guessed > 0) == (tokens > 2) == bool(calls), "with no room for a guess the prompt is not read either"
+    assert (engine.speculation.proposed > 0) == (tokens > 2) == bool(calls), (
+        "with no room for a token the prompt is not read either"
+    )
 
 
 def test_drafting_stops_where_the_draft_s_context_ends(tokenizer):
@@ -297,15 +300,15 @@ def test_drafting_stops_where_the_draft_s_context_ends(tokenizer):
     ends = []
     forward = engine.speculation.draft.runner.forward
 
-    def watched(pieces):
-        ends.extend(piece.start + len(piece.tokens) for piece in pieces)
-        return forward(pieces)
+    def watched(chunks):
+        ends.extend(chunk.start + len(chunk.tokens) for chunk in chunks)
+        return forward(chunks)
 
     engine.speculation.draft.runner.forward = watched
     request = engine.add([5, 6, 7], CHANCE)
     run(engine, request)
     assert request.written == 60 and max(ends) == 24
-    assert engine.guessed_right == engine.guessed
+    assert engine.speculation.accepted == engine.speculation.proposed
     long = engine.add(list(range(1, 40)), CHANCE)
     ends.clear()
     run(engine, long)
@@ -352,41 +355,44 @@ def test_a_draft_that_is_never_right_falls_silent(tokenizer):
     engine = drafted(tokenizer, make_model("odd", seed=9))
     for i in range(4):
         run(engine, engine.add([5, 6, 7 + i], CHANCE))
-    assert 0 < engine.guessed < 40
+    assert 0 < engine.speculation.proposed < 40
 
 
 def test_a_draft_that_costs_too_much_is_not_asked(tokenizer):
     engine = drafted(tokenizer, make_model(), cost=0.8)
     run(engine, engine.add([5, 6, 7], CHANCE))
-    assert engine.guessed == 0
+    assert engine.speculation.proposed == 0
     plain = Engine.from_model(make_model(), tokenizer, quantize="fp32", draft=make_model())
-    assert any("1.00 of the bytes" in line and "could not pay" in line for line in plain.decisions)
+    assert any(
+        "1.00 of the bytes" in line and "not faster even if all 8 drafted tokens are accepted" in line
+        for line in plain.decisions
+    )
     assert run(plain, plain.add([5, 6, 7], CHANCE)) >= 30  # written all the same
 
 
-def test_of_lookup_and_draft_the_better_is_taken(tokenizer):
-    sampling = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
+def test_of_ngrams_and_draft_model_the_better_is_taken(tokenizer):
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
 
-    def guesses_of_the_draft(cost, lookup_rate):
-        engine = drafted(tokenizer, make_model(), cost=cost, lookup=True)
+    def drafts_of_the_model(cost, ngram_rate):
+        engine = drafted(tokenizer, make_model(), cost=cost, ngrams=True)
         drawn = []
         propose = engine.speculation.draft.propose
         engine.speculation.draft.propose = lambda asked: drawn.append(len(asked)) or propose(asked)
-        request = engine.add([9] * 8, sampling)
-        request.sequences[0].lookup.rate.value = lookup_rate
-        request.sequences[0].draft_rate.value = 0.8
+        request = engine.add([9] * 8, params)
+        engine.speculation.drafts_of(request.sequences[0]).ngram.rate.value = ngram_rate
+        engine.speculation.drafts_of(request.sequences[0]).model_rate.value = 0.8
         run(engine, request)
-        assert engine.guessed_right > 70
+        assert engine.speculation.accepted > 70
         return sum(drawn)
 
-    assert guesses_of_the_draft(0.1, 0.9) == 1, "only the prompt was read: the text repeats itself for nothing"
-    assert guesses_of_the_draft(0.1, 0.3) > 5
+    assert drafts_of_the_model(0.1, 0.9) == 1, "only the prompt was read: the text repeats itself for nothing"
+    assert drafts_of_the_model(0.1, 0.3) > 5
 
 
 def test_other_runners_do_without_and_say_why(tokenizer, monkeypatch):
     live = Engine.from_model(make_model(), tokenizer, draft=make_model())
     assert live.speculation is None
-    assert any(line.startswith("draft: ") and "not used" in line and "module" in line for line in live.decisions)
+    assert any(line.startswith("draft: ") and "not used" in line and "plain PyTorch" in line for line in live.decisions)
     off = Engine.from_model(make_model(), tokenizer, quantize="fp32", speculate=False, draft=make_model())
     assert off.speculation is None and any("does not speculate" in line for line in off.decisions)
     assert off.memory()["draft_weights"] == 0
@@ -430,23 +436,23 @@ def test_a_broken_draft_is_named(tokenizer):
 
 def test_drawing_ahead_leaves_the_sampler_as_it_is():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    for sampling in (
+    for params in (
         SamplingParams(repetition_penalty=1.5, seed=1),
         SamplingParams(frequency_penalty=1.0, presence_penalty=1.0),
     ):
-        sampler, told = Sampler(sampling, [1, 2], 1), Sampler(sampling, [1, 2], 1)
-        ahead = sampler.ahead()
+        sampler, told = Sampler(params, [1, 2], 1), Sampler(params, [1, 2], 1)
+        ahead = sampler.fork()
         for token_id in (7, 8, 7):
             ahead.observe(token_id)
             told.observe(token_id)
-        fresh = Sampler(sampling, [1, 2], 1)
+        fresh = Sampler(params, [1, 2], 1)
         for index in range(40):
-            assert sampler.choose(logits, index) == fresh.choose(logits, index)
-            assert ahead.choose(logits, index) == told.choose(logits, index)
+            assert sampler.sample_id(logits, index) == fresh.sample_id(logits, index)
+            assert ahead.sample_id(logits, index) == told.sample_id(logits, index)
 
 
 def test_times_win_over_bytes_and_are_forgotten():
-    cost = Cost(0.1)
+    cost = DraftCost(0.1)
     for _ in range(ENOUGH):
         cost.model_took(1, 0.010)
         assert cost.value == 0.1
@@ -460,7 +466,7 @@ def test_times_win_over_bytes_and_are_forgotten():
 
 
 @given(st.floats(0, 1), st.floats(0.01, 2))
-def test_the_number_of_guesses_is_the_fastest(rate, share):
+def test_the_number_of_drafts_is_the_fastest(rate, share):
     count = fastest(rate, share)
     assert all(speed(rate, count, share) >= speed(rate, other, share) for other in range(MOST + 1))
     assert speed(rate, 0, share) == 1
@@ -489,10 +495,10 @@ def test_the_command_line(folders, capsys):
     plain = write()
     told = write("--draft", str(folders / "small"))
     assert told.out == plain.out
-    assert f"draft: {folders / 'small'}, native step" in told.err and "draft:" not in plain.err
+    assert f"draft: {folders / 'small'}, native C++" in told.err and "draft:" not in plain.err
     itself = write("--draft", str(folders / "model"))
     assert itself.out == plain.out
-    assert "(the model itself)" in itself.err and "could not pay" in itself.err
+    assert "(the model itself)" in itself.err and "disabled: not faster" in itself.err
 
 
 @pytest.mark.parametrize("draft, words", [("other", "tokenizer is not the model's"), ("nowhere", "no such directory")])

@@ -14,12 +14,12 @@ from tiny_llama import SHAPES, make_model
 
 from smolforge import kernels
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation import runners as choose
 from smolforge.generation.quantize import PRECISIONS, Int4, Int8, quantize, to_int4, to_int8
+from smolforge.generation.runners import select_runner
 from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.generation.stock import StockRunner
 from smolforge.kernels import NativeUnavailable, build
 
 LENGTH = 90
@@ -69,13 +69,12 @@ def distance(a, b):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", [CpuRunner, StockRunner])
-def test_logits_are_those_of_the_rounded_weights(kind, shape, precision):
+def test_logits_are_those_of_the_rounded_weights(shape, precision):
     model = calm(shape)
     ids = tokens(model)
     with torch.no_grad():
         expected = rounded(model, precision)(torch.tensor([ids]))[0]
-    runner = kind(model, precision)
+    runner = CpuRunner(model, precision)
     assert distance(one_by_one(runner, ids), expected) < TOLERANCE[precision]
     assert distance(whole(runner, ids), expected) < TOLERANCE[precision]
 
@@ -149,7 +148,7 @@ print(runner.forward([ScheduledChunk(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).
     assert float(done.stdout) == expected
 
 
-@pytest.mark.parametrize("runner_of", [lambda m: CpuRunner(m, "int8"), lambda m: StockRunner(m, "fp32"), ModuleRunner])
+@pytest.mark.parametrize("runner_of", [lambda m: CpuRunner(m, "int8"), lambda m: CudaRunner(m, "fp32"), ModuleRunner])
 def test_a_copied_prefix_continues_as_the_original(runner_of):
     model = make_model()
     runner, ids = runner_of(model), tokens(model)
@@ -165,7 +164,7 @@ def test_a_copied_prefix_continues_as_the_original(runner_of):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_caches_take_what_was_said(shape, capacity):
     model = make_model(shape)
-    for runner in (CpuRunner(model, "int8"), StockRunner(model, "int8"), ModuleRunner(model)):
+    for runner in (CpuRunner(model, "int8"), CudaRunner(model, "bf16"), ModuleRunner(model)):
         assert runner.new_cache(capacity).nbytes == runner.cache_bytes(capacity)
 
 
@@ -201,27 +200,18 @@ def test_int4_leaves_the_head_at_int8():
     assert isinstance(quantize(torch.ones(32, 32), "int4"), Int4)
 
 
-def test_without_a_compiler_the_stock_path_runs_and_says_so(monkeypatch):
+def test_without_native_code_the_module_runs_and_says_so(monkeypatch):
     monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
     kernels.library.cache_clear()
     try:
-        runner, decisions = choose.select_runner(make_model(), "int8")
+        runner, decisions = select_runner(make_model(), "int8")
     finally:
         kernels.library.cache_clear()
-    assert isinstance(runner, StockRunner) and "no native step" in decisions[-1]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_stock_path_is_the_same_in_torchscript_and_in_python(monkeypatch, shape, precision):
-    model = calm(shape)
-    ids = tokens(model)
-    compiled = StockRunner(model, precision)
-    assert "TorchScript" in compiled.name
-    monkeypatch.setattr(torch.jit, "script", None)
-    plain = StockRunner(model, precision)
-    assert "TorchScript" not in plain.name
-    assert torch.equal(one_by_one(compiled, ids), one_by_one(plain, ids))
+    assert isinstance(runner, ModuleRunner)
+    assert decisions == [
+        "engine: plain PyTorch, float32 on cpu, several times slower than native code: "
+        "native code is turned off by SMOLFORGE_NATIVE=0"
+    ]
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
@@ -234,10 +224,9 @@ def test_no_precision_hides_damaged_weights(damage, name):
     for precision in PRECISIONS:
         if precision in ("int8", "int4"):
             with pytest.raises(RunFailed, match=name):
-                choose.select_runner(model, precision)
+                select_runner(model, precision)
         else:
-            for runner in (choose.select_runner(model, precision)[0], StockRunner(model, precision)):
-                assert not whole(runner, ids).isfinite().all(1).any()
+            assert not whole(select_runner(model, precision)[0], ids).isfinite().all(1).any()
 
 
 def test_where_no_compiler_is_installed_pip_brings_one(monkeypatch, tmp_path):
@@ -285,8 +274,13 @@ def test_the_library_is_built_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing half-built stays behind"
 
 
-def test_choices_are_explained():
-    runner, decisions = choose.select_runner(make_model(), "auto")
-    assert "fp32" in runner.name and "cache" in decisions[0]
+def test_decisions_are_explained():
+    runner, decisions = select_runner(make_model(), "auto", threads=1)
+    assert decisions == [
+        "precision: fp32 (0 MiB of weights fit in the CPU cache; quantizing would not be faster)",
+        f"kernels: {kernels.description()}",
+        "engine: native C++, fp32, 1 thread",
+    ]
+    assert runner.name == "native C++, fp32, 1 thread"
     with pytest.raises(BadInput, match="int3"):
-        choose.select_runner(make_model(), "int3")
+        select_runner(make_model(), "int3")

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracle import filtered
 
 from smolforge.errors import BadInput
-from smolforge.generation import processors
 from smolforge.generation.sampler import Sampler, describe, draw, uniform
 from smolforge.generation.sampling_params import SamplingParams
 
@@ -36,11 +36,8 @@ def test_chi_square(sampling):
     scores = torch.randn(90, generator=torch.Generator().manual_seed(3)) * 2
     sampler = Sampler(sampling, [1, 2, 3], seed=11)
     # The expected distribution is taken the plain way: every filter on the whole vocabulary, in float64.
-    expected = sampler._penalise(scores, 0).double()
-    for process in processors.chain(sampling):
-        expected = process(expected)
-    expected = expected.softmax(0).numpy()
-    ids, weights = sampler.weights(sampler._penalise(scores, 0))
+    expected = filtered(sampler.penalize(scores, 0).double(), sampling).softmax(0).numpy()
+    ids, weights = sampler.weights(sampler.penalize(scores, 0))
     counts = np.bincount([draw(ids, weights, uniform(11, 0, i)) for i in range(DRAWS)], minlength=len(expected))
     assert counts[expected == 0].sum() == 0
     likely = expected * DRAWS >= 5
@@ -74,7 +71,7 @@ def test_draw_at_the_borders():
 
 def test_logprobs_are_the_models_own():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    picked = Sampler(SamplingParams(logprobs=5, temperature=0.1, logit_bias={7: 100.0}), [0], seed=0).pick(logits, 0)
+    picked = Sampler(SamplingParams(logprobs=5, temperature=0.1, logit_bias={7: 100.0}), [0], seed=0).sample(logits, 0)
     assert picked.token_id == 7
     logs = logits.log_softmax(0)
     assert picked.logprob == pytest.approx(float(logs[7]), abs=1e-5)

@@ -16,7 +16,7 @@ def engines(tokenizer):
     """The same model with guesses and without."""
     engines = [Engine.from_model(make_model(), tokenizer, quantize="int8", speculate=on) for on in (True, False)]
     if not engines[0].speculates:
-        pytest.skip("no native step here, and the stock path is not bitwise the same in a batch")
+        pytest.skip("no native code here, and the plain module is not bitwise the same in a batch")
     return engines
 
 
@@ -45,7 +45,7 @@ def test_the_text_is_the_same_to_the_last_bit(engines, unit, times, temperature,
 
 def test_a_text_that_repeats_takes_fewer_steps(engines):
     engine = engines[0]
-    engine.guessed = engine.guessed_right = 0
+    engine.speculation.proposed = engine.speculation.accepted = 0
     request = engine.add(
         [5, 6, 7, 8] * 6, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: 100.0})
     )
@@ -55,8 +55,8 @@ def test_a_text_that_repeats_takes_fewer_steps(engines):
         steps += 1
     assert request.written == 100
     assert steps < 35, "token 9 over and over is easy to guess"
-    assert engine.guessed_right > 65
-    assert engine.guessed_right <= engine.guessed
+    assert engine.speculation.accepted > 65
+    assert engine.speculation.accepted <= engine.speculation.proposed
 
 
 def test_what_cannot_be_guessed_is_soon_left_alone():

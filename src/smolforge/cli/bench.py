@@ -40,7 +40,7 @@ def add(verbs: Any) -> None:
         "--quantize",
         nargs="+",
         choices=PRECISIONS,
-        help="default: all four, on a GPU bf16 and int8",
+        help="default: all four, on a GPU bf16",
     )
     generate.set_defaults(run=_generate)
     serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
@@ -74,7 +74,7 @@ def _generate(args: argparse.Namespace) -> int:
     from smolforge.generation import bench
 
     module = locate.load_model(args.model)[0] if args.model else None
-    return _tell(args, bench, bench.measure(module, precisions=args.quantize, tokens=args.tokens, say=_say))
+    return _tell(args, bench, bench.measure(module, precisions=args.quantize, tokens=args.tokens))
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -1,10 +1,29 @@
-"""Text from a model: the engine, what a request asks for, and the fast ways of running one step.
+"""Text from a model: continuous batching, fast runners, exact sampling, speculative decoding.
 
-    prompt → Engine.add → Scheduler.plan → Runner.forward → Sampler.pick → TextStream.push → StepOutput
+A request is a prompt with its SamplingParams; it becomes `n` sequences. In each step the scheduler chooses which
+sequences run and cuts their tokens into chunks; a runner runs all chunks through the model at once, extends their
+caches and returns logits; a sampler per sequence draws the next token; a detokenizer turns it into text; and a
+StepOutput goes to the caller. Nothing in a text depends on what else runs.
 
-`engine` holds the loop; `scheduler` decides who runs, `cache` owns the memory, a runner (`runner`, `stock`,
-`native`, on a GPU `static`; picked by `choose`) does the arithmetic, `sampler` and `processors` draw, `text` shows.
-`speculation` lets guesses run along, of `draft` (the text itself) or `draft_model`. Each knows only its own noun.
+    prompt → Engine.add → Scheduler.schedule → Runner.forward → Sampler.sample → Detokenizer.push → StepOutput
+
+In the order to read them:
+
+    engine.py             Engine: add, step, stream, cancel, generate
+    sequence.py           Request, Sequence, ScheduledChunk and StepOutput, the data of a step
+    scheduler.py          continuous batching: which sequences run in the next step
+    kv_cache.py           memory of keys and values, and the pool that allocates it
+    runners/__init__.py   Runner, and the choice of one for a model and a machine
+    runners/module.py     any model with its live weights
+    runners/cpu.py        packed weights and the native step of smolforge.kernels
+    runners/cuda.py       a static cache, CUDA graphs, and sampling on the GPU
+    sampling_params.py    SamplingParams: the settings of a request
+    sampler.py            penalties, filters, and the draw of a token
+    detokenizer.py        whole characters, stop strings
+    quantize.py           int8 and int4, and the choice of a precision
+    speculative.py        n-gram and model drafts, and when they pay
+    draft_model.py        a small model that drafts, and its cache
+    bench.py              smolforge bench generate
 """
 
 from __future__ import annotations

@@ -1,56 +1,59 @@
-"""Writing on this machine: tokens/s per precision and batch, beside the bandwidth that no decoder can pass.
+"""Generation on this machine: tokens/s per precision and batch, compared with the bandwidth that limits decoding.
 
-A token that is decoded reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached.
-Beside the bytes that a runner says it holds stands what the process grew by when it was made.
-Every step ends with its logits on the CPU, so no clock is read while a GPU still works.
+Each decoded token reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached. Next to
+the bytes that a runner reports stands by how much the process grew. Every step ends with its logits or tokens on the
+CPU, so no time is taken while a GPU still works.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smolforge.config import ModelConfig
-from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.runners import DeviceSampler, Runner, select_runner
+from smolforge.generation.sampling_params import SamplingParams
 from smolforge.generation.scheduler import CHUNK
-from smolforge.generation.sequence import ScheduledChunk
+from smolforge.generation.sequence import Request, ScheduledChunk, Sequence
 from smolforge.model.architecture import build_model
 
-PRECISIONS = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16", "int8")}
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16",)}
 BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
 PROMPT = 32
+
+logger = logging.getLogger(__name__)
 
 
 def measure(
     module: Any = None,
     *,
-    precisions: Sequence[str] | None = None,
-    batches: Sequence[int] | None = None,
+    precisions: Many[str] | None = None,
+    batches: Many[int] | None = None,
     tokens: int = 64,
     prompt: int = 512,
     rounds: int = 3,
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Decode greedily with each precision, on a CUDA device where there is one.
 
     Args:
-        module: a model of `model/`; SmolLM2-135M's shape with random weights unless given.
+        module: a model of `smolforge.model`; SmolLM2-135M's shape with random weights unless given.
         precisions: those of `PRECISIONS` for the device unless given.
-        batches: sequences that are decoded together; those of `BATCHES` unless given.
+        batches: sequences decoded together; those of `BATCHES` unless given.
         tokens: decoded for each sequence.
         prompt: length of the prompt whose first token is timed.
-        rounds: turns after one that warms up; medians are reported.
+        rounds: timed repetitions after one warm-up; medians are reported.
 
     Raises:
         BadInput: there is no such precision.
     """
     if module is None:
-        say("making a model of SmolLM2-135M's shape with random weights")
+        logger.info("making a model of SmolLM2-135M's shape with random weights")
         module = build_model(ModelConfig(), seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module.to(device)
@@ -64,7 +67,7 @@ def measure(
         runner, decisions = select_runner(module, precision)
         grown = resident_bytes() - held
         for line in decisions if device == "cuda" else decisions[-1:]:
-            say(line)
+            logger.info(line)
         rates = {}
         for batch in batches:
             seconds = [_decode(runner, batch, tokens) for _ in range(rounds + 1)][1:]
@@ -127,11 +130,42 @@ def _decode(runner: Runner, batch: int, tokens: int) -> float:
         int(runner.forward([ScheduledChunk(cache, row, 0, 1)]).argmax())
         for cache, row in zip(caches, prompts, strict=True)
     ]
+    if isinstance(runner, DeviceSampler):
+        return _decode_on_device(runner, prompts, following, caches, tokens)
     began = time.perf_counter()
     for at in range(PROMPT, PROMPT + tokens):
         chunks = [ScheduledChunk(cache, [token], at, 1) for cache, token in zip(caches, following, strict=True)]
         following = runner.forward(chunks).argmax(-1).tolist()
     return time.perf_counter() - began
+
+
+def _decode_on_device(sampler: DeviceSampler, prompts: Any, following: Any, caches: Any, tokens: int) -> float:
+    """As `_decode`, where the runner picks the tokens."""
+    params, sequences = SamplingParams(temperature=0, max_tokens=tokens + 1), []
+    for prompt, token_id, cache in zip(prompts, following, caches, strict=True):
+        sequence = Sequence(Request(0, prompt, params, 0), 0, _NoText(), PROMPT + tokens, frozenset())  # type: ignore[arg-type]
+        sequence.tokens.append(token_id)
+        sequence.cache, sequence.computed = cache, PROMPT
+        sequences.append(sequence)
+    began = time.perf_counter()
+    for _ in range(tokens):
+        for sequence, token_id in zip(sequences, sampler.sample(sequences), strict=True):
+            sequence.tokens.append(token_id)
+            sequence.computed += 1
+    return time.perf_counter() - began
+
+
+class _NoText:
+    """Stands for a tokenizer where text is not wanted."""
+
+    def stream(self) -> _NoText:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
 
 
 def table(result: dict[str, Any]) -> str:

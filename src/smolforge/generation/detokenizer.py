@@ -1,7 +1,7 @@
 """Tokens become text that may be shown: whole characters only, and never a part of a stop string.
 
-What could still turn out to be the beginning of a stop string is held back, and given out as soon as it
-cannot; so the pieces joined are the whole text before the stop string, or all of it where none came.
+Text that could still become a stop string is held back, and returned as soon as it cannot. So the parts joined are the
+whole text before the stop string, or all of it where none came. Each token is decoded once, here.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
+
 
 class Decoder(Protocol):
-    """What `smolforge.tokenizer` gives for a stream."""
+    """Incremental decoder of tokens, as `Tokenizer.stream` returns it."""
 
     def push(self, token_id: int) -> str: ...
 
     def flush(self) -> str: ...
 
 
-class TextStream:
-    """The text of one continuation as it grows.
+class Detokenizer:
+    """The text of one sequence as it grows.
+
+    Args:
+        decoder: a fresh stream decoder.
+        stops: strings that end the text.
 
     Attributes:
-        stopped: a stop string was met; nothing comes out any more.
+        stopped: a stop string was found; no more text comes.
+        decoded: characters decoded so far, which is where the text of the next token begins.
     """
 
     def __init__(self, decoder: Decoder, stops: Sequence[str] = ()) -> None:
@@ -30,16 +37,30 @@ class TextStream:
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
+        self.decoded = 0
+
+    def skip(self, prompt: Sequence[int]) -> None:
+        """Begin after a prompt that is not shown; a character that it leaves unfinished continues."""
+        for token_id in prompt[-LONGEST_CHARACTER:]:
+            self._decoder.push(token_id)
+
+    def push_prompt(self, token_id: int) -> str:
+        """The text of a token of the prompt, in which stop strings have no effect."""
+        return self._count(self._decoder.push(token_id))
 
     def push(self, token_id: int) -> str:
-        """The text that may be shown now that this token came."""
-        return self._release(self._decoder.push(token_id))
+        """The text that may be shown after this token."""
+        return self._release(self._count(self._decoder.push(token_id)))
 
     def flush(self) -> str:
-        """The rest, at the end of the continuation."""
-        text = self._release(self._decoder.flush())
+        """The rest, at the end of the sequence."""
+        text = self._release(self._count(self._decoder.flush()))
         rest, self._held = self._held, ""
         return text + rest
+
+    def _count(self, text: str) -> str:
+        self.decoded += len(text)
+        return text
 
     def _release(self, text: str) -> str:
         if self.stopped:

@@ -1,11 +1,12 @@
-"""The engine: requests in, steps out. Everything that writes text goes through here.
+"""The engine: requests in, step outputs out. Everything that writes text uses it.
 
-    engine = Engine.from_pretrained("RUN")  # or Engine.from_model(module, tokenizer) for live weights
-    for step in engine.stream(["Once upon a time"], SamplingParams(seed=1)):
-        print(step.text, end="")
+    engine = Engine.from_pretrained("RUN")  # or Engine.from_model(module, tokenizer) for the live weights of a module
+    print(engine.generate("Once upon a time", SamplingParams(seed=1)))
+    for output in engine.stream(["Once upon a time"]):
+        print(output.text, end="")
 
-A server uses the same in smaller bites: `add` a request, call `step` until it is finished, `cancel` when the
-client leaves. One thread owns an engine; nothing here blocks but the arithmetic of one step.
+A server uses smaller steps: `add` a request, call `step` until it is finished, `cancel` it when the client leaves. One
+thread owns an engine; nothing here blocks but the arithmetic of one step.
 """
 
 from __future__ import annotations
@@ -15,27 +16,22 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smolforge.errors import BadInput, RunFailed, SmolforgeError
-from smolforge.generation.detokenizer import TextStream
-from smolforge.generation.draft_model import DraftModel, PairedRunner, select_draft
-from smolforge.generation.echo import Echo
+from smolforge.generation.draft_model import DraftModel, PairedRunner
 from smolforge.generation.kv_cache import CachePool
-from smolforge.generation.prompt import Prompt, prompt_ids
-from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.runners import DeviceSampler, Runner, select_runner
 from smolforge.generation.runners.module import ModuleRunner
-from smolforge.generation.sampler import SampledToken, Sampler
+from smolforge.generation.sampler import SampledToken
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.generation.scheduler import Scheduler
-from smolforge.generation.sequence import FinishReason, Request, ScheduledChunk, Sequence, StepOutput
-from smolforge.generation.speculative import Speculation
-
-if TYPE_CHECKING:
-    from smolforge.tokenizer import Tokenizer
+from smolforge.generation.sequence import Prompt, Request, ScheduledChunk, Sequence, StepOutput, Work, prompt_ids
+from smolforge.generation.speculative import Speculation, select_draft
+from smolforge.tokenizer import Tokenizer
 
 DEFAULT_CACHE = 2 << 30
 
@@ -44,20 +40,19 @@ class Engine:
     """Continues prompts, many at once.
 
     Args:
-        runner: what computes logits.
+        runner: computes the logits.
         tokenizer: of the model.
-        max_batch: most continuations at once; others wait.
-        cache_bytes: most memory of keys and values.
+        max_batch: maximum number of sequences that run at once; others wait.
+        cache_bytes: maximum memory of keys and values; 2 GiB unless given, on a GPU half of what is free.
         eos_ids: tokens that end a text; the tokenizer's own unless given.
-        context: most positions; the model's own unless given.
-        speculate: read guesses of the next tokens along with the last one, where the text stays bitwise the same.
-        draft: a small model that guesses too, where the text itself brings no guess or a worse one.
+        context: maximum number of positions; the model's own unless given.
+        speculate: run drafts of the next tokens along with the last one, where the text stays bitwise the same.
+        draft: a small model that drafts too, where the text itself yields no draft or a worse one.
+        decisions: sentences to begin `decisions` with.
 
     Attributes:
         decisions: what was chosen and why, one sentence each.
         directory: where the model was loaded from, or None.
-        guessed: tokens that were guessed ahead so far, and of them
-        guessed_right: those that were drawn.
     """
 
     def __init__(
@@ -66,7 +61,7 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         max_batch: int = 16,
-        cache_bytes: int = DEFAULT_CACHE,
+        cache_bytes: int | None = None,
         eos_ids: Iterable[int] | None = None,
         context: int | None = None,
         speculate: bool = True,
@@ -80,17 +75,18 @@ class Engine:
         self.decisions = list(decisions)
         self.directory: Path | None = None
         reuse = runner.batch_invariant
-        self.speculates = speculate and runner.batch_invariant
+        self.speculates = speculate and reuse
         if draft is not None and not self.speculates:
             draft = None
             self.decisions.append("draft: the draft model is not used, since this engine does not speculate")
         self.speculation = Speculation(draft) if self.speculates else None
         self._paired = PairedRunner(runner, draft.runner) if draft is not None else runner
-        pool = CachePool(self._paired.new_cache, self._paired.cache_bytes, cache_bytes, keep=max_batch if reuse else 0)
+        self._device_sampler = runner if isinstance(runner, DeviceSampler) else None
+        budget = cache_bytes or (self._device_sampler.default_cache_bytes() if self._device_sampler else DEFAULT_CACHE)
+        pool = CachePool(self._paired.new_cache, self._paired.cache_bytes, budget, keep=max_batch if reuse else 0)
         self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
-        self.guessed = self.guessed_right = 0
         self._next_id = 0
-        self._ready: list[StepOutput] = []  # steps of requests that need no model
+        self._ready: list[StepOutput] = []  # outputs of requests that need no model
 
     @classmethod
     def from_model(
@@ -108,11 +104,13 @@ class Engine:
         """An engine over a module.
 
         Args:
-            quantize: None runs the live weights: what training changes, the next step sees. A precision (or
+            module: the model.
+            tokenizer: of the model.
+            quantize: None runs the live weights: a change by training is used from the next step on. A precision (or
                 "auto", or "none" for that of the weights) packs the weights as they are now for the fastest
                 runner of this machine.
             threads: of the packed runners.
-            draft: the module of a draft model. Live weights do without it, as a line of `decisions` says.
+            draft: the module of a draft model. It is not used with live weights, as a line of `decisions` says.
             draft_tokenizer: of the draft; the same one unless given.
             draft_name: of the draft, in `decisions`.
             settings: as of the class.
@@ -139,16 +137,17 @@ class Engine:
         """An engine for a run, a checkpoint, a Hugging Face Llama directory or a Hub id.
 
         Args:
+            model: its path or id.
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: "cpu", "cuda", or "auto" for a GPU where there is one.
-            draft: a smaller model of the same tokenizer, named as `model` is, that guesses the next tokens.
+            draft: a smaller model of the same tokenizer, named as `model` is, that drafts the next tokens.
             settings: as of `from_model`.
 
         Raises:
             CheckpointError: the model or its draft cannot be used.
             BadInput: there is no such precision or device, or the draft has other token ids than the model.
         """
-        # The one place where this room asks another of its floor; everything else here takes modules.
+        # The one place where this package imports another of its layer; everything else here takes modules.
         from smolforge.checkpoint.format import read_generation_defaults
         from smolforge.checkpoint.locate import load_model
 
@@ -174,104 +173,89 @@ class Engine:
         """Whether anything waits or runs."""
         return bool(self._ready or self.scheduler.waiting or self.scheduler.running)
 
-    def add(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Request:
-        """Queue a request.
-
-        Args:
-            prompt: text, in which special tokens are only text, or token ids.
-            sampling: what is wanted; the defaults if None.
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
+        """The text that continues a prompt (of the first sequence, where `params.n` is more than 1).
 
         Raises:
-            BadInput: the prompt is empty, holds an id that is no token, or leaves no room in the context; or
-                the request needs more cache than there is.
+            BadInput: as of `add`.
         """
-        sampling = sampling or SamplingParams()
-        ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
-        sampling.check_vocabulary(self.vocab_size)
-        room = self.context if sampling.max_tokens == 0 else self.context - 1
-        if len(ids) > room:
-            raise BadInput(
-                f"the prompt is {len(ids)} tokens long, and the context holds {self.context} with what is written",
-                field="prompt",
-                hint=f"Shorten it to at most {room} tokens.",
-            )
-        limit = min(len(ids) + sampling.max_tokens, self.context)
-        pool = self.scheduler.pool
-        if pool.bytes_for(limit) > pool.budget:
-            raise BadInput(
-                f"{limit} positions need {pool.bytes_for(limit):,} bytes of cache, and there are {pool.budget:,}",
-                field="max_tokens",
-                hint="Ask for fewer tokens or give the engine more cache_bytes.",
-            )
-        seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
-        request = Request(self._next_id, ids, sampling, seed)
-        self._next_id += 1
-        stop_token_ids = frozenset((*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_ids)))
-        for index in range(sampling.n):
-            sampler = Sampler(sampling, ids, seed, index, sorted(stop_token_ids))
-            text = TextStream(self.tokenizer.stream(), sampling.stop)
-            echo = Echo(ids, self.tokenizer.stream(), sampling.logprobs) if sampling.echo else None
-            sequence = Sequence(request, index, list(ids), sampler, text, limit, stop_token_ids, echo=echo)
-            if self.speculation is not None:
-                self.speculation.begin(sequence)
-            request.sequences.append(sequence)
-        if sampling.max_tokens == 0 and not (sampling.echo and sampling.logprobs is not None):
-            for sequence in request.sequences:
-                self._ready += self._echo(sequence, len(ids))
-                sequence.finish_reason = "length"
-                self._ready.append(
-                    StepOutput(request.id, sequence.index, None, sequence.text.flush(), finish_reason="length")
-                )
-        else:
-            self.scheduler.add(request)
-        return request
+        return "".join(output.text for output in self.stream([prompt], params) if output.index == 0)
 
-    def cancel(self, request: Request) -> None:
-        """Stop a request, queued or running: its memory is free at once and no further step of it comes."""
-        if request.finished:
-            return
-        request.cancelled = True
-        for sequence in request.sequences:
-            self.scheduler.remove(sequence)
-        self._ready = [step for step in self._ready if step.request != request.id]
+    def stream(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[StepOutput]:
+        """All outputs for some prompts, as they come; `StepOutput.request` is the index of the prompt.
 
-    def step(self) -> list[StepOutput]:
-        """Run the model once over all that is running; the steps that came of it, possibly none."""
-        steps, self._ready = self._ready, []
-        work = self.scheduler.plan()
-        if not work:
-            return steps
-        if self.speculation is not None:
-            work = self.speculation.extend(work, len(self.scheduler.running))
-        began, row = time.perf_counter(), 0
-        logits = _finite(self._paired.forward([chunk for _, chunk in work]))
-        for sequence, chunk in work:
-            sequence.computed = chunk.start + len(chunk.tokens) - chunk.guessed
-            steps += self._advance(sequence, chunk, logits[row : row + chunk.logits])
-            row += chunk.logits
-        if self.speculation is not None:
-            self.speculation.took(work, time.perf_counter() - began)
-        return steps
-
-    def stream(self, prompts: Iterable[Prompt], sampling: SamplingParams | None = None) -> Iterator[StepOutput]:
-        """All steps of some prompts, as they come; `StepOutput.request` is the index of the prompt.
-
-        For an engine that nobody else uses meanwhile. Closing the iterator cancels what is left.
+        For an engine that nothing else uses meanwhile. Closing the iterator cancels what is left.
 
         Raises:
             BadInput: as of `add`; nothing has run then.
         """
         requests: list[Request] = []
         try:
-            requests.extend(self.add(prompt, sampling) for prompt in prompts)
+            requests.extend(self.add(prompt, params) for prompt in prompts)
             index = {request.id: i for i, request in enumerate(requests)}
             while not all(request.finished for request in requests) or self._ready:
-                for step in self.step():
-                    if step.request in index:
-                        yield dataclasses.replace(step, request=index[step.request])
+                for output in self.step():
+                    if output.request in index:
+                        yield dataclasses.replace(output, request=index[output.request])
         finally:
             for request in requests:
                 self.cancel(request)
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Queue a request.
+
+        Args:
+            prompt: text, in which special tokens are only text, or token ids.
+            params: the settings; the defaults if None.
+
+        Raises:
+            BadInput: the prompt is empty, contains something that is not a token id, or is too long for the context;
+                or the request needs more cache than there is.
+        """
+        params = params or SamplingParams()
+        ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
+        params.check_vocabulary(self.vocab_size)
+        limit = self._limit(len(ids), params)
+        seed = secrets.randbits(53) if params.seed is None else params.seed
+        request = Request(self._next_id, ids, params, seed)
+        self._next_id += 1
+        stop = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.eos_ids)))
+        request.sequences = [Sequence(request, index, self.tokenizer, limit, stop) for index in range(params.n)]
+        if params.max_tokens == 0 and not (params.echo and params.logprobs is not None):
+            for sequence in request.sequences:
+                self._ready += [*sequence.echo(len(ids)), sequence.finish("length")]
+        else:
+            self.scheduler.add(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request, queued or running: its memory is free at once and no more outputs of it come."""
+        if request.finished:
+            return
+        request.cancelled = True
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
+        self._ready = [output for output in self._ready if output.request != request.id]
+
+    def step(self) -> list[StepOutput]:
+        """Run the model once over everything that runs; the outputs of it, possibly none."""
+        outputs, self._ready = self._ready, []
+        work = self.scheduler.schedule()
+        if not work:
+            return outputs
+        if self.speculation is not None:
+            work = self.speculation.extend(work, len(self.scheduler.running))
+        began, row = time.perf_counter(), 0
+        if self._device_sampler is not None:
+            work = self._sample_on_device(self._device_sampler, work, outputs)
+        logits = _finite(self._paired.forward([chunk for _, chunk in work]))
+        for sequence, chunk in work:
+            sequence.computed = chunk.start + len(chunk.tokens) - chunk.drafted
+            outputs += self._advance(sequence, chunk, logits[row : row + chunk.logits])
+            row += chunk.logits
+        if self.speculation is not None:
+            self.speculation.took(work, time.perf_counter() - began)
+        return outputs
 
     def memory(self) -> dict[str, int]:
         """Bytes: of the runners' own weights, of caches reserved by what runs, and of caches kept for reuse.
@@ -287,72 +271,73 @@ class Engine:
             "cache_budget": pool.budget,
         }
 
+    def _limit(self, prompt: int, params: SamplingParams) -> int:
+        """Maximum number of tokens of a sequence whose prompt has so many; checks that there is memory for them."""
+        room = self.context if params.max_tokens == 0 else self.context - 1
+        if prompt > room:
+            raise BadInput(
+                f"the prompt is {prompt} tokens long, and the context holds {self.context} with what is written",
+                field="prompt",
+                hint=f"Shorten it to at most {room} tokens.",
+            )
+        limit, pool = min(prompt + params.max_tokens, self.context), self.scheduler.pool
+        if pool.bytes_for(limit) > pool.budget:
+            raise BadInput(
+                f"{limit} positions need {pool.bytes_for(limit):,} bytes of cache, and there are {pool.budget:,}",
+                field="max_tokens",
+                hint="Ask for fewer tokens or give the engine more cache_bytes.",
+            )
+        return limit
+
     def _advance(self, sequence: Sequence, chunk: ScheduledChunk, logits: Tensor) -> list[StepOutput]:
-        """What a chunk of one sequence brings: echoed prompt tokens, or the next token."""
-        sampling, prompt = sequence.request.params, sequence.request.prompt
-        steps: list[StepOutput] = []
-        if chunk.start < len(prompt):
+        """The outputs of a chunk: echoed prompt tokens, or the next token and those whose drafts are accepted."""
+        prompt, outputs = len(sequence.request.prompt), []
+        if chunk.start < prompt:
             described = logits if sequence.wants_prompt_logits else None
-            steps = self._echo(sequence, min(sequence.computed, len(prompt)), described)
+            outputs = sequence.echo(min(sequence.computed, prompt), described)
         if sequence.pending or not chunk.logits:
-            return steps
-        if sampling.max_tokens == 0:
-            return [*steps, self._finish(sequence, "length", None, "")]
-        logits = logits[-1 - chunk.guessed :]
-        right = 0
-        for row in range(chunk.guessed + 1):
-            picked = sequence.sampler.pick(logits[row], sequence.written)
-            steps.append(self._write(sequence, picked))
-            if row == chunk.guessed or picked.token_id != chunk.tokens[1 + row]:
+            return outputs
+        if sequence.params.max_tokens == 0:
+            outputs.append(sequence.finish("length"))
+            self.scheduler.remove(sequence)
+            return outputs
+        logits, accepted = logits[-1 - chunk.drafted :], 0
+        for row in range(chunk.drafted + 1):
+            token = sequence.sampler.sample(logits[row], sequence.written)
+            outputs.append(self._append(sequence, token))
+            if row == chunk.drafted or token.token_id != chunk.tokens[1 + row]:
                 break
-            right += 1
+            accepted += 1
             if sequence.finish_reason:
                 break
-            sequence.computed += 1  # the guess was right, and its keys and values are there
-        if chunk.guessed and self.speculation is not None:
-            self.speculation.learn(sequence, chunk.guessed, right)
-            self.guessed += chunk.guessed
-            self.guessed_right += right
-        return steps
+            sequence.computed += 1  # the draft was accepted, and its keys and values are in the cache
+        if chunk.drafted and self.speculation is not None:
+            self.speculation.learn(sequence, chunk.drafted, accepted)
+        return outputs
 
-    def _write(self, sequence: Sequence, picked: SampledToken) -> StepOutput:
-        """Append a drawn token; the step that shows it, or that ends the sequence."""
-        sequence.tokens.append(picked.token_id)
-        sequence.sampler.observe(picked.token_id)
-        if picked.token_id in sequence.stop_token_ids:
-            return self._finish(sequence, "stop", picked, "")
-        text = sequence.text.push(picked.token_id)
-        if sequence.text.stopped:
-            return self._finish(sequence, "stop", picked, text)
-        if len(sequence.tokens) >= sequence.limit:
-            return self._finish(sequence, "length", picked, text)
-        return StepOutput(
-            sequence.request.id, sequence.index, picked.token_id, text, picked.logprob, picked.top_logprobs
-        )
+    def _append(self, sequence: Sequence, token: SampledToken) -> StepOutput:
+        output = sequence.append(token)
+        if output.finish_reason:
+            self.scheduler.remove(sequence)
+        return output
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, picked: SampledToken | None, text: str) -> StepOutput:
-        text += sequence.text.flush()
-        if sequence.text.stopped:
-            reason = "stop"
-        sequence.finish_reason = reason
-        self.scheduler.remove(sequence)
-        where = sequence.request.id, sequence.index
-        if picked is None:
-            return StepOutput(*where, None, text, finish_reason=reason)
-        return StepOutput(*where, picked.token_id, text, picked.logprob, picked.top_logprobs, reason)
+    def _sample_on_device(self, sampler: DeviceSampler, work: Work, outputs: list[StepOutput]) -> Work:
+        """Run and draw the next tokens that the device can draw; the rest of the work."""
+        drawn = [sequence for sequence, _ in work if sampler.can_sample(sequence)]
+        for sequence, token_id in zip(drawn, sampler.sample(drawn), strict=True):
+            if token_id < 0:
+                raise RunFailed(_NAN, hint=_NAN_HINT)
+            sequence.computed += 1
+            outputs.append(self._append(sequence, SampledToken(token_id)))
+        return [(sequence, chunk) for sequence, chunk in work if sequence not in drawn]
 
-    def _echo(self, sequence: Sequence, upto: int, logits: Tensor | None = None) -> list[StepOutput]:
-        if sequence.echo is None:
-            return []
-        return [
-            StepOutput(sequence.request.id, sequence.index, p.token_id, text, p.logprob, p.top_logprobs, prompt=True)
-            for p, text in sequence.echo.report(upto, logits)
-        ]
+
+_NAN, _NAN_HINT = "the model's logits are NaN", "Its weights are damaged, or training diverged."
 
 
 def _finite(logits: Tensor) -> Tensor:
     if len(logits) and torch.isnan(logits.max()):
-        raise RunFailed("the model's logits are not numbers", hint="Its weights are damaged, or training diverged.")
+        raise RunFailed(_NAN, hint=_NAN_HINT)
     return logits
 
 
@@ -360,7 +345,7 @@ def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.partition(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"{wanted!r} is no device here", field="device", hint="Give cpu, cuda or auto.")
+        raise BadInput(f"{wanted!r} is not a device", field="device", hint="Give cpu, cuda or auto.")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput("there is no CUDA device, or torch was installed without CUDA", field="device")
     return wanted

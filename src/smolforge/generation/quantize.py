@@ -1,8 +1,9 @@
-"""Weights with fewer bits: what each precision stores, and how the numbers are chosen.
+"""Weights with fewer bits: what each precision stores, how the numbers are rounded, and which precision is used.
 
 int8: one scale per output row, symmetric, rounding to nearest. int4: one scale per row and group of 32 or 64
 inputs, the scale of each group chosen among a few for the least squared error; the head and the embeddings stay
-int8, since every token passes them and no other layer can repair them. Norms stay in fp32 everywhere.
+int8, since every token passes through them and no other layer can correct them. Norms stay in fp32 everywhere.
+`kernels/pack.cpp` rounds to the same numbers; these functions are what its tests compare it with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from smolforge.errors import RunFailed, unknown
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 INT4_GROUP = 32
-# Weights this small come out of a cache: fewer bits would cost accuracy and buy nothing.
+# Weights this small are read from a cache: fewer bits would cost accuracy and save no time.
 SMALL = 32 << 20
 
 
@@ -64,8 +65,8 @@ def to_int8(weight: Tensor) -> Int8:
 def to_int4(weight: Tensor, group: int = INT4_GROUP) -> Int4:
     """Quantize (N, K) weights, K padded with zeros to a multiple of `group`, one bf16 scale per row and group."""
     weight = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-    # The value of greatest size goes to -8, which has no positive partner; shrinking the range a little trades
-    # that value's error against the finer steps of all others.
+    # The value of greatest size becomes -8, which has no positive counterpart; a slightly smaller range trades that
+    # value's error for finer steps of all others.
     peak = weight.gather(2, weight.abs().argmax(2, keepdim=True))
     best_scale, best_error = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
     for divisor in (-8.0, -7.6, -7.2, -6.8, 7.0, -8.6):
@@ -98,7 +99,7 @@ def quantize(weight: Tensor, precision: Precision, *, head: bool = False) -> Wei
 
 
 def check_finite(module: Module) -> None:
-    """Check that all weights are numbers before they are quantized, for a NaN has no integer and would be lost.
+    """Check that all weights are finite before they are quantized, since no integer stands for NaN.
 
     Raises:
         RunFailed: they are not; names the first.
@@ -106,26 +107,32 @@ def check_finite(module: Module) -> None:
     for name, parameter in module.named_parameters():
         if not math.isfinite(parameter.detach().sum(dtype=torch.float32)):
             raise RunFailed(
-                f"{name} holds values that are no finite numbers, which fewer bits would hide",
+                f"{name} contains NaN or infinite values, which quantizing would hide",
                 field="quantize",
-                hint="The weights are damaged, or training diverged; fp32 and bf16 take them as they are.",
+                hint="The weights are damaged, or training diverged; fp32 and bf16 keep them as they are.",
             )
 
 
-def choose(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:
+def choose_precision(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:
     """The precision for `wanted` (one of them or "auto"), and the reason in words.
+
+    Args:
+        wanted: what the user asked for.
+        parameters: number of weights.
+        device: type of the device that runs them.
 
     Raises:
         BadInput: there is no such precision.
     """
-    if wanted == "int4" and device != "cpu":
-        return "int8", "int8 instead of int4: the products with int4 weights are for CPUs, and this model is on a GPU"
-    if wanted in PRECISIONS:
-        return wanted, f"{wanted}, as asked"
-    if wanted != "auto":
+    if wanted not in ("auto", *PRECISIONS):
         raise unknown("precision", wanted, ["auto", *PRECISIONS], field="quantize")
+    if wanted in ("int8", "int4") and device != "cpu":
+        return "bf16", f"bf16 instead of {wanted}, which only the CPU runner has"
+    if wanted in PRECISIONS:
+        return wanted, f"{wanted} (as asked)"
     if device != "cpu":
-        return "bf16", "bf16: decoding on a GPU reads half of fp32's bytes at no measurable loss"
+        return "bf16", "bf16 (half the bytes of fp32, at no measurable loss)"
     if 4 * parameters <= SMALL:
-        return "fp32", f"fp32: {4 * parameters >> 20} MiB of weights stay in the cache, fewer bits gain nothing"
-    return "int8", "int8: decoding is limited by the bytes of the weights; loss within 0.5% (smolforge eval --quantize)"
+        size = 4 * parameters >> 20
+        return "fp32", f"fp32 ({size} MiB of weights fit in the CPU cache; quantizing would not be faster)"
+    return "int8", "int8 (the bytes of the weights limit decoding; loss within 0.5%, see smolforge eval --quantize)"

@@ -1,10 +1,13 @@
-"""From logits to a token: one uniform number per token, looked up in the cumulative distribution.
+"""From logits to a token: penalties, filters, and a draw by the inverse of the cumulative distribution (inverse CDF).
 
-The uniform of token t of choice c is a hash of (seed, c, t). There is no generator state, so a request's
-text cannot depend on what else runs, on the order of requests, or on tokens that were drafted and thrown away.
+The uniform number of token t of sequence i is a hash of (seed, i, t). There is no generator state, so a request's text
+cannot depend on what else runs, on the order of requests, or on tokens that were drafted and rejected.
 
-Sorting 49,152 logits costs 1 to 3 ms, as long as half a token of the model, so the filters sort only the few that lie
-at the border, and a draw sums whole blocks before it looks into one. They keep the same tokens as `processors.chain`.
+Formulas, limits and order are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
+min-p, typical. Sorting 49,152 logits takes 1 to 3 ms, as long as half a decoding step, so the filters sort only the few
+tokens at the border, and a draw sums whole blocks before it looks into one.
+
+Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolforge.generation import processors
 from smolforge.generation.sampling_params import SamplingParams
 
-FEW = 1024  # weights that are sorted at once
-BLOCK = 256  # tokens that are looked at as one first
-BINS_PER_NAT, MOST_BINS = 64, 8192  # of weights by their logarithm; the last one's are 0 in fp32
+MOST_SORTED = 1024  # weights that are sorted at once
+BLOCK = 256  # tokens of which one sum or maximum is taken first
+BINS_PER_NAT, MOST_BINS = 64, 8192  # of weights by their logarithm; the weights of the last bin are 0 in fp32
+IMPOSSIBLE = float("-inf")
 NO_TOP: tuple[tuple[int, float], ...] = ()
 
 
@@ -39,104 +42,114 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = NO_TOP
 
 
-def uniform(seed: int, choice: int, index: int) -> float:
-    """A number in [0, 1) that is a pure function of its address, with 53 random bits."""
-    address = struct.pack("<QII", seed % 2**64, choice, index)
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, a pure function of seed, sequence and number of the token."""
+    address = struct.pack("<QII", seed % 2**64, index, position)
     return (int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
 class Sampler:
-    """Draws the tokens of one choice of one request.
+    """Draws the tokens of one sequence of one request.
 
     Args:
-        sampling: the request's settings.
-        prompt: ids of the prompt, which the repetition penalty sees.
+        params: the request's settings.
+        prompt: ids of the prompt, to which the repetition penalty applies as well.
         seed: of the request.
-        choice: index of the continuation, 0 <= choice < n.
-        end_ids: tokens that end the text, impossible before `sampling.min_tokens`.
+        index: of the sequence, 0 <= index < n.
+        stop_token_ids: tokens that end the text, impossible before `params.min_tokens`.
     """
 
     def __init__(
-        self, sampling: SamplingParams, prompt: Sequence[int], seed: int, choice: int = 0, end_ids: Sequence[int] = ()
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        seed: int,
+        index: int = 0,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        self.sampling = sampling
-        self.seed, self.choice = seed, choice
+        self.params, self.seed, self.index = params, seed, index
         self._written: Counter[int] = Counter()
-        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
-        self._bias = processors.bias(sampling.logit_bias) if sampling.logit_bias else None
-        self._forbid = processors.forbid(list(end_ids)) if end_ids and sampling.min_tokens else None
-        self._chain = processors.chain(sampling)
+        self._seen = set(prompt) if params.repetition_penalty != 1 else set()
+        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self._forbidden = torch.tensor(list(stop_token_ids), dtype=torch.long)
 
     def observe(self, token_id: int) -> None:
-        """Count a token that was really written."""
+        """Count a token that was written."""
         self._written[token_id] += 1
-        if self.sampling.repetition_penalty != 1:
+        if self.params.repetition_penalty != 1:
             self._seen.add(token_id)
 
-    def ahead(self) -> Sampler:
-        """One that draws the same from the same logits, and may observe guesses: this one never hears of them."""
-        other, s = copy.copy(self), self.sampling
-        # Counts grow with the text, so they are copied only where a penalty looks at them.
-        other._written = self._written.copy() if s.frequency_penalty or s.presence_penalty else Counter()
+    def fork(self) -> Sampler:
+        """A sampler that draws the same, and may observe drafted tokens without changing this one."""
+        other, p = copy.copy(self), self.params
+        # Counts grow with the text, so they are copied only where a penalty uses them.
+        other._written = self._written.copy() if p.frequency_penalty or p.presence_penalty else Counter()
         other._seen = self._seen.copy()
         return other
 
-    def choose(self, logits: Tensor, index: int) -> int:
-        """The id of token number `index` of this choice, drawn from logits (V,), which are left as they are."""
-        scores = self._penalise(logits, index)
-        if self.sampling.greedy:
-            return int(scores.argmax())
-        return draw(*self.weights(scores), uniform(self.seed, self.choice, index))
+    def uniform(self, position: int) -> float:
+        """The uniform number for token number `position` of this sequence."""
+        return uniform(self.seed, self.index, position)
 
-    def pick(self, logits: Tensor, index: int) -> SampledToken:
-        """As `choose`, with the log-probabilities that were asked for."""
-        token_id = self.choose(logits, index)
-        if self.sampling.logprobs is None:
+    def sample_id(self, logits: Tensor, position: int) -> int:
+        """The id of token number `position` of this sequence, drawn from logits (V,), which stay as they are."""
+        scores = self.penalize(logits, position)
+        if self.params.greedy:
+            return int(scores.argmax())
+        return draw(*self.weights(scores), self.uniform(position))
+
+    def sample(self, logits: Tensor, position: int) -> SampledToken:
+        """As `sample_id`, with the log-probabilities that were asked for."""
+        token_id = self.sample_id(logits, position)
+        if self.params.logprobs is None:
             return SampledToken(token_id)
-        return describe(logits, token_id, self.sampling.logprobs)
+        return describe(logits, token_id, self.params.logprobs)
+
+    def penalize(self, logits: Tensor, position: int) -> Tensor:
+        """Logits (V,) after penalties, bias and forbidden tokens; a copy where any of them applies."""
+        p, scores = self.params, logits
+        if self._seen:
+            scores = _owned(scores, logits)
+            seen = torch.tensor(sorted(self._seen))
+            values = scores[seen]
+            scores[seen] = torch.where(values < 0, values * p.repetition_penalty, values / p.repetition_penalty)
+        if (p.frequency_penalty or p.presence_penalty) and self._written:
+            scores = _owned(scores, logits)
+            counts = torch.tensor(list(self._written.values()), dtype=scores.dtype)
+            scores[torch.tensor(list(self._written))] -= counts * p.frequency_penalty + p.presence_penalty
+        if p.logit_bias:
+            scores = _owned(scores, logits)
+            scores[self._biased] += self._bias
+        if position < p.min_tokens and len(self._forbidden):
+            scores = _owned(scores, logits)
+            scores[self._forbidden] = IMPOSSIBLE
+        return scores
 
     def weights(self, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """(ids ascending, weights) of what the filters keep of scores (V,); the greatest weighs 1, the impossible 0."""
-        s = self.sampling
-        if s.typical_p < 1:
-            for process in self._chain:
-                scores = process(scores)
-            values = scores.numpy()
-            ids = np.flatnonzero(values > processors.NEVER)
-            values = values[ids]
-            return ids, np.exp(values - values.max())
-        values = scores.numpy() / np.float32(s.temperature)
+        """(ids ascending, weights) of what the filters keep of scores (V,); the greatest weight is 1."""
+        p = self.params
+        values = scores.numpy() / np.float32(p.temperature)
         ids = _all(len(values))
-        if 0 < s.top_k < len(values):
-            ids = _greatest(values, s.top_k)
+        if 0 < p.top_k < len(values):
+            ids = _greatest(values, p.top_k)
             values = values[ids]
         below = values - values.max()
         weights = np.exp(below)
-        if s.top_p < 1:
-            kept = _nucleus(below, weights, s.top_p)
+        if p.top_p < 1:
+            kept = _nucleus(below, weights, p.top_p)
             ids, weights = ids[kept], weights[kept]
-        if s.min_p > 0:
-            kept = np.flatnonzero(weights >= s.min_p)
+        if p.min_p > 0:
+            kept = np.flatnonzero(weights >= p.min_p)
+            ids, weights = ids[kept], weights[kept]
+        if p.typical_p < 1:
+            kept = _typical(weights, p.typical_p)
             ids, weights = ids[kept], weights[kept]
         return ids, weights
 
-    def _penalise(self, scores: Tensor, index: int) -> Tensor:
-        s = self.sampling
-        if s.repetition_penalty != 1 and self._seen:
-            scores = processors.repetition(scores, torch.tensor(sorted(self._seen)), s.repetition_penalty)
-        if (s.frequency_penalty or s.presence_penalty) and self._written:
-            ids = torch.tensor(list(self._written))
-            counts = torch.tensor(list(self._written.values()), dtype=scores.dtype)
-            scores = processors.frequency_and_presence(scores, ids, counts, s.frequency_penalty, s.presence_penalty)
-        if self._bias is not None:
-            scores = self._bias(scores)
-        if self._forbid is not None and index < s.min_tokens:
-            scores = self._forbid(scores)
-        return scores
-
 
 def draw(ids: np.ndarray, weights: np.ndarray, u: float) -> int:
-    """The id whose interval of the cumulative weights, taken as a share of their sum, holds u in [0, 1)."""
+    """The id whose interval of the cumulative weights, as a share of their sum, contains u in [0, 1)."""
     blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
     wanted = u * blocks[-1]
     block = min(int(np.searchsorted(blocks, wanted, side="right")), len(blocks) - 1)
@@ -155,9 +168,14 @@ def describe(logits: Tensor, token_id: int, top: int) -> SampledToken:
     return SampledToken(token_id, float(logits[token_id] - total), tuple(alternatives))
 
 
+def _owned(scores: Tensor, logits: Tensor) -> Tensor:
+    """A tensor that may be changed: the model's logits are copied once."""
+    return scores.clone() if scores is logits else scores
+
+
 @functools.lru_cache(8)
 def _all(count: int) -> np.ndarray:
-    """0 .. count - 1. New memory of this size costs more than what is done with it."""
+    """0 .. count - 1. Allocating memory of this size costs more than what is done with it."""
     ids = np.arange(count)
     ids.flags.writeable = False
     return ids
@@ -165,21 +183,21 @@ def _all(count: int) -> np.ndarray:
 
 def _greatest(values: np.ndarray, count: int) -> np.ndarray:
     """Ids, ascending, of the `count` greatest values (V,), and of those equal to the last of them."""
-    # As many blocks as hold a value at least as great as `bound`, so many values lie at or above it.
+    # As many blocks as have a value at least as great as `bound`, so many values are at or above it.
     tops = np.maximum.reduceat(values, np.arange(0, len(values), max(1, min(BLOCK, len(values) // count))))
     bound = np.partition(tops, len(tops) - count)[len(tops) - count]
-    ids = np.flatnonzero((values >= bound) & (values > processors.NEVER))
+    ids = np.flatnonzero((values >= bound) & (values > IMPOSSIBLE))
     few = values[ids]
     return ids[few >= np.partition(few, len(few) - count)[len(few) - count]] if len(few) > count else ids
 
 
 def _nucleus(below: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarray:
-    """Indices, ascending, of the fewest greatest weights (V,) that make up `mass` of their sum.
+    """Top-p (Holtzman et al. 2020): indices, ascending, of the fewest greatest weights that add up to `mass`.
 
     Args:
-        below: logarithms of the weights, 0 the greatest.
+        below: logarithms of the weights, 0 the greatest, (V,).
         weights: their exponentials.
-        mass: in (0, 1).
+        mass: share of the sum, in (0, 1).
     """
     need = mass * weights.sum(dtype=np.float64)
     ids = np.flatnonzero(weights > np.float32(1e-3))  # of a trained model's tokens a few hundred, mostly enough
@@ -188,7 +206,7 @@ def _nucleus(below: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarray:
     else:
         ids = _all(len(weights))
     keep, rest, taken = np.zeros(len(ids), bool), _all(len(ids)), 0.0
-    if len(ids) > FEW:  # only those in the bin where the border lies have to be sorted
+    if len(ids) > MOST_SORTED:  # only those in the bin where the border lies have to be sorted
         bins = np.minimum(below * np.float32(-BINS_PER_NAT), MOST_BINS).astype(np.intp)
         masses = np.cumsum(np.bincount(bins, weights))
         border = min(int(np.searchsorted(masses, need)), len(masses) - 1)
@@ -197,5 +215,18 @@ def _nucleus(below: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarray:
     rest = rest[np.argsort(-weights[rest], kind="stable")]
     before = taken + np.concatenate(([0.0], np.cumsum(weights[rest], dtype=np.float64)[:-1]))
     keep[rest[before < need]] = True
-    keep[weights.argmax()] = True  # one at least, whatever `mass` is
-    return ids[np.flatnonzero(keep)]  # far faster than by the mask itself
+    keep[weights.argmax()] = True  # at least one, whatever `mass` is
+    return ids[np.flatnonzero(keep)]  # far faster than indexing with the mask itself
+
+
+def _typical(weights: np.ndarray, mass: float) -> np.ndarray:
+    """Typical sampling (Meister et al. 2022): indices of the tokens whose surprise is nearest the entropy."""
+    probabilities = weights / weights.sum(dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(probabilities)
+    entropy = float((probabilities * np.where(probabilities > 0, surprise, 0)).sum())
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, kind="stable")
+    reached = np.cumsum(probabilities[order])
+    last = min(int((reached < mass).sum()), len(order) - 1)
+    return np.flatnonzero(distance <= distance[order[last]])

@@ -1,31 +1,31 @@
-"""Who runs in the next step: continuous batching, first come first served.
+"""Continuous batching: which sequences run in the next step, first come first served.
 
-Every running sequence that only waits for its next token gets one row in every step; beside them prompts are read
-in chunks, as many as fit a fixed number of rows, so a long prompt never stalls the streams of others for long.
-Choices join when there is a slot and memory for all they may write, and leave the moment they end.
+Every running sequence that only needs its next token gets one row in every step; next to them prompts are read in
+chunks, as many as fit a fixed number of rows, so a long prompt never delays the other streams for long. Sequences join
+when there is a slot and memory for all they may write, and leave as soon as they end.
 
-Chunks are cut at fixed places of a prompt, whatever else runs: a runner whose arithmetic depends on the shape
-of its input then still computes each prompt in the same way every time.
+Chunks are cut at fixed places of a prompt, whatever else runs: a runner whose arithmetic depends on the shape of its
+input then still computes each prompt in the same way every time.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-from smolforge.generation.kv_cache import Cache, CachePool, common_prefix
-from smolforge.generation.sequence import Request, ScheduledChunk, Sequence
+from smolforge.generation.kv_cache import CachePool, KVCache, common_prefix
+from smolforge.generation.sequence import Request, ScheduledChunk, Sequence, Work
 
-CHUNK = 256  # tokens of a prompt in one chunk
-ROWS = 512  # rows of prompts in one step
+CHUNK = 256  # maximum number of a prompt's tokens in one chunk
+ROWS = 512  # maximum number of rows of prompts in one step
 
 
 class Scheduler:
     """Queue, running sequences and their memory.
 
     Args:
-        pool: where caches come from.
-        max_batch: most sequences that run at once.
-        reuse_prefixes: copy rows of finished caches; only where the runner's rows do not depend on their batch.
+        pool: allocates the caches.
+        max_batch: maximum number of sequences that run at once.
+        reuse_prefixes: copy positions of finished caches; only where the runner's rows do not depend on their batch.
     """
 
     def __init__(self, pool: CachePool, max_batch: int, *, reuse_prefixes: bool) -> None:
@@ -38,7 +38,7 @@ class Scheduler:
         self.waiting.extend(request.sequences)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its memory at once."""
+        """Remove a sequence, wherever it is, and free its memory at once."""
         if sequence in self.running:
             self.running.remove(sequence)
             tokens = sequence.tokens[: sequence.computed] if self.reuse_prefixes else ()
@@ -47,29 +47,29 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def plan(self) -> list[tuple[Sequence, ScheduledChunk]]:
-        """Let sequences in, and cut the chunks of the next step."""
+    def schedule(self) -> Work:
+        """Admit sequences, and cut the chunks of the next step."""
         self._admit()
-        chunks, prompts, rows = [], [], 0
+        work, prompts, rows = [], [], 0
         for sequence in self.running:
             if sequence.pending == 1:
-                chunks.append((sequence, _chunk(sequence)))
+                work.append((sequence, _next_chunk(sequence)))
             else:
                 prompts.append(sequence)
         for sequence in prompts:
-            chunk = _chunk(sequence)
+            chunk = _next_chunk(sequence)
             if rows and rows + len(chunk.tokens) > ROWS:
                 break
             rows += len(chunk.tokens)
-            chunks.append((sequence, chunk))
-        return chunks
+            work.append((sequence, chunk))
+        return work
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
             first = sequence.request.sequences[0]
             if first is not sequence and first.finish_reason is None and first.computed < len(sequence.request.prompt):
-                return  # the prompt is being read for the first sequence; its rows are copied then
+                return  # the prompt is being read for the first sequence; its positions are copied then
             if not self.pool.has_room(sequence.limit):
                 return
             self.waiting.popleft()
@@ -80,8 +80,8 @@ class Scheduler:
                 sequence.computed = length
             self.running.append(sequence)
 
-    def _prefix(self, sequence: Sequence) -> tuple[Cache | None, int]:
-        """Rows that can be copied; the last token is always run, for its logits."""
+    def _prefix(self, sequence: Sequence) -> tuple[KVCache | None, int]:
+        """Positions that can be copied; the last token always runs, for its logits."""
         most = len(sequence.tokens) - 1
         first = sequence.request.sequences[0]
         if first is not sequence and first.cache is not None and first.computed >= most:
@@ -96,7 +96,7 @@ class Scheduler:
         return source, min(length, most)
 
 
-def _chunk(sequence: Sequence) -> ScheduledChunk:
+def _next_chunk(sequence: Sequence) -> ScheduledChunk:
     start = sequence.computed
     end = min(len(sequence.tokens), (start // CHUNK + 1) * CHUNK)
     tokens = sequence.tokens[start:end]

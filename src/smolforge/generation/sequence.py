@@ -1,21 +1,24 @@
-"""The nouns of generation: a request, its sequences while they grow, and the steps that everyone reads.
+"""The data of generation: a request, its sequences, what a step runs of them, and what a step returns.
 
-`StepOutput` is the one typed object that the command line, the page, the API and training share.
+`StepOutput` is the one object that the command line, the page, the API and training read.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 from typing import Any, Literal
 
-from smolforge.generation.detokenizer import TextStream
-from smolforge.generation.echo import Echo
-from smolforge.generation.kv_cache import Cache
-from smolforge.generation.sampler import NO_TOP, Sampler
+from torch import Tensor
+
+from smolforge.errors import BadInput
+from smolforge.generation.detokenizer import Detokenizer
+from smolforge.generation.sampler import NO_TOP, SampledToken, Sampler, describe
 from smolforge.generation.sampling_params import SamplingParams
-from smolforge.generation.speculative import NgramDraft, Rate
+from smolforge.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | collections.abc.Sequence[int]  # text, in which special tokens are only text, or token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +27,11 @@ class StepOutput:
 
     Attributes:
         request: id of the request; in `Engine.stream` the index of the prompt.
-        index: of the continuation, 0 <= index < n.
-        token_id: the token, or None in a last step that brings only text or the end.
+        index: of the sequence, 0 <= index < n.
+        token_id: the token, or None in a last step that has only text or the end.
         text: what may now be shown. Joined over the steps of a sequence it is the whole text; it may lag behind
             the tokens (half characters, possible stop strings) and catches up.
+        text_offset: where the text of this token begins, in characters of the sequence's whole text.
         logprob: natural log of the token's probability under the model, where asked for.
         top_logprobs: the likeliest tokens, (id, logprob) each, best first.
         finish_reason: set on the last step of a sequence: "stop" (end of text, stop string or id) or "length"
@@ -39,76 +43,24 @@ class StepOutput:
     index: int
     token_id: int | None
     text: str
+    text_offset: int = 0
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = NO_TOP
     finish_reason: FinishReason | None = None
     prompt: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduledChunk:
-    """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
-
-    Attributes:
-        logits: how many of the last rows want logits (0 in the middle of a prompt).
-        guessed: how many of the last tokens are guesses that the model is to judge.
-    """
-
-    cache: Cache
-    tokens: list[int]
-    start: int
-    logits: int
-    guessed: int = 0
-
-    def guess(self, tokens: list[int]) -> ScheduledChunk:
-        """This chunk, whose last row wants logits, with guesses of the tokens behind it."""
-        count = len(tokens)
-        return dataclasses.replace(self, tokens=self.tokens + tokens, logits=1 + count, guessed=count)
-
-
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """One continuation: its tokens, how many of them the cache holds, and how it is drawn and shown."""
-
-    request: Request
-    index: int
-    tokens: list[int]  # prompt and what was written
-    sampler: Sampler
-    text: TextStream
-    limit: int  # most tokens, prompt included: max_tokens or the context
-    stop_token_ids: frozenset[int]  # tokens that end it
-    computed: int = 0  # tokens whose keys and values are in the cache
-    cache: Any = None
-    finish_reason: FinishReason | None = None
-    echo: Echo | None = None
-    lookup: NgramDraft | None = None  # guesses tokens from the text, where that keeps it bitwise
-    draft_rate: Rate | None = None  # how often a draft model's guesses of this text are right, where there is one
-
-    @property
-    def written(self) -> int:
-        """Tokens written so far."""
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def pending(self) -> int:
-        """Tokens that still have to go through the model before the next can be drawn."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def wants_prompt_logits(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for."""
-        return self.request.params.echo and self.request.params.logprobs is not None
-
-
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt and what is wanted of it, as the engine took it.
+    """A prompt and its settings, as the engine accepted them.
 
     Attributes:
         id: counts up from 0 in one engine.
         prompt: token ids.
+        params: the settings.
         seed: the request's own, or the one drawn for it; the same seed gives the same text.
-        cancelled: nothing more will come.
+        sequences: `params.n` of them.
+        cancelled: no more output comes.
     """
 
     id: int
@@ -127,3 +79,146 @@ class Request:
     def written(self) -> int:
         """Tokens written so far, over all sequences; the end-of-text token counts."""
         return sum(sequence.written for sequence in self.sequences)
+
+
+class Sequence:
+    """One continuation of a request: its tokens, how many of them the cache holds, and how it is drawn and shown.
+
+    Args:
+        request: what it continues.
+        index: 0 <= index < n.
+        tokenizer: of the model.
+        limit: maximum number of tokens, prompt included: max_tokens or the context.
+        stop_token_ids: tokens that end it.
+
+    Attributes:
+        tokens: prompt and written tokens.
+        computed: how many of them have keys and values in the cache.
+        cache: while it runs, the runner's cache.
+        finish_reason: set at its end.
+    """
+
+    def __init__(
+        self, request: Request, index: int, tokenizer: Tokenizer, limit: int, stop_token_ids: frozenset[int]
+    ) -> None:
+        self.request, self.index, self.limit, self.stop_token_ids = request, index, limit, stop_token_ids
+        self.params = request.params
+        self.tokens = list(request.prompt)
+        self.computed = 0
+        self.cache: Any = None
+        self.finish_reason: FinishReason | None = None
+        self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
+        self.detokenizer = Detokenizer(tokenizer.stream(), request.params.stop)  # type: ignore[arg-type]
+        if not request.params.echo:
+            self.detokenizer.skip(request.prompt)
+        self._echoed = 0
+        self._follows: Tensor | None = None  # the logits of the token after the last echoed one
+
+    @property
+    def written(self) -> int:
+        """Tokens written so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has to run before the next can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return self.params.echo and self.params.logprobs is not None
+
+    def append(self, token: SampledToken) -> StepOutput:
+        """Add a drawn token; the output that shows it, or that ends the sequence."""
+        offset, reason = self.detokenizer.decoded, None
+        self.tokens.append(token.token_id)
+        self.sampler.observe(token.token_id)
+        if token.token_id in self.stop_token_ids:
+            text, reason = "", "stop"
+        else:
+            text = self.detokenizer.push(token.token_id)
+            if not self.detokenizer.stopped and len(self.tokens) >= self.limit:
+                reason = "length"
+        return self._output(token, text, offset, reason)
+
+    def finish(self, reason: FinishReason) -> StepOutput:
+        """End the sequence without another token."""
+        return self._output(None, "", self.detokenizer.decoded, reason)
+
+    def echo(self, upto: int, logits: Tensor | None = None) -> list[StepOutput]:
+        """Outputs for the prompt's tokens up to position `upto`; the first has no log-probability.
+
+        Args:
+            logits: (upto - tokens echoed, V), row i after the i-th of these tokens; None without logprobs.
+        """
+        if not self.params.echo:
+            return []
+        outputs, first = [], self._echoed
+        for at in range(first, upto):
+            token = SampledToken(self.request.prompt[at])
+            if logits is not None and self.params.logprobs is not None:
+                if self._follows is not None:
+                    token = describe(self._follows, token.token_id, self.params.logprobs)
+                self._follows = logits[at - first]
+            offset, text = self.detokenizer.decoded, self.detokenizer.push_prompt(token.token_id)
+            outputs.append(self._output(token, text, offset, None, prompt=True))
+        self._echoed = upto
+        return outputs
+
+    def _output(
+        self, token: SampledToken | None, text: str, offset: int, reason: FinishReason | None, *, prompt: bool = False
+    ) -> StepOutput:
+        if reason is not None or self.detokenizer.stopped:
+            text += self.detokenizer.flush()
+            self.finish_reason = reason = "stop" if self.detokenizer.stopped else reason
+        where = self.request.id, self.index
+        if token is None:
+            return StepOutput(*where, None, text, offset, finish_reason=reason)
+        return StepOutput(*where, token.token_id, text, offset, token.logprob, token.top_logprobs, reason, prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduledChunk:
+    """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
+
+    Attributes:
+        cache: of the sequence.
+        logits: of how many of the last tokens logits are wanted (0 in the middle of a prompt).
+        drafted: how many of the last tokens are drafts that the model verifies.
+    """
+
+    cache: Any
+    tokens: list[int]
+    start: int
+    logits: int
+    drafted: int = 0
+
+    def with_drafts(self, tokens: list[int]) -> ScheduledChunk:
+        """This chunk, of whose last token logits are wanted, followed by drafted tokens."""
+        count = len(tokens)
+        return dataclasses.replace(self, tokens=self.tokens + tokens, logits=1 + count, drafted=count)
+
+
+Work = list[tuple[Sequence, ScheduledChunk]]  # what one step runs
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The ids of a prompt, at least one, all below `vocab_size`.
+
+    Raises:
+        BadInput: the prompt is empty, or contains something that is not a token id of the model.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise BadInput("is empty", field="prompt", hint="Give at least one token to begin with.")
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise BadInput(f"token ids are whole numbers, not {token_id!r}", field="prompt")
+        if not 0 <= token_id < vocab_size:
+            raise BadInput(
+                f"token {token_id} is not in the vocabulary of {vocab_size}",
+                field="prompt",
+                hint=f"Token ids go from 0 to {vocab_size - 1}.",
+            )
+    return ids

@@ -1,32 +1,39 @@
-"""Guessing the next tokens from the text itself, so that one step of the model may write several.
+"""Speculative decoding: choose n-gram drafts, model drafts or none by expected speed.
 
-Prompt lookup (Saxena 2023): where the last few tokens occurred before, what followed them is proposed. The model
-reads the guesses beside the last token in one step, and each is compared with what the sampler draws in its
-place. A draw is a pure function of logits and position (`sampler.py`), so the text is the same, token for token,
-with guesses or without: not only in distribution, as where drafts are accepted by chance.
+The model runs drafted tokens next to the last one in a single step, and each is compared with what the sampler draws in
+its place. A draw is a pure function of logits and position (`sampler.py`), so the text is the same, token for token,
+with drafts or without: not only in distribution, as where drafts are accepted by chance.
+
+N-gram drafts (prompt lookup, Saxena 2023): where the last few tokens occurred before, what followed them is proposed.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import statistics
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import weakref
+from typing import Any
 
-if TYPE_CHECKING:
-    from smolforge.generation.draft_model import DraftModel
-    from smolforge.generation.sequence import ScheduledChunk, Sequence
+from smolforge.errors import BadInput
+from smolforge.generation.draft_model import DraftModel
+from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.sequence import Sequence, Work
+from smolforge.tokenizer import Tokenizer
 
-LONGEST, SHORTEST = 4, 2  # tokens that must agree; a longer agreement is asked first
-MOST = 8  # guesses in one step
+LONGEST, SHORTEST = 4, 2  # tokens that must agree; a longer agreement is tried first
+MOST = 8  # drafted tokens in one step
 ROW_COST = 0.25  # of one more row, in steps of one row (benchmarks/generation: 0.12 in fp32 to 0.35 in int4)
-MEMORY = 0.15  # weight of the newest guess in the running rate
-RECOVERY = 0.004  # by which the rate rises in a step without guesses, so that they are tried again
+MEMORY = 0.15  # weight of the newest draft in the running rate
+RECOVERY = 0.004  # by which the rate rises in a step without drafts, so that they are tried again
+WINDOW = 31  # times of each model; their median, since a step that another program interrupted tells nothing
+ENOUGH = 8  # times of each model before they are used
+FORGET = 256  # steps without drafts after which the draft's times are dropped: one bad moment must not count for ever
 
 
-class Rate:
-    """Running share of guesses that were right.
+class AcceptanceRate:
+    """Running share of drafted tokens that were accepted.
 
     Attributes:
         value: in [0, 1].
@@ -35,40 +42,63 @@ class Rate:
     def __init__(self, value: float = 0.6) -> None:
         self.value = value
 
-    def learn(self, proposed: int, right: int) -> None:
-        """Of so many guesses the first `right` were drawn."""
-        for _ in range(right):
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Of so many drafted tokens the first `accepted` were drawn."""
+        for _ in range(accepted):
             self.value += MEMORY * (1 - self.value)
-        if right < proposed:
+        if accepted < proposed:
             self.value -= MEMORY * self.value
 
     def rest(self) -> None:
-        """A step went by without guesses, because the rate is too low."""
+        """A step ran without drafts, because the rate is too low."""
         self.value = min(1.0, self.value + RECOVERY)
 
 
+def row_share(running: int) -> float:
+    """What one more row costs, in units of a token's own cost in a step of so many sequences."""
+    return running * ROW_COST / (1 + (running - 1) * ROW_COST)
+
+
+def worthwhile(rate: float, running: int) -> int:
+    """How many n-gram drafts pay: the k-th is accepted with probability rate^k and costs one row of the step."""
+    share = row_share(running)
+    if rate <= share:
+        return 0
+    return MOST if rate >= 1 else min(MOST, int(math.log(share) / math.log(rate)))
+
+
+def speed(rate: float, count: int, share: float) -> float:
+    """Tokens for the cost of one without drafts: 1 with none, where each of `count` drafts costs `share` of it."""
+    return sum(rate**i for i in range(count + 1)) / (1 + count * share)
+
+
+def fastest(rate: float, share: float) -> int:
+    """The number of drafts, 0 to MOST, with the greatest `speed`; the fewest of equals."""
+    return max(range(MOST + 1), key=lambda count: speed(rate, count, share))
+
+
 class NgramDraft:
-    """Drafts for one continuation.
+    """N-gram drafts for one sequence.
 
     Args:
-        tokens: of the continuation, prompt included; the list that grows while it is written.
+        tokens: of the sequence, prompt included; the list that grows while it is written.
 
     Attributes:
-        rate: running share of guesses that were right.
+        rate: running share of its drafts that were accepted.
     """
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
-        self._followers: dict[tuple[int, ...], int] = {}  # tokens in a row: where their follower stands, the last time
+        self._followers: dict[tuple[int, ...], int] = {}  # n-gram: the position after its last occurrence
         self._indexed = 0
-        self.rate = Rate()
+        self.rate = AcceptanceRate()
 
     def propose(self, running: int, room: int) -> list[int]:
-        """Guesses for the tokens to come, at most `room`, as many as are worth their rows; often none.
+        """Drafts of the next tokens, at most `room`, as many as are worth their rows; often none.
 
         Args:
-            running: continuations that share the step, this one included. The more there are, the more of a step
-                an unneeded row takes.
+            running: sequences that share the step, this one included. The more there are, the more of a step an
+                unneeded row costs.
         """
         self._index()
         count = min(worthwhile(self.rate.value, running), room)
@@ -78,7 +108,7 @@ class NgramDraft:
         for size in range(LONGEST, SHORTEST - 1, -1):
             at = self._followers.get(tuple(self._tokens[-size:]))
             if at is not None:
-                period = len(self._tokens) - at  # what repeats, repeats on past its end
+                period = len(self._tokens) - at  # what repeats is continued past its end
                 return [self._tokens[at + i % period] for i in range(count)]
         return []
 
@@ -89,36 +119,11 @@ class NgramDraft:
         self._indexed = len(self._tokens)
 
 
-def worthwhile(rate: float, running: int) -> int:
-    """How many guesses pay: the k-th is right with probability rate^k and costs one row of the step."""
-    share = row_share(running)
-    if rate <= share:
-        return 0
-    return MOST if rate >= 1 else min(MOST, int(math.log(share) / math.log(rate)))
+class DraftCost:
+    """The time of a step of the draft model over the time of a step of the model, of one row each.
 
-
-def row_share(running: int) -> float:
-    """What one more row costs, in units of a token's own cost in a step of so many continuations."""
-    return running * ROW_COST / (1 + (running - 1) * ROW_COST)
-
-
-def speed(rate: float, count: int, share: float) -> float:
-    """Tokens for the cost of one without guesses: 1 with none, where each of `count` guesses costs `share` of it."""
-    return sum(rate**i for i in range(count + 1)) / (1 + count * share)
-
-
-def fastest(rate: float, share: float) -> int:
-    """The number of guesses, 0 to MOST, with the greatest `speed`; the fewest of equals."""
-    return max(range(MOST + 1), key=lambda count: speed(rate, count, share))
-
-
-WINDOW = 31  # times of each; their median, since a step that another program interrupted is no cost
-ENOUGH = 8  # times of each before they are believed
-FORGET = 256  # steps without drafts after which their times are forgotten: a bad moment must not count for ever
-
-
-class Cost:
-    """A ratio of two times.
+    Decoding reads every weight once, so the bytes of the weights predict the ratio. What the processor does besides,
+    such as drawing from 49,152 logits, they do not predict, so both models are timed, and the times are preferred.
 
     Args:
         bytes_ratio: of the draft's weights to the model's.
@@ -132,18 +137,18 @@ class Cost:
 
     @property
     def value(self) -> float:
-        """Seconds of a one-row step of the draft over those of the model."""
+        """The ratio, as known now."""
         if min(len(self._draft), len(self._model)) < ENOUGH:
             return self.bytes_ratio
         return statistics.median(self._draft) / statistics.median(self._model)
 
     def draft_took(self, rows: int, seconds: float) -> None:
-        """A step of the draft over so many rows, its draws included."""
+        """Record a step of the draft model, its draws included."""
         self._draft.append(_one_row(rows, seconds))
         self._undrafted = 0
 
     def model_took(self, rows: int, seconds: float) -> None:
-        """A step of the model over so many rows, its draws included and its draft's time not."""
+        """Record a step of the model, its draws included and the draft model's time not."""
         self._model.append(_one_row(rows, seconds))
         self._undrafted += 1
         if self._undrafted > FORGET:
@@ -154,90 +159,179 @@ def _one_row(rows: int, seconds: float) -> float:
     return seconds / (1 + (rows - 1) * ROW_COST)
 
 
+@dataclasses.dataclass
+class SequenceDrafts:
+    """The drafts of one sequence: its n-grams, and how often a draft model's are accepted."""
+
+    ngram: NgramDraft
+    model_rate: AcceptanceRate
+    proposed_by: list[AcceptanceRate] = dataclasses.field(default_factory=list)  # whose drafts the running step has
+
+
 class Speculation:
-    """Guesses for what runs.
+    """Drafts for everything that runs.
 
     Args:
         draft: the draft model, where there is one.
+
+    Attributes:
+        cost: of a step of the draft model.
+        rate: running share of the draft model's tokens that were accepted, over all texts; new texts start with it.
+        proposed: tokens drafted so far, and of them
+        accepted: those that were drawn.
     """
 
     def __init__(self, draft: DraftModel | None = None) -> None:
         self.draft = draft
-        self._learning: dict[Sequence, list[Rate]] = {}  # of the step that runs: whose guesses each sequence has
+        self.cost = DraftCost(draft.bytes_ratio if draft is not None else 0.0)
+        self.rate = AcceptanceRate()
+        self.proposed = self.accepted = 0
+        self._drafts: weakref.WeakKeyDictionary[Sequence, SequenceDrafts] = weakref.WeakKeyDictionary()
 
-    def begin(self, sequence: Sequence) -> None:
-        """Guess for a new sequence from now on."""
-        sequence.lookup = NgramDraft(sequence.tokens)
-        if self.draft is not None:
-            sequence.draft_rate = Rate(self.draft.rate.value)
+    def drafts_of(self, sequence: Sequence) -> SequenceDrafts:
+        """The state of a sequence's drafts."""
+        found = self._drafts.get(sequence)
+        if found is None:
+            found = SequenceDrafts(NgramDraft(sequence.tokens), AcceptanceRate(self.rate.value))
+            self._drafts[sequence] = found
+        return found
 
-    def extend(
-        self, work: Iterable[tuple[Sequence, ScheduledChunk]], running: int
-    ) -> list[tuple[Sequence, ScheduledChunk]]:
-        """The chunks of a step with guesses behind them, where they pay.
+    def extend(self, work: Work, running: int) -> Work:
+        """The chunks of a step, followed by drafts where they pay.
 
         Args:
             running: sequences that share the step.
 
         Raises:
-            RunFailed: the draft model's logits are not numbers.
+            RunFailed: the draft model's logits are NaN.
         """
-        self._learning = {}
         found: dict[Sequence, list[int]] = {}
         asked: list[tuple[Sequence, int]] = []
         for sequence, _ in work:
-            # The first token is not guessed for: the last row of the prompt brings it.
+            drafts = self.drafts_of(sequence)
+            drafts.proposed_by = []
+            # The first token is not drafted: the last row of the prompt brings it.
             ready, room = sequence.pending == 1 and sequence.written > 0, sequence.limit - len(sequence.tokens) - 1
-            if sequence.lookup is not None and ready and room > 0:
-                found[sequence] = sequence.lookup.propose(running, room)
-            count = self._ask(sequence, running, room if ready else room - 1, len(found.get(sequence, ())))
+            if ready and room > 0:
+                found[sequence] = drafts.ngram.propose(running, room)
+            count = self._ask_model(sequence, running, room if ready else room - 1, len(found.get(sequence, ())))
             if count:
                 asked.append((sequence, count if ready else 0))
-        drafted = self.draft.propose(asked) if self.draft is not None and asked else {}
-        return [(sequence, self._guess(sequence, chunk, found, drafted)) for sequence, chunk in work]
+        by_model: dict[Sequence, list[int]] = {}
+        if self.draft is not None and asked:
+            by_model = self.draft.propose(asked)
+            for rows, seconds in self.draft.timings:
+                self.cost.draft_took(rows, seconds)
+        extended = []
+        for sequence, chunk in work:
+            drafts = self.drafts_of(sequence)
+            if by_model.get(sequence):
+                drafts.proposed_by = [drafts.model_rate, self.rate]
+                chunk = chunk.with_drafts(by_model[sequence])
+            elif found.get(sequence):
+                drafts.proposed_by = [drafts.ngram.rate]
+                chunk = chunk.with_drafts(found[sequence])
+            extended.append((sequence, chunk))
+        return extended
 
-    def learn(self, sequence: Sequence, proposed: int, right: int) -> None:
-        """Of so many guesses of the last `extend` the first `right` were drawn."""
-        for rate in self._learning[sequence]:
-            rate.learn(proposed, right)
+    def learn(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+        """Of so many drafts of the last `extend` the first `accepted` were drawn."""
+        for rate in self.drafts_of(sequence).proposed_by:
+            rate.learn(proposed, accepted)
+        self.proposed += proposed
+        self.accepted += accepted
 
-    def took(self, work: list[tuple[Sequence, ScheduledChunk]], seconds: float) -> None:
-        """The step over these chunks took so long, drawing included and drafting not."""
-        if self.draft is not None and all(len(chunk.tokens) == 1 + chunk.guessed for _, chunk in work):
-            self.draft.cost.model_took(sum(len(chunk.tokens) for _, chunk in work), seconds)
+    def took(self, work: Work, seconds: float) -> None:
+        """The step over these chunks took so long, draws included and the draft model not."""
+        if self.draft is not None and all(len(chunk.tokens) == 1 + chunk.drafted for _, chunk in work):
+            self.cost.model_took(sum(len(chunk.tokens) for _, chunk in work), seconds)
 
-    def _ask(self, sequence: Sequence, running: int, room: int, looked_up: int) -> int:
-        """How many guesses the draft model is asked for, the lookup having found so many; 0 where it stays silent."""
-        draft, rate = self.draft, sequence.draft_rate
-        if draft is None or rate is None:
+    def _ask_model(self, sequence: Sequence, running: int, room: int, looked_up: int) -> int:
+        """How many drafts the draft model is asked for, given so many n-gram drafts; 0 where it would not pay."""
+        if self.draft is None:
             return 0
-        room = min(room, draft.room(sequence))
+        room = min(room, self.draft.room(sequence))
         if room <= 0:
             return 0
-        count = min(draft.worthwhile(rate.value, running), room)
+        drafts, share = self.drafts_of(sequence), row_share(running) + self.cost.value
+        count = min(fastest(drafts.model_rate.value, share), room)
         if not count:
-            if draft.share(running) < 1:  # above, no rate is high enough
-                rate.rest()
+            if share < 1:  # above, no rate is high enough
+                drafts.model_rate.rest()
             return 0
-        # What was looked up costs no step of the draft, and a draft that is mostly right may still be the faster:
-        # so each is taken by the tokens that its own record promises for its price.
-        if looked_up and sequence.lookup is not None:
-            free = speed(sequence.lookup.rate.value, looked_up, row_share(running))
-            if free >= speed(rate.value, count, draft.share(running)):
+        # N-gram drafts cost no step of the draft model, and a draft model that is mostly right may still be faster:
+        # so the choice is by the expected number of tokens for the cost.
+        if looked_up:
+            free = speed(drafts.ngram.rate.value, looked_up, row_share(running))
+            if free >= speed(drafts.model_rate.value, count, share):
                 return 0
         return count
 
-    def _guess(
-        self,
-        sequence: Sequence,
-        chunk: ScheduledChunk,
-        found: dict[Sequence, list[int]],
-        drafted: dict[Sequence, list[int]],
-    ) -> ScheduledChunk:
-        if self.draft is not None and sequence.draft_rate is not None and drafted.get(sequence):
-            self._learning[sequence] = [sequence.draft_rate, self.draft.rate]
-            return chunk.guess(drafted[sequence])
-        if sequence.lookup is not None and found.get(sequence):
-            self._learning[sequence] = [sequence.lookup.rate]
-            return chunk.guess(found[sequence])
-        return chunk
+
+def select_draft(
+    module: Any, tokenizer: Tokenizer, runner: Runner, model_tokenizer: Tokenizer, *, name: str = "the draft model",
+    threads: int | None = None,
+) -> tuple[DraftModel | None, list[str]]:  # fmt: skip
+    """The draft model for a runner, and what was decided; None where drafts could change the text.
+
+    Args:
+        module: the draft model.
+        tokenizer: the draft's.
+        runner: of the model it drafts for.
+        model_tokenizer: the model's.
+        name: of the draft, for people.
+        threads: of the draft's runner.
+
+    Raises:
+        BadInput: the draft's token ids are not the model's.
+    """
+    check_same_tokens(tokenizer, model_tokenizer)
+    size, theirs = module.config.vocab_size, runner.config.vocab_size
+    if size != theirs:
+        raise BadInput(
+            f"it writes {size:,} token ids and the model {theirs:,}, though their tokenizers agree",
+            field="draft",
+            hint="Both need the same vocab_size in their config.json.",
+        )
+    if not runner.batch_invariant:
+        return None, [
+            f"draft: {name} is not used; on this engine ({runner.name}) the last bits of a row depend on the other "
+            "rows, so drafts could change the text"
+        ]
+    # Its precision changes how often it is right, never the text, so it is always the fastest that keeps the quality.
+    mine, decisions = select_runner(module, "auto", threads=threads)
+    draft = DraftModel(mine, _weight_bytes(mine) / _weight_bytes(runner))
+    what = f"draft: {name}, {mine.name}; its weights have {draft.bytes_ratio:.2f} of the bytes of the model's"
+    if not fastest(1.0, row_share(1) + draft.bytes_ratio):
+        what += f"; disabled: not faster even if all {MOST} drafted tokens are accepted"
+    else:
+        what += "; used while it is faster, and the text stays the same"
+    if draft.context < runner.config.max_position_embeddings:
+        what += f"; up to its own context of {draft.context:,} tokens"
+    return draft, [what, *(f"draft {line}" for line in decisions if not line.startswith("engine"))]
+
+
+def check_same_tokens(draft: Tokenizer, model: Tokenizer) -> None:
+    """Check that the ids of both mean the same tokens.
+
+    Raises:
+        BadInput: they do not; says where.
+    """
+    mine, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (draft, model))
+    if mine == theirs:
+        return
+    if len(mine) != len(theirs):
+        what = f"it has {len(mine):,} tokens and the model's {len(theirs):,}"
+    else:
+        first = min(token_id for _, token_id in mine.items() ^ theirs.items())
+        what = f"token {first} is {draft.token_text(first)!r} in it and {model.token_text(first)!r} in the model's"
+    raise BadInput(
+        f"its tokenizer is not the model's: {what}",
+        field="draft",
+        hint="A draft must have been trained with the model's own tokenizer: the same tokens under the same ids.",
+    )
+
+
+def _weight_bytes(runner: Any) -> int:
+    """Bytes of the weights that a step reads, whether the runner or its module holds them."""
+    return runner.weight_bytes or sum(parameter.nbytes for parameter in runner.module.parameters())

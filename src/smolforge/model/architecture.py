@@ -34,7 +34,13 @@ from smolforge.model.loss import choose_loss, evaluation_loss
 
 
 class KeyValueCache(Protocol):
-    """What attention asks of a cache: store the new keys and values, return all that may be seen."""
+    """What attention asks of a cache: store the new keys and values, return all that may be seen.
+
+    Attributes:
+        mask: as of `attention.Attend`; None where each token sees all before it.
+    """
+
+    mask: Tensor | None
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, K, T, d) after rotation → all keys and values so far, (B, K, S, d)."""
@@ -101,7 +107,9 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=x.device)
         # (T, d) or (B, T, d) → (1 or B, 1, T, d): one angle for all heads.
         cos, sin = (angle.reshape(-1, 1, *angle.shape[-2:]) for angle in self.rotation(positions))
-        mask = None if document_ids is None else causal_mask(document_ids)
+        mask = None if cache is None else cache.mask
+        if document_ids is not None:
+            mask = causal_mask(document_ids)
         for layer in self.layers:
             x = self._run(layer, x, cos, sin, mask, cache)
         return self.norm(x)

@@ -138,7 +138,7 @@ class Answer:
         n, step = request.params.n, request.model.step
         # (prompt, choice of the prompt) in the order of the choices' indices
         keys = [(prompt, choice) for prompt in range(len(request.prompts)) for choice in range(n)]
-        self.transcripts = {key: (index, Transcript(self.tokenizer)) for index, key in enumerate(keys)}
+        self.transcripts = {key: (index, Transcript()) for index, key in enumerate(keys)}
         self.head = {
             "id": f"{self.id_prefix}{uuid.uuid4().hex}",
             "created": int(time.time()),

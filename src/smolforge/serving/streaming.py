@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from smolforge.generation.sequence import StepOutput
     from smolforge.serving.engine_thread import EngineThread, ServerRequest
-    from smolforge.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
@@ -68,11 +67,7 @@ class Transcript:
         finish_reason: set at the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
-        self._in_prompt = True
-        self._decoded = 0
+    def __init__(self) -> None:
         self._pending: list[Token] = []
         self._parts: list[str] = []
         self._shown = 0
@@ -85,13 +80,8 @@ class Transcript:
 
     def push(self, step: StepOutput) -> list[Token]:
         """Take a step; returns the tokens that can be reported now."""
-        if self._in_prompt and not step.prompt:
-            self._in_prompt = False
-            self._decoded += len(self._decoder.flush())
-            self._decoder = self._tokenizer.stream()
         if step.token_id is not None:
-            self._pending.append(Token(step.token_id, self._decoded, step.logprob, step.top_logprobs))
-            self._decoded += len(self._decoder.push(step.token_id))
+            self._pending.append(Token(step.token_id, step.text_offset, step.logprob, step.top_logprobs))
         self._parts.append(step.text)
         self._shown += len(step.text)
         self.finish_reason = step.finish_reason

@@ -1,32 +1,38 @@
-"""Which runner for a model on this machine, and whether a draft runs beside it: decided once, with reasons in words."""
+"""Runners: what runs the model. Chunks of sequences in, logits out; the engine cannot tell which runner it has.
+
+    module.py   any module, its live weights, on any device: correct by construction, training samples with it
+    cpu.py      packed weights and the native step of `smolforge.kernels`
+    cuda.py     a static cache, CUDA graphs, and sampling on the GPU
+
+`select_runner` chooses once per engine, and gives the reasons in words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence as Many
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from smolforge.config import ModelConfig
-from smolforge.generation import quantize as precisions
-from smolforge.generation.kv_cache import Cache
+from smolforge.generation.kv_cache import KVCache
+from smolforge.generation.quantize import Precision, check_finite, choose_precision
 from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
-from smolforge.generation.sequence import ScheduledChunk
-from smolforge.generation.static import StaticRunner
-from smolforge.generation.stock import StockRunner
+from smolforge.generation.sequence import ScheduledChunk, Sequence
 from smolforge.kernels import NativeUnavailable, description
 from smolforge.model.architecture import architecture_of
 
-_STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_STORED: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Runner(Protocol):
     """Runs chunks and owns the layout of weights and caches.
 
     Attributes:
-        name: what runs, in words, for people.
+        name: what runs, for people.
         config: the shape of the model.
         batch_invariant: a row's logits are bitwise the same whatever else is in the batch, however its prompt
             was cut, and whether a row of the cache was read in a prompt or written.
@@ -42,12 +48,29 @@ class Runner(Protocol):
         """Bytes of a cache for `capacity` positions."""
         ...
 
-    def new_cache(self, capacity: int) -> Cache:
+    def new_cache(self, capacity: int) -> KVCache:
         """An empty cache."""
         ...
 
-    def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+    def forward(self, chunks: Many[ScheduledChunk]) -> Tensor:
         """Run the chunks, extend their caches, and return fp32 CPU logits (sum of chunk.logits, V) in order."""
+        ...
+
+
+@runtime_checkable
+class DeviceSampler(Protocol):
+    """A runner that can draw the next tokens of many sequences itself, so that no logits leave the device."""
+
+    def default_cache_bytes(self) -> int:
+        """Memory for keys and values, unless the user says how much."""
+        ...
+
+    def can_sample(self, sequence: Sequence) -> bool:
+        """Whether the next token of a sequence can be drawn on the device."""
+        ...
+
+    def sample(self, sequences: list[Sequence]) -> list[int]:
+        """Run the last token of each sequence and draw the next one; -1 where the logits are NaN."""
         ...
 
 
@@ -55,32 +78,29 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     """The fastest runner for a module's weights as they are now, and what was decided.
 
     Args:
-        module: a model of `model/`.
+        module: a model of `smolforge.model`.
         quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision the weights have.
         threads: of the native step; torch's own number unless given.
 
     Raises:
         BadInput: there is no such precision.
-        RunFailed: it would hide weights that are no numbers.
+        RunFailed: it would hide weights that are NaN or infinite.
     """
     weight = next(module.parameters())
-    if quantize == "none":
-        quantize = _STORED.get(weight.dtype, "bf16")
+    stored = _STORED.get(weight.dtype, "bf16")
     parameters = sum(p.numel() for p in module.parameters())
-    precision, reason = precisions.choose(quantize, parameters, weight.device.type)
+    precision, reason = choose_precision(stored if quantize == "none" else quantize, parameters, weight.device.type)
+    if weight.device.type == "cuda":
+        runner = CudaRunner(module, precision)
+        return runner, [f"precision: {reason}", f"engine: {runner.name}"]
     if not architecture_of(module.config).fast_decoding:
         runner = ModuleRunner(module)
-        why = f"the fast paths and their precisions are for Llama, not {module.config.architecture}"
-        return runner, [f"runner: {runner.name} in {_STORED.get(weight.dtype, weight.dtype)}; {why}"]
+        return runner, [f"engine: {runner.name}; the native step is for Llama, not {module.config.architecture}"]
     if precision in ("int8", "int4"):
-        precisions.check_finite(module)
-    decisions = [f"precision: {reason}"]
-    if weight.device.type != "cpu":
-        runner = StaticRunner(module, precision)
-        return runner, [*decisions, *runner.decisions, f"runner: {runner.name}"]
+        check_finite(module)
     try:
         runner = CpuRunner(module, precision, threads=threads)
     except NativeUnavailable as error:
-        runner = StockRunner(module, precision)
-        return runner, [*decisions, f"runner: {runner.name}; no native step: {error.message}"]
-    return runner, [*decisions, f"kernels: {description()}", f"runner: {runner.name}"]
+        runner = ModuleRunner(module)
+        return runner, [f"engine: {runner.name}, several times slower than native code: {error.message}"]
+    return runner, [f"precision: {reason}", f"kernels: {description()}", f"engine: {runner.name}"]

@@ -1,9 +1,7 @@
-"""What runs the model: chunks of sequences in, logits out. The engine cannot tell which runner it has.
+"""The plain runner: any model, with its live weights, on any device, one sequence at a time.
 
-`ModuleRunner` is the plain one: any module with the forward pass of `model/llama.py`, with its live weights, on
-any device, one sequence at a time. It is right by construction and sees every change of the weights, so
-training samples with it. The fast ones are `native.py`, `stock.py` (fused, on torch's own kernels) and, on a GPU,
-`static.py` (CUDA graphs).
+It is correct by construction and uses every change of the weights, so training samples with it. It also writes where
+there is no native code, and reads prompts on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +19,11 @@ from smolforge.generation.sequence import ScheduledChunk
 
 
 class ModuleRunner:
-    """Runs a live module as it is; see the head of this file."""
+    """Runs a live module as it is.
+
+    Args:
+        module: a model of `smolforge.model`.
+    """
 
     batch_invariant = False  # rows are run alone, but a prompt's rows depend on how it was cut
     weight_bytes = 0
@@ -30,7 +32,7 @@ class ModuleRunner:
         self.module = module
         self.config: ModelConfig = module.config
         weight = next(module.parameters())
-        self.name = f"module, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        self.name = f"plain PyTorch, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
 
     @property
     def _place(self) -> tuple[torch.dtype, torch.device]:
@@ -42,14 +44,14 @@ class ModuleRunner:
         return TensorCache.bytes_for(self.config, capacity, self._place[0])
 
     def new_cache(self, capacity: int) -> TensorCache:
-        """An empty cache beside the weights."""
+        """An empty cache on the device of the weights."""
         return TensorCache(self.config, capacity, *self._place)
 
     def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
         """Run the chunks one by one."""
         device = self._place[1]
         rows = []
-        with torch.no_grad(), _evaluating(self.module):
+        with torch.no_grad(), evaluating(self.module):
             for chunk in chunks:
                 cache: Any = chunk.cache
                 cache.length = chunk.start
@@ -62,8 +64,8 @@ class ModuleRunner:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a step; training finds its module as it left it."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode during a step; the module is left as it was."""
     training = module.training
     if training:
         module.eval()

@@ -146,18 +146,17 @@ async def write_events(request: ServerRequest, kept: list[int]) -> AsyncIterator
     tokenizer = engine.tokenizer
     length = len(request.prompts[0]) - len(kept)
     yield event({"start": {"prompt": length, "context": engine.context, "step": request.model.step}})
-    decoder = tokenizer.stream()
-    for token_id in kept:  # a character can begin in the kept tokens
-        decoder.push(token_id)
     async for batch in request.batches():
-        tokens, finish = [], None
+        tokens, finish, rest = [], None, ""
         for _, step in batch:
             finish = step.finish_reason or finish
             if step.token_id is not None and step.token_id not in engine.eos_ids:
                 top = [[i, token_string(tokenizer, i), round(logprob, 4)] for i, logprob in step.top_logprobs]
-                text, logprob = decoder.push(step.token_id), round(step.logprob or 0.0, 4)
-                tokens.append({"id": step.token_id, "text": text, "p": logprob, "top": top})
-        end = {"finish": finish, "rest": decoder.flush()} if finish else {}
+                logprob = round(step.logprob or 0.0, 4)
+                tokens.append({"id": step.token_id, "text": step.text, "p": logprob, "top": top})
+            else:
+                rest += step.text
+        end = {"finish": finish, "rest": rest} if finish else {}
         yield event({"tokens": tokens, **end})
 
 

@@ -32,7 +32,7 @@ class Requests(RuleBasedStateMachine):
             MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40, draft=draft
         )
         if self.engine.speculation and self.engine.speculation.draft:
-            self.engine.speculation.draft.cost.bytes_ratio = 0.0  # so that it is asked, at least until it is timed
+            self.engine.speculation.cost.bytes_ratio = 0.0  # so that it is asked, at least until it is timed
         pool = self.engine.scheduler.pool
         pool.budget = pool.bytes_for(BUDGET_POSITIONS)
         self.requests, self.seen = {}, {}

@@ -1,0 +1,265 @@
+"""The CUDA runner: a static cache, one CUDA graph per batch size, and sampling on the device.
+
+It has not run on a GPU yet. What a graph records runs eagerly in the tests, on a CPU, and equals the module runner and
+the host's sampler; capture and replay themselves are untested.
+
+Decoding a token on a GPU is limited by starting its kernels, not by running them, unless the whole step is one recorded
+graph, and a graph needs shapes that never change. So every sequence has a slot in one fixed tensor of keys and values,
+and row i of a step is slot i. A step is recorded once for each batch size (a power of two above the highest slot in
+use), each number of keys (a power of two) and whether it is greedy. Rows without a sequence write to a position that
+none reads. Prompts, and the rare settings that `can_sample` refuses, run through the module one sequence at a time.
+
+Shapes: B rows, S keys, L positions of a slot, K key/value heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolforge.generation.kv_cache import KVCache, TensorCache
+from smolforge.generation.quantize import Precision
+from smolforge.generation.runners.module import ModuleRunner, evaluating
+from smolforge.generation.sequence import Sequence
+
+# The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly.
+TOKEN, POSITION, UNIFORM, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(10)
+FEWEST_KEYS = 128  # shorter texts share one graph
+WARM_UP = 2  # runs before capture: libraries choose kernels and allocate workspaces in the first
+
+
+class SlotCache(TensorCache):
+    """One slot of the runner's memory; the last position is for rows without a sequence.
+
+    Attributes:
+        counted: tokens of the sequence that the penalties' counts contain.
+    """
+
+    def __init__(self, runner: CudaRunner, slot: int) -> None:
+        self._runner, self.slot, self.length, self.counted = runner, slot, 0, 0
+        self.capacity, self.nbytes = runner.positions, runner.cache_bytes(0)
+
+    @property
+    def memory(self) -> Tensor:  # type: ignore[override]
+        """Keys and values, (layers, 2 K, L + 1, d): looked up, since memory moves when slots are added."""
+        return self._runner.memory[self.slot]
+
+    def copy_prefix(self, other: KVCache, length: int) -> None:
+        """Copy the first `length` positions of another slot."""
+        assert isinstance(other, SlotCache)
+        self.memory[:, :, :length] = other.memory[:, :, :length]
+
+
+class StaticCache:
+    """The first B slots in one step with one token of each: fixed shapes, and positions as a tensor.
+
+    Args:
+        memory: (slots, layers, 2 K, L + 1, d).
+        positions: of the tokens, (B,).
+        keys: S, more than any position in use.
+
+    Attributes:
+        mask: (B, 1, 1, S), true for the keys that a row may see.
+    """
+
+    def __init__(self, memory: Tensor, positions: Tensor, keys: int) -> None:
+        self._memory, self._positions, self._keys = memory[: len(positions)], positions, keys
+        self.mask = (torch.arange(keys, device=memory.device) <= positions[:, None])[:, None, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, 1, d) at the positions; the first S of each slot, (B, K, S, d), as views."""
+        slots, new = self._memory[:, layer], torch.cat((k, v), 1)
+        slots.scatter_(2, self._positions.view(-1, 1, 1, 1).expand_as(new), new)
+        keys, values = slots[:, :, : self._keys].split(k.shape[1], 1)
+        return keys, values
+
+
+class CudaRunner(ModuleRunner):
+    """Decodes on a GPU, all sequences of a step together.
+
+    Args:
+        module: a model of `smolforge.model` on the device; its weights are used as they are where they have the
+            precision, and copied otherwise.
+        precision: fp32 or bf16.
+    """
+
+    batch_invariant = False  # the batch size chooses the kernels, and a prompt's kernels are not a token's
+
+    def __init__(self, module: Any, precision: Precision) -> None:
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        stored = next(module.parameters())
+        super().__init__(module if stored.dtype == dtype else copy.deepcopy(module).to(dtype))
+        self.weight_bytes = 0 if stored.dtype == dtype else sum(p.nbytes for p in self.module.parameters())
+        self._device, self.positions = stored.device, self.config.max_position_embeddings
+        config = self.config
+        shape = (0, config.num_hidden_layers, 2 * config.num_key_value_heads, self.positions + 1, config.head_dim)
+        self.memory = torch.empty(shape, dtype=dtype, device=self._device)
+        self._in_prompt = torch.empty(0, config.vocab_size, dtype=torch.bool, device=self._device)
+        self._written = torch.empty(0, config.vocab_size, dtype=torch.int32, device=self._device)
+        self._free: list[int] = []
+        self._graphs: dict[tuple[int, int, bool], tuple[Any, Tensor, Tensor]] = {}
+        on_cuda = self._device.type == "cuda"
+        where = f"CUDA graphs on {torch.cuda.get_device_name(self._device)}" if on_cuda else "static shapes on cpu"
+        self.name = f"{where}, {precision}"
+
+    def default_cache_bytes(self) -> int:
+        """Half of the GPU's free memory."""
+        return torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else 2 << 30
+
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes of a slot, which has the model's whole context whatever `capacity` is."""
+        return TensorCache.bytes_for(self.config, self.positions + 1, self.memory.dtype)
+
+    def new_cache(self, capacity: int) -> SlotCache:
+        """An empty slot, the lowest that is free; it is free again when the cache is dropped."""
+        if not self._free:
+            self._add_slots(max(1, len(self.memory)))
+        cache = SlotCache(self, heapq.heappop(self._free))
+        # An infinity that another sequence left would become NaN where its weight is 0.
+        for tensor in (self.memory, self._in_prompt, self._written):
+            tensor[cache.slot] = 0
+        weakref.finalize(cache, heapq.heappush, self._free, cache.slot).atexit = False
+        return cache
+
+    def can_sample(self, sequence: Sequence) -> bool:
+        """Whether the next token can be drawn on the device: no log-probabilities, bias or typical sampling."""
+        p = sequence.params
+        forbids = sequence.stop_token_ids and sequence.written < p.min_tokens
+        plain = p.logprobs is None and not p.logit_bias and p.typical_p == 1 and not forbids
+        return plain and sequence.pending == 1 and sequence.written > 0
+
+    @torch.no_grad()
+    def sample(self, sequences: list[Sequence]) -> list[int]:
+        """Run the last token of each sequence and draw the next one; -1 where the logits are NaN."""
+        if not sequences:
+            return []
+        self._count([sequence for sequence in sequences if _has_penalty(sequence)])
+        slots = [sequence.cache.slot for sequence in sequences]
+        rows, last = _power_of_two(max(slots) + 1), max(sequence.computed for sequence in sequences)
+        keys = min(max(_power_of_two(last + 1), FEWEST_KEYS), self.positions)
+        greedy = all(sequence.params.greedy and not _has_penalty(sequence) for sequence in sequences)
+        inputs = self._idle_inputs(min(rows, len(self.memory)))
+        inputs[:, slots] = torch.tensor([_inputs_of(s) for s in sequences], dtype=torch.float64).T
+        tokens = self._run((inputs.shape[1], keys, greedy), inputs).tolist()
+        return [tokens[slot] for slot in slots]
+
+    def _step(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
+        """The next token of each row, (B,); what a graph records."""
+        tokens, positions = inputs[TOKEN].long(), inputs[POSITION].long()
+        cache = StaticCache(self.memory, positions, keys)
+        logits = self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0].float()
+        if greedy:
+            return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
+        rows = len(tokens)
+        return sample_batch(logits, inputs, self._in_prompt[:rows], self._written[:rows])
+
+    def _run(self, shape: tuple[int, int, bool], inputs: Tensor) -> Tensor:
+        with evaluating(self.module):
+            if self._device.type != "cuda":
+                return self._step(*shape[1:], inputs)
+            with torch.cuda.device(self._device):
+                if shape not in self._graphs:
+                    self._graphs[shape] = self._capture(shape)
+                graph, buffer, tokens = self._graphs[shape]
+                buffer.copy_(inputs, non_blocking=True)
+                graph.replay()
+                return tokens
+
+    def _capture(self, shape: tuple[int, int, bool]) -> tuple[Any, Tensor, Tensor]:
+        """Record a step; the warm-up runs rows without a sequence, which change nothing."""
+        buffer = self._idle_inputs(shape[0]).to(self._device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._step(*shape[1:], buffer)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile, as where a server and a trainer share it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            tokens = self._step(*shape[1:], buffer)
+        return graph, buffer, tokens
+
+    def _idle_inputs(self, rows: int) -> Tensor:
+        """The input of a step without sequences, (10, B)."""
+        inputs = torch.zeros(10, rows, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        inputs[POSITION] = self.positions
+        return inputs
+
+    def _add_slots(self, count: int) -> None:
+        first = len(self.memory)
+        for name in ("memory", "_in_prompt", "_written"):
+            old: Tensor = getattr(self, name)
+            setattr(self, name, torch.cat((old, old.new_zeros(count, *old.shape[1:]))))
+        self._graphs.clear()  # they use the old memory
+        for slot in range(first, first + count):
+            heapq.heappush(self._free, slot)
+
+    def _count(self, sequences: list[Sequence]) -> None:
+        """Bring the counts that penalties use up to date."""
+        for sequence in sequences:
+            cache, prompt = sequence.cache, len(sequence.request.prompt)
+            new = torch.tensor(sequence.tokens[cache.counted :], device=self._device)
+            seen = max(prompt - cache.counted, 0)
+            self._in_prompt[cache.slot, new[:seen]] = True
+            counts = self._written[cache.slot]
+            counts.index_add_(0, new[seen:], torch.ones_like(new[seen:], dtype=counts.dtype))
+            cache.counted = len(sequence.tokens)
+
+
+def sample_batch(logits: Tensor, inputs: Tensor, in_prompt: Tensor, written: Tensor) -> Tensor:
+    """Draw a token for each row, as `Sampler` does, row by row its own settings and uniform number.
+
+    Args:
+        logits: fp32, (B, V).
+        inputs: (10, B), as `CudaRunner` makes them; temperature 0 is greedy.
+        in_prompt: whether the prompt has a token, (B, V) bool.
+        written: how often a token was written, (B, V) int32.
+
+    Returns:
+        Token ids (B,); -1 where the logits are NaN.
+    """
+    knobs = inputs.float()[:, :, None]  # (10, B, 1)
+    repetition, written_once = knobs[REPETITION], written > 0
+    scores = torch.where(logits < 0, logits * repetition, logits / repetition)
+    scores = torch.where(in_prompt | written_once, scores, logits)
+    scores = scores - written * knobs[FREQUENCY] - written_once * knobs[PRESENCE]
+    temperature = knobs[TEMPERATURE]
+    values, order = (scores / torch.where(temperature > 0, temperature, 1)).sort(dim=-1, descending=True, stable=True)
+    last = torch.where(inputs[TOP_K] > 0, inputs[TOP_K], values.shape[1]).clamp(max=values.shape[1]).long() - 1
+    weights = torch.where(values >= values.gather(1, last[:, None]), (values - values[:, :1]).exp(), 0)
+    total = weights.cumsum(-1, dtype=torch.float64)
+    top_p, min_p = inputs[TOP_P, :, None], inputs[MIN_P, :, None]
+    keep = ((total - weights < top_p * total[:, -1:]) | (top_p >= 1)) & (weights >= min_p)
+    keep[:, 0] = True
+    # The draw is by ascending id, as the host's, so that both find the same token for the same uniform number.
+    kept = torch.zeros_like(weights).scatter(1, order, torch.where(keep, weights, 0))
+    cumulative = kept.cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, inputs[UNIFORM, :, None] * cumulative[:, -1:], right=True)[:, 0]
+    highest = (torch.arange(kept.shape[1], device=kept.device) * (kept > 0)).amax(-1)
+    tokens = torch.where(inputs[TEMPERATURE] > 0, torch.minimum(drawn, highest), scores.argmax(-1))
+    return torch.where(logits.isnan().any(-1), -1, tokens)
+
+
+def _inputs_of(sequence: Sequence) -> list[float]:
+    """The input of a sequence, in the order of the constants at the head of this file."""
+    p, uniform = sequence.params, sequence.sampler.uniform(sequence.written)
+    return [
+        sequence.tokens[-1], sequence.computed, uniform, p.temperature, p.top_k, p.top_p, p.min_p,
+        p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
+    ]  # fmt: skip
+
+
+def _has_penalty(sequence: Sequence) -> bool:
+    p = sequence.params
+    return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is not less than n."""
+    return 1 << (n - 1).bit_length()
