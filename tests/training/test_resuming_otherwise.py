@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from smolforge import tales
 from smolforge.checkpoint import commit
 from smolforge.errors import BadInput
 from smolforge.run import Run
+from smolforge.training import checkpointing
+from smolforge.training.shutdown import GracefulShutdown
 
 
 def test_another_optimizer_starts_without_moments(make_run, caplog) -> None:
@@ -77,3 +80,20 @@ def test_more_steps_count_from_where_they_were_first_asked_for(make_run) -> None
     assert steps_of(run)[-1][0] == 15
     make_run(request={"more_steps": 10})
     assert steps_of(run)[-1][0] == 25
+
+
+def test_the_time_limit_counts_the_writing_of_a_checkpoint(make_run, monkeypatch) -> None:
+    margins, write = [], checkpointing.save_state
+
+    def slowly(*args) -> None:
+        time.sleep(0.5)
+        write(*args)
+
+    def requested(self, margin: float = 0.0) -> bool:
+        margins.append(margin)
+        return False
+
+    monkeypatch.setattr(checkpointing, "save_state", slowly)
+    monkeypatch.setattr(GracefulShutdown, "requested", requested)
+    make_run(training={"steps": 20})  # saves every five steps, the second save waits for the first
+    assert max(margins) >= 0.5

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +46,8 @@ from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
 logger = logging.getLogger(__name__)
 
-BAD_STEPS = 3
-"""Non-finite steps in a row after which a run rolls back."""
+BAD_STEPS = 3  # non-finite steps in a row after which a run rolls back
 READY, STOP, DATA_ERROR, SOURCE_UNAVAILABLE = range(4)  # what a rank found when it wanted its next batch
-
-# Open
 
 
 def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
@@ -128,14 +126,14 @@ class Trainer:
         self.total = self.config.total_steps
         self.metrics = MetricsLogger(context, shutdown)
         self.pending: deque[StepMetrics] = deque()  # steps whose metrics were not read from the device yet
-        self.bad: list[StepMetrics] = []  # the last steps, as far as they were not finite
-        self.save_seconds = 0.0
+        self.bad: list[StepMetrics] = []  # the last steps, as far as not finite
+        self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
         self.profiler: Profiler | None = None
         self.committer = Committer(
             context.run.checkpoints_path,
             asynchronous=self.config.checkpoint.asynchronous,
-            after=lambda path: checkpointing.prune_checkpoints(context),
+            after=self._after_save,
         )
 
     def is_complete(self) -> bool:
@@ -324,7 +322,7 @@ class Trainer:
         if step in (0, self.saved_step):
             self.committer.wait()
             return
-        began = time.perf_counter()
+        self.save_began = time.perf_counter()
         self._flush_metrics(keep=0)
         tree = checkpointing.state_tree(self.context, self.position)
         if self.ranks.is_main:
@@ -332,8 +330,12 @@ class Trainer:
             if step == self.total or self.shutdown.requested():
                 self.committer.wait()
         self.saved_step = step
-        self.save_seconds = max(self.save_seconds, time.perf_counter() - began)
         self.ranks.barrier()
+
+    def _after_save(self, directory: Path) -> None:
+        """A checkpoint was committed. Called in the thread that saves."""
+        self.save_seconds = max(self.save_seconds, time.perf_counter() - self.save_began)
+        checkpointing.prune_checkpoints(self.context)
 
 
 def train_step(
@@ -384,14 +386,13 @@ def _to_device(array: Any, device: torch.device) -> Tensor:
 def finish(context: TrainContext) -> None:
     """Write the report of a complete run, and tell what to do with it."""
     run = context.run
-    report = write_report(run.path)
     scores = [row for row in read_metrics(run) if "validation" in row]
     if scores:
         bits, entropy = scores[-1]["validation"]["bits_per_byte"], scores[-1].get("entropy_bits_per_byte")
         above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
         logger.info(f"held-out bits per byte: {bits:.4f}{above}")
     logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
-    logger.info(f"report:     {report}")
+    logger.info(f"report:     {write_report(run.path)}")
     logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")
 
 
