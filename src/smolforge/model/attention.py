@@ -186,7 +186,7 @@ blocked_rows.register_autograd(_backward, setup_context=_keep)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's FlexAttention; worth its name only where the model around it is compiled, on CUDA."""
+    """torch's FlexAttention; fast only where the model around it is compiled, on CUDA."""
     if q.shape[2] == 1:
         return sdpa(q, k, v, mask)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -238,7 +238,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _empty_rows(x: Tensor) -> Tensor:
-    """(B, heads, T, d) that lies in memory as (B, T, heads, d), which the projection behind reads as it is."""
+    """(B, heads, T, d) that lies in memory as (B, T, heads, d), which the projection after it reads as it is."""
     batch, heads, length, width = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
