@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_file
 
-from smolforge import cli, tales
+from smolforge import cli
+from smolforge.tales.source import write
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_data_files(fail, tmp_path) -> None:
     pq.write_table(table, tmp_path / "columns.parquet")
     said = message("columns.parquet", None)
     assert "content" in said and "id" in said and "text" in said
-    whole = tales.write(tmp_path / "whole.parquet", documents=range(50)).read_bytes()
+    whole = write(tmp_path / "whole.parquet", documents=range(50)).read_bytes()
     assert "cut.parquet" in message("cut.parquet", whole[: len(whole) // 2])
 
 

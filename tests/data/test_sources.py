@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.conftest import batches, digests, jsonl, named, parquet
+from data.conftest import Bytes, batches, digests, jsonl, named, parquet
+from smolforge.data import Loader
 from smolforge.data.readers.text import PIECE, first_piece, pieces, pieces_of_file
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
@@ -281,3 +283,81 @@ def test_the_texts_of_a_mixture_keep_to_its_weights(opened: Any, tmp_path: Path)
     first = [text[0] for text, _ in zip(corpus.texts(held_out=False), range(40), strict=False)]
     assert 34 <= first.count("a") <= 38
     assert len(list(corpus.texts())) == 100
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n", "\n---\n"])
+def test_a_separator_may_end_in_a_newline(opened: Any, tmp_path: Path, separator: str) -> None:
+    (tmp_path / "a.txt").write_text(separator.join(TEXTS))
+    corpus = opened(tmp_path / "a.txt", separator=separator, lanes=1, holdout=0)
+    assert texts(corpus) == TEXTS
+    made = batches(corpus, 20, sequences_per_step=2)
+    epoch = sum(len(text.encode()) + 1 for text in TEXTS)
+    tokens = sum(batch.tokens.size for batch in made)
+    assert sum((batch.tokens == 0).sum() for batch in made) >= len(TEXTS) * (tokens // epoch)
+
+
+def test_more_files_than_a_process_may_open(opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for i in range(150):
+        (tmp_path / "many" / f"{i:03}.txt").write_text(f"text {i} " * 30)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(used + 60, hard), hard))
+    try:
+        corpus = opened(tmp_path / "many", workers=2)
+        assert len(batches(corpus, 200)) == 200
+        assert len(texts(corpus)) == 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_byte_order_mark_is_not_text_and_utf_16_is_named(opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone<|endoftext|>two")
+    assert texts(opened(tmp_path / "a.txt")) == ["one", "two"]
+    (tmp_path / "b.txt").write_bytes("hello there".encode("utf-16"))
+    with pytest.raises(DataError, match="iconv -f utf-16"):
+        opened(tmp_path / "b.txt")
+
+
+def test_an_empty_file_in_a_folder_is_passed_over(opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("text")
+    assert texts(opened(tmp_path)) == ["text"]
+    with pytest.raises(DataError, match="is empty"):
+        opened(tmp_path / "a.txt")
+
+
+def test_linked_folders_are_followed_once_and_names_need_not_be_utf_8(opened: Any, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (tmp_path / "elsewhere").mkdir()
+    root.mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("linked")
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt")).write_text("named")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(root)
+    corpus = opened(root)
+    assert [(d.file, d.text) for d in corpus.documents()] == [("caf\\xe9.txt", "named"), ("link/a.txt", "linked")]
+    json.dumps(corpus.index).encode()
+
+
+def test_a_dotted_column_next_to_a_struct(opened: Any, tmp_path: Path) -> None:
+    struct = pa.array([{"b": "inner"}] * 3)
+    pq.write_table(pa.table({"a": struct, "a.b": ["one", "two", "three"]}), tmp_path / "a.parquet")
+    assert texts(opened(tmp_path / "a.parquet", text_column="a.b")) == ["one", "two", "three"]
+
+
+def test_a_huge_document_is_tokenized_in_parts(opened: Any, tmp_path: Path) -> None:
+    longest = 0
+
+    class Measured(Bytes):
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            nonlocal longest
+            longest = max(longest, sum(map(len, texts)))
+            return super().encode_batch(texts)
+
+    text = "a line of a huge record\n" * 100_000
+    corpus = opened(jsonl(tmp_path / "a.jsonl", [text]), lanes=1, holdout=0, sequence_length=9999)
+    with Loader(corpus, Measured(), sequences_per_step=1) as loader:
+        made = b"".join(bytes((next(loader).tokens[0] - 1).clip(0).astype("u1")) for _ in range(240))
+    assert made == text.encode()[: len(made)]
+    assert longest <= 1 << 18

@@ -17,10 +17,10 @@ from launch import clone, finish, interrupt, start, start_ranks, steps_done, wai
 from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from faults.server import Drop, FaultServer, Slow, Status, every
-from smolforge import tales
 from smolforge.checkpoint import commit
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
+from smolforge.tales.source import write
 
 STEPS = 60
 
@@ -106,7 +106,7 @@ def test_a_full_disk(place: Path, whole: Run) -> None:
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_server_that_drops_every_third_request(place: Path, workers: int) -> None:
     shard = place / f"served-{workers}.parquet"
-    tales.write(shard, kind="parquet", documents=range(600), row_group_size=40)
+    write(shard, kind="parquet", documents=range(600), row_group_size=40)
     options = ["--set", f"data.workers={workers}", "--set", "data.cache=0"]
     with FaultServer() as server:
         server.files["shard.parquet"] = shard.read_bytes()
@@ -122,7 +122,7 @@ def test_a_server_that_drops_every_third_request(place: Path, workers: int) -> N
 
 def test_a_network_that_stays_away_saves_and_stops(place: Path) -> None:
     shard = place / "away.parquet"
-    tales.write(shard, kind="parquet", documents=range(200), row_group_size=2)
+    write(shard, kind="parquet", documents=range(200), row_group_size=2)
     with FaultServer() as server:
         server.files["shard.parquet"] = shard.read_bytes()
         options = ["--data", server.url("shard.parquet"), "--set", "data.cache=0", "--set", "data.read_ahead=1MB"]

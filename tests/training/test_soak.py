@@ -16,9 +16,9 @@ from launch import finish, is_saving, start, steps_done, wait_until
 from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from faults.server import Drop, FaultServer, Status
-from smolforge import tales
 from smolforge.checkpoint import commit
 from smolforge.run import Run
+from smolforge.tales.source import write
 
 SECONDS = float(os.environ.get("SMOLFORGE_SOAK_SECONDS", "1000"))
 
@@ -47,7 +47,7 @@ def corrupt(run: Run, dice: random.Random) -> str | None:
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     dice = random.Random(int(os.environ.get("SMOLFORGE_SOAK_SEED", "0")))
-    shard = tales.write(tmp_path / "shard.parquet", kind="parquet", documents=range(3000), row_group_size=50)
+    shard = write(tmp_path / "shard.parquet", kind="parquet", documents=range(3000), row_group_size=50)
     counts = dict.fromkeys(("killed", "killed while saving", "signalled", "flip", "cut", "remove", "faults"), 0)
 
     def fault(request):

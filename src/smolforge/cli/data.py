@@ -75,17 +75,15 @@ def _which(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace) -> int:
     """Write documents of the embedded corpus into a file, in Cosmopedia-v2's schema."""
-    from typing import get_args
-
-    from smolforge import tales
     from smolforge.errors import BadInput
+    from smolforge.tales.source import KINDS, write
 
-    kind = next((kind for kind in get_args(tales.Kind) if args.path.endswith(f".{kind}")), None)
+    kind = next((kind for kind in KINDS if args.path.endswith(f".{kind}")), None)
     if kind is None:
-        endings = ", .".join(get_args(tales.Kind))
+        endings = ", .".join(KINDS)
         raise BadInput(f"{args.path} has none of the endings .{endings}", field="FILE")
     if args.documents < 1:
         raise BadInput("at least one document is needed", field="--documents")
-    tales.write(args.path, kind=kind, documents=range(args.documents), seed=args.seed)
+    write(args.path, kind=kind, documents=range(args.documents), seed=args.seed)
     print(f"{args.documents:,} documents in {args.path}", file=sys.stderr)
     return 0

@@ -1,12 +1,15 @@
 """The embedded corpus `tales`: original documents without end, whose entropy is known.
 
-Document i is a pure function of (seed, i), in the genres and the schema of Cosmopedia v2. Because the generator
-knows the probability of each choice it makes, it knows the information in each text, and so the floor in bits per
-byte that no model can pass on it. For that to hold, P(text) must be the probability of the text and not merely of
-one way to derive it. Every choice is exact (draws without replacement are scored by what was left), lists hold no
-item twice, and the grammar is unambiguous: `Grammar.derivations` parses a text exhaustively, and the tests show on
-sampled documents that each has exactly one derivation, which has the bits stated here. The end of a document is
-part of its text's probability: the derivation ends where the text does.
+Document i is a pure function of (seed, i), in the genres and the schema of Cosmopedia v2. The generator knows the
+probability of each choice it makes, so it knows the information in each text, and with it the lower bound in bits per
+byte that no model can beat. This needs P(text) to be the probability of the text, not only of one way to derive it:
+every choice is exact (draws without replacement are scored by what is left), lists hold no item twice, and the grammar
+is unambiguous. The tests parse sampled documents exhaustively: each has exactly one derivation, with the bits stated
+here. The end of a document is part of its probability: the derivation ends where the text does.
+
+    grammar.py   sentences with slots, read from the .txt files here, and the choices in them
+    english.py   articles, plurals, tenses, pronouns
+    source.py    the corpus as a source of training data, and as files
 """
 
 from __future__ import annotations
@@ -19,11 +22,9 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from smolforge.tales.grammar import Draft, Grammar
 
 COLUMNS = ("prompt", "text", "token_length", "audience", "format", "seed_data")
@@ -121,14 +122,14 @@ def document(i: int, seed: int = 0) -> TalesDocument:
 
 
 def text_and_bits(i: int, seed: int = 0) -> tuple[str, float]:
-    """The text of document `i` and the information in it, without the other columns."""
+    """The text of document `i` and the information in it in bits, without the other columns."""
     _, draft = _draft(i, seed)
     return "".join(draft.out), draft.bits
 
 
 def _draft(i: int, seed: int) -> tuple[Genre, Draft]:
     if i < 0:
-        raise ValueError(f"i: {i} is no index of a document")
+        raise ValueError(f"i: {i} is not the index of a document")
     # Seeding with a text goes through SHA-512 and is fixed by Python's documentation.
     uniform = random.Random(f"tales/{seed}/{i}").random
     index = bisect.bisect_right(_BOUNDS, int(uniform() * _BOUNDS[-1]))
@@ -137,56 +138,14 @@ def _draft(i: int, seed: int) -> tuple[Genre, Draft]:
     return GENRES[index], draft
 
 
-def derivations(text: str) -> list[float]:
-    """The bits of every derivation of `text`, found exhaustively: none where `tales` never writes it.
-
-    One item is the proof that 2**-bits is the probability of the text itself.
-    """
-    return [
-        bits + genre_bits
-        for genre, genre_bits in zip(GENRES, _GENRE_BITS, strict=True)
-        for _, bits in language().derivations(genre.rule, text)
-    ]
-
-
 def entropy_bits_per_byte(documents: int = 4096, seed: int = 0) -> float:
-    """The floor: mean of -log2 P(text) over the mean length in UTF-8 bytes, estimated on `documents` documents.
+    """The lower bound: mean of -log2 P(text) over the mean length in UTF-8 bytes, estimated on `documents` documents.
 
     A model that pays for each text and for its end (the EOS token, which has no bytes) cannot go below it.
     """
-    return sum_bits_per_byte(range(documents), seed)
-
-
-def sum_bits_per_byte(indices: Iterable[int], seed: int = 0) -> float:
-    """The information in just these documents over their bytes: the floor's own value on a given slice."""
     bits = size = 0.0
-    for i in indices:
+    for i in range(documents):
         text, information = text_and_bits(i, seed)
         bits += information
         size += len(text.encode())
     return bits / size
-
-
-Kind = Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt"]
-
-
-def write(
-    path: str | Path,
-    kind: Kind = "parquet",
-    documents: Iterable[int] = range(1000),
-    seed: int = 0,
-    row_group_size: int = 1000,
-) -> Path:
-    """Write documents as one shard in Cosmopedia v2's schema; returns its path.
-
-    Args:
-        kind: `txt` holds the texts alone, separated by `<|endoftext|>`.
-        documents: their indices, in the order in which they are written.
-        row_group_size: documents in a row group of a parquet file.
-
-    Raises:
-        ValueError: the kind is unknown.
-    """
-    from smolforge.tales import shards
-
-    return shards.write(Path(path), kind, (document(i, seed) for i in documents), row_group_size)

@@ -76,7 +76,8 @@ def entries(kind: str, lines: list[str]) -> list[dict[str, Any]]:
         return list(_names(words))
     makers = {"noun": _noun, "verb": _verb, "adjective": _adjective}
     if kind not in makers:
-        raise ValueError(f"{kind!r} is no kind of word list; known: {', '.join([*makers, 'name', 'phrase', 'fact'])}")
+        known = ", ".join([*makers, "name", "phrase", "fact"])
+        raise ValueError(f"{kind!r} is not a kind of word list; known: {known}")
     return [makers[kind](*word) for word in words]
 
 

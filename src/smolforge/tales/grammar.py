@@ -1,4 +1,4 @@
-"""The engine of `tales`: sentences with slots, choices that know their probability, and a parser for the proof.
+"""The grammar of `tales`: sentences with slots, and choices that know their probability.
 
 A grammar is read from plain text files. `@name kind` opens a list: of words where the kind is `noun`, `verb`,
 `adjective`, `name`, `phrase` or `fact`, of alternatives (one per line, `3*` in front of one sets its weight) where
@@ -11,15 +11,14 @@ no kind is given. In an alternative
     [one|two]     a choice on the spot; an alternative may hold slots, and may be empty
     ¶             a new paragraph
 
-All choices but weighted ones are uniform, and no list gives the same item twice in a document until it is used up;
-the probability of a draw is 1 / (items left), so the score of a derivation is exact. That each text has only one
-derivation is what `derivations` checks: it parses a text by trying every alternative of every choice, exhaustively.
+All choices but weighted ones are uniform, and no list gives the same item twice in a document until it is used up; the
+probability of a draw is 1 / (items left), so the score of a derivation is exact. That each text has only one derivation
+is checked by the tests, which parse texts by trying every alternative of every choice.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import math
 import re
@@ -64,7 +63,7 @@ class Rule:
 
 
 class Draft:
-    """One document in the making: its words so far, its bound words, what each list has given, its bits."""
+    """A document being written: its words so far, its bound words, what each list has given, its bits."""
 
     __slots__ = ("bits", "bound", "out", "random", "taken")
 
@@ -224,7 +223,7 @@ class Grammar:
                     raise GrammarError(f"@{name}: {entry['']!r} of @{source} has no form {form!r}")
             return (DRAW, self.words[source], variable, form)
         if variable:
-            raise GrammarError(f"@{name}: {{{text}}} draws from {source!r}, which is no list")
+            raise GrammarError(f"@{name}: {{{text}}} draws from {source!r}, which is not a list")
         return (SAY, source, form)
 
     @staticmethod
@@ -240,53 +239,3 @@ class Grammar:
         draft = Draft(random)
         draft.write(((SUB, self.rules[start]),))
         return draft
-
-    def derivations(self, start: str, text: str | None) -> list[tuple[str, float]]:
-        """Every way in which `start` can produce `text`, as (text, bits); the whole language where text is None.
-
-        Exhaustive: each choice is tried with every alternative that it could have given, and a branch is left only
-        when what it wrote differs from the text. One item means that the text's probability is 2**-bits.
-        """
-        found = []
-        # (what is left to write as a linked list, text so far or position, bound words, what was taken, bits)
-        stack: list[tuple] = [(((SUB, self.rules[start]), None), "", {}, {}, 0.0)]
-        while stack:
-            agenda, done, bound, taken, bits = stack.pop()
-            if agenda is None:
-                if text is None or done == text:
-                    found.append((done, bits))
-                continue
-            part, rest = agenda
-            if isinstance(part, str) or part[0] == SAY:
-                said = done + (part if isinstance(part, str) else bound[part[1]][part[2]])
-                if text is None or text.startswith(said):
-                    stack.append((rest, said, bound, taken, bits))
-            elif part[0] == ALT:
-                cost = bits + math.log2(len(part[1]))
-                stack.extend((_chain(choice, rest), done, bound, taken, cost) for choice in part[1])
-            elif part[0] == SUB and part[1].weights is not None:
-                for choice, weight in zip(part[1].alternatives, part[1].weights, strict=True):
-                    cost = -math.log2(weight / part[1].bounds[-1])
-                    stack.append((_chain(choice, rest), done, bound, taken, bits + cost))
-            else:
-                source = bound[part[1][0]][part[1][1]] if part[0] == OWN else part[1]
-                given = taken.get(source, ())
-                given = () if len(given) >= source.size else given
-                cost = bits + math.log2(source.size - len(given))
-                for index in range(source.size):
-                    if index in given:
-                        continue
-                    now = {**taken, source: (*given, index)}
-                    if part[0] == SUB:
-                        stack.append((_chain(source.alternatives[index], rest), done, bound, now, cost))
-                        continue
-                    entry = source.entries[index]
-                    said = done + entry[part[3]]
-                    if text is None or text.startswith(said):
-                        names = {**bound, part[2]: entry} if part[2] else bound
-                        stack.append((rest, said, names, now, cost))
-        return found
-
-
-def _chain(parts: tuple, rest: Any) -> Any:
-    return functools.reduce(lambda tail, part: (part, tail), reversed(parts), rest)

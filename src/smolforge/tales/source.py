@@ -1,4 +1,6 @@
-"""`tales` as a source of training data: document i is a pure function of i, so nothing is read and nothing stored.
+"""`tales` as a source of training data, and written to files of every format that smolforge reads.
+
+As a source, document i is a pure function of i, so nothing is read and nothing stored.
 
 An epoch is its first 2**20 documents, in row groups of 512. The corpus is the same for every `data.seed`, which only
 decides the order, so the losses of runs with different seeds can be compared. Data finds this module by its name in
@@ -7,10 +9,15 @@ decides the order, so the losses of runs with different seeds can be compared. D
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Sequence
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from smolforge import tales
 from smolforge.data.document import Row
@@ -21,6 +28,8 @@ from smolforge.errors import DataError
 DOCUMENTS = 2**20
 GROUP = 512
 PROBE = 8  # documents whose text identifies the corpus
+KINDS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt")
+SEPARATOR = "<|endoftext|>"
 
 
 class TalesShard(Shard):
@@ -67,3 +76,63 @@ def matches(spec: str) -> bool:
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
     """The one shard of the generator."""
     return Source(spec, "tales", [TalesShard()], entropy_bits_per_byte=tales.entropy_bits_per_byte)
+
+
+def write(
+    path: str | Path,
+    kind: str = "parquet",
+    documents: Iterable[int] = range(1000),
+    seed: int = 0,
+    row_group_size: int = 1000,
+) -> Path:
+    """Write documents as one file in Cosmopedia v2's schema; returns its path.
+
+    Args:
+        kind: one of `KINDS`; `txt` holds the texts alone, separated by `<|endoftext|>`.
+        documents: their indices, in the order in which they are written.
+        row_group_size: documents in a row group of a parquet file.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is unknown; known: {', '.join(KINDS)}")
+    made = (tales.document(i, seed) for i in documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "parquet":
+        _write_parquet(path, (document.row() for document in made), row_group_size)
+        return path
+    with _opened(path, kind) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as file:
+        for document in made:
+            lines = kind != "txt"
+            file.write(json.dumps(document.row(), ensure_ascii=False) + "\n" if lines else document.text + SEPARATOR)
+    return path
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], row_group_size: int) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(
+        {name: pyarrow.int64() if name == "token_length" else pyarrow.string() for name in tales.COLUMNS}
+    )
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        while group := list(itertools.islice(rows, row_group_size)):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema), row_group_size=row_group_size)
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[BinaryIO]:
+    # No name and no time goes into the gzip header: the same documents give the same bytes.
+    with path.open("wb") as file:
+        if kind == "jsonl.gz":
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                yield packed  # type: ignore[misc]
+        elif kind == "jsonl.zst":
+            import zstandard
+
+            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
+                yield packed  # type: ignore[misc]
+        else:
+            yield file

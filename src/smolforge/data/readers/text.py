@@ -202,16 +202,17 @@ class PlainTextReader(TextReader):
             text = (raw if found < 0 else raw[:found].rstrip(b"\r\n")).decode("utf-8")
         except UnicodeDecodeError as error:
             raise not_utf8(f"{self.shard.name}, row group {group}, row {number}", error, 0) from None
-        return Row(text, last or found >= 0)
+        return Row(text if group or number else text.removeprefix("\ufeff"), last or found >= 0)
 
 
 def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> DataError:
     """The error for bytes that are not UTF-8; `offset` is the place of the decoded bytes in the file."""
     at = offset + error.start
+    encoding = "utf-16" if not at and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
     return DataError(
         f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,}",
         field="data.sources",
-        hint="Convert it, for example with `iconv -f latin1 -t utf-8`.",
+        hint=f"Convert it, for example with `iconv -f {encoding} -t utf-8`.",
     )
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from smolforge.data.sources import KNOWN_ENDINGS, Context, Shard, Source, format_of
 from smolforge.errors import DataError, SourceChanged
+
+logger = logging.getLogger(__name__)
 
 WHOLE_HASH = 64 << 20  # parquet files up to this size are hashed as a whole
 SAMPLE = 1 << 20
@@ -111,19 +114,31 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=_hint(spec))
     if not named:
         raise DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
+    filled = [file for file in named if file.stat().st_size]
+    if filled and len(filled) < len(named):
+        logger.warning("%s: %d empty files are passed over", spec, len(named) - len(filled))
     shards: list[Shard] = []
-    for file in sorted(named, key=lambda p: p.relative_to(root).as_posix()):
+    for file in sorted(filled or named, key=lambda p: p.relative_to(root).as_posix()):
         format = format_of(file.name)
         if format is None:
             hint = f"Known endings: {KNOWN_ENDINGS}."
             raise DataError(f"{file} has an unknown ending", field="data.sources", hint=hint)
-        shards.append(LocalShard(file, file.relative_to(root).as_posix(), format))
+        # A file's name need not be UTF-8, but the index is.
+        name = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+        shards.append(LocalShard(file, name, format))
     return Source(spec, "local", shards)
 
 
 def _walk(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, files in os.walk(root):
+    """Files of known formats below a folder; linked folders are followed, each folder once."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = Path(folder).stat()
+        place = (status.st_dev, status.st_ino)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [Path(folder, f) for f in files if not f.startswith(".") and format_of(f)]
     return found
