@@ -22,7 +22,7 @@ OLD_NAMES = (
     r"Sampling\(", r"\bPiece\b", r"\bPicked\b", r"\bLookup\b", r"\bRanks\b", r"\bUpdater\b", r"\bKeep\(", r"\bBodies\b",
     r"class (Choice|Step|Pool|Figures|Observer|Pace|Stop|Session|Slice|Guard)\b", r"\bgive_back\b",
     r"\bwiring\.apply\b", r"\bsettle_(batch|config)\b", r"\b_settle\b", r"\bEngine\.(of|load)\b", r"\bconfig\.dim\b",
-    r"\bnative\.py\b", r"\bfreeze\(", r"\bsay: ", r"\bsay=", r"\bstream_text\b", r"\bread_samples\b",
+    r"\bnative\.py\b", r"\bfreeze\(", r"\bsay: (Callable\[\[str\], None|Say)", r"\bsay=", r"\bstream_text\b", r"\bread_samples\b",
     r"\bmixed_texts\b", r"\bderivations\b", r"\bkept_f16\b", r"\bfooter\b\.STOP",
 )  # fmt: skip
 # The old English, in code and documentation.
