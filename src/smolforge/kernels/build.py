@@ -63,7 +63,9 @@ def build_variants(chosen: Iterable[Variant] = variants.VARIANTS) -> None:
         shutil.rmtree(variants.PREBUILT, ignore_errors=True)
     for variant in chosen:
         print(f"{variant.platform}: {variant.description}", flush=True)
-        _compile(_ZIG, ("-fPIC", "-s", "-target", variant.target, f"-mcpu={variant.cpu}"), variant.path)
+        # Measured: with loops unrolled by clang, int8 decodes one sequence 12% more slowly; the rest hardly differs.
+        options = ("-fno-unroll-loops", "-fPIC", "-s", "-target", variant.target, f"-mcpu={variant.cpu}")
+        _compile(_ZIG, options, variant.path)
     variants.HASH.write_text(variants.sources_hash(), encoding="ascii")
 
 
