@@ -1,4 +1,4 @@
-"""The data pipeline alone: read, tokenize, pack. What it makes per second of one core, and whom that feeds."""
+"""`smolforge bench data`: read, tokenize and pack without a model; tokens per second, and per core."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smolforge.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# SmolLM2-135M at 2,048 positions, bf16, 45% MFU of 989 TFLOP/s (issue of fast training): the hungriest single GPU.
+# SmolLM2-135M at 2,048 positions, bf16, 45% MFU of 989 TFLOP/s: the fastest single GPU that smolforge is planned for.
 H200_TOKENS_PER_SECOND = 361_000
 SEQUENCES = 16
 DOCUMENTS = 4000
@@ -91,10 +91,10 @@ def _write_tales(path: Path) -> Path:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in words."""
+    """The results as text."""
     return (
         f"tokens/s             {result['tokens_per_second']:,.0f} with {result['cores_used']:.1f} cores\n"
         f"a core alone         {result['tokens_per_core_second']:,.0f} ({result['bytes_per_token']:.1f} bytes each)\n"
-        f"cores for an H200    {result['cores_for_an_h200']:.1f}, which would eat "
+        f"cores for an H200    {result['cores_for_an_h200']:.1f}, which trains on "
         f"{result['h200_tokens_per_second']:,} tokens/s of SmolLM2-135M"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from smolforge.config import DataConfig
 from smolforge.data import index as indexing
 from smolforge.data.cache import Cache, ReadAhead
 from smolforge.data.document import Address, Document, Row, is_blank, is_held_out
-from smolforge.data.fetch import Network, is_offline
+from smolforge.data.fetch import Network
 from smolforge.data.order import Order, RowRange, split_into_ranges
 from smolforge.data.readers import Reader
 from smolforge.data.sources import Context, Source
@@ -75,7 +76,7 @@ class Corpus:
             column=config.text_column,
             separator=config.separator or None,
             read_ahead=ReadAhead(config.read_ahead),
-            offline=offline or is_offline(),
+            offline=offline or _is_offline(),
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
         )
@@ -192,6 +193,11 @@ class Corpus:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_offline() -> bool:
+    """Whether the user forbids the network with HF_HUB_OFFLINE, as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
 
 
 class RangeRows:

@@ -71,17 +71,6 @@ class Cursor:
     lane_count: int
     lanes: dict[int, LaneCursor] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """As a checkpoint keeps it: JSON-able."""
-        return {
-            "version": VERSION,
-            "step": self.step,
-            "index": self.index,
-            "seed": self.seed,
-            "lane_count": self.lane_count,
-            "lanes": {str(lane): cursor.to_json() for lane, cursor in sorted(self.lanes.items())},
-        }
-
     @classmethod
     def from_json(cls, value: Any, *, index: str, seed: int, lane_count: int, sources: int) -> Cursor:
         """Read a cursor and check that it belongs to this stream.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import logging
-import os
 import random
 import re
 import tempfile
@@ -42,12 +41,7 @@ GRACE = 60.0  # seconds before that
 FRESH_REFUSALS = 5  # how often a redirect may lead to a refusal at once
 _CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+)$")
 _EXPIRED = {400, 401, 403, 404, 410}
-_NEW_RUN = "A run continues with the data it started with: restore it, or start a new run."
-
-
-def is_offline() -> bool:
-    """Whether the user forbids the network with HF_HUB_OFFLINE, as huggingface_hub reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+NEW_RUN = "A run continues with the data it started with: restore it, or start a new run."
 
 
 class Trouble(Exception):
@@ -244,14 +238,11 @@ class RemoteFile(ABC):
             yield from self._whole()
 
     def _whole(self) -> Iterator[bytes]:
-        raise NotImplementedError
+        raise NotImplementedError  # only a file that raises NoRanges has to
 
     def _changed(self, what: str, was: str, now: str) -> SourceChanged:
-        return SourceChanged(
-            f"{self.name} changed on {self.host}: its {what} was {was} and is {now}",
-            field="data.sources",
-            hint=_NEW_RUN,
-        )
+        message = f"{self.name} changed on {self.host}: its {what} was {was} and is {now}"
+        return SourceChanged(message, field="data.sources", hint=NEW_RUN)
 
 
 class HttpFile(RemoteFile):
@@ -376,12 +367,10 @@ class HttpFile(RemoteFile):
                 raise Trouble(f"a body slower than {SLOWEST >> 10} kB/s")
 
     def _content_range(self, response: httpx.Response) -> tuple[int, int, int]:
-        match = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
+        value = response.headers.get("content-range", "")
+        match = _CONTENT_RANGE.match(value)
         if not match:
-            raise DataError(
-                f"{self.host} answers a range of {self.name} with {response.headers.get('content-range')!r}",
-                field="data.sources",
-            )
+            raise DataError(f"{self.host} answers a range of {self.name} with {value!r}", field="data.sources")
         return int(match[1]), int(match[2]), int(match[3])
 
     def _check_same(self, response: httpx.Response, total: int | None) -> None:
@@ -402,9 +391,8 @@ class HttpFile(RemoteFile):
             self._refusals += 1
             if through != self.url or self._refusals <= FRESH_REFUSALS:
                 return Trouble(f"an expired redirect ({what})", progress=through != self.url)
-        if status == 412:
-            return SourceChanged(f"{self.name} changed on {self.host}: it no longer has ETag {self.etag}")
-        if status == 416:
-            return SourceChanged(f"{self.name} changed on {self.host}: it is shorter than {self.size:,} bytes")
+        if status in (412, 416):
+            how = f"no longer has ETag {self.etag}" if status == 412 else f"is shorter than {self.size:,} bytes"
+            return SourceChanged(f"{self.name} changed on {self.host}: it {how}")
         hint = {401: "It may need HF_TOKEN.", 403: "It may need HF_TOKEN.", 404: "Check the address."}.get(status)
         return DataError(f"{self.host} refuses {self.name}: {what}", field="data.sources", hint=hint)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from smolforge.data.fetch import NEW_RUN
 from smolforge.data.readers import Reader, open_reader
 from smolforge.data.sources import Context, Source, resolve_source
 from smolforge.errors import DataError, SourceChanged
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 THREADS = 8  # shards scanned at the same time
 LOG_EVERY = 50  # shards
-_NEW_RUN = "A run continues with the data it started with: restore it, or start a new run."
 
 
 def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[tuple[Source, list[Reader]]]]:
@@ -72,19 +72,19 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
             f"the run started with {len(entries)} sources ({', '.join(e['source'] for e in entries)}), "
             f"the configuration has {len(specs)}",
             field="data.sources",
-            hint=_NEW_RUN,
+            hint=NEW_RUN,
         )
     opened = []
     for spec, entry in zip(specs, entries, strict=True):
         for key, now in (("column", context.column), ("separator", context.separator)):
             if entry[key] != now:
-                raise SourceChanged(f"{spec}: the {key} was {entry[key]!r} and is {now!r}", hint=_NEW_RUN)
+                raise SourceChanged(f"{spec}: the {key} was {entry[key]!r} and is {now!r}", hint=NEW_RUN)
         source = resolve_source(spec, context, entry)
         if (source.kind, source.revision) != (entry["kind"], entry["revision"]):
             raise SourceChanged(
                 f"{spec} was {entry['kind']} at {entry['revision']} and is {source.kind} at {source.revision}",
                 field="data.sources",
-                hint=_NEW_RUN,
+                hint=NEW_RUN,
             )
         readers = _match(spec, source, entry["shards"], context)
         opened.append((source, readers))
@@ -128,16 +128,16 @@ def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: C
         now = dict(zip(was, now.values(), strict=True))  # a single file may have been renamed
     gone, new = sorted(set(was) - set(now)), sorted(set(now) - set(was))
     if gone:
-        raise SourceChanged(f"{spec}: {_some(gone)} no longer there", field="data.sources", hint=_NEW_RUN)
+        raise SourceChanged(f"{spec}: {_some(gone)} no longer there", field="data.sources", hint=NEW_RUN)
     if new:
         message = f"{spec}: {_some(new)} not in the index that the run started with"
-        raise SourceChanged(message, field="data.sources", hint=_NEW_RUN)
+        raise SourceChanged(message, field="data.sources", hint=NEW_RUN)
 
     def one(entry: dict[str, Any]) -> Reader:
         shard = now[entry["file"]]
         difference = shard.difference(entry)
         if difference:
-            raise SourceChanged(f"{spec}: {entry['file']} changed: {difference}", field="data.sources", hint=_NEW_RUN)
+            raise SourceChanged(f"{spec}: {entry['file']} changed: {difference}", field="data.sources", hint=NEW_RUN)
         reader = open_reader(shard, context)
         reader.use(entry["groups"])
         return reader

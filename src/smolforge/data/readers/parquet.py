@@ -139,9 +139,8 @@ class ParquetReader(Reader):
         if group >= meta.num_row_groups:
             self._damaged(f"it has no row group {group}, which was indexed")
         _, _, at, length = self.groups[group]
-        file = RangedFile(self.shard)
-        if length <= MAX_HELD_CHUNK:
-            file.hold(at, self._fetched(group, at, length))
+        held = self._fetched(group, at, length) if length <= MAX_HELD_CHUNK else b""
+        file = RangedFile(self.shard, at, held)
         return self._trusting(lambda: self._unpack(file, meta, group, start, count))
 
     def _unpack(self, file: RangedFile, meta: Any, group: int, start: int, count: int) -> pa.ChunkedArray:
@@ -188,11 +187,8 @@ class ParquetReader(Reader):
     # -- errors
 
     def _damaged(self, problem: str) -> NoReturn:
-        raise DataError(
-            f"{self.shard.name} is damaged: {problem}",
-            field="data.sources",
-            hint="Fetch or write the file again.",
-        )
+        message = f"{self.shard.name} is damaged: {problem}"
+        raise DataError(message, field="data.sources", hint="Fetch or write the file again.")
 
     def _trusting(self, action: Callable[[], T]) -> T:
         """Run pyarrow on bytes from outside: whatever it raises about them is damage, not a bug of ours."""
@@ -207,17 +203,12 @@ class ParquetReader(Reader):
 
 
 class RangedFile(io.RawIOBase):
-    """A read-only file over a shard that holds the range it was given and reads the rest when asked."""
+    """A read-only file over a shard: the bytes `held` from `start` on are in memory, the rest is read when asked."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, start: int, held: bytes) -> None:
         super().__init__()
-        self.shard = shard
-        self.held: bytes = b""
-        self._start = self._at = 0
-
-    def hold(self, start: int, data: bytes) -> None:
-        """Answer reads inside this range from memory."""
-        self._start, self.held = start, data
+        self.shard, self.held = shard, held
+        self._start, self._at = start, 0
 
     def readable(self) -> bool:
         return True
@@ -263,11 +254,9 @@ class _Column:
         try:
             return self.column[row - self.first].as_py() or ""
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.reader.shard.name}, row group {self.group}, row {row} is not UTF-8: {error.reason} at "
-                f"byte {error.start:,}",
-                field="data.sources",
-            ) from None
+            place = f"{self.reader.shard.name}, row group {self.group}, row {row}"
+            problem = f"{place} is not UTF-8: {error.reason} at byte {error.start:,}"
+            raise DataError(problem, field="data.sources") from None
 
 
 # -- the footer
