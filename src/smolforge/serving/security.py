@@ -93,13 +93,6 @@ class SecurityMiddleware:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, keys: Keys, metrics: Metrics) -> None:
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
-        self.headers = dict(HEADERS)
-        if settings.frame_origins:
-            # X-Frame-Options cannot name origins; browsers that know frame-ancestors ignore it.
-            del self.headers["x-frame-options"]
-            allowed = " ".join(("frame-ancestors 'self'", *settings.frame_origins))
-            policy = self.headers["content-security-policy"]
-            self.headers["content-security-policy"] = policy.replace("frame-ancestors 'self'", allowed)
         self.hosts: set[str] | None = None
         if settings.loopback and not keys.needed:
             # Against DNS rebinding: a foreign name that points at 127.0.0.1.
@@ -119,7 +112,7 @@ class SecurityMiddleware:
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in self.headers.items():
+                for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             elif head_only and message["type"] == "http.response.body":
                 message = {**message, "body": b""}

@@ -23,7 +23,6 @@ class ServeSettings:
         api_key: key that clients must send; the page asks for it.
         allow_public: serve a public address without a key.
         cors_origins: other web origins whose scripts may call the API; none unless given.
-        frame_origins: web origins whose pages may show this page in a frame; none unless given.
         name: id of the model in the API; the name of the directory or Hub repository unless given.
         quantize: as in `Engine.from_pretrained`.
         draft: a smaller model that drafts tokens, as in `Engine.from_pretrained`; none unless given.
@@ -46,7 +45,6 @@ class ServeSettings:
     api_key: str | None = None
     allow_public: bool = False
     cors_origins: tuple[str, ...] = ()
-    frame_origins: tuple[str, ...] = ()
     name: str | None = None
     quantize: str = "auto"
     draft: str | None = None
