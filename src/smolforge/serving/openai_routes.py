@@ -19,11 +19,12 @@ from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import ApiError, refused
 from smolforge.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, SampledRequest, TokenizeRequest
 from smolforge.serving.state import ServerState
-from smolforge.serving.streaming import DONE, EventStream, Token, Transcript, cancel_on_exit, event
+from smolforge.serving.streaming import DONE, EventStream, Transcript, cancel_on_exit, event
 from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from smolforge.generation.sampling_params import SamplingParams
+    from smolforge.generation.sequence import StepOutput
 
 # JSON has no minus infinity; OpenAI's API sends -9999.0 for "practically never".
 MIN_LOGPROB = -9999.0
@@ -147,7 +148,12 @@ class Answer:
             "system_fingerprint": f"smolforge-{f'step-{step}' if step is not None else request.model.created}",
         }
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def name(self, token_id: int | None) -> str:
+        """A token as OpenAI spells it; reported tokens always have an id."""
+        assert token_id is not None
+        return token_string(self.tokenizer, token_id)
+
+    def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
         """The tokens with their log-probabilities, or None where they were not asked for."""
         raise NotImplementedError
 
@@ -159,13 +165,13 @@ class Answer:
         """The first part of a streamed choice, before any text."""
         return None
 
-    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
         """The parts of a streamed choice that one step brings: (text, logprobs, finish_reason) each."""
         raise NotImplementedError
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        tokens: dict[int, list[Token]] = {index: [] for index, _ in self.transcripts.values()}
+        tokens: dict[int, list[StepOutput]] = {index: [] for index, _ in self.transcripts.values()}
         async for batch in self.request.batches():
             for prompt, step in batch:
                 index, transcript = self.transcripts[prompt, step.index]
@@ -216,27 +222,27 @@ class CompletionAnswer(Answer):
     def choice(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
         return [({"text": text}, self.logprobs(tokens), reason)] if text or tokens or reason else []
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
         """`top_logprobs` always includes the token itself, so it can hold one more than asked for."""
         if self.body.logprobs is None:
             return None
-        spell = self.tokenizer
+        names = [self.name(token.token_id) for token in tokens]
         tops: list[dict[str, float] | None] = []
-        for token in tokens:
+        for name, token in zip(names, tokens, strict=True):
             if token.logprob is None:
                 tops.append(None)
                 continue
-            top = {token_string(spell, token_id): _finite(logprob) for token_id, logprob in reversed(token.top)}
-            top.setdefault(token_string(spell, token.token_id), _finite(token.logprob))
+            top = {self.name(token_id): _finite(logprob) for token_id, logprob in reversed(token.top_logprobs)}
+            top.setdefault(name, _finite(token.logprob))
             tops.append(dict(sorted(top.items(), key=lambda item: -item[1])))
         return {
-            "tokens": [token_string(spell, token.token_id) for token in tokens],
+            "tokens": names,
             "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
             "top_logprobs": tops,
-            "text_offset": [token.offset for token in tokens],
+            "text_offset": [token.text_offset for token in tokens],
         }
 
 
@@ -252,7 +258,7 @@ class ChatAnswer(Answer):
         """The role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def parts(self, text: str, tokens: list[Token], reason: str | None) -> list[Part]:
+    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
         """The text, then the end in a part of its own."""
         found: list[Part] = []
         if text or tokens:
@@ -261,18 +267,19 @@ class ChatAnswer(Answer):
             found.append(({"delta": {}}, None, reason))
         return found
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
 
-        def describe(token_id: int, logprob: float) -> dict[str, Any]:
+        def describe(token_id: int | None, logprob: float) -> dict[str, Any]:
+            assert token_id is not None
             data = list(self.tokenizer.token_bytes(token_id))
-            return {"token": token_string(self.tokenizer, token_id), "logprob": _finite(logprob), "bytes": data}
+            return {"token": self.name(token_id), "logprob": _finite(logprob), "bytes": data}
 
         content = [
             {
                 **describe(token.token_id, token.logprob or 0.0),
-                "top_logprobs": [describe(token_id, logprob) for token_id, logprob in token.top],
+                "top_logprobs": [describe(token_id, logprob) for token_id, logprob in token.top_logprobs],
             }
             for token in tokens
         ]

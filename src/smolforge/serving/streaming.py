@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -41,24 +40,8 @@ def cancel_on_exit(thread: EngineThread, request: ServerRequest, seconds: float)
         thread.cancel(request)
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One token of a transcript.
-
-    Attributes:
-        offset: where its text begins in the text of the choice, in characters.
-        logprob: natural log of its probability, or None where it was not asked for.
-        top: the likeliest tokens at its place, (id, logprob) each, best first.
-    """
-
-    token_id: int
-    offset: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-
-
 class Transcript:
-    """The text of one choice with its tokens.
+    """The text of one choice, and the steps whose tokens can be reported.
 
     Text can lag behind tokens (half characters, possible stop strings). A token is reported with the first text of
     it; a token that only belongs to a stop string, or ends the text, is never reported.
@@ -68,7 +51,7 @@ class Transcript:
     """
 
     def __init__(self) -> None:
-        self._pending: list[Token] = []
+        self._pending: list[StepOutput] = []
         self._parts: list[str] = []
         self._shown = 0
         self.finish_reason: str | None = None
@@ -78,17 +61,17 @@ class Transcript:
         """The whole text so far."""
         return "".join(self._parts)
 
-    def push(self, step: StepOutput) -> list[Token]:
-        """Take a step; returns the tokens that can be reported now."""
+    def push(self, step: StepOutput) -> list[StepOutput]:
+        """Take a step; returns the steps whose tokens can be reported now."""
         if step.token_id is not None:
-            self._pending.append(Token(step.token_id, step.text_offset, step.logprob, step.top_logprobs))
+            self._pending.append(step)
         self._parts.append(step.text)
         self._shown += len(step.text)
         self.finish_reason = step.finish_reason
         if step.finish_reason == "length":
             ready, self._pending = self._pending, []
         else:
-            ready = [token for token in self._pending if token.offset < self._shown]
+            ready = [one for one in self._pending if one.text_offset < self._shown]
             self._pending = self._pending[len(ready) :] if step.finish_reason is None else []
         return ready
 
