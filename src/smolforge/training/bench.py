@@ -19,6 +19,7 @@ import torch
 
 from smolforge.config import RunConfig, build_config
 from smolforge.distributed import DistributedContext
+from smolforge.formatting import size
 from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token
 from smolforge.training.apply_plan import apply_plan, compiled_graphs
@@ -136,7 +137,7 @@ def table(result: dict[str, Any]) -> str:
         f" ({result['sequences']} x {result['length']:,} tokens, {result['precision']}, {result['attention']})",
         f"arithmetic        {result['flops_per_second'] / 1e9:,.0f} GFLOP/s,"
         f" {result['share_of_matmul_limit']:.0%} of this machine's {result['matmul_flops_per_second'] / 1e9:,.0f}",
-        f"memory            {result['memory_bytes'] / 2**30:.1f} GiB",
+        f"memory            {size(result['memory_bytes'])}",
         f"first step        {result['first_step_seconds']:.1f} s, {result['compiled_graphs']} graphs compiled",
         f"parts             {parts}",
     ]

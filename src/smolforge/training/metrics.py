@@ -19,6 +19,7 @@ import torch
 from smolforge.data import Batch, data_digest
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
+from smolforge.formatting import size
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.logging import console
@@ -290,7 +291,7 @@ class ProgressBar:
             parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
-        parts.append(f"{row['memory_bytes'] / 2**30:.1f} GiB")
+        parts.append(size(row["memory_bytes"]))
         left = (self.total - row["step"]) * seconds_per_step
         if self._bar:
             times = f"elapsed {clock(time.monotonic() - self._started)}"
