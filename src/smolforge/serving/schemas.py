@@ -113,38 +113,20 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-Prompt = Annotated[
-    Any,
-    BeforeValidator(_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                _IDS,
-                {"type": "array", "items": _IDS, "minItems": 1},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-Stop = Annotated[
-    list[str],
-    BeforeValidator(_stop),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
-]
+def _any_of(*schemas: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [*schemas, {"type": "null"}]})
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema, "minItems": 1}
+
+
+_STRING, _BIAS = {"type": "string"}, {"type": "number", "minimum": -100, "maximum": 100}
+_IDS = _list_of({"type": "integer", "minimum": 0})
+Prompt = Annotated[Any, BeforeValidator(_prompt), _any_of(_STRING, _list_of(_STRING), _IDS, _list_of(_IDS))]
+Stop = Annotated[list[str], BeforeValidator(_stop), _any_of(_STRING, {"type": "array", "items": _STRING})]
 LogitBias = Annotated[
-    dict[int, float],
-    BeforeValidator(_logit_bias),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
-                {"type": "null"},
-            ]
-        }
-    ),
+    dict[int, float], BeforeValidator(_logit_bias), _any_of({"type": "object", "additionalProperties": _BIAS})
 ]
 Text = Annotated[str, BeforeValidator(lambda v: check_text(v) if isinstance(v, str) else v)]
 
