@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from quantized import Int4, Int8, quantize
 from smolforge.config import ModelConfig
-from smolforge.generation.quantize import Int4, Int8, quantize
 from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token, summarise, tree
 

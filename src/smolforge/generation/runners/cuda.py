@@ -1,7 +1,7 @@
 """The CUDA runner: a static cache, one CUDA graph per batch size, and sampling on the device.
 
-It has not run on a GPU yet. What a graph records runs eagerly in the tests, on a CPU, and equals the module runner and
-the host's sampler; capture and replay themselves are untested.
+It has not run on a GPU yet: the tests run what a graph records eagerly on a CPU, where it equals the module runner and
+the host's sampler. Capture and replay themselves are untested.
 
 Decoding a token on a GPU is limited by starting its kernels, not by running them, unless the whole step is one recorded
 graph, and a graph needs shapes that never change. So every sequence has a slot in one fixed tensor of keys and values,
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolforge.generation.kv_cache import KVCache, TensorCache
+from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.quantize import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
 from smolforge.generation.sequence import Sequence
@@ -34,11 +34,7 @@ WARM_UP = 2  # runs before capture: libraries choose kernels and allocate worksp
 
 
 class SlotCache(TensorCache):
-    """One slot of the runner's memory; the last position is for rows without a sequence.
-
-    Attributes:
-        counted: tokens of the sequence that the penalties' counts contain.
-    """
+    """One slot of the runner's memory; `counted` tokens of its sequence are in the counts that penalties use."""
 
     def __init__(self, runner: CudaRunner, slot: int) -> None:
         self._runner, self.slot, self.length, self.counted = runner, slot, 0, 0
@@ -48,11 +44,6 @@ class SlotCache(TensorCache):
     def memory(self) -> Tensor:  # type: ignore[override]
         """Keys and values, (layers, 2 K, L + 1, d): looked up, since memory moves when slots are added."""
         return self._runner.memory[self.slot]
-
-    def copy_prefix(self, other: KVCache, length: int) -> None:
-        """Copy the first `length` positions of another slot."""
-        assert isinstance(other, SlotCache)
-        self.memory[:, :, :length] = other.memory[:, :, :length]
 
 
 class StaticCache:
@@ -83,8 +74,7 @@ class CudaRunner(ModuleRunner):
     """Decodes on a GPU, all sequences of a step together.
 
     Args:
-        module: a model of `smolforge.model` on the device; its weights are used as they are where they have the
-            precision, and copied otherwise.
+        module: a model of `smolforge.model` on the device; weights of another precision are copied.
         precision: fp32 or bf16.
     """
 
@@ -96,16 +86,15 @@ class CudaRunner(ModuleRunner):
         super().__init__(module if stored.dtype == dtype else copy.deepcopy(module).to(dtype))
         self.weight_bytes = 0 if stored.dtype == dtype else sum(p.nbytes for p in self.module.parameters())
         self._device, self.positions = stored.device, self.config.max_position_embeddings
-        config = self.config
-        shape = (0, config.num_hidden_layers, 2 * config.num_key_value_heads, self.positions + 1, config.head_dim)
+        c, heads = self.config, 2 * self.config.num_key_value_heads
+        shape = (0, c.num_hidden_layers, heads, self.positions + 1, c.head_dim)
         self.memory = torch.empty(shape, dtype=dtype, device=self._device)
-        self._in_prompt = torch.empty(0, config.vocab_size, dtype=torch.bool, device=self._device)
-        self._written = torch.empty(0, config.vocab_size, dtype=torch.int32, device=self._device)
+        self._in_prompt = torch.empty(0, c.vocab_size, dtype=torch.bool, device=self._device)
+        self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
         self._graphs: dict[tuple[int, int, bool], tuple[Any, Tensor, Tensor]] = {}
-        on_cuda = self._device.type == "cuda"
-        where = f"CUDA graphs on {torch.cuda.get_device_name(self._device)}" if on_cuda else "static shapes on cpu"
-        self.name = f"{where}, {precision}"
+        where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
+        self.name = f"CUDA graphs, {precision} on {where}"
 
     def default_cache_bytes(self) -> int:
         """Half of the GPU's free memory."""
@@ -155,8 +144,7 @@ class CudaRunner(ModuleRunner):
         logits = self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0].float()
         if greedy:
             return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
-        rows = len(tokens)
-        return sample_batch(logits, inputs, self._in_prompt[:rows], self._written[:rows])
+        return sample_batch(logits, inputs, self._in_prompt[: len(tokens)], self._written[: len(tokens)])
 
     def _run(self, shape: tuple[int, int, bool], inputs: Tensor) -> Tensor:
         with evaluating(self.module):
@@ -180,7 +168,7 @@ class CudaRunner(ModuleRunner):
                 self._step(*shape[1:], buffer)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile, as where a server and a trainer share it.
+        # Other threads, such as a trainer's, may use the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             tokens = self._step(*shape[1:], buffer)
         return graph, buffer, tokens
@@ -197,8 +185,7 @@ class CudaRunner(ModuleRunner):
             old: Tensor = getattr(self, name)
             setattr(self, name, torch.cat((old, old.new_zeros(count, *old.shape[1:]))))
         self._graphs.clear()  # they use the old memory
-        for slot in range(first, first + count):
-            heapq.heappush(self._free, slot)
+        self._free += range(first, first + count)  # a heap, since it was empty
 
     def _count(self, sequences: list[Sequence]) -> None:
         """Bring the counts that penalties use up to date."""
@@ -207,8 +194,7 @@ class CudaRunner(ModuleRunner):
             new = torch.tensor(sequence.tokens[cache.counted :], device=self._device)
             seen = max(prompt - cache.counted, 0)
             self._in_prompt[cache.slot, new[:seen]] = True
-            counts = self._written[cache.slot]
-            counts.index_add_(0, new[seen:], torch.ones_like(new[seen:], dtype=counts.dtype))
+            self._written[cache.slot].index_add_(0, new[seen:], torch.ones_like(new[seen:], dtype=torch.int32))
             cache.counted = len(sequence.tokens)
 
 
@@ -248,18 +234,15 @@ def sample_batch(logits: Tensor, inputs: Tensor, in_prompt: Tensor, written: Ten
 
 def _inputs_of(sequence: Sequence) -> list[float]:
     """The input of a sequence, in the order of the constants at the head of this file."""
-    p, uniform = sequence.params, sequence.sampler.uniform(sequence.written)
-    return [
-        sequence.tokens[-1], sequence.computed, uniform, p.temperature, p.top_k, p.top_p, p.min_p,
-        p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
-    ]  # fmt: skip
+    p, state = sequence.params, [sequence.tokens[-1], sequence.computed, sequence.sampler.uniform(sequence.written)]
+    penalties = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
+    return [*state, p.temperature, p.top_k, p.top_p, p.min_p, *penalties]
 
 
 def _has_penalty(sequence: Sequence) -> bool:
     p = sequence.params
-    return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+    return (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0)
 
 
-def _power_of_two(n: int) -> int:
-    """The least power of two that is not less than n."""
+def _power_of_two(n: int) -> int:  # not less than n
     return 1 << (n - 1).bit_length()
