@@ -79,7 +79,9 @@ class Transcript:
 def event(value: Any) -> bytes:
     """One server-sent event with `value` as JSON."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.translate(LINE_BREAKS).encode() + b"\n\n"
+    if not text.isascii():
+        text = text.translate(LINE_BREAKS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 class EventStream(Response):
