@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model import architecture
-from smolforge.model.architecture import LossModule, architecture_of, build_model, config_from_hf, config_to_hf
+from smolforge.model.architecture import CausalLM, architecture_of, build_model, config_from_hf, config_to_hf
 from smolforge.model.loss import IGNORE
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -142,6 +142,17 @@ def test_the_loss_is_that_of_the_logits(config: ModelConfig, mask: bool) -> None
     with torch.no_grad():
         still, same = model.loss(inputs, targets, document_ids=ids, scale=0.5, z_weight=0.01)
     assert torch.allclose(still.float(), loss, rtol=1e-5) and torch.allclose(same.float(), nats, rtol=1e-5)
+
+
+class LossModule(torch.nn.Module):
+    """The loss as a forward pass, which is what `DistributedDataParallel` can wrap."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments, **options) -> tuple[Tensor, Tensor]:
+        return self.model.loss(*arguments, **options)
 
 
 @pytest.mark.parametrize("config", [LLAMA, RECREATION], ids=["llama", "recreation"])

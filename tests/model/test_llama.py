@@ -80,6 +80,8 @@ def test_smollm2_135m_counts() -> None:
 
 
 class GrowingCache:
+    mask = None
+
     def __init__(self) -> None:
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

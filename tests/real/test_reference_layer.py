@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smolforge.config import ModelConfig
+from smolforge.model.architecture import ComputeOptions
 from smolforge.model.attention import sdpa
 from smolforge.model.llama import LlamaDecoderLayer, rotary_angles
 
@@ -38,7 +39,7 @@ def seen(real_data: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     reference = load_file(real_data / "reference" / "smollm2-tiny-layer-f32.safetensors")
     config = ModelConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
                          num_key_value_heads=1, max_position_embeddings=16, rope_theta=10_000.0)  # fmt: skip
-    layer = LlamaDecoderLayer(config, 0)
+    layer = LlamaDecoderLayer(config, ComputeOptions(), 0)
     layer.load_state_dict({ours: reference[f"weights.{theirs}"] for ours, theirs in WEIGHTS.items()})
     ours: dict[str, Tensor] = {}
 

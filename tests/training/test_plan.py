@@ -1,6 +1,7 @@
 """Decisions before the first step: each has an effect, a reason, and a refusal where it cannot be kept."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from smolforge.config import RunConfig
 from smolforge.errors import BadInput
 from smolforge.model import attention
 from smolforge.model.architecture import build_model
-from smolforge.training import optim
+from smolforge.training import optim, plan
 from smolforge.training.optim import stochastic_adamw
 from smolforge.training.plan import choose_precision, make_plan, memory_of
 
@@ -121,6 +122,19 @@ def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
     assert (asked.micro_batch, asked.recompute) == (8, True)
     with pytest.raises(BadInput, match="not enough"):
         make_plan(configured(memory=need[1, True] - 1), CPU, 1)
+
+
+def test_a_gpu_gets_the_largest_micro_batch_that_the_estimate_puts_in_half_of_its_memory(monkeypatch) -> None:
+    gpu, precision = torch.device("cuda"), choose_precision("bf16", CPU)[0]
+    for micro in (1, 2, 4, 8):
+        memory = memory_of(configured(), gpu, precision, micro, recompute=False)
+        half = memory.total - memory.process
+        for short, expected in ((0, micro), (1, max(1, micro // 2))):
+            properties = SimpleNamespace(total_memory=2 * (half - short))
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+            assert plan._micro_batch(configured(), gpu, precision, 8) == expected
+    with pytest.raises(BadInput, match=r"(?s)3 does not divide the 8 sequences.*1, 2, 4, 8"):
+        plan._micro_batch(configured(micro_batch=3), gpu, precision, 8)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:

@@ -9,11 +9,10 @@ files, data or training.
 
 In the order to read them:
 
-    architecture.py  Decoder, CausalLM, the record Architecture, build_model
+    architecture.py  Decoder, CausalLM, the record Architecture, new weights, build_model
     llama.py         SmolLM2's architecture, block by block
     attention.py     exact causal attention: torch's, in blocks, in C++
     loss.py          the loss of the next token, without storing the logits as a whole
-    init.py          new weights
     recreation.py    the seed's own architecture
     hf_config.py     config.json's keys and back
     summary.py       parameters, FLOPs, memory

@@ -1,8 +1,7 @@
 """What every architecture shares: the language model around its blocks, and the record by which the rest finds it.
 
-A new architecture is one file in this folder. It defines its blocks, a `Decoder` and a `CausalLM`, and calls `register`
-with one `Architecture`; see `llama.py`. Everything outside of this package that differs between architectures
-(config.json, the model card, exports, the kernels for decoding) reads that record.
+A new architecture is one file in this folder: it defines its blocks, a `Decoder` and a `CausalLM`, and calls `register`
+with one `Architecture`, which says all that differs outside of this package; see `llama.py`.
 
 Shapes: B sequences, T positions, S keys (S >= T with a cache), D hidden, H query heads, K key/value heads, d head_dim,
 V vocabulary.
@@ -10,7 +9,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -29,18 +27,14 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
 from smolforge.model.attention import Attend, causal_mask, positions_in_documents
-from smolforge.model.init import initialise
 from smolforge.model.loss import choose_loss, evaluation_loss
 
 
 class KeyValueCache(Protocol):
-    """What attention asks of a cache: store the new keys and values, return all that may be seen.
-
-    Attributes:
-        mask: as of `attention.Attend`; None where each token sees all before it.
-    """
+    """What attention asks of a cache: store the new keys and values, return all that may be seen."""
 
     mask: Tensor | None
+    """As of `attention.Attend`; None where each token sees all before it."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, K, T, d) after rotation → all keys and values so far, (B, K, S, d)."""
@@ -54,10 +48,10 @@ class ComputeOptions:
     Attributes:
         attention: a key of `attention.ATTENTION`, or a function as described there.
         loss: a key of `loss.LOSSES`.
-        recompute: whether the backward pass computes each layer's activations again instead of keeping them
-            (Chen et al. 2016, arXiv:1604.06174).
-        sparse_embedding: whether the embedding's gradient holds only the rows that were looked up. Only a tied model
-            uses this: there the head's gradient covers all rows, and a second full one would only be added to it.
+        recompute: whether the backward pass computes each layer's activations again (Chen et al. 2016,
+            arXiv:1604.06174).
+        sparse_embedding: whether the embedding's gradient holds only the rows that were looked up, in a tied model,
+            where the head's gradient, to which it is added, covers all.
     """
 
     attention: str | Attend = "sdpa"
@@ -144,7 +138,7 @@ class CausalLM(nn.Module):
     """
 
     lm_head: nn.Module
-    # Projections that write into the residual stream, by the end of their names: they start smaller, see `init.py`.
+    # Projections that write into the residual stream, by the end of their names: they start smaller, see `initialise`.
     residual_projections: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight")
 
     def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
@@ -159,9 +153,9 @@ class CausalLM(nn.Module):
 
     def new_head(self, embedding: str) -> nn.Module:
         """The module to set as `lm_head`; `embedding` is the name of the tied matrix for people."""
-        config = self.config
-        tied = config.tie_word_embeddings
-        return TiedHead(config, embedding) if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            return TiedHead(self.config, embedding)
+        return nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
 
     @property
     def output_weight(self) -> Tensor:
@@ -216,7 +210,7 @@ class CausalLM(nn.Module):
     def compile_training(self) -> None:
         """Compile the block that all layers share and the loss of a chunk, for the one shape that training has.
 
-        The whole model would take a minute where a block takes seconds and, on a CPU, would not run faster.
+        The whole model would take a minute instead of seconds and, on a CPU, would not run faster.
         """
         for layer in self.decoder.layers:
             layer.compile(dynamic=False)
@@ -229,33 +223,14 @@ class CausalLM(nn.Module):
         self._loss = choose_loss(self.options.loss)
 
 
-class LossModule(nn.Module):
-    """`model.loss` as a forward pass, which is what `DistributedDataParallel` can wrap."""
-
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """As `CausalLM.loss`."""
-        return self.model.loss(inputs, targets, **options)
-
-
-def _any_shape(config: ModelConfig) -> None:
-    """The check of an architecture that has every shape that `ModelConfig` allows."""
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """All that the rest of smolforge needs to know of an architecture.
-
-    FLOPs, memory and the optimizer's groups need no entry: they follow from the module tree, see `summary.py` and
-    `CausalLM.hidden_matrices`.
+    """What the rest of smolforge needs to know of an architecture and cannot read from its module tree.
 
     Attributes:
         name: value of `model.architecture` in a configuration.
         label: for people, before the word "model".
-        model_type: of config.json. It must be transformers' own only where transformers computes the same.
+        model_type: of config.json; transformers' own only where transformers computes the same.
         class_name: the only entry of `architectures` in config.json.
         build: the module of a configuration.
         check: raises BadInput, naming the key, for a configuration that it cannot have.
@@ -263,9 +238,8 @@ class Architecture:
         from_hf: the fields of a ModelConfig from config.json; raises BadInput, naming the key, for what it cannot have.
         in_transformers: whether transformers and vLLM load its checkpoints.
         gguf: llama.cpp's name for it, None where llama.cpp does not have it.
-        fast_decoding: whether it computes exactly what the decoding kernels do (`generation/runners`); another
-            architecture decodes with its own module.
-        note: a paragraph of Markdown for the model card, where its readers must be told something.
+        fast_decoding: whether the decoding kernels compute exactly it; another decodes with its own module.
+        note: a paragraph of Markdown for the model card.
     """
 
     name: str
@@ -273,7 +247,7 @@ class Architecture:
     model_type: str
     class_name: str
     build: Callable[[ModelConfig, ComputeOptions], CausalLM]
-    check: Callable[[ModelConfig], None] = _any_shape
+    check: Callable[[ModelConfig], None] = lambda config: None
     to_hf: Callable[[ModelConfig], dict[str, Any]] = hf_config.llama_keys
     from_hf: Callable[[dict[str, Any]], dict[str, Any]] = hf_config.llama_fields
     in_transformers: bool = False
@@ -292,22 +266,13 @@ def register(architecture: Architecture) -> None:
 
 def architectures() -> dict[str, Architecture]:
     """All architectures by name: those of the files in this folder, and those registered elsewhere."""
-    _import_folder(tuple(package.__path__))
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
     return _REGISTRY
 
 
-@functools.cache
-def _import_folder(paths: tuple[str, ...]) -> None:
-    for module in pkgutil.iter_modules(paths):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-
 def architecture_of(config: ModelConfig) -> Architecture:
-    """The architecture of a configuration, which it can have.
-
-    Raises:
-        BadInput: there is no such architecture, or it cannot have this shape.
-    """
+    """The architecture of a configuration; raises BadInput where it is unknown or cannot have this shape."""
     found = architectures().get(config.architecture)
     if found is None:
         raise unknown("architecture", config.architecture, architectures(), field="model.architecture")
@@ -323,20 +288,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """The configuration that a config.json describes; the architecture is found by its `model_type`.
-
-    Raises:
-        BadInput: it describes what smolforge does not have; names the key.
-    """
+    """The configuration that a config.json describes; raises BadInput, naming the key, where smolforge has no such."""
     known = {architecture.model_type: architecture for architecture in architectures().values()}
     model_type, classes = values.get("model_type"), values.get("architectures")
     if not isinstance(model_type, str) or model_type not in known:
-        hint = f"Supported: {', '.join(known)}."
-        raise BadInput(f"{hf_config.shown(model_type)} is not supported", field="model_type", hint=hint)
+        raise hf_config.unsupported("model_type", model_type, f"Supported: {', '.join(known)}.")
     found = known[model_type]
     if classes is not None and classes != [found.class_name]:
-        hint = f"Supported: {found.class_name}."
-        raise BadInput(f"{hf_config.shown(classes)} is not supported", field="architectures", hint=hint)
+        raise hf_config.unsupported("architectures", classes, f"Supported: {found.class_name}.")
     try:
         config = ModelConfig(architecture=found.name, **found.from_hf(values))
     except ValidationError as error:
@@ -347,17 +306,31 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Modules without torch's own first weights, which come from `initialise` or a file.
-
-    Drawing numbers that are never seen costs more than time: on the meta device it imports all of torch.compile, two
-    seconds at the start of every command.
-    """
+    """Modules without torch's own first weights: drawing them on the meta device imports torch.compile, for 2 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == nn.init.__name__:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def initialise(model: CausalLM, seed: int) -> None:
+    """Fill all parameters in place; equal seeds give equal weights whatever was drawn before.
+
+    Matrices and the embedding are normal with `initializer_range`; the projections that write into the residual stream
+    are scaled by 1 / sqrt(2 L), so that its variance does not grow with depth (Radford et al. 2019, GPT-2).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std, layers = model.config.initializer_range, model.config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # else the weight of a norm
+            continue
+        scale = std / (2 * layers) ** 0.5 if name.endswith(model.residual_projections) else std
+        # Drawn on the CPU, so that a seed means the same weights on every device.
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def build_model(
@@ -374,8 +347,8 @@ def build_model(
 ) -> CausalLM:
     """The model of `config`, with new weights of `seed`, or with memory not yet filled where `seed` is None.
 
-    `device="meta"` with `seed=None` takes no memory: for counting, and for weights that are assigned afterwards.
-    The other arguments are those of `ComputeOptions`, and whether to call `compile_training`.
+    `device="meta"` with `seed=None` takes no memory. The other arguments are those of `ComputeOptions`, and whether to
+    call `compile_training`.
 
     Raises:
         BadInput: there is no such architecture, attention or loss, or the architecture cannot have this shape.
@@ -388,10 +361,7 @@ def build_model(
     if str(device) != "meta":
         model = model.to_empty(device=device)
     if seed is not None:
-        initialise(
-            model, std=config.initializer_range, layers=config.num_hidden_layers, seed=seed,
-            residual=model.residual_projections,
-        )  # fmt: skip
+        initialise(model, seed)
     if compile:
         model.compile_training()
     return model

@@ -5,9 +5,9 @@ to S - T + i; where `mask` (B or 1, 1, T, S) is given it replaces that rule.
 
     sdpa       torch's own
     sdpa-fp32  the same in fp32, whatever the precision around it
-    blocked    for training on a CPU, where torch's backward pass is slow: the G = H / K query heads that share a key
-               head stand as rows of one matrix, blocks of queries meet only the columns they may see, and the backward
-               pass computes the scores of a block again. Memory grows with T only, for no T x T scores are kept
+    blocked    for training on a CPU, where torch's backward pass is slow: blocks of queries, the G = H / K heads that
+               share a key head as rows of one matrix, meet only the columns they may see, and the backward pass
+               computes the scores of a block again. No T x T scores are kept
     native     attention.cpp, in bf16 on a CPU that multiplies bf16: scores stay in the second-level cache
     flex       torch's FlexAttention, for compiled models on CUDA
 """
@@ -27,10 +27,9 @@ from smolforge.errors import unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-# Rows of one block's matrix products: enough to run at full speed, few enough that the scores stay in the cache and
-# that little above the diagonal is computed (measured in docs/performance.md).
+# Rows of one block's matrix products: enough for full speed, few enough that the scores stay in the cache and that
+# little above the diagonal is computed.
 BLOCK_ROWS = 192
-NATIVE_WIDEST = 256  # head width of attention.cpp
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
@@ -54,10 +53,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     t, s = q.shape[2], k.shape[2]
     if mask is None and t not in (1, s):
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    causal = mask is None and t > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    causal, grouped = mask is None and t > 1, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def sdpa_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -85,23 +82,18 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.reshape(batch, heads, length, width)
 
 
-# Opaque to torch.compile on purpose: its blocks would otherwise be unrolled into dozens of kernels, each compiled for
-# its own number of columns, which took minutes and ran no faster than these few calls.
+# Opaque to torch.compile on purpose: it would compile dozens of kernels, one for each number of columns, for minutes.
 @torch.library.custom_op("smolforge::blocked_attention", mutates_args=())
 def blocked_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int) -> Tensor:
-    """softmax(q kᵀ) v, causal, in blocks of `block` positions.
+    """softmax(q kᵀ) v, causal, in blocks of `block` positions, (N, T G, d).
 
     Args:
         q: (N, T G, d), scaled; row r belongs to position r // G.
-        k: (N, T, d).
-        v: (N, T, d).
+        k, v: (N, T, d).
         mask: (M, T, T), true where a position may look; M divides N, and each mask holds for N / M neighbours.
         group: G, query heads for each key/value head.
-
-    Returns:
-        (N, T G, d).
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = _empty(q)
     with torch.autocast(q.device.type, enabled=False):
         for rows, columns, hidden in _blocks(k.shape[1], block, group, mask, q.device):
             weights = _weights(q[:, rows], k[:, columns], hidden)
@@ -114,8 +106,7 @@ def _blocked_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v; those of k and v are summed over blocks in at least fp32."""
-    gradient = gradient.contiguous()
-    q_gradient = torch.empty_like(q, memory_format=torch.contiguous_format)
+    gradient, q_gradient = gradient.contiguous(), _empty(q)
     wide = torch.promote_types(k.dtype, torch.float32)
     k_gradient, v_gradient = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
     for rows, columns, hidden in _blocks(k.shape[1], block, group, mask, q.device):
@@ -132,10 +123,9 @@ def _blocked_backward(
 def _blocks(
     length: int, block: int, group: int, mask: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows of q that go together, the columns that any of them sees, and what of the last columns is hidden from whom.
+    """Rows of q that go together, the columns that any of them sees, and which of the last columns are hidden.
 
-    What is hidden is (M or 1, 1, positions, 1, columns), true where a position may not look; columns before those it
-    covers are seen by all.
+    What is hidden is (M or 1, 1, positions, 1, columns); columns before those it covers are seen by all.
     """
     position = torch.arange(block, device=device)
     later = (position[None] > position[:, None])[None, None, :, None]
@@ -160,17 +150,8 @@ def _weights(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-@blocked_rows.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-@_blocked_backward.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    return new[0], new[1], new[2]
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -182,6 +163,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (*_blocked_backward(gradient, *ctx.saved_tensors, ctx.group, ctx.block), None, None, None)
 
 
+blocked_rows.register_fake(lambda q, k, v, mask, group, block: _empty(q))
+_blocked_backward.register_fake(lambda gradient, q, k, v, mask, group, block: (_empty(q), _empty(k), _empty(v)))
 blocked_rows.register_autograd(_backward, setup_context=_keep)
 
 
@@ -223,7 +206,7 @@ def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     A mask must let no query look ahead, and let each see one unbroken range of keys, as `causal_mask` does."""
     width, length = q.shape[-1], q.shape[2]
-    fits = width % 32 == 0 and width <= NATIVE_WIDEST and length == k.shape[2] > 1
+    fits = width % 32 == 0 and width <= 256 and length == k.shape[2] > 1  # of attention.cpp
     if not fits or not q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return blocked(q, k, v, mask)
     first = None
@@ -243,6 +226,10 @@ def _empty_rows(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
+def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def _tensor(x: Tensor) -> Any:
     return ctypes.byref(_Tensor(x.data_ptr(), *x.stride()[:3]))
 
@@ -258,19 +245,12 @@ def _pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 @torch.library.custom_op("smolforge::native_attention", mutates_args=())
 def native_rows(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal attention in bf16.
+    """Causal attention, (B, H, T, d) in bf16, and the base-2 logarithms of the sums of exponentials, (B, H, T) in fp32.
 
-    Args:
-        q: (B, H, T, d).
-        k: (B, K, T, d).
-        v: (B, K, T, d).
-        first: (B, T) int32, the first key that each query sees; all before it unless given.
-
-    Returns:
-        (B, H, T, d) bf16, and the logarithms to base 2 of the sums of exponentials, (B, H, T) fp32.
+    q (B, H, T, d), k and v (B, K, T, d); `first` (B, T) int32 is the first key that each query sees, None for 0.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out, log_sums = _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, log_sums = _empty_output(q)
     _call("smolforge_attention", q, k, *map(_tensor, (q, k, v)), _pointer(first), _tensor(out), _pointer(log_sums))
     return out, log_sums
 
@@ -288,18 +268,6 @@ def _native_backward(
     return made
 
 
-@native_rows.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_native_backward.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, out: Tensor, log_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_rows(q), _empty_rows(k), _empty_rows(v)
-
-
 def _keep_native(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, *output)
@@ -309,6 +277,10 @@ def _native_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | N
     return (*_native_backward(gradient, *ctx.saved_tensors), None)
 
 
+native_rows.register_fake(lambda q, k, v, first: _empty_output(q))
+_native_backward.register_fake(
+    lambda gradient, q, k, v, first, out, log_sums: (_empty_rows(q), _empty_rows(k), _empty_rows(v))
+)
 native_rows.register_autograd(_native_gradients, setup_context=_keep_native)
 
 
@@ -318,11 +290,7 @@ ATTENTION: dict[str, Attend] = {
 
 
 def choose_attention(asked: str | Attend) -> Attend:
-    """The implementation of a name, or the function itself.
-
-    Raises:
-        BadInput: there is no such implementation.
-    """
+    """The implementation of a name, or the function itself; raises BadInput where there is none."""
     if not isinstance(asked, str):
         return asked
     if asked not in ATTENTION:

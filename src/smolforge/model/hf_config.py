@@ -1,14 +1,11 @@
 """The shape of a Llama in Hugging Face's config.json and back, for transformers 4 and 5.
 
-An architecture whose config.json has the same keys uses these functions; another one gives its own to its record.
-Reading refuses by name and value what smolforge does not have: a model that computes something else would load
-without an error and write nonsense.
+Reading refuses by name and value what smolforge does not have, which would load without an error and write nonsense.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from smolforge.config import ModelConfig
@@ -47,33 +44,20 @@ _WHY = {
 def llama_keys(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json that follow from the shape; rope in both spellings (transformers 4: rope_theta)."""
     return {
+        **config.model_dump(exclude={"architecture"}),  # its fields have Hugging Face's names
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": False,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
         "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "rope_scaling": None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
-        "vocab_size": config.vocab_size,
     }
 
 
 def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a ModelConfig from config.json, which may come from anyone.
-
-    What is absent has the value that transformers' LlamaConfig gives it.
+    """Fields of a ModelConfig from an untrusted config.json; what is absent has transformers' default.
 
     Raises:
         BadInput: a key is missing, has a wrong type or value, or asks for what smolforge does not have.
@@ -82,24 +66,24 @@ def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
         value = values.get(key)
         if not any(value is option or (value == option and type(value) is type(option)) for option in allowed):
             right = " or ".join(json.dumps(option) for option in allowed if option is not None)
-            raise _bad(key, f"{shown(value)} is not supported", _WHY.get(key) or f"Supported: {right or 'none'}.")
+            raise unsupported(key, value, _WHY.get(key) or f"Supported: {right or 'none'}.")
     fields: dict[str, Any] = {"rope_theta": _rope_theta(values)}
     for key, limit in LIMITS.items():
         value = values.get(key)
         if value is None:
             if key in _REQUIRED:
-                raise _bad(key, "is missing")
+                raise BadInput("is missing", field=key)
             continue
         if type(value) is not int or not 1 <= value <= limit:
-            raise _bad(key, f"{shown(value)} is not a whole number from 1 to {limit:,}")
+            raise BadInput(f"{_shown(value)} is not a whole number from 1 to {limit:,}", field=key)
         fields[key] = value
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("max_position_embeddings", 2048)
     for key, default in (("rms_norm_eps", 1e-6), ("initializer_range", 0.02)):
-        fields[key] = _positive(values.get(key), default, key)
+        fields[key] = default if values.get(key) is None else _positive(values[key], key)
     tied = values.get("tie_word_embeddings")
     if tied is not None and type(tied) is not bool:
-        raise _bad("tie_word_embeddings", f"{shown(tied)} is neither true nor false")
+        raise BadInput(f"{_shown(tied)} is neither true nor false", field="tie_word_embeddings")
     fields["tie_word_embeddings"] = bool(tied)
     return fields
 
@@ -112,37 +96,37 @@ def _rope_theta(values: dict[str, Any]) -> float:
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise _bad(key, f"{shown(rope)} is neither null nor an object")
+            raise BadInput(f"{_shown(rope)} is neither null nor an object", field=key)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise _bad(key, f"scaling of type {shown(kind)} is not supported", "Only unscaled rotation is.")
+            message = f"scaling of type {_shown(kind)} is not supported"
+            raise BadInput(message, field=key, hint="Only unscaled rotation is.")
         if rope.get("rope_theta") is not None:
             thetas[f"{key}.rope_theta"] = rope["rope_theta"]
         neutral = {"factor": 1, "partial_rotary_factor": 1}
         for inner, value in rope.items():
             if inner not in ("rope_type", "type", "rope_theta") and value is not None and value != neutral.get(inner):
-                raise _bad(f"{key}.{inner}", f"{shown(value)} is not supported", "Only unscaled rotation is.")
+                raise unsupported(f"{key}.{inner}", value, "Only unscaled rotation is.")
     if values.get("partial_rotary_factor") not in (None, 1):
-        raise _bad("partial_rotary_factor", f"{shown(values['partial_rotary_factor'])} is not supported")
-    checked = {key: _positive(value, 1.0, key) for key, value in thetas.items()}
+        raise unsupported("partial_rotary_factor", values["partial_rotary_factor"])
+    checked = {key: _positive(value, key) for key, value in thetas.items()}
     if len(set(checked.values())) > 1:
-        raise _bad("rope_theta", f"is given twice with different values: {checked}")
+        raise BadInput(f"is given twice with different values: {checked}", field="rope_theta")
     return next(iter(checked.values()), 10_000.0)
 
 
-def _positive(value: Any, default: float, key: str) -> float:
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 < value < 1e18 or not math.isfinite(value):
-        raise _bad(key, f"{shown(value)} is not a positive number")
+def _positive(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < 1e18:
+        raise BadInput(f"{_shown(value)} is not a positive number", field=key)
     return float(value)
 
 
-def _bad(key: str, message: str, hint: str | None = None) -> BadInput:
-    return BadInput(message, field=key, hint=hint)
+def unsupported(key: str, value: Any, hint: str | None = None) -> BadInput:
+    """The error for a key of config.json whose value smolforge does not have."""
+    return BadInput(f"{_shown(value)} is not supported", field=key, hint=hint)
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value of a JSON file as an error message shows it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -18,20 +18,15 @@ from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions,
 from smolforge.model.attention import choose_attention
 
 
-class LlamaRMSNorm(nn.Module):
+class LlamaRMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, the mean square in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # The weight takes x's precision: under autocast an fp32 weight would lift the whole stream to fp32.
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
-        return f"({self.weight.numel()},), eps={self.eps}"
+        return f"{self.normalized_shape}, eps={self.eps}"
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -60,26 +55,33 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim, self.kv_dim = layer, config.head_dim, self.key_value_width(config)
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
         self.attend = choose_attention(options.attention)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        split = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(split).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(split).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = q.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = k.view(*x.shape[:2], -1, self.kv_dim).transpose(1, 2)  # (B, K, T, d)
+        v = v.view(*x.shape[:2], -1, self.kv_dim).transpose(1, 2)
+        q, k, v = self.place(q, k, v, cos.to(q.dtype), sin.to(q.dtype))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = self.attend(q, k, v, mask)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def key_value_width(config: ModelConfig) -> int:
+        """Width of one key/value head as it is projected."""
+        return config.head_dim
+
+    def place(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention sees them: at their positions."""
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class LlamaMLP(nn.Module):

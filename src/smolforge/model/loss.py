@@ -1,8 +1,7 @@
 """The loss of the next token, without storing the logits as a whole.
 
-Full fp32 logits of 65,536 tokens over 49,152 words are 12.9 GB. Here tokens go through the head in chunks, and the
-gradients of hidden states and head are made in the forward pass of each chunk, so nothing is kept and nothing is
-computed twice: three matrix products in all, as many as plain cross-entropy needs.
+Tokens go through the head in chunks, and the gradients of hidden states and head are made in the forward pass of each
+chunk. So no logits are kept and nothing is computed twice: three matrix products, as many as plain cross-entropy needs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from smolforge import kernels
 from smolforge.errors import BadInput, unknown
 
-# (logits (n, V), targets, scale, z_weight) → (cross-entropy, z-loss), as of `torch_chunk_loss`.
+# As `torch_chunk_loss`.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -47,9 +46,8 @@ def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: f
     log_z = wide.gather(1, index) - log_p_target  # (n, 1)
     cross_entropy = -torch.where(counts, log_p_target, 0.0).sum()
     z_loss = z_weight * torch.where(counts, log_z.square(), 0.0).sum()
-    # d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [column = target]. In place: (n, V) is wide,
-    # and outside of torch.compile each of its passes through the memory counts. Inside, a scatter would
-    # prevent the fusion of these passes.
+    # d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [column = target]. In place, for each pass
+    # through (n, V) counts outside of torch.compile; inside, a scatter would prevent the fusion of these passes.
     factor = torch.where(counts, scale, 0.0)
     gradient = log_p.exp_().mul_(factor * (1 + 2 * z_weight * log_z))
     if torch.compiler.is_compiling():
@@ -62,9 +60,7 @@ def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: f
 
 
 def native_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """As `torch_chunk_loss`, in C++ on a CPU: the logits are read from memory twice, not six times.
-
-    Other precisions than fp32 and bf16, and other devices, use torch.
+    """As `torch_chunk_loss`, in C++ for fp32 and bf16 on a CPU: the logits are read from memory twice, not six times.
 
     Raises:
         IndexError: a target is not a column of the logits.
@@ -86,16 +82,6 @@ def native_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: 
     return cross_entropy.sum().float(), z_loss.sum().float()
 
 
-def _accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
-    """total (V, D) += part, which is narrower; or total = part. torch widens a whole operand before it adds it: in
-    pieces, what was widened stays in the cache."""
-    if first:
-        total.copy_(part)
-        return
-    for whole, piece in zip(total.split(PIECE), part.split(PIECE), strict=True):
-        whole += piece
-
-
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -107,10 +93,8 @@ class _ChunkedLoss(torch.autograd.Function):
         used = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.empty_like(hidden)
-        # The head's gradient is a sum over all tokens: kept in fp32 unless the weights themselves are narrower.
         weight_gradient = torch.empty_like(weight) if count else torch.zeros_like(weight)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        extra = torch.zeros((), dtype=wide, device=hidden.device)
+        loss, extra = torch.zeros(2, dtype=wide, device=hidden.device)
         factor = torch.tensor(scale, dtype=wide, device=hidden.device)
         # One buffer for all chunks: fresh memory of this size costs as much as a pass through it.
         buffer = hidden.new_empty(min(count, chunk), weight.shape[0])
@@ -123,7 +107,13 @@ class _ChunkedLoss(torch.autograd.Function):
             if weight_gradient.dtype == gradient.dtype:
                 weight_gradient.addmm_(gradient.t(), rows, beta=1 if start else 0)
             else:
-                _accumulate(weight_gradient, gradient.t() @ rows, first=start == 0)
+                # torch widens an operand before it adds it: in pieces, what was widened stays in the cache.
+                narrow = (gradient.t() @ rows).split(PIECE)
+                for total, piece in zip(weight_gradient.split(PIECE), narrow, strict=True):
+                    if start:
+                        total += piece
+                    else:
+                        total.copy_(piece)
         ctx.gradients = hidden_gradient, weight_gradient
         ctx.mark_non_differentiable(loss)
         return (loss + extra) * scale, loss
@@ -146,19 +136,16 @@ def chunked_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = CHUNK, z_weight: float = 0.0,
     chunk_loss: ChunkLoss = torch_chunk_loss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`scale` times the summed next-token loss, and the plain sum of cross-entropies for the log.
+    """`scale` times the sum of cross-entropies and z-losses, (), and the sum of cross-entropies in nats, ().
 
     Args:
-        hidden: (N, D) hidden states; their precision is the head's.
-        weight: (V, D) of the head; may be in another precision than `hidden`.
+        hidden: (N, D) hidden states; the logits have their precision.
+        weight: (V, D) of the head, in any precision.
         targets: (N,), `IGNORE` where a position does not count.
-        scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
+        scale: see `CausalLM.loss`.
         chunk: tokens whose logits exist at a time.
         z_weight: weight of the z-loss.
-        chunk_loss: what makes the loss of a chunk out of its logits.
-
-    Returns:
-        The differentiable loss (), and the sum in nats () which has no gradient.
+        chunk_loss: as `torch_chunk_loss`.
     """
     return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, chunk_loss)  # type: ignore[return-value]
 
@@ -180,17 +167,11 @@ def full_loss(
 def linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """As `chunked_loss`, by torch's own `linear_cross_entropy` (2.13 and later), which has no z-loss and chooses its
-    own chunks.
-
-    Raises:
-        BadInput: this torch does not have it, or a z-loss is wanted.
-    """
+    """As `chunked_loss`, by torch's own `linear_cross_entropy`; raises BadInput before torch 2.13, and for a z-loss."""
     function, options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
-        raise BadInput(
-            f"torch {torch.__version__} has no linear_cross_entropy", field="training.loss", hint="Use chunked."
-        )
+        missing = f"torch {torch.__version__} has no linear_cross_entropy"
+        raise BadInput(missing, field="training.loss", hint="Use chunked.")
     if z_weight:
         raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
     total = function(hidden, weight.to(hidden.dtype), targets, reduction="sum", ignore_index=IGNORE, options=options())
@@ -223,10 +204,7 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def choose_loss(name: str, *, compiled: bool = False) -> LossFunction:
-    """The loss of a name: `(hidden, weight, targets, *, scale, z_weight) -> (loss, nats)`, see `chunked_loss`.
-
-    Args:
-        compiled: whether to compile the loss of a chunk; only `chunked` has one to compile.
+    """The loss of a name, as `chunked_loss`; `compiled` compiles its chunk where it has one in Python.
 
     Raises:
         BadInput: there is no such loss.

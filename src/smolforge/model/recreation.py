@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
-from smolforge.model.attention import choose_attention
-from smolforge.model.llama import LlamaMLP, rotary_angles
+from smolforge.model.llama import LlamaAttention, LlamaMLP, rotary_angles
 
 
 def key_value_width(config: ModelConfig) -> int:
@@ -28,20 +27,18 @@ def key_value_width(config: ModelConfig) -> int:
     return config.head_dim // 3
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """(x - mean) / std * weight, without bias (Ba et al. 2016, arXiv:1607.06450)."""
 
     def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        super().__init__(width, eps, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # Autocast computes this in fp32 on a GPU; the residual stream and the head keep the precision of the input.
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"({self.weight.numel()},), eps={self.eps}, bias=False"
+        return f"{self.normalized_shape}, eps={self.eps}, bias=False"
 
 
 def rotate_odd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,33 +56,16 @@ def rotate_odd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-class RecreationAttention(nn.Module):
-    """Attention with narrow, zero-padded keys and values."""
+class RecreationAttention(LlamaAttention):
+    """Attention with narrow, zero-padded keys and values; its output is zero after the w-th column."""
 
-    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
-        super().__init__()
-        self.layer, self.heads = layer, config.num_attention_heads
-        self.head_dim, self.kv_dim = config.head_dim, key_value_width(config)
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.heads * self.kv_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.heads * self.kv_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.attend = choose_attention(options.attention)
+    key_value_width = staticmethod(key_value_width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        split = (*x.shape[:2], self.heads, -1)
-        q = self.q_proj(x).view(split).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(split).transpose(1, 2)  # (B, H, T, w)
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+    def place(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Only the first w columns are rotated; keys and values, (B, H, T, w), become (B, H, T, d)."""
         q = torch.cat((rotate_odd(q[..., : self.kv_dim], cos, sin), q[..., self.kv_dim :]), dim=-1)
         padding = (0, self.head_dim - self.kv_dim)
-        k, v = F.pad(rotate_odd(k, cos, sin), padding), F.pad(v, padding)  # (B, H, T, d)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = self.attend(q, k, v, mask)  # (B, H, T, d), zero after the w-th column
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return q, F.pad(rotate_odd(k, cos, sin), padding), F.pad(v, padding)
 
 
 class RecreationBlock(nn.Module):

@@ -232,10 +232,10 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
     """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
     budget, asked = config.training.memory, config.training.micro_batch
     if budget == "auto":
-        return _micro_batch(config, device, sequences), False, ""
-    choices = [d for d in range(sequences, 0, -1) if sequences % d == 0]
+        return _micro_batch(config, device, precision, sequences), False, ""
+    choices = _divisors(sequences)
     if asked != "auto":
-        choices = [_micro_batch(config, device, sequences)]
+        choices = [_micro_batch(config, device, precision, sequences)]
     for recompute in (False, True):
         for micro in choices:
             needed = memory_of(config, device, precision, micro, recompute=recompute).total
@@ -267,26 +267,29 @@ def memory_of(
     )
 
 
-def _micro_batch(config: RunConfig, device: torch.device, sequences: int) -> int:
-    asked = config.training.micro_batch
+def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> int:
+    """The micro-batch as asked; otherwise the largest that fits half of a GPU's memory, or few enough for a CPU."""
+    asked, choices = config.training.micro_batch, _divisors(sequences)
     if asked != "auto":
-        if sequences % asked:
+        if asked not in choices:
             raise BadInput(
                 f"{asked} does not divide the {sequences} sequences that a rank computes per step",
                 field="training.micro_batch",
-                hint=f"Divisors: {', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}.",
+                hint=f"Divisors: {', '.join(map(str, reversed(choices)))}.",
             )
         return asked
-    if device.type == "cuda":
-        # Activations of one token without recomputation: about 34 widths per layer in 2 bytes, plus the MLP's.
-        model = config.model
-        per_token = 2 * model.num_hidden_layers * (16 * model.hidden_size + 4 * model.intermediate_size)
-        half = torch.cuda.get_device_properties(device).total_memory * 0.5
-        most = int(half / per_token / config.data.sequence_length)
-    else:
-        most = CPU_MICRO_TOKENS // config.data.sequence_length
-    most = max(1, min(most, sequences))
-    return max(d for d in range(1, most + 1) if sequences % d == 0)
+    if device.type != "cuda":
+        most = max(1, CPU_MICRO_TOKENS // config.data.sequence_length)
+        return next(d for d in choices if d <= most)
+    # Half: norms, rotations and softmax that are not fused keep more than the estimate of activations has.
+    half = torch.cuda.get_device_properties(device).total_memory / 2
+    needed = (memory_of(config, device, precision, d, recompute=False) for d in choices)
+    return next((d for d, memory in zip(choices, needed, strict=True) if memory.total - memory.process <= half), 1)
+
+
+def _divisors(count: int) -> list[int]:
+    """All divisors, the largest first."""
+    return [d for d in range(count, 0, -1) if count % d == 0]
 
 
 def _choose_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
