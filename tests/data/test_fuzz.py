@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from data.conftest import configured, named
 from smolforge.data import Corpus
 from smolforge.data import index as indexing
-from smolforge.data.cursor import Cursor
+from smolforge.data.cursor import read_cursor
 from smolforge.errors import SmolforgeError
 
 
@@ -156,7 +156,7 @@ def test_a_hostile_cursor_or_index_is_refused(value: Any, fill: bool) -> None:
     if fill and isinstance(value, dict):
         value = {"version": 1, "step": 0, "index": "i", "seed": 0, "lane_count": 2, **value}
     with contextlib.suppress(SmolforgeError):
-        Cursor.from_json(value, index="i", seed=0, lane_count=2, sources=1)
+        read_cursor(value, index="i", seed=0, lane_count=2, sources=1)
     if isinstance(value, dict):
         value = {"version": 1, "hash": "x", "sources": value.get("lanes")}
     with pytest.raises(SmolforgeError):

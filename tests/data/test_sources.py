@@ -57,7 +57,7 @@ def test_folders_and_globs_are_read_in_the_order_of_names(opened: Any, tmp_path:
     jsonl(tmp_path / ".x.jsonl", ["never"])
     (tmp_path / "README.md").write_text("never")
     corpus = opened(tmp_path)
-    assert [(d.file, d.text) for d in corpus.documents()] == [("b.jsonl", "b"), ("deep/a.jsonl", "deep")]
+    assert [(d.address.file, d.text) for d in corpus.documents()] == [("b.jsonl", "b"), ("deep/a.jsonl", "deep")]
     assert texts(opened(f"{tmp_path}/*.jsonl")) == ["b"]
     assert texts(opened(f"{tmp_path}/**/*.jsonl")) == ["b", "deep"]
 
@@ -183,7 +183,7 @@ def test_nothing_named(opened: Any, tmp_path: Path) -> None:
 
 
 def test_all_documents_held_out_or_blank(opened: Any, tmp_path: Path) -> None:
-    from smolforge.data.document import is_held_out
+    from smolforge.data.corpus import is_held_out
 
     held = [t for t in named(100) if is_held_out(t, 0.4)]
     for workers in (0, 2):
@@ -336,7 +336,10 @@ def test_linked_folders_are_followed_once_and_names_need_not_be_utf_8(opened: An
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(root)
     corpus = opened(root)
-    assert [(d.file, d.text) for d in corpus.documents()] == [("caf\\xe9.txt", "named"), ("link/a.txt", "linked")]
+    assert [(d.address.file, d.text) for d in corpus.documents()] == [
+        ("caf\\xe9.txt", "named"),
+        ("link/a.txt", "linked"),
+    ]
     json.dumps(corpus.index).encode()
 
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from data.conftest import Bytes, batches, configured, digests, jsonl, named, parquet, resumed
 from smolforge.data import Corpus, Loader, documents_of_step
-from smolforge.data.document import is_held_out
+from smolforge.data.corpus import is_held_out
 from smolforge.errors import BadInput, CheckpointError, DataError
 
 
 def expected_lane(corpus: Corpus, source: int, lane: int, tokens: int) -> list[int]:
     """The lane's stream as the design states it, from the order and a plain reading of all documents."""
-    order = corpus.order(source)
-    texts = {(d.file, d.row_group, d.row): d.text for d in corpus.documents_of(source)}
+    order = corpus.orders[source]
+    texts = {d.address[1:]: d.text for d in corpus.documents_of(source)}
     out: list[int] = []
     for k in itertools.count():
         epoch, number = order.place(lane, k)
@@ -133,7 +133,7 @@ def test_every_training_document_once_per_epoch(n: int, group: int, lanes: int, 
     with TemporaryDirectory() as folder:
         parquet(Path(folder) / "a.parquet", named(n), group)
         with Corpus.open(configured(folder, lanes=lanes, seed=seed, holdout=holdout)) as corpus:
-            order = corpus.order(0)
+            order = corpus.orders[0]
             for epoch in range(2):
                 seen: Counter[str] = Counter()
                 for lane in range(lanes):
@@ -142,7 +142,8 @@ def test_every_training_document_once_per_epoch(n: int, group: int, lanes: int, 
                         if at > epoch:
                             break
                         if at == epoch:
-                            rows = corpus.read(0, order.ranges[number]).take(order.rows(at, number).tolist())
+                            read = corpus.read(0, order.ranges[number])
+                            rows = [read(row) for row in order.rows(at, number).tolist()]
                             seen.update(row.text for row in rows)
                 assert seen == Counter(named(n))
         train = {d.text for d in corpus.documents(held_out=False)}
@@ -273,7 +274,7 @@ def test_tales_streams_without_files(opened: Any) -> None:
     assert digests(batches(corpus, 3, cursor=resumed([made[2].cursor]))) == digests(made)[3:]
     assert corpus.index["sources"][0]["rows"] == 2**20
     held = list(itertools.islice(corpus.documents(held_out=True), 2))
-    assert [d.source for d in held] == ["tales", "tales"]
+    assert [d.address.source for d in held] == ["tales", "tales"]
     address = made[0].documents[0]
     from smolforge import tales
 

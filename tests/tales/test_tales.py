@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from smolforge import tales
-from smolforge.tales import english
+from smolforge.tales import grammar
 from smolforge.tales.grammar import ALT, DRAW, OWN, SUB, Grammar, GrammarError
 from smolforge.tales.source import write
 from tales.derivations import derivations, derivations_of_document
@@ -252,19 +252,19 @@ def test_unknown_kind_is_refused(tmp_path: Path) -> None:
      ("useful", "a useful"), ("unusual", "an unusual"), ("uneven", "an uneven"), ("fox", "a fox")],
 )  # fmt: skip
 def test_articles(word: str, article: str) -> None:
-    assert english.with_article(word) == article
+    assert grammar.with_article(word) == article
 
 
 def test_inflection() -> None:
-    assert [english.plural(w) for w in ("fox", "berry", "day", "cup of tea")] == [
+    assert [grammar.plural(w) for w in ("fox", "berry", "day", "cup of tea")] == [
         "foxes",
         "berries",
         "days",
         "cups of tea",
     ]
-    assert [english.past(w) for w in ("carry", "smile", "look after")] == ["carried", "smiled", "looked after"]
-    assert [english.gerund(w) for w in ("smile", "see", "look after")] == ["smiling", "seeing", "looking after"]
-    verb = english.entries("verb", ["run:ran:running fold_up"])
+    assert [grammar.past(w) for w in ("carry", "smile", "look after")] == ["carried", "smiled", "looked after"]
+    assert [grammar.gerund(w) for w in ("smile", "see", "look after")] == ["smiling", "seeing", "looking after"]
+    verb = grammar.entries("verb", ["run:ran:running fold_up"])
     assert verb[0] == {
         "": "run",
         "C": "Run",

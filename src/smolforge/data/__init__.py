@@ -6,12 +6,11 @@ documents, joins them with EOS and cuts windows of L+1 tokens; a batch takes the
 is. So the batch of step N depends on the sources, the tokenizer, the seed and the cursor alone: threads, prefetch and
 the number of ranks decide when something is read, never what is read. To resume is to seek to a cursor.
 
-    corpus.py     the sources of a configuration, opened and readable by address
+    corpus.py     the sources of a configuration, opened and readable by address; which documents are held out
     sources/      from SRC to shards: local files, URLs, the Hub
     readers/      from a shard to rows of text: parquet, jsonl, txt
     index.py      every shard and row group, with a hash of the whole
     order.py      which rows each lane reads, epoch by epoch
-    document.py   a document, its address, and which documents are held out
     packing.py    one lane: tokenize, join, cut windows
     cursor.py     the position of every lane
     loader.py     batches from the lanes, made ahead in threads; which documents fed a step
@@ -27,32 +26,14 @@ from typing import TYPE_CHECKING
 from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from smolforge.data.corpus import Corpus
-    from smolforge.data.cursor import merge_cursors
-    from smolforge.data.document import Address, Document
-    from smolforge.data.fetch import Network
-    from smolforge.data.loader import Batch, Loader, data_digest, documents_of_step
+    from smolforge.data.corpus import Corpus as Corpus
+    from smolforge.data.cursor import merge_cursors as merge_cursors
+    from smolforge.data.fetch import Network as Network
+    from smolforge.data.loader import Batch as Batch
+    from smolforge.data.loader import Loader as Loader
+    from smolforge.data.loader import data_digest as data_digest
+    from smolforge.data.loader import documents_of_step as documents_of_step
 
-_HOMES = {
-    "Address": "document",
-    "Batch": "loader",
-    "Corpus": "corpus",
-    "Document": "document",
-    "Loader": "loader",
-    "Network": "fetch",
-    "data_digest": "loader",
-    "documents_of_step": "loader",
-    "merge_cursors": "cursor",
-}
-__all__ = [
-    "Address",
-    "Batch",
-    "Corpus",
-    "Document",
-    "Loader",
-    "Network",
-    "data_digest",
-    "documents_of_step",
-    "merge_cursors",
-]
+_IN_LOADER = dict.fromkeys(("Batch", "Loader", "data_digest", "documents_of_step"), "loader")
+_HOMES = {"Corpus": "corpus", "Network": "fetch", "merge_cursors": "cursor", **_IN_LOADER}
 __getattr__ = lazy_attributes(__name__, _HOMES)

@@ -26,22 +26,14 @@ VOCABULARY = 4096
 
 
 def measure(
-    sources: Sequence[str] = (),
-    *,
-    tokenizer: str | None = None,
-    seconds: float = 10.0,
-    length: int = 2048,
+    sources: Sequence[str] = (), *, tokenizer: str | None = None, seconds: float = 10.0, length: int = 2048
 ) -> dict[str, Any]:
-    """Make batches for a while, in the thread that measures.
+    """Make batches for some seconds, in the thread that measures.
 
     Args:
         sources: what to read; a parquet shard of `tales`, written for the purpose, unless given.
         tokenizer: a directory or Hub id; one of 4,096 tokens, trained on the source, unless given.
-        seconds: how long.
         length: tokens in a window.
-
-    Raises:
-        SmolforgeError: a source or the tokenizer cannot be read.
     """
     with contextlib.ExitStack() as stack:
         if not sources:
@@ -52,13 +44,13 @@ def measure(
         corpus = stack.enter_context(Corpus.open(config))
         if tokenizer is None:
             logger.info("training a tokenizer of %s tokens", f"{VOCABULARY:,}")
-            texts = (document.text for _, document in zip(range(1000), corpus.documents(), strict=False))
+            texts = (document.text for document in islice(corpus.documents(), 1000))
             encoder = Tokenizer.train(texts, VOCABULARY)
         else:
             encoder = Tokenizer.from_pretrained(tokenizer)
         loader = stack.enter_context(Loader(corpus, encoder, sequences_per_step=SEQUENCES, workers=0))
         next(loader)  # opens every lane
-        batches, n_bytes = 0, 0
+        batches = 0
         began, busy = time.perf_counter(), time.process_time()
         while time.perf_counter() - began < seconds:
             batch = next(loader)

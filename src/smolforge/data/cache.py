@@ -1,9 +1,4 @@
-"""Keep bytes: on disk what was fetched or decompressed, in memory what is fetched ahead or costly to make again.
-
-Cache       folder of fetched ranges and whole files, bounded in bytes, the least recently used removed first
-ReadAhead   ranges fetched before they are needed, within a bound
-LRUCache    objects in memory, each made once
-"""
+"""Keep bytes: on disk what was fetched or decompressed, in memory what is fetched ahead or costly to make again."""
 
 from __future__ import annotations
 
@@ -21,11 +16,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 from smolforge.errors import DataError, RunFailed, SmolforgeError
-
-T = TypeVar("T")
 
 SCRATCH_LIMIT = 16 << 30  # bytes of whole files while the cache is off
 TRIM_EVERY = 64 << 20  # bytes written between two looks at the whole folder
@@ -36,23 +29,16 @@ ZSTD_WINDOW = 128 << 20  # largest window that is allocated
 
 def default_directory() -> Path:
     """`$SMOLFORGE_CACHE`, or smolforge's folder in the user's cache."""
-    named = os.environ.get("SMOLFORGE_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "smolforge"
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SMOLFORGE_CACHE") or Path(user, "smolforge"))
 
 
 class Cache:
     """A bounded folder of bytes, safe for several threads and processes.
 
-    Files are named by a hash of their key, so nothing outside decides a path. Each is written to a temporary file and
-    renamed, and a range starts with a hash of itself, so what a crash left torn is fetched again. With the cache off
+    Files are named by a hash of their key, so nothing outside decides a path, and the least recently used are removed
+    first. A range starts with a hash of itself, so what a crash left torn is fetched again. With `limit` (bytes) 0
     ranges are not kept, and whole files go to a temporary folder of this process.
-
-    Args:
-        directory: the cache's folder; made when first written to.
-        limit: bytes it may hold; 0 turns it off.
     """
 
     def __init__(self, directory: Path | None, limit: int) -> None:
@@ -83,7 +69,7 @@ class Cache:
         if self.limit and len(data) + 16 <= self.limit:
             with contextlib.suppress(OSError):
                 self._write(self._path(key, "range"), [hashlib.blake2b(data, digest_size=16).digest(), data], None, "")
-                self._trim(len(data))
+            self.trim(len(data))
 
     def drop_range(self, key: str) -> None:
         """Forget the bytes under `key`."""
@@ -104,12 +90,10 @@ class Cache:
             os.utime(path)
             return path
         try:
-            self._trim(self._write(path, blocks, self.limit or SCRATCH_LIMIT, what))
+            self.trim(self._write(path, blocks, self.limit or SCRATCH_LIMIT, what))
         except OSError as error:
-            raise RunFailed(
-                f"cannot write {what} to {path.parent}: {error.strerror}",
-                hint="Make room, or set SMOLFORGE_CACHE to a folder with room.",
-            ) from None
+            hint = "Make room, or set SMOLFORGE_CACHE to a folder with room."
+            raise RunFailed(f"cannot write {what} to {path.parent}: {error.strerror}", hint=hint) from None
         return path
 
     def holds(self, key: str) -> bool:
@@ -122,10 +106,30 @@ class Cache:
             self._scratch.cleanup()
             self._scratch = None
 
-    def trim(self) -> None:
-        """Remove the least recently used files until the folder is within its bound."""
+    def trim(self, written: int = TRIM_EVERY) -> None:
+        """Remove the least recently used files until the folder is within its bound; only after so much was written."""
+        if not self.limit:
+            return
+        with self._lock:
+            self._since_trim += written
+            if self._since_trim < min(TRIM_EVERY, self.limit // 8 + 1):
+                return
+            self._since_trim = 0
+            in_use = set(self._in_use)
+        known = []
         with contextlib.suppress(OSError):
-            self._trim(TRIM_EVERY)
+            for path in self.directory.iterdir():
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    known.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in known)
+        for _, size, path in sorted(known):
+            if total <= self.limit:
+                break
+            if path not in in_use:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    total -= size
 
     def _path(self, key: str, ending: str) -> Path:
         name = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=20).hexdigest()
@@ -146,11 +150,9 @@ class Cache:
                 for block in blocks:
                     size += len(block)
                     if bound is not None and size > bound:
-                        raise DataError(
-                            f"{what} is larger than the cache may be ({bound:,} bytes)",
-                            field="data.cache",
-                            hint="Raise data.cache, or convert the source to parquet, which is read in parts.",
-                        )
+                        hint = "Raise data.cache, or convert the source to parquet, which is read in parts."
+                        problem = f"{what} is larger than the cache may be ({bound:,} bytes)"
+                        raise DataError(problem, field="data.cache", hint=hint)
                     file.write(block)
             Path(name).replace(path)
         except BaseException:
@@ -159,36 +161,9 @@ class Cache:
             raise
         return size
 
-    def _trim(self, written: int) -> None:
-        """Look at the folder after every so many bytes written."""
-        if not self.limit:
-            return
-        with self._lock:
-            self._since_trim += written
-            if self._since_trim < min(TRIM_EVERY, self.limit // 8 + 1):
-                return
-            self._since_trim = 0
-            in_use = set(self._in_use)
-        known = []
-        for entry in os.scandir(self.directory):
-            with contextlib.suppress(OSError):
-                stat = entry.stat()
-                known.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
-        total = sum(size for _, size, _ in known)
-        for _, size, path in sorted(known):
-            if total <= self.limit:
-                break
-            if path not in in_use:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    total -= size
-
 
 def decompress(path: Path, compression: str) -> Iterator[bytes]:
-    """The plain bytes of a compressed file, in blocks.
-
-    Args:
-        compression: gzip, bz2, xz or zstd, as fsspec infers it from a name.
+    """The plain bytes of a file compressed by gzip, bz2, xz or zstd, in blocks.
 
     Raises:
         EOFError: the file is damaged or cut short.
@@ -251,25 +226,22 @@ class ReadAhead:
 
     def take(self, key: Hashable) -> bytes | None:
         """What was fetched, once; None where it was not started, is still queued, or failed."""
-        with self._lock:
-            entry = self._started.pop(key, None)
-        if entry is None:
+        future = self.drop(key)
+        if future is None or future.cancelled():
             return None
         try:
-            return None if entry[0].cancel() else entry[0].result()
+            return future.result()
         except SmolforgeError:
             return None  # the caller fetches it itself and meets the error, if it persists
-        finally:
-            with self._lock:
-                self._held -= entry[1]
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, key: Hashable) -> Future[bytes] | None:
         """Discard what was started under `key`."""
         with self._lock:
-            entry = self._started.pop(key, None)
-            if entry is not None:
-                entry[0].cancel()
-                self._held -= entry[1]
+            future, size = self._started.pop(key, (None, 0))
+            self._held -= size
+        if future is not None:
+            future.cancel()
+        return future
 
     def close(self) -> None:
         """Start nothing more."""
@@ -280,32 +252,27 @@ class ReadAhead:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class LRUCache(Generic[T]):
-    """Thread-safe cache with a byte budget; threads that ask for the same key at once wait for one of them to make it.
+class LRUCache:
+    """Objects in memory, of at most `limit` bytes together; threads that ask for the same key wait for one to make it.
 
-    Args:
-        limit: sum of the sizes that stay. Something larger is returned but not kept.
+    Something larger than the limit is returned but not kept.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._made: OrderedDict[Hashable, tuple[Future[T], int]] = OrderedDict()
+        self._made: OrderedDict[Hashable, tuple[Future[Any], int]] = OrderedDict()
         self._total = 0
 
-    def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> T:
+    def get(self, key: Hashable, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         """The value under `key`, made by `make` if it is not there; `size` gives its bytes.
 
-        Raises:
-            Exception: whatever `make` raises, in every thread that waits for it; the next call tries again.
+        What `make` raises is raised in every thread that waits for it; the next call tries again.
         """
         with self._lock:
-            entry = self._made.get(key)
-            mine = entry is None
-            if entry is None:
-                entry = self._made[key] = (Future(), 0)
+            mine = key not in self._made
+            future, _ = self._made.setdefault(key, (Future(), 0))
             self._made.move_to_end(key)
-        future = entry[0]
         if not mine:
             return future.result()
         try:

@@ -1,21 +1,49 @@
-"""A corpus: the sources of a configuration, resolved, indexed and readable."""
+"""A corpus: the sources of a configuration, resolved, indexed and readable; and which documents training never sees.
+
+A hash of the text alone decides that: it is the same in any order, on any rank and for any seed, and identical texts
+are on the same side, so a held-out document cannot leak into training through a duplicate.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smolforge.config import DataConfig
 from smolforge.data import index as indexing
 from smolforge.data.cache import Cache, ReadAhead
-from smolforge.data.document import Address, Document, Row, is_blank, is_held_out
 from smolforge.data.fetch import Network
 from smolforge.data.order import Order, RowRange, split_into_ranges
-from smolforge.data.readers import Reader
+from smolforge.data.readers import Reader, Rows
 from smolforge.data.sources import Context, Source
 from smolforge.errors import DataError
+
+
+class Address(NamedTuple):
+    """Where a document is: source as configured, file in it, row group of the file, row of the group."""
+
+    source: str
+    file: str
+    row_group: int
+    row: int
+
+
+class Document(NamedTuple):
+    """One document (of a very long text: one piece of it) and where it is."""
+
+    address: Address
+    text: str
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether `text` belongs to the `share` of all texts that training never sees (uniform hash below share)."""
+    if share <= 0:
+        return False
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, person=b"held-out").digest()
+    return int.from_bytes(digest, "little") < share * 2.0**64
 
 
 class Corpus:
@@ -23,21 +51,21 @@ class Corpus:
 
     Attributes:
         config: the `DataConfig` it was opened with.
-        index: JSON-able: every shard and row group of every source, and the hash of all.
-        weights: of the sources, in the order of the configuration.
+        index: JSON-able: every shard and row group of every source. Equal `index_hash`, equal streams.
+        specs, weights, orders: of the sources, in the order of the configuration.
         remote: whether reading uses the network.
     """
 
     def __init__(
         self, config: DataConfig, index: dict[str, Any], opened: list[tuple[Source, list[Reader]]], context: Context
     ) -> None:
-        self.config, self.index, self._context = config, index, context
+        self.config, self.index, self.index_hash, self._context = config, index, str(index["hash"]), context
         self.specs = list(config.sources)
         self.weights = [float(weight) for weight in config.sources.values()]
         self._readers = [readers for _, readers in opened]
         self._entropies = [source.entropy_bits_per_byte for source, _ in opened]
         self.remote = any(shard.remote for source, _ in opened for shard in source.shards)
-        self._orders = [
+        self.orders = [
             Order(
                 split_into_ranges([shard["groups"] for shard in entry["shards"]], config.lanes),
                 seed=config.seed,
@@ -61,7 +89,6 @@ class Corpus:
         """Resolve the sources and read their index.
 
         Args:
-            config: the data section of a run's configuration.
             index: an earlier `data_index.json`; sources are checked against it and not scanned again.
             cache_dir: folder of the cache; `$SMOLFORGE_CACHE` or the user's cache folder unless given.
             offline: use only what is on this machine (also where HF_HUB_OFFLINE is set).
@@ -72,11 +99,12 @@ class Corpus:
             SourceChanged: a source differs from `index`.
             SourceUnavailable: the network did not answer for longer than `data.patience`.
         """
+        no_hub = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
         context = Context(
             column=config.text_column,
             separator=config.separator or None,
             read_ahead=ReadAhead(config.read_ahead),
-            offline=offline or _is_offline(),
+            offline=offline or no_hub,
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
         )
@@ -90,11 +118,6 @@ class Corpus:
             context.cache.close()
             raise
         return cls(config, index, opened, context)
-
-    @property
-    def index_hash(self) -> str:
-        """Hash of the index: equal hashes, equal streams."""
-        return self.index["hash"]
 
     @property
     def entropy_bits_per_byte(self) -> float | None:
@@ -130,29 +153,22 @@ class Corpus:
     def documents_of(self, source: int, *, held_out: bool | None = None) -> Iterator[Document]:
         """The documents of one source in canonical order."""
         share = self.config.holdout
-        for part in self._orders[source].ranges:
+        for part in self.orders[source].ranges:
             rows = self.read(source, part)
-            for begin in range(0, part.rows, 64):
-                numbers = list(range(begin, min(begin + 64, part.rows)))
-                for number, row in zip(numbers, rows.take(numbers), strict=True):
-                    if is_blank(row.text) or (held_out is not None and is_held_out(row.text, share) != held_out):
-                        continue
-                    yield Document(*self.address(source, part, number), row.text)
+            for number in range(part.rows):
+                text = rows(number).text
+                if text and not text.isspace() and (held_out is None or is_held_out(text, share) == held_out):
+                    yield Document(self.address(source, part, number), text)
 
-    # -- for lanes
-
-    def order(self, source: int) -> Order:
-        """The order of one source."""
-        return self._orders[source]
-
-    def read(self, source: int, part: RowRange) -> RangeRows:
+    def read(self, source: int, part: RowRange) -> Rows:
         """The rows of a range, numbered from 0."""
-        return RangeRows(self._readers[source][part.shard], part)
+        rows = self._readers[source][part.shard].rows(part.group, part.start, part.rows)
+        return lambda number: rows(part.start + number)
 
     def read_ahead(self, source: int, lane: int, k: int) -> None:
         """Start to fetch a lane's k-th range, where the bound on read-ahead leaves room."""
         if self.remote:
-            order = self._orders[source]
+            order = self.orders[source]
             part = order.ranges[order.place(lane, k)[1]]
             self._readers[source][part.shard].read_ahead(part.group)
 
@@ -193,20 +209,3 @@ class Corpus:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _is_offline() -> bool:
-    """Whether the user forbids the network with HF_HUB_OFFLINE, as huggingface_hub reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
-
-
-class RangeRows:
-    """The rows of a range, numbered from 0; decoded when made."""
-
-    def __init__(self, reader: Reader, part: RowRange) -> None:
-        self.start = part.start
-        self.rows = reader.rows(part.group, part.start, part.rows)
-
-    def take(self, rows: list[int]) -> list[Row]:
-        """The rows with these numbers, in the order asked."""
-        return self.rows.take([self.start + row for row in rows])

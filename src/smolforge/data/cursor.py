@@ -1,14 +1,14 @@
-"""The cursor: the position of every lane, in integers only.
+"""The cursor: the position of every lane, in integers only; no token is stored.
 
 A lane's stream of one source is a concatenation of documents, cut into windows; between two windows at most one
-document is open. So the lane's state is, for each source: k (the lane's k-th range), the row in its permuted order, how
-many tokens of that row's document were used, and the tokens drawn in all. No token is stored.
+document is open. A cursor is kept as JSON: version, step, index, seed, lane_count, and of each lane its positions in
+the sources as [k, row, offset, drawn].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from smolforge.errors import CheckpointError
@@ -18,7 +18,14 @@ VERSION = 1
 
 @dataclass
 class Position:
-    """Position of a lane in one source."""
+    """Position of a lane in one source.
+
+    Attributes:
+        k: the lane's k-th range.
+        row: in the range's permuted order.
+        offset: tokens of the row's document that were used.
+        drawn: tokens in all.
+    """
 
     k: int = 0
     row: int = 0
@@ -26,78 +33,47 @@ class Position:
     drawn: int = 0
 
 
-@dataclass
-class LaneCursor:
-    """Position of one lane in every source."""
+def to_json(positions: Sequence[Position]) -> list[list[int]]:
+    """A lane's positions as the cursor keeps them."""
+    return [[p.k, p.row, p.offset, p.drawn] for p in positions]
 
-    positions: list[Position]
 
-    def to_json(self) -> list[list[int]]:
-        """As a checkpoint keeps it."""
-        return [[p.k, p.row, p.offset, p.drawn] for p in self.positions]
+def read_cursor(
+    value: Any, *, index: str, seed: int, lane_count: int, sources: int
+) -> tuple[int, dict[int, list[Position]]]:
+    """The step that a cursor resumes at and the positions of its lanes, checked to belong to this stream.
 
-    @classmethod
-    def start(cls, sources: int) -> LaneCursor:
-        """The beginning of a run."""
-        return cls([Position() for _ in range(sources)])
-
-    @classmethod
-    def from_json(cls, value: Any, sources: int) -> LaneCursor:
-        """Read and check what `to_json` wrote.
-
-        Raises:
-            CheckpointError: it is not a lane's cursor, or has another number of sources.
-        """
-        try:
-            positions = [Position(*(_count(n) for n in numbers)) for numbers in value]
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the data cursor is damaged: {error}") from None
+    Raises:
+        CheckpointError: it is damaged, or belongs to another index, seed or number of lanes or sources.
+    """
+    try:
+        if value["version"] != VERSION:
+            raise ValueError(f"version {value['version']!r}")
+        step = _count(value["step"])
+        lanes = {
+            int(lane): [Position(*(_count(n) for n in numbers)) for numbers in state]
+            for lane, state in value["lanes"].items()
+        }
+        recorded = (value["index"], value["seed"], value["lane_count"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the data cursor is damaged: {error!r}") from None
+    for name, was, now in zip(("index", "data.seed", "data.lanes"), recorded, (index, seed, lane_count), strict=True):
+        if was != now:
+            raise CheckpointError(
+                f"the cursor was made with {was!r}, the stream has {now!r}",
+                field=name,
+                hint="A run continues with the data, seed and lanes it started with; a new run may change them.",
+            )
+    if not set(lanes) <= set(range(lane_count)):
+        raise CheckpointError(f"the data cursor is damaged: lanes {sorted(lanes)} of {lane_count}")
+    for positions in lanes.values():
         if len(positions) != sources:
             raise CheckpointError(
                 f"the data cursor has {len(positions)} sources, the configuration {sources}",
                 field="data.sources",
                 hint="A run continues with the sources it started with.",
             )
-        return cls(positions)
-
-
-@dataclass
-class Cursor:
-    """Position of a run (or of one rank's lanes): the step it resumes at and its lanes."""
-
-    step: int
-    index: str
-    seed: int
-    lane_count: int
-    lanes: dict[int, LaneCursor] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: Any, *, index: str, seed: int, lane_count: int, sources: int) -> Cursor:
-        """Read a cursor and check that it belongs to this stream.
-
-        Raises:
-            CheckpointError: it is damaged, or belongs to another index, seed or number of lanes.
-        """
-        try:
-            if value["version"] != VERSION:
-                raise ValueError(f"version {value['version']!r}")
-            step = _count(value["step"])
-            lanes = {int(lane): LaneCursor.from_json(state, sources) for lane, state in value["lanes"].items()}
-            recorded = (value["index"], value["seed"], value["lane_count"])
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the data cursor is damaged: {error!r}") from None
-        for name, was, now in zip(
-            ("index", "data.seed", "data.lanes"), recorded, (index, seed, lane_count), strict=True
-        ):
-            if was != now:
-                raise CheckpointError(
-                    f"the cursor was made with {was!r}, the stream has {now!r}",
-                    field=name,
-                    hint="A run continues with the data, seed and lanes it started with; a new run may change them.",
-                )
-        if not set(lanes) <= set(range(lane_count)):
-            raise CheckpointError(f"the data cursor is damaged: lanes {sorted(lanes)} of {lane_count}")
-        return cls(step, index, seed, lane_count, lanes)
+    return step, lanes
 
 
 def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -114,8 +90,7 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in ("version", "step", "index", "seed", "lane_count"):
             if cursor.get(key) != first.get(key):
                 raise CheckpointError(f"the ranks' cursors differ in {key}: {first.get(key)!r} and {cursor.get(key)!r}")
-        twice = set(lanes) & set(cursor["lanes"])
-        if twice:
+        if twice := set(lanes) & set(cursor["lanes"]):
             raise CheckpointError(f"two ranks hold the same lanes: {sorted(twice, key=int)}")
         lanes |= cursor["lanes"]
     return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}

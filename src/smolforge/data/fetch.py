@@ -1,12 +1,12 @@
 """Fetch exact ranges of remote files, and retry with patience what may pass.
 
 Everything that uses the network runs through `Network.attempt`. A fault that may pass is a `Trouble`; the waits between
-tries double up to a minute, with jitter so that many ranks do not return at the same instant, unless the server names
-a time itself (Retry-After). Bytes that arrive before a connection breaks are kept, and the patience starts anew.
+tries double up to a minute, with jitter, unless the server names a time (Retry-After). Bytes that arrive before a
+connection breaks are kept, and the patience starts anew.
 
-`RemoteFile` is one file with `read(start, length)`. Over fsspec (`s3://`, `gs://`, `az://`, ...) a range is one
-`cat_file` (sources/url.py). Over HTTP, and so for the Hub, it is `HttpFile` on httpx: fsspec's HTTP filesystem takes
-any body for the range, loses what came before a connection broke, and follows redirects anew for each range.
+Over HTTP, and so for the Hub, a file is an `HttpFile` on httpx: fsspec's HTTP filesystem takes any body for the range,
+loses what came before a connection broke, and follows redirects anew for each range. Other protocols of fsspec are read
+in sources/url.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,21 +42,21 @@ GRACE = 60.0  # seconds before that
 FRESH_REFUSALS = 5  # how often a redirect may lead to a refusal at once
 _CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+)$")
 _EXPIRED = {400, 401, 403, 404, 410}
-NEW_RUN = "A run continues with the data it started with: restore it, or start a new run."
 
 
+def changed(message: str) -> SourceChanged:
+    """The error for a source that differs from the one a run started with."""
+    hint = "A run continues with the data it started with: restore it, or start a new run."
+    return SourceChanged(message, field="data.sources", hint=hint)
+
+
+@dataclass(eq=False)
 class Trouble(Exception):
-    """A fault that may pass.
+    """A fault that may pass: what it is, the seconds the server asks for, whether bytes came since the last try."""
 
-    Args:
-        what: the fault, in words; equal words are the same trouble.
-        wait: seconds that the server asks for.
-        progress: whether bytes came since the last try.
-    """
-
-    def __init__(self, what: str, *, wait: float | None = None, progress: bool = False) -> None:
-        super().__init__(what)
-        self.what, self.wait, self.progress = what, wait, progress
+    what: str
+    wait: float | None = None
+    progress: bool = False
 
 
 class Network:
@@ -64,7 +65,7 @@ class Network:
     Args:
         patience: seconds to retry while nothing comes.
         timeout: seconds that a connection or one read may take.
-        sleep, clock, jitter: replaced in tests; jitter gives a number in [0, 1).
+        sleep, clock, jitter: replaced in tests.
     """
 
     def __init__(
@@ -85,12 +86,7 @@ class Network:
         self._client: httpx.Client | None = None
 
     def attempt(self, place: str, what: str, action: Callable[[], T]) -> T:
-        """Run `action` until it raises no `Trouble`.
-
-        Args:
-            place: the host, for messages.
-            what: the file or question, for messages.
-            action: one try; any other exception goes through.
+        """Run `action` until it raises no `Trouble`; messages name the host `place` and the file or question `what`.
 
         Raises:
             SourceUnavailable: it raised nothing but `Trouble` for longer than the patience.
@@ -143,8 +139,7 @@ class Network:
     def _warn(self, place: str, what: str, trouble: str, wait: float) -> None:
         now = self.clock()
         with self._lock:
-            last = self._warned.get((place, trouble))
-            if last is not None and now - last < REPEAT_WARNING:
+            if now - self._warned.get((place, trouble), -REPEAT_WARNING) < REPEAT_WARNING:
                 return
             self._warned[(place, trouble)] = now
         logger.warning("%s: %s while reading %s; trying again in %.1f s", place, trouble, what, wait)
@@ -170,12 +165,9 @@ class NoRanges(Exception):
 
 
 class RemoteFile(ABC):
-    """One remote file. Thread-safe.
+    """One remote file, which messages call `name` on `host`. Thread-safe.
 
     Attributes:
-        url: the address; part of its keys in the cache.
-        name: what messages call it.
-        host: where it is, for messages.
         size: bytes; None until `look`.
         ranges: False once the server has shown that it sends whole files only.
     """
@@ -241,8 +233,7 @@ class RemoteFile(ABC):
         raise NotImplementedError  # only a file that raises NoRanges has to
 
     def _changed(self, what: str, was: str, now: str) -> SourceChanged:
-        message = f"{self.name} changed on {self.host}: its {what} was {was} and is {now}"
-        return SourceChanged(message, field="data.sources", hint=NEW_RUN)
+        return changed(f"{self.name} changed on {self.host}: its {what} was {was} and is {now}")
 
 
 class HttpFile(RemoteFile):
@@ -393,6 +384,6 @@ class HttpFile(RemoteFile):
                 return Trouble(f"an expired redirect ({what})", progress=through != self.url)
         if status in (412, 416):
             how = f"no longer has ETag {self.etag}" if status == 412 else f"is shorter than {self.size:,} bytes"
-            return SourceChanged(f"{self.name} changed on {self.host}: it {how}")
+            return changed(f"{self.name} changed on {self.host}: it {how}")
         hint = {401: "It may need HF_TOKEN.", 403: "It may need HF_TOKEN.", 404: "Check the address."}.get(status)
         return DataError(f"{self.host} refuses {self.name}: {what}", field="data.sources", hint=hint)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from smolforge.data.fetch import NEW_RUN
+from smolforge.data.fetch import changed
 from smolforge.data.readers import Reader, open_reader
 from smolforge.data.sources import Context, Source, resolve_source
-from smolforge.errors import DataError, SourceChanged
+from smolforge.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,12 @@ def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any],
         source = resolve_source(spec, context)
         readers = [open_reader(shard, context) for shard in source.shards]
         described = _scan(source, readers)
-        entry = {
-            "source": spec,
-            "kind": source.kind,
-            "revision": source.revision,
-            "column": context.column,
-            "separator": context.separator,
-            "rows": sum(rows for shard in described for rows, *_ in shard["groups"]),
-            "shards": described,
-        }
-        if not entry["rows"]:
+        rows = sum(rows for shard in described for rows, *_ in shard["groups"])
+        if not rows:
             raise DataError(f"{spec} holds no documents", field="data.sources")
-        entries.append(entry)
+        read_as = {"column": context.column, "separator": context.separator}
+        head = {"source": spec, "kind": source.kind, "revision": source.revision, **read_as, "rows": rows}
+        entries.append({**head, "shards": described})
         opened.append((source, readers))
     index: dict[str, Any] = {"version": VERSION, "sources": entries}
     index["hash"] = digest(index)
@@ -68,26 +62,18 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
     check(index)
     entries = index["sources"]
     if len(entries) != len(specs):
-        raise SourceChanged(
-            f"the run started with {len(entries)} sources ({', '.join(e['source'] for e in entries)}), "
-            f"the configuration has {len(specs)}",
-            field="data.sources",
-            hint=NEW_RUN,
-        )
+        names = ", ".join(entry["source"] for entry in entries)
+        raise changed(f"the run started with {len(entries)} sources ({names}), the configuration has {len(specs)}")
     opened = []
     for spec, entry in zip(specs, entries, strict=True):
         for key, now in (("column", context.column), ("separator", context.separator)):
             if entry[key] != now:
-                raise SourceChanged(f"{spec}: the {key} was {entry[key]!r} and is {now!r}", hint=NEW_RUN)
+                raise changed(f"{spec}: the {key} was {entry[key]!r} and is {now!r}")
         source = resolve_source(spec, context, entry)
-        if (source.kind, source.revision) != (entry["kind"], entry["revision"]):
-            raise SourceChanged(
-                f"{spec} was {entry['kind']} at {entry['revision']} and is {source.kind} at {source.revision}",
-                field="data.sources",
-                hint=NEW_RUN,
-            )
-        readers = _match(spec, source, entry["shards"], context)
-        opened.append((source, readers))
+        was, now = f"{entry['kind']} at {entry['revision']}", f"{source.kind} at {source.revision}"
+        if was != now:
+            raise changed(f"{spec} was {was} and is {now}")
+        opened.append((source, _match(spec, source, entry["shards"], context)))
     return opened
 
 
@@ -98,26 +84,16 @@ def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
         groups = reader.scan()
         reader.use(groups)
         shard = reader.shard
-        return {
-            "file": shard.name,
-            "size": shard.size,
-            "identity": shard.identity(),
-            **shard.notes(),
-            "groups": groups,
-        }
+        head = {"file": shard.name, "size": shard.size, "identity": shard.identity()}
+        return {**head, **shard.notes(), "groups": groups}
 
     described = []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
-        futures = [pool.submit(one, reader) for reader in readers]
-        try:
-            for done, future in enumerate(futures, 1):
-                described.append(future.result())
-                if done % LOG_EVERY == 0:
-                    logger.info("%s: %d of %d shards indexed", source.spec, done, count)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+        # After an error the rest is not started: what closes `map`'s iterator cancels it.
+        for done, entry in enumerate(pool.map(one, readers), 1):
+            described.append(entry)
+            if done % LOG_EVERY == 0:
+                logger.info("%s: %d of %d shards indexed", source.spec, done, count)
     return described
 
 
@@ -126,18 +102,15 @@ def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: C
     was = {entry["file"]: entry for entry in recorded}
     if len(now) == len(was) == 1 and source.kind == "local":
         now = dict(zip(was, now.values(), strict=True))  # a single file may have been renamed
-    gone, new = sorted(set(was) - set(now)), sorted(set(now) - set(was))
-    if gone:
-        raise SourceChanged(f"{spec}: {_some(gone)} no longer there", field="data.sources", hint=NEW_RUN)
-    if new:
-        message = f"{spec}: {_some(new)} not in the index that the run started with"
-        raise SourceChanged(message, field="data.sources", hint=NEW_RUN)
+    if gone := sorted(set(was) - set(now)):
+        raise changed(f"{spec}: {_some(gone)} no longer there")
+    if new := sorted(set(now) - set(was)):
+        raise changed(f"{spec}: {_some(new)} not in the index that the run started with")
 
     def one(entry: dict[str, Any]) -> Reader:
         shard = now[entry["file"]]
-        difference = shard.difference(entry)
-        if difference:
-            raise SourceChanged(f"{spec}: {entry['file']} changed: {difference}", field="data.sources", hint=NEW_RUN)
+        if difference := shard.difference(entry):
+            raise changed(f"{spec}: {entry['file']} changed: {difference}")
         reader = open_reader(shard, context)
         reader.use(entry["groups"])
         return reader
@@ -155,13 +128,8 @@ def _some(names: list[str]) -> str:
 def digest(index: dict[str, Any]) -> str:
     """Hash of what decides the stream."""
     core = [
-        [
-            entry["kind"],
-            entry["revision"],
-            entry["column"],
-            entry["separator"],
-            [[shard["size"], shard["identity"], shard["groups"]] for shard in entry["shards"]],
-        ]
+        [entry[key] for key in ("kind", "revision", "column", "separator")]
+        + [[[shard["size"], shard["identity"], shard["groups"]] for shard in entry["shards"]]]
         for entry in index["sources"]
     ]
     return hashlib.sha256(json.dumps(core, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -12,16 +12,15 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from smolforge.data.corpus import Corpus
-from smolforge.data.cursor import VERSION, Cursor, LaneCursor
-from smolforge.data.document import Address
+from smolforge.data.corpus import Address, Corpus
+from smolforge.data.cursor import VERSION, Position, read_cursor, to_json
 from smolforge.data.packing import Encoder, Lane, Window
 from smolforge.errors import BadInput
 
@@ -66,10 +65,8 @@ class Loader(Iterator[Batch]):
     window length, workers and prefetch are those of `corpus.config`.
 
     Args:
-        corpus: where documents come from; it stays open when the loader is closed.
-        tokenizer: anything with `encode_batch` and `eos_id`.
+        corpus: it stays open when the loader is closed.
         sequences_per_step: S, sequences in the global batch.
-        rank: of this process.
         world: number of ranks; divides the lanes and S.
         cursor: a (merged) cursor to continue from; the beginning unless given.
         skip_steps: half-open ranges [a, b) of steps that are left out: their tokens are passed over, and the
@@ -96,34 +93,27 @@ class Loader(Iterator[Batch]):
         config = corpus.config
         _check_shape(config.lanes, sequences_per_step, rank, world, skip_steps)
         self.corpus, self.sequences, self.rank, self.world = corpus, sequences_per_step, rank, world
-        self.skip_steps = [(a, b) for a, b in skip_steps]
+        self.skip_steps = sorted((a, b) for a, b in skip_steps)
         sources = len(corpus.specs)
         owned = range(rank, config.lanes, world)
-        start = Cursor(0, corpus.index_hash, config.seed, config.lanes)
+        self._step, start = 0, {lane: [Position() for _ in range(sources)] for lane in owned}
         if cursor is not None:
-            start = Cursor.from_json(
+            self._step, start = read_cursor(
                 cursor, index=corpus.index_hash, seed=config.seed, lane_count=config.lanes, sources=sources
             )
-            missing = sorted(set(owned) - set(start.lanes))
-            if missing:
+            if missing := sorted(set(owned) - set(start)):
                 raise BadInput(f"the data cursor lacks lanes {missing}; merge the cursors of all ranks first")
         threads = config.workers if workers is None else workers
-        self._step = start.step
-        self._cursors: dict[int, list[list[int]]] = {}
-        lanes: dict[int, Lane] = {}
-        for lane in owned:
-            state = start.lanes.get(lane) or LaneCursor.start(sources)
-            self._cursors[lane] = state.to_json()
-            lanes[lane] = Lane(corpus, tokenizer, lane, state, read_ahead=threads > 0)
-        self._lanes = lanes
+        self._cursors = {lane: to_json(start[lane]) for lane in owned}
+        self._lanes = {lane: Lane(corpus, tokenizer, lane, start[lane], read_ahead=threads > 0) for lane in owned}
         self._prefetch: _Prefetch | None = None
         self._future: Future[Batch] | None = None
         if threads:
             depth = max(-(-config.prefetch * sequences_per_step // config.lanes), 1)
             first = self._step * sequences_per_step
-            order = sorted(lanes, key=lambda lane: (lane - first) % config.lanes)
-            makers = {lane: lanes[lane].next for lane in order}
-            self._prefetch = _Prefetch(makers, threads=min(threads, len(lanes)), depth=depth)
+            order = sorted(owned, key=lambda lane: (lane - first) % config.lanes)
+            makers = {lane: self._lanes[lane].next for lane in order}
+            self._prefetch = _Prefetch(makers, threads=min(threads, len(owned)), depth=depth)
 
     def __next__(self) -> Batch:
         if self._future is not None:
@@ -140,7 +130,7 @@ class Loader(Iterator[Batch]):
         if self._prefetch is not None:
             end = time.monotonic() + timeout
             while self._prefetch.wait(self._needed(), max(end - time.monotonic(), 0)):
-                if self._step == self._next_step() or self._prefetch.failed(self._needed()):
+                if self._step == self._next_step() or self._prefetch.failed.keys() & self._needed():
                     return True
                 self._pass_over()
             return False
@@ -169,9 +159,9 @@ class Loader(Iterator[Batch]):
         numbered = ((i, (first + i) % lanes) for i in range(self.sequences))
         return [(i, lane) for i, lane in numbered if lane % self.world == self.rank]
 
-    def _needed(self) -> dict[int, int]:
+    def _needed(self) -> Counter[int]:
         """Windows of each lane in the batch of the current step."""
-        return dict(Counter(lane for _, lane in self._mine(self._step)))
+        return Counter(lane for _, lane in self._mine(self._step))
 
     def _pass_over(self) -> None:
         """Skip the current step."""
@@ -180,12 +170,9 @@ class Loader(Iterator[Batch]):
         self._step += 1
 
     def _next_step(self) -> int:
-        step, moved = self._step, True
-        while moved:
-            moved = False
-            for a, b in self.skip_steps:
-                if a <= step < b:
-                    step, moved = b, True
+        step = self._step
+        for a, b in self.skip_steps:
+            step = b if a <= step < b else step
         return step
 
     def _window(self, lane: int) -> Window:
@@ -200,30 +187,27 @@ class Loader(Iterator[Batch]):
         mine = self._mine(wanted)
         windows = [self._window(lane) for _, lane in mine]
         self._step += 1
-        tokens = np.stack([window.tokens for window in windows])
         digests = [
             (i, hashlib.blake2b(window.tokens.astype("<i4").tobytes(), digest_size=16).digest())
             for (i, _), window in zip(mine, windows, strict=True)
         ]
-        return Batch(
-            step=wanted,
-            tokens=tokens,
-            document_ids=np.stack([window.document_ids for window in windows]),
-            digests=digests,
-            documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
-            cursor=self._cursor(),
-        )
-
-    def _cursor(self) -> dict[str, Any]:
         config = self.corpus.config
-        return {
+        cursor = {
             "version": VERSION,
             "step": self._step,
             "index": self.corpus.index_hash,
             "seed": config.seed,
             "lane_count": config.lanes,
-            "lanes": {str(lane): cursor for lane, cursor in sorted(self._cursors.items())},
+            "lanes": {str(lane): positions for lane, positions in sorted(self._cursors.items())},
         }
+        return Batch(
+            step=wanted,
+            tokens=np.stack([window.tokens for window in windows]),
+            document_ids=np.stack([window.document_ids for window in windows]),
+            digests=digests,
+            documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
+            cursor=cursor,
+        )
 
 
 def _check_shape(lanes: int, sequences: int, rank: int, world: int, skips: Sequence[tuple[int, int]]) -> None:
@@ -250,18 +234,13 @@ def _check_shape(lanes: int, sequences: int, rank: int, world: int, skips: Seque
 
 
 class _Prefetch:
-    """Keeps `depth` windows of each lane ready.
-
-    Args:
-        makers: for each lane the function that gives its next window, in the order in which lanes are needed first.
-        threads: how many lanes advance at once; a lane is advanced by one thread at a time.
-    """
+    """Keeps `depth` windows of each lane ready; `makers` gives them, in the order in which lanes are needed first."""
 
     def __init__(self, makers: Mapping[int, Callable[[], Window]], *, threads: int, depth: int) -> None:
         self._makers = makers
         self._ready: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}  # made or to be made
         self._unmade: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}
-        self._failed: dict[int, BaseException] = {}
+        self.failed: dict[int, BaseException] = {}
         self._busy: set[int] = set()  # lanes that are queued or in a thread
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -294,10 +273,6 @@ class _Prefetch:
             wanted += list(self._ready[lane])[:count]
         return not wait(wanted, timeout).not_done
 
-    def failed(self, lanes: Iterable[int]) -> bool:
-        """Whether one of the lanes has come to an error."""
-        return any(lane in self._failed for lane in lanes)
-
     def close(self, timeout: float = 2.0) -> None:
         """Stop; threads in the middle of something have `timeout` seconds to finish."""
         with self._lock:
@@ -326,13 +301,13 @@ class _Prefetch:
         while (lane := self._queue.get()) is not None:
             with self._lock:
                 future = self._unmade[lane].popleft() if self._unmade[lane] else Future()
-            if lane in self._failed:
-                future.set_exception(self._failed[lane])
+            if lane in self.failed:
+                future.set_exception(self.failed[lane])
             else:
                 _fulfil(future, self._makers[lane])
             with self._lock:
                 if error := future.exception():
-                    self._failed[lane] = error
+                    self.failed[lane] = error
                 self._busy.discard(lane)
                 self._enqueue(lane)
 
@@ -356,16 +331,13 @@ def documents_of_step(
     """Addresses of the documents whose tokens fed a step, in the order of its sequences.
 
     Args:
-        corpus: the run's corpus.
-        tokenizer: the run's tokenizer, whose tokens decide where documents end.
+        tokenizer: the run's, whose tokens decide where documents end.
         cursor: the run's (merged) cursor at or before the step; the beginning where None.
-        step: number of the step, from 0.
-        sequences_per_step: S of the run.
+        step: from 0.
         skip_steps: the ranges of steps that the run skipped.
 
     Raises:
         BadInput: the cursor is after the step, or the run skipped the step.
-        SmolforgeError: as `Loader`.
     """
     begin = cursor["step"] if cursor else 0
     if step < begin:

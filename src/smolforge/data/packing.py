@@ -12,17 +12,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from smolforge.data.cursor import LaneCursor, Position
-from smolforge.data.document import Address, is_blank, is_held_out
+from smolforge.data.corpus import Address, Corpus, is_held_out
+from smolforge.data.cursor import Position, to_json
 from smolforge.data.order import RowRange, permutation
+from smolforge.data.readers import Rows
 from smolforge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from smolforge.data.corpus import Corpus, RangeRows
 
 ENCODE_BYTES = 256 << 10
 MAX_ENCODE_ROWS = 512
@@ -56,7 +54,7 @@ class LaneSource:
     ) -> None:
         self.corpus, self.encoder, self.read_ahead = corpus, encoder, read_ahead
         self.source, self.lane, self.position = source, lane, position
-        self._range: tuple[int, RangeRows, np.ndarray] | None = None  # number, rows, order
+        self._range: tuple[RowRange, Rows, np.ndarray] | None = None  # what is read, and the order of its rows
         self._encoded: deque[tuple[int, np.ndarray]] = deque()  # (row in order, tokens), ascending
         self._until = 0  # rows before this one are tokenized or passed over
         self._requested = 0  # ranges before this one were requested ahead
@@ -68,10 +66,9 @@ class LaneSource:
         Raises:
             SmolforgeError: the source is damaged, changed or unreachable; the position is past its document.
         """
-        at = self.position
+        at, missing = self.position, length
         parts: list[np.ndarray] = []
         addresses: list[Address] = []
-        missing = length
         while missing:
             if self._document is None:
                 self._document = self._next()
@@ -96,8 +93,7 @@ class LaneSource:
         """Tokens (with EOS) and address of the training document at the position or the next one after it."""
         empty_ranges = 0
         while True:
-            number, rows, order = self._open()
-            part = self.corpus.order(self.source).ranges[number]
+            part, rows, order = self._open()
             while self.position.row < len(order):
                 if self.position.row >= self._until:
                     self._encode(part, rows, order)
@@ -114,49 +110,43 @@ class LaneSource:
             self.position.k, self.position.row = self.position.k + 1, 0
             self._range = None
             empty_ranges += 1
-            if empty_ranges > len(self.corpus.order(self.source).ranges) + 64:
+            if empty_ranges > len(self.corpus.orders[self.source].ranges) + 64:
                 self.corpus.check_trainable(self.source)
                 empty_ranges = 0
 
-    def _open(self) -> tuple[int, RangeRows, np.ndarray]:
-        order = self.corpus.order(self.source)
+    def _open(self) -> tuple[RowRange, Rows, np.ndarray]:
         if self._range is None:
+            order = self.corpus.orders[self.source]
             epoch, number = order.place(self.lane, self.position.k)
-            self._range = (
-                number,
-                self.corpus.read(self.source, order.ranges[number]),
-                order.rows(epoch, number),
-            )
+            part = order.ranges[number]
+            self._range = part, self.corpus.read(self.source, part), order.rows(epoch, number)
             self._encoded.clear()
             self._until = self.position.row
         return self._range
 
-    def _encode(self, part: RowRange, rows: RangeRows, order: np.ndarray) -> None:
+    def _encode(self, part: RowRange, rows: Rows, order: np.ndarray) -> None:
         """Tokenize the next rows from the position on, leaving out those held out or blank."""
         typical = part.bytes // part.rows or 4096
         count = min(max(ENCODE_BYTES // typical, 1), MAX_ENCODE_ROWS)
         first, last = self.position.row, min(self.position.row + count, len(order))
         share = self.corpus.config.holdout
-        taken = rows.take([int(i) for i in order[first:last]])
+        taken = [(at, rows(int(order[at]))) for at in range(first, last)]
         used = [
-            (first + i, row)
-            for i, row in enumerate(taken)
-            if not is_blank(row.text) and not is_held_out(row.text, share)
+            (at, row) for at, row in taken if row.text and not row.text.isspace() and not is_held_out(row.text, share)
         ]
         short = [row.text for _, row in used if len(row.text) <= MAX_TEXT]
         ids = iter(self.encoder.encode_batch(short) if short else [])
         for at, row in used:
-            long = len(row.text) > MAX_TEXT
-            tokens = self._encode_long(row.text) if long else np.asarray(next(ids), dtype=np.int32)
+            if len(row.text) > MAX_TEXT:
+                parts = [self.encoder.encode_batch([part])[0] for part in cut_text(row.text)]
+                tokens = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+            else:
+                tokens = np.asarray(next(ids), dtype=np.int32)
             if row.ends:
                 tokens = np.append(tokens, np.int32(self.encoder.eos_id))
             if len(tokens):
                 self._encoded.append((at, tokens))
         self._until = last
-
-    def _encode_long(self, text: str) -> np.ndarray:
-        parts = [np.asarray(self.encoder.encode_batch([part])[0], dtype=np.int32) for part in cut_text(text)]
-        return np.concatenate(parts)
 
 
 def cut_text(text: str) -> Iterator[str]:
@@ -172,43 +162,35 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 class Lane:
-    """A lane of the mixture from a cursor on.
-
-    Args:
-        read_ahead: let it fetch ranges before it needs them.
-    """
+    """A lane of the mixture from a cursor on; with `read_ahead` it fetches ranges before it needs them."""
 
     def __init__(
-        self, corpus: Corpus, encoder: Encoder, lane: int, cursor: LaneCursor, *, read_ahead: bool = False
+        self, corpus: Corpus, encoder: Encoder, lane: int, positions: list[Position], *, read_ahead: bool = False
     ) -> None:
         config = corpus.config
         self.length = config.sequence_length + 1
         self.weights = corpus.weights
-        self.cursor = cursor
+        self.positions = positions
         self.sources = [
-            LaneSource(corpus, encoder, s, lane, position, read_ahead) for s, position in enumerate(cursor.positions)
+            LaneSource(corpus, encoder, s, lane, position, read_ahead) for s, position in enumerate(positions)
         ]
         if read_ahead:
-            for s, position in enumerate(cursor.positions):
+            for s, position in enumerate(positions):
                 corpus.read_ahead(s, lane, position.k)
         self.phases = [
             permutation(config.lanes, 2, config.seed, s)[lane] / config.lanes for s in range(len(self.sources))
         ]
 
     def next(self) -> Window:
-        """The lane's next window.
-
-        Raises:
-            SmolforgeError: a source is damaged, changed or unreachable; the cursor is past its document.
-        """
+        """The lane's next window; raises as `LaneSource.take`."""
         parts, addresses = self.sources[self._most_behind()].take(self.length)
         ids = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        return Window(np.concatenate(parts), ids, addresses, self.cursor.to_json())
+        return Window(np.concatenate(parts), ids, addresses, to_json(self.positions))
 
     def _most_behind(self) -> int:
         """The source whose next window is due first: window n of weight w and lane phase p is due at (n + p) / w."""
         due = [
             (at.drawn / self.length + phase) / weight
-            for at, phase, weight in zip(self.cursor.positions, self.phases, self.weights, strict=True)
+            for at, phase, weight in zip(self.positions, self.phases, self.weights, strict=True)
         ]
         return due.index(min(due))

@@ -7,8 +7,7 @@ every choice is exact (draws without replacement are scored by what is left), li
 is unambiguous. The tests parse sampled documents exhaustively: each has exactly one derivation, with the bits stated
 here. The end of a document is part of its probability: the derivation ends where the text does.
 
-    grammar.py   sentences with slots, read from the .txt files here, and the choices in them
-    english.py   articles, plurals, tenses, pronouns
+    grammar.py   sentences with slots, read from the .txt files here, the choices in them, and the forms of words
     source.py    the corpus as a source of training data, and as files
 """
 

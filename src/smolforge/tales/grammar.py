@@ -14,6 +14,11 @@ no kind is given. In an alternative
 All choices but weighted ones are uniform, and no list gives the same item twice in a document until it is used up; the
 probability of a draw is 1 / (items left), so the score of a derivation is exact. That each text has only one derivation
 is checked by the tests, which parse texts by trying every alternative of every choice.
+
+A word list is whitespace-separated, `_` standing for a space: `otter mouse:mice` for nouns, `walk run:ran:running`
+for verbs (base, past, -ing form), `brave` for adjectives, `Tom` after the line `he` for names. A list of kind
+`phrase` has one phrase per line; one of kind `fact` has lines such as `tide | the slow rise and fall of the sea`,
+whose second column is the form `is`. Regular forms are made by rule; a list spells its exceptions out.
 """
 
 from __future__ import annotations
@@ -23,9 +28,8 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
-
-from smolforge.tales import english
 
 Entry = dict[str, Any]
 """The forms of a word by name, and under `/part` the lists that belong to it."""
@@ -40,39 +44,35 @@ class GrammarError(ValueError):
     """A mistake in a grammar file: the list, the line and what is wrong."""
 
 
+@dataclass(eq=False, slots=True)
 class Words:
     """A list of words that is drawn from without replacement."""
 
-    __slots__ = ("entries", "name", "size")
+    name: str
+    entries: list[Entry]
+    size: int
 
-    def __init__(self, name: str, entries: list[Entry]) -> None:
-        self.name, self.entries, self.size = name, entries, len(entries)
 
-
+@dataclass(eq=False, slots=True)
 class Rule:
     """Alternatives, each a compiled sequence of literal strings and slots."""
 
-    __slots__ = ("alternatives", "bounds", "name", "size", "weights")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.alternatives: list[tuple] = []
-        self.weights: list[int] | None = None
-        self.bounds: list[int] = []
-        self.size = 0
+    name: str
+    alternatives: list[tuple] = field(default_factory=list)
+    weights: list[int] | None = None
+    bounds: list[int] = field(default_factory=list)
+    size: int = 0
 
 
+@dataclass(eq=False, slots=True)
 class Draft:
     """A document being written: its words so far, its bound words, what each list has given, its bits."""
 
-    __slots__ = ("bits", "bound", "out", "random", "taken")
-
-    def __init__(self, random: Callable[[], float]) -> None:
-        self.random = random
-        self.out: list[str] = []
-        self.bound: dict[str, Entry] = {}
-        self.taken: dict[Words | Rule, list[int]] = {}
-        self.bits = 0.0
+    random: Callable[[], float]
+    out: list[str] = field(default_factory=list)
+    bound: dict[str, Entry] = field(default_factory=dict)
+    taken: dict[Words | Rule, list[int]] = field(default_factory=dict)
+    bits: float = 0.0
 
     def pick(self, source: Words | Rule) -> int:
         """An index into `source`, uniform over what it has not given yet in this document."""
@@ -148,8 +148,9 @@ class Grammar:
                     lines[name].append(line)
         for name, kind in kinds.items():
             if kind:
-                self.words[name] = Words(name, english.entries(kind, lines[name]))
-                self._distinct(name, [entry[""] for entry in self.words[name].entries])
+                words = entries(kind, lines[name])
+                self.words[name] = Words(name, words, len(words))
+                self._distinct(name, [entry[""] for entry in words])
             else:
                 self.rules[name] = Rule(name)
         for name in self.words:
@@ -239,3 +240,101 @@ class Grammar:
         draft = Draft(random)
         draft.write(((SUB, self.rules[start]),))
         return draft
+
+
+# Spelled with a vowel but spoken with a consonant, and the other way round.
+_CONSONANT = ("uni", "use", "usu", "one", "once", "eu", "ute")
+_VOWEL = ("hour", "honest", "heir", "honor")
+_PRONOUNS = {
+    "he": {"he": "he", "him": "him", "his": "his", "himself": "himself", "kid": "boy", "grown": "man"},
+    "she": {"he": "she", "him": "her", "his": "her", "himself": "herself", "kid": "girl", "grown": "woman"},
+}
+
+
+def with_article(word: str) -> str:
+    """`an otter`, `a unicorn`, `an hour`."""
+    low = word.lower()
+    vowel = low.startswith(_VOWEL) or (low[0] in "aeiou" and not low.startswith(_CONSONANT))
+    return ("an " if vowel or low.startswith("unin") else "a ") + word
+
+
+def plural(noun: str) -> str:
+    """The regular plural of a noun: of its last word, but `cups of cocoa`."""
+    head, of, tail = noun.partition(" of ")
+    if of:
+        return plural(head) + of + tail
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
+
+
+def third_person(verb: str) -> str:
+    """`he carries`; of the first word of a phrase such as `look after`."""
+    head, space, tail = verb.partition(" ")
+    return {"have": "has", "go": "goes", "do": "does"}.get(head, plural(head)) + space + tail
+
+
+def past(verb: str) -> str:
+    """`carried`, of the first word of a phrase; doubled consonants are left to the lists."""
+    head, space, tail = verb.partition(" ")
+    if re.search(r"[^aeiou]y$", head):
+        head = head[:-1] + "ied"
+    else:
+        head += "d" if head.endswith("e") else "ed"
+    return head + space + tail
+
+
+def gerund(verb: str) -> str:
+    """`carrying`, of the first word of a phrase; doubled consonants are left to the lists."""
+    head, space, tail = verb.partition(" ")
+    if head.endswith("e") and not head.endswith("ee"):
+        head = head[:-1]
+    return head + "ing" + space + tail
+
+
+def entries(kind: str, lines: list[str]) -> list[Entry]:
+    """The forms of each word of a list of this kind.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    if kind not in _FORMS:
+        raise ValueError(f"{kind!r} is not a kind of word list; known: {', '.join(_FORMS)}")
+    if kind in ("phrase", "fact"):
+        words = [[column.strip() for column in line.split("|" if kind == "fact" else "\n")] for line in lines]
+    else:
+        words = [token.replace("_", " ").split(":") for line in lines for token in line.split()]
+    pronouns: dict[str, str] = {}
+    found = []
+    for word, *forms in words:
+        if kind == "name" and word in _PRONOUNS:
+            pronouns = _PRONOUNS[word]
+        else:
+            found.append(_with_capitals({"": word, **_FORMS[kind](word, *forms), **pronouns}))
+    return found
+
+
+def _verb(word: str, before: str = "", ing: str = "") -> Entry:
+    tail = word.partition(" ")[2]
+
+    def whole(form: str) -> str:
+        return f"{form} {tail}" if tail and " " not in form else form
+
+    forms = {"d": whole(before) if before else past(word), "ing": whole(ing) if ing else gerund(word)}
+    return {"s": third_person(word), **forms}
+
+
+_FORMS: dict[str, Callable[..., Entry]] = {
+    "noun": lambda word, many="": {"a": with_article(word), "s": many or plural(word)},
+    "verb": _verb,
+    "adjective": lambda word: {"a": with_article(word)},
+    "name": lambda word: {},
+    "phrase": lambda word: {},
+    "fact": lambda word, meaning, *more: {"is": meaning, **{f"is{i}": text for i, text in enumerate(more, 2)}},
+}
+
+
+def _with_capitals(forms: Entry) -> Entry:
+    # "His" is "his" with a capital; the plain form's capital is "C".
+    big = {(key[0].upper() + key[1:]) if key else "C": text[0].upper() + text[1:] for key, text in forms.items()}
+    return {**forms, **big}

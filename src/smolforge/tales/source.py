@@ -1,27 +1,22 @@
 """`tales` as a source of training data, and written to files of every format that smolforge reads.
 
 As a source, document i is a pure function of i, so nothing is read and nothing stored.
-
-An epoch is its first 2**20 documents, in row groups of 512. The corpus is the same for every `data.seed`, which only
-decides the order, so the losses of runs with different seeds can be compared. Data finds this module by its name in
-`smolforge.data.sources.SOURCES`, and the reader in `smolforge.data.readers.READERS`.
+An epoch is its first 2**20 documents, in row groups of 512.
+The corpus is the same for every `data.seed`, which only decides the order, so the losses of runs with different seeds
+can be compared.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from smolforge import tales
-from smolforge.data.document import Row
-from smolforge.data.readers import Reader, Rows
+from smolforge.data.readers import Reader, Row, Rows
 from smolforge.data.sources import Context, Shard, Source
 from smolforge.errors import DataError
 
@@ -48,16 +43,6 @@ class TalesShard(Shard):
         return {"documents": DOCUMENTS, "hash": hashlib.blake2b(probe.encode(), digest_size=16).hexdigest()}
 
 
-class TalesRows:
-    """Documents from number `first` on, generated when they are asked for."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def take(self, rows: Sequence[int]) -> list[Row]:
-        return [Row(tales.document(self.first + row).text) for row in rows]
-
-
 class TalesReader(Reader):
     """Row groups of 512 documents."""
 
@@ -65,7 +50,7 @@ class TalesReader(Reader):
         return [[GROUP, 0] for _ in range(DOCUMENTS // GROUP)]
 
     def rows(self, group: int, start: int, count: int) -> Rows:
-        return TalesRows(group * GROUP)
+        return lambda number: Row(tales.document(group * GROUP + number).text)
 
 
 def matches(spec: str) -> bool:
@@ -95,44 +80,25 @@ def write(
     Raises:
         ValueError: the kind is unknown.
     """
+    import pyarrow
+    import pyarrow.parquet
+
     path = Path(path)
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is unknown; known: {', '.join(KINDS)}")
     made = (tales.document(i, seed) for i in documents)
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
-        _write_parquet(path, (document.row() for document in made), row_group_size)
+        schema = pyarrow.schema(
+            {name: pyarrow.int64() if name == "token_length" else pyarrow.string() for name in tales.COLUMNS}
+        )
+        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+            while group := [document.row() for document in itertools.islice(made, row_group_size)]:
+                writer.write_table(pyarrow.Table.from_pylist(group, schema=schema), row_group_size=row_group_size)
         return path
-    with _opened(path, kind) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as file:
+    compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}.get(kind)
+    with pyarrow.output_stream(path, compression=compression, buffer_size=1 << 20) as file:
         for document in made:
-            lines = kind != "txt"
-            file.write(json.dumps(document.row(), ensure_ascii=False) + "\n" if lines else document.text + SEPARATOR)
+            line = document.text + SEPARATOR if kind == "txt" else json.dumps(document.row(), ensure_ascii=False) + "\n"
+            file.write(line.encode())
     return path
-
-
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], row_group_size: int) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = pyarrow.schema(
-        {name: pyarrow.int64() if name == "token_length" else pyarrow.string() for name in tales.COLUMNS}
-    )
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while group := list(itertools.islice(rows, row_group_size)):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema), row_group_size=row_group_size)
-
-
-@contextmanager
-def _opened(path: Path, kind: str) -> Iterator[BinaryIO]:
-    # No name and no time goes into the gzip header: the same documents give the same bytes.
-    with path.open("wb") as file:
-        if kind == "jsonl.gz":
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-                yield packed  # type: ignore[misc]
-        elif kind == "jsonl.zst":
-            import zstandard
-
-            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
-                yield packed  # type: ignore[misc]
-        else:
-            yield file

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
-from smolforge.data.document import Row
 from smolforge.data.sources import Context, Shard
 
 READERS = {
@@ -24,12 +23,15 @@ READERS = {
 }
 
 
-class Rows(Protocol):
-    """Rows of one row group, readable at random."""
+class Row(NamedTuple):
+    """One row of a shard. `ends` is False where its document continues in the next row."""
 
-    def take(self, rows: Sequence[int]) -> list[Row]:
-        """The rows with these numbers in the row group, in the order asked."""
-        ...
+    text: str
+    ends: bool = True
+
+
+Rows = Callable[[int], Row]
+"""Gives a row by its number in the row group."""
 
 
 class Reader(ABC):

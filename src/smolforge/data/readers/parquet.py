@@ -9,12 +9,11 @@ counted while it is unpacked.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from smolforge.data.cache import LRUCache
-from smolforge.data.document import Row
-from smolforge.data.readers import Reader, Rows
+from smolforge.data.readers import Reader, Row, Rows
 from smolforge.data.sources import Context, Shard
 from smolforge.errors import DataError, SmolforgeError
 
@@ -30,8 +29,8 @@ MAX_HELD_CHUNK = 64 << 20  # larger column chunks are streamed
 STREAM = 4 << 20
 MAX_UNPACKED = 512 << 20  # text of one slice, after decompression
 BATCH_ROWS = 64
-FOOTERS = LRUCache[Any](64 << 20)  # parsed footers, shared: a corpus of a thousand shards must not hold them all
-GROUPS = LRUCache[Any](128 << 20)  # decoded row groups that several lanes take slices of
+FOOTERS = LRUCache(64 << 20)  # parsed footers, shared: a corpus of a thousand shards must not hold them all
+GROUPS = LRUCache(128 << 20)  # decoded row groups that several lanes take slices of
 SHARED_GROUP = 32 << 20
 
 
@@ -41,8 +40,6 @@ class ParquetReader(Reader):
     def __init__(self, shard: Shard, context: Context) -> None:
         super().__init__(shard, context)
         self._key = object()  # of this reader in the shared stores
-
-    # -- index
 
     def scan(self) -> list[list[int]]:
         """[rows, bytes unpacked, first byte, bytes packed] of the text column in each row group."""
@@ -55,14 +52,14 @@ class ParquetReader(Reader):
             self._damaged(f"its footer makes no sense: {error}")
         if len(chunks) != meta.num_row_groups:
             self._damaged("its footer contradicts itself")
-        for g, chunk in enumerate(chunks):
-            if chunk.rows < 0 or chunk.unpacked < 0:
-                self._damaged(f"row group {g} claims {chunk.rows} rows and {chunk.unpacked} bytes")
-            end = chunk.start + chunk.length
-            if chunk.rows and (chunk.start < 4 or chunk.length <= 0 or end > self.shard.size - 8):
-                self._damaged(f"row group {g} claims bytes {chunk.start:,} to {end:,} of {self.shard.size:,}")
-        if sum(chunk.rows for chunk in chunks) > MAX_ROWS:
-            self._damaged(f"it claims {sum(chunk.rows for chunk in chunks):,} rows")
+        for g, (rows, unpacked, start, length) in enumerate(chunks):
+            if rows < 0 or unpacked < 0:
+                self._damaged(f"row group {g} claims {rows} rows and {unpacked} bytes")
+            end = start + length
+            if rows and (start < 4 or length <= 0 or end > self.shard.size - 8):
+                self._damaged(f"row group {g} claims bytes {start:,} to {end:,} of {self.shard.size:,}")
+        if (total := sum(chunk.rows for chunk in chunks)) > MAX_ROWS:
+            self._damaged(f"it claims {total:,} rows")
         return [list(chunk) for chunk in chunks]
 
     def _tail(self) -> bytes:
@@ -114,15 +111,24 @@ class ParquetReader(Reader):
         names = ", ".join(map(repr, schema.names[:50]))
         raise DataError(problem, field="data.text_column", hint=f"It has: {names}.")
 
-    # -- rows
-
     def rows(self, group: int, start: int, count: int) -> Rows:
         rows, size, *_ = self.groups[group]
         if count < rows and size <= SHARED_GROUP:
-            whole = GROUPS.get((self._key, group), lambda: self._decode(group, 0, rows), lambda array: array.nbytes)
+            start = 0
+            column = GROUPS.get((self._key, group), lambda: self._decode(group, 0, rows), lambda array: array.nbytes)
             self.context.read_ahead.drop((self._key, group))
-            return _Column(self, group, whole, 0)
-        return _Column(self, group, self._decode(group, start, count), start)
+        else:
+            column = self._decode(group, start, count)
+
+        def row(number: int) -> Row:
+            try:
+                return Row(column[number - start].as_py() or "")
+            except UnicodeDecodeError as error:
+                place = f"{self.shard.name}, row group {group}, row {number}"
+                problem = f"{place} is not UTF-8: {error.reason} at byte {error.start:,}"
+                raise DataError(problem, field="data.sources") from None
+
+        return row
 
     def _decode(self, group: int, start: int, count: int) -> pa.ChunkedArray:
         try:
@@ -139,7 +145,10 @@ class ParquetReader(Reader):
         if group >= meta.num_row_groups:
             self._damaged(f"it has no row group {group}, which was indexed")
         _, _, at, length = self.groups[group]
-        held = self._fetched(group, at, length) if length <= MAX_HELD_CHUNK else b""
+        held = b""
+        if length <= MAX_HELD_CHUNK:
+            held = self.context.read_ahead.take((self._key, group)) or b""
+            held = held if len(held) == length else self.shard.read(at, length)
         file = RangedFile(self.shard, at, held)
         return self._trusting(lambda: self._unpack(file, meta, group, start, count))
 
@@ -149,13 +158,11 @@ class ParquetReader(Reader):
 
         streamed = 0 if file.held else STREAM
         reader = pq.ParquetFile(pa.PythonFile(file, mode="r"), metadata=meta, buffer_size=streamed, pre_buffer=False)
-        batches, seen, size = [], 0, 0
-        for batch in reader.iter_batches(
-            BATCH_ROWS, row_groups=[group], columns=[self.context.column], use_threads=False
-        ):
+        batches, seen, size, name = [], 0, 0, self.context.column
+        for batch in reader.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
             a, b = max(start - seen, 0), min(start + count - seen, len(batch))
             if a < b:
-                array = batch.column(self.context.column).slice(a, b - a)
+                array = batch.column(name).slice(a, b - a)
                 size += array.nbytes
                 if size > MAX_UNPACKED:
                     rows = f"rows {start:,} to {start + count:,} of row group {group}"
@@ -168,23 +175,14 @@ class ParquetReader(Reader):
             self._damaged(f"row group {group} ends after {seen:,} of {self.groups[group][0]:,} rows")
         return pa.chunked_array([pa.concat_arrays(batches)] if size < STREAM else batches)
 
-    # -- fetching
-
     def read_ahead(self, group: int) -> None:
-        """Start to fetch the row group's chunk, where the bound on read-ahead leaves room."""
         _, _, at, length = self.groups[group]
         if self.shard.remote and length <= MAX_HELD_CHUNK and (self._key, group) not in GROUPS:
             self.context.read_ahead.start((self._key, group), length, lambda: self.shard.read(at, length))
 
-    def _fetched(self, group: int, at: int, length: int) -> bytes:
-        held = self.context.read_ahead.take((self._key, group))
-        return held if held is not None and len(held) == length else self.shard.read(at, length)
-
     def close(self) -> None:
         FOOTERS.drop(self._key)
         GROUPS.drop(self._key)
-
-    # -- errors
 
     def _damaged(self, problem: str) -> NoReturn:
         message = f"{self.shard.name} is damaged: {problem}"
@@ -227,13 +225,10 @@ class RangedFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self.shard.size - self._at, 0)
         size = left if size is None or size < 0 else min(size, left)
-        begin = self._at - self._start
+        begin, self._at = self._at - self._start, self._at + size
         if begin >= 0 and begin + size <= len(self.held):
-            data = self.held[begin : begin + size]
-        else:
-            data = self.shard.read(self._at, size) if size else b""
-        self._at += size
-        return data
+            return self.held[begin : begin + size]
+        return self.shard.read(self._at - size, size) if size else b""
 
 
 def _leaves(kind: Any) -> int:
@@ -241,26 +236,6 @@ def _leaves(kind: Any) -> int:
     return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
-class _Column:
-    """Rows of a row group as an Arrow column whose first is row `first`."""
-
-    def __init__(self, reader: ParquetReader, group: int, column: pa.ChunkedArray, first: int) -> None:
-        self.reader, self.group, self.column, self.first = reader, group, column, first
-
-    def take(self, rows: Sequence[int]) -> list[Row]:
-        return [Row(self._text(row)) for row in rows]
-
-    def _text(self, row: int) -> str:
-        try:
-            return self.column[row - self.first].as_py() or ""
-        except UnicodeDecodeError as error:
-            place = f"{self.reader.shard.name}, row group {self.group}, row {row}"
-            problem = f"{place} is not UTF-8: {error.reason} at byte {error.start:,}"
-            raise DataError(problem, field="data.sources") from None
-
-
-# -- the footer
-#
 # pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent (a C++ exception leaves a
 # function that declares none), so the places of the text column's chunks are read here. A footer is a Thrift structure
 # in the compact protocol (thrift.apache.org, thrift-compact-protocol.md), its fields numbered in parquet-format's
@@ -327,25 +302,23 @@ class CompactDecoder:
         found, number = {}, 0
         while kind := (header := self._byte()) & 15:
             number = number + (header >> 4) if header >> 4 else self.value(I32)
-            if kind not in (TRUE, FALSE):  # a boolean field has its value in its type
-                value = self.value(kind, want.get(number), depth)
-                if number in want:
-                    found[number] = value
+            # A boolean field has its value in its type.
+            value = None if kind in (TRUE, FALSE) else self.value(kind, want.get(number), depth)
+            if number in want:
+                found[number] = value
         return found
 
     def _list(self, want: Any, depth: int) -> Any:
         header = self._byte()
         size, kind = self._count(header >> 4 if header >> 4 < 15 else self._varint()), header & 15
-        kept, one = [], None
+        only, each = want if isinstance(want, tuple) else (None, want)
+        kept = []
         for i in range(size):
-            if isinstance(want, tuple):
-                value = self.value(kind, want[1] if i == want[0] else None, depth)
-                one = value if i == want[0] else one
-            else:
-                value = self.value(kind, want, depth)
-                if want is not None:
-                    kept.append(value)
-        return (size, one) if isinstance(want, tuple) else kept
+            wanted = each if only is None or i == only else None
+            value = self.value(kind, wanted, depth)
+            if wanted is not None:
+                kept.append(value)
+        return kept if only is None else (size, *kept)
 
     def _byte(self) -> int:
         if self.at >= len(self.data):
@@ -374,10 +347,7 @@ class CompactDecoder:
 
 
 def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[Chunk]:
-    """The chunks of column `leaf` of `leaves` in all row groups.
-
-    Args:
-        footer: the serialized FileMetaData, without its length and the magic bytes.
+    """The chunks of column `leaf` of `leaves` in all row groups; `footer` is the serialized FileMetaData alone.
 
     Raises:
         BadFooter: it is damaged.
@@ -385,14 +355,15 @@ def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[Chunk]:
     chunks = []
     try:
         for group in CompactDecoder(footer).value(STRUCT, {4: {1: (leaf, CHUNK_FIELDS), 3: {}}})[4]:
-            count, chunk = group[1]
+            count, *found = group[1]
             if count != leaves:
                 raise BadFooter(f"a row group has {count} columns, the schema {leaves}")
-            data, dictionary = chunk[3][9], chunk[3].get(11, 0)
+            meta = found[0][3]
+            data, dictionary = meta[9], meta.get(11, 0)
             start = dictionary if 0 < dictionary < data else data
-            chunks.append(Chunk(group[3], chunk[3][6], start, chunk[3][7]))
+            chunks.append(Chunk(group[3], meta[6], start, meta[7]))
             if not all(isinstance(number, int) for number in chunks[-1]):
                 raise TypeError(str(chunks[-1]))
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
         raise BadFooter(str(error) if isinstance(error, BadFooter) else f"a field is wrong: {error!r}") from None
     return chunks

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from smolforge.data.cache import decompress
-from smolforge.data.document import Row
-from smolforge.data.readers import Reader, Rows
-from smolforge.data.sources import compression_of
+from smolforge.data.readers import Reader, Row, Rows
+from smolforge.data.sources import COMPRESSIONS, Context, Shard
+from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError, SourceChanged
 from smolforge.formatting import replace_lone_surrogates
 
@@ -67,38 +67,28 @@ class TextReader(Reader):
 
     def use(self, groups: list[list[int]]) -> None:
         super().use(groups)
-        self._starts = [0]
-        for _, size in groups:
-            self._starts.append(self._starts[-1] + size)
+        self._starts = list(accumulate((size for _, size in groups), initial=0))
 
     def rows(self, group: int, start: int, count: int) -> Rows:
         raws = self.split(self._read(self._starts[group], self.groups[group][1]))
         if len(raws) != self.groups[group][0]:
             raise DataError(f"{self.shard.name} is not the file that was indexed: row group {group} differs")
-        return _TextRows(self, group, raws)
+        last = len(raws) - 1 if group == len(self.groups) - 1 else -1
+        return lambda number: self.row(group, number, raws[number], last=number == last)
 
     def _read(self, start: int, size: int) -> bytes:
         try:
-            try:
-                file = self._plain().open("rb")
-            except FileNotFoundError:  # another process trimmed the cache; decompress or fetch it again
-                file = self._plain().open("rb")
-            with file:
-                file.seek(start)
-                data = file.read(size)
-        except OSError as error:
-            raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
+            data = read_file(self._plain(), start, size)
+        except DataError:  # another process may have trimmed the cache; decompress or fetch it again
+            data = read_file(self._plain(), start, size)
         if len(data) != size:
             raise SourceChanged(f"{self.shard.name} ends at byte {start + len(data):,}, inside an indexed row group")
         return data
 
     def _plain(self) -> Path:
-        """The local file without compression.
-
-        Raises:
-            DataError: the file is damaged or cut short, or decompresses to more than the cache may hold.
-        """
-        shard, compression = self.shard, compression_of(self.shard.name)
+        """The local file without compression."""
+        shard = self.shard
+        compression = COMPRESSIONS.get(Path(shard.name.lower()).suffix)
         if compression is None:
             return shard.whole()
 
@@ -106,21 +96,11 @@ class TextReader(Reader):
             try:
                 yield from decompress(shard.whole(), compression)
             except EOFError as error:
-                raise DataError(
-                    f"{shard.name} is damaged: {error}", field="data.sources", hint="Fetch or write the file again."
-                ) from None
+                hint = "Fetch or write the file again."
+                raise DataError(f"{shard.name} is damaged: {error}", field="data.sources", hint=hint) from None
 
         key = f"plain {shard.name} {shard.size} {sorted(shard.identity().items())}"
         return self.context.cache.file(key, blocks(), what=f"{shard.name} (decompressed)")
-
-
-class _TextRows:
-    def __init__(self, reader: TextReader, group: int, raws: list[bytes]) -> None:
-        self.reader, self.group, self.raws = reader, group, raws
-        self.last = len(raws) - 1 if group == len(reader.groups) - 1 else -1
-
-    def take(self, rows: Sequence[int]) -> list[Row]:
-        return [self.reader.row(self.group, row, self.raws[row], last=row == self.last) for row in rows]
 
 
 class JsonLinesReader(TextReader):
@@ -162,20 +142,12 @@ class JsonLinesReader(TextReader):
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is not valid JSON: {error}", field="data.sources") from None
         if not isinstance(value, dict):
-            raise DataError(
-                f"{place} is not a JSON object but {type(value).__name__}",
-                field="data.sources",
-                hint=f'Each line must look like {{"{column}": "..."}}.',
-            )
+            kind, hint = type(value).__name__, f'Each line must look like {{"{column}": "..."}}.'
+            raise DataError(f"{place} is not a JSON object but {kind}", field="data.sources", hint=hint)
         if column not in value:
-            raise DataError(
-                f"{place} has no column {column!r}",
-                field="data.text_column",
-                hint=f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}.",
-            )
-        text = value[column]
-        if text is None:
-            return ""
+            hint = f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}."
+            raise DataError(f"{place} has no column {column!r}", field="data.text_column", hint=hint)
+        text = value[column] if value[column] is not None else ""
         if not isinstance(text, str):
             raise DataError(f"{place}: column {column!r} is not text but {type(text).__name__}")
         return replace_lone_surrogates(text)
@@ -184,10 +156,9 @@ class JsonLinesReader(TextReader):
 class PlainTextReader(TextReader):
     """Text split at the separator of the configuration."""
 
-    @property
-    def separator(self) -> bytes:
-        """UTF-8 of `data.separator`; empty where documents are whole files."""
-        return (self.context.separator or "").encode()
+    def __init__(self, shard: Shard, context: Context) -> None:
+        super().__init__(shard, context)
+        self.separator = (context.separator or "").encode()
 
     def raw_rows(self, path: Path) -> Iterator[tuple[bytes, int]]:
         return ((raw, 1) for raw in pieces_of_file(path, self.separator))
@@ -254,8 +225,7 @@ def first_piece(data: bytes, at: int, separator: bytes) -> int:
     if len(data) - at <= PIECE:
         return len(data) - at
     for mark in (b"\n", b" "):
-        found = data.rfind(mark, at + PIECE // 2, at + PIECE)
-        if found >= 0:
+        if (found := data.rfind(mark, at + PIECE // 2, at + PIECE)) >= 0:
             return found + 1 - at
     end = at + PIECE
     while end > at + PIECE - 4 and data[end] & 0xC0 == 0x80:  # never inside a character

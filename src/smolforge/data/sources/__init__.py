@@ -4,8 +4,9 @@
     url.py     files behind http(s)://, and behind s3://, gs://, az:// and any other protocol of fsspec
     hub.py     datasets of the Hugging Face Hub
 
-A source is a module with `matches` and `resolve`, found in `SOURCES` by name and imported when it is asked. Adding one
-is a file and a line. The embedded corpus is `smolforge.tales.source`.
+A source is a module in `SOURCES` with two functions: `matches(spec)`, whether SRC belongs to it, and `resolve(spec,
+context, recorded)`, as `resolve_source`. Adding one is a file and a line. The embedded corpus is
+`smolforge.tales.source`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from smolforge.data.cache import Cache, ReadAhead
 from smolforge.data.fetch import Network
+from smolforge.errors import DataError
 
 ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
-"""The format of a file by the ending of its name."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-"""What may follow the ending of a text format, as fsspec infers it."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # may follow the ending of a text format
 KNOWN_ENDINGS = ".parquet, .jsonl and .txt; the last two also with .gz, .zst, .bz2 or .xz"
 
 
@@ -35,9 +35,21 @@ def format_of(name: str) -> str | None:
     return None if found == "parquet" and stem != lower else found
 
 
-def compression_of(name: str) -> str | None:
-    """The compression that the ending of a file's name tells, or None."""
-    return COMPRESSIONS.get(Path(name.lower()).suffix)
+def check_ending(name: str, named: str) -> str:
+    """The format that the ending of `name` tells.
+
+    Raises:
+        DataError: it tells none; `named` is what the user wrote.
+    """
+    format = format_of(name)
+    if format is None:
+        raise DataError(f"{named} has an unknown ending", field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
+    return format
+
+
+def nothing_there(problem: str) -> DataError:
+    """The error for a source without files."""
+    return DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
 
 
 @dataclass
@@ -129,18 +141,6 @@ class Source:
     entropy_bits_per_byte: Callable[[], float] | None = None
 
 
-class SourceModule(Protocol):
-    """What a module in `SOURCES` defines."""
-
-    def matches(self, spec: str) -> bool:
-        """Whether SRC belongs to this source."""
-        ...
-
-    def resolve(self, spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
-        """The shards that SRC names; `recorded` is its entry in an earlier index."""
-        ...
-
-
 # The first module that matches a SRC resolves it; `local` matches everything.
 SOURCES = {
     "tales": "smolforge.tales.source",
@@ -162,7 +162,7 @@ def resolve_source(spec: str, context: Context, recorded: dict[str, Any] | None 
         SourceUnavailable: the network did not answer.
     """
     for name in SOURCES.values():
-        module: SourceModule = importlib.import_module(name)  # type: ignore[assignment]
+        module = importlib.import_module(name)
         if module.matches(spec):
             return module.resolve(spec, context, recorded)
     raise AssertionError("local matches everything")

@@ -12,11 +12,13 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from glob import has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from smolforge.data.fetch import HttpFile, Trouble, may_pass, retry_after
-from smolforge.data.sources import KNOWN_ENDINGS, Context, Source, format_of
+from smolforge.data.sources import Context, Source, check_ending, format_of, nothing_there
 from smolforge.data.sources.local import read_file
 from smolforge.data.sources.url import RemoteShard
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
@@ -55,13 +57,7 @@ def matches(spec: str) -> bool:
 
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
-    """The dataset's files at a commit.
-
-    Raises:
-        DataError: there is no such dataset, revision, configuration or file, or offline and not on this machine.
-        SourceChanged: the commit of the index is gone.
-        SourceUnavailable: the network did not answer.
-    """
+    """The dataset's files at a commit."""
     long, short = _LONG.match(spec), _SHORT.match(spec)
     match = long or short
     if not match:
@@ -76,7 +72,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         revision = str(info.sha)
         files = dataset.of_config(info, revision, config) if path is None else dataset.of_path(revision, path)
     if not files:
-        raise DataError(f"{spec} matches no file of a known format", hint=f"Known endings: {KNOWN_ENDINGS}.")
+        raise nothing_there(f"{spec} matches no file of a known format")
     return Source(spec, "hub", [dataset.shard(revision, *file) for file in sorted(files)], revision)
 
 
@@ -95,16 +91,15 @@ class _Dataset:
 
     def of_path(self, revision: str, path: str) -> list[File]:
         """The file, the folder's files, or the files that match a pattern."""
-        if any(mark in path for mark in "*?["):
+        if has_magic(path):
             return self._matching(revision, [path])
         if path:
             found = self._ask(
                 lambda: self.api.get_paths_info(self.repo, [path], revision=revision, repo_type="dataset"), revision
             )
             files = [_described(entry) for entry in found if hasattr(entry, "size")]
-            if files and format_of(path) is None:
-                raise DataError(f"{self.spec} has an unknown ending", hint=f"Known endings: {KNOWN_ENDINGS}.")
             if files:
+                check_ending(path, self.spec)
                 return files
             if not found:
                 raise DataError(f"{self.repo} has no {path!r} at {revision[:12]}", field="data.sources")
@@ -149,17 +144,16 @@ class _Dataset:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            root = Path(
-                snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_files_only=True)
-            )
+            folder = snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_files_only=True)
         except LocalEntryNotFoundError:
             raise DataError(
                 f"{self.repo} at {self.revision or 'main'} is not on this machine, and the network must not be used",
                 field="data.sources",
                 hint=f"Fetch it with `hf download {self.repo} --repo-type dataset`, or go online.",
             ) from None
-        names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
-        found = [(name, (root / name).stat().st_size, (root / name).resolve().name) for name in names]
+        root = Path(folder)
+        paths = [path for path in root.rglob("*") if path.is_file()]
+        found = [(p.relative_to(root).as_posix(), p.stat().st_size, p.resolve().name) for p in paths]
         if path is not None:
             wanted = select(found, [path] if path else ["**"]) or select(found, [f"{path}/**"])
         else:
@@ -175,27 +169,24 @@ class _Dataset:
 
     def _matching(self, revision: str, patterns: list[str]) -> list[File]:
         """The files that match a pattern, listed from the last folder that has no wildcard before it."""
-        files: dict[str, File] = {}
-        for folder in {re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] for pattern in patterns}:
-            files |= {file[0]: file for file in self._list(revision, folder)}
-        return select(list(files.values()), patterns)
+        folders = {re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] for pattern in patterns}
+        return select(sorted({file for folder in folders for file in self._list(revision, folder)}), patterns)
 
     def _list(self, revision: str, folder: str) -> list[File]:
         """All files below a folder; none where there is no such folder."""
         from huggingface_hub.errors import EntryNotFoundError
 
         def listing() -> list[File]:
-            files = []
+            tree = self.api.list_repo_tree(
+                self.repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
+            )
             try:
-                for entry in self.api.list_repo_tree(
-                    self.repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
-                ):
-                    if hasattr(entry, "size"):
-                        files.append(_described(entry))
-                    if len(files) > MAX_FILES:
-                        raise DataError(f"{self.repo} lists over {MAX_FILES:,} files", hint="Name a folder of it.")
+                entries = (entry for entry in tree if hasattr(entry, "size"))
+                files = [_described(entry) for entry in islice(entries, MAX_FILES + 1)]
             except EntryNotFoundError:
                 return []
+            if len(files) > MAX_FILES:
+                raise DataError(f"{self.repo} lists over {MAX_FILES:,} files", hint="Name a folder of it.")
             return files
 
         return self._ask(listing, revision)
@@ -299,12 +290,10 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
     def translate(match: re.Match[str]) -> str:
         token = match[0]
-        if token in known:
-            return known[token]
-        if len(token) > 1:
-            chosen = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
-            return f"[{'^' + chosen[1:] if chosen[0] in '!^' else chosen}]"
-        return re.escape(token)
+        if len(token) < 3 or token in known:
+            return known.get(token) or re.escape(token)
+        chosen = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+        return f"[{'^' + chosen[1:] if chosen[0] in '!^' else chosen}]"
 
     try:
         return re.compile(_GLOB.sub(translate, pattern) + r"\Z")

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.sources import KNOWN_ENDINGS, Context, Shard, Source, format_of
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, nothing_there
 from smolforge.errors import DataError, SourceChanged
 
 logger = logging.getLogger(__name__)
@@ -93,18 +93,13 @@ def matches(spec: str) -> bool:
 
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
-    """The files that a path or glob names.
-
-    Raises:
-        DataError: there are none, one cannot be read, is empty, or has an unknown ending.
-    """
+    """The files that a path or glob names."""
     path = Path(spec).expanduser()
+    problem = f"folder {spec} holds no text"
     if path.is_dir():
         named, root = _walk(path), path
-        problem = f"folder {spec} holds no text"
     elif path.exists():
         named, root = [path], path.parent
-        problem = ""
     elif glob.has_magic(spec):
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (a pattern with its own root)
         named = sorted(p for p in found if p.is_file())
@@ -113,16 +108,13 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     else:
         raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=_hint(spec))
     if not named:
-        raise DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
+        raise nothing_there(problem)
     filled = [file for file in named if file.stat().st_size]
     if filled and len(filled) < len(named):
         logger.warning("%s: %d empty files are passed over", spec, len(named) - len(filled))
     shards: list[Shard] = []
     for file in sorted(filled or named, key=lambda p: p.relative_to(root).as_posix()):
-        format = format_of(file.name)
-        if format is None:
-            hint = f"Known endings: {KNOWN_ENDINGS}."
-            raise DataError(f"{file} has an unknown ending", field="data.sources", hint=hint)
+        format = check_ending(file.name, str(file))
         # A file's name need not be UTF-8, but the index is.
         name = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
         shards.append(LocalShard(file, name, format))

@@ -10,12 +10,14 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from smolforge.data.fetch import HttpFile, Network, NoRanges, RemoteFile, Trouble, may_pass
-from smolforge.data.sources import KNOWN_ENDINGS, Context, Shard, Source, format_of
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, nothing_there
+from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError
 
 T = TypeVar("T")
@@ -56,9 +58,7 @@ class RemoteShard(Shard):
                 with self._lock:
                     self._kept.add(key)
                 return data
-        with self.whole().open("rb") as plain:
-            plain.seek(start)
-            return plain.read(length)
+        return read_file(self.whole(), start, length)
 
     def whole(self) -> Path:
         cache, key = self._context.cache, f"{self._key} whole"
@@ -112,12 +112,7 @@ def matches(spec: str) -> bool:
 
 
 def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Source:
-    """The files behind the URL.
-
-    Raises:
-        DataError: an ending is unknown, nothing is there, or offline and not known from an index.
-        SourceUnavailable: the network did not answer.
-    """
+    """The files behind the URL."""
     if context.offline and recorded is None:
         raise DataError(f"cannot look at {spec}: the network must not be used", field="data.sources")
     if spec.lower().startswith(("http://", "https://")):
@@ -132,13 +127,12 @@ def _http_shard(spec: str, context: Context, recorded: dict[str, Any] | None) ->
         name = unquote(urlsplit(spec).path).rpartition("/")[2]
     except ValueError as error:
         raise DataError(f"{spec} is not a valid URL: {error}", field="data.sources") from None
-    _check_ending(name, spec)
+    check_ending(name, spec)
     file = HttpFile(context.network, spec, name)
     if context.offline and recorded:
         file.size, file.etag = recorded["size"], recorded["identity"].get("etag")
         return RemoteShard(file, name, recorded["identity"], context)
-    identity = file.look()
-    return RemoteShard(file, name, identity, context)
+    return RemoteShard(file, name, file.look(), context)
 
 
 def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) -> list[RemoteShard]:
@@ -149,16 +143,16 @@ def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) 
 
     def find() -> list[str]:
         filesystem.invalidate_cache()
-        if any(mark in path for mark in "*?["):
+        if has_magic(path):
             return [found for found in filesystem.glob(path) if format_of(found)]
         if filesystem.isdir(path):
             return [found for found in filesystem.find(path) if format_of(found)]
-        _check_ending(path, spec)
+        check_ending(path, spec)
         return [path]
 
     paths = sorted(ask(context.network, host_of(filesystem), spec, find))
     if not paths:
-        raise DataError(f"{spec} matches no file of a known format", hint=f"Known endings: {KNOWN_ENDINGS}.")
+        raise nothing_there(f"{spec} matches no file of a known format")
     files = [FsspecFile(context.network, filesystem, found) for found in paths]
     return [RemoteShard(file, file.path, file.look(), context) for file in files]
 
@@ -220,8 +214,3 @@ def troubles(host: str, what: str) -> Any:
         if isinstance(error, OSError) or re.search("Timeout|Connect|Incomplete|Throttl", name):
             raise Trouble(f"a broken connection ({name}: {str(error)[:100]})") from None
         raise DataError(f"cannot read {what}: {name}: {error}", field="data.sources") from None
-
-
-def _check_ending(name: str, spec: str) -> None:
-    if format_of(name) is None:
-        raise DataError(f"{spec} has an unknown ending", field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
