@@ -15,11 +15,11 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 # Longer than any save or evaluation, shorter than a scheduler waits for a dead rank.
 TIMEOUT = timedelta(minutes=20)
@@ -50,9 +50,6 @@ class DistributedContext:
         """The largest of all ranks' integers."""
         if self.world_size == 1:
             return value
-        import torch
-        import torch.distributed as dist
-
         box = torch.tensor(value, dtype=torch.int64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
         return int(box)
@@ -61,8 +58,6 @@ class DistributedContext:
         """The values of all ranks in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
@@ -71,8 +66,6 @@ class DistributedContext:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
-        import torch.distributed as dist
-
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
@@ -85,9 +78,6 @@ class DistributedContext:
         """Sum each tensor over the ranks in place, in flat buckets of equal precision."""
         if self.world_size == 1:
             return
-        import torch
-        import torch.distributed as dist
-
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat)
@@ -97,8 +87,6 @@ class DistributedContext:
     def close(self) -> None:
         """Leave the process group."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
 
 
@@ -106,8 +94,6 @@ def init_distributed(device: torch.device) -> DistributedContext:
     """Join the other ranks that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return DistributedContext()
-    import torch.distributed as dist
-
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)

@@ -14,7 +14,7 @@ from smolforge.errors import BadInput
 from smolforge.model import attention
 from smolforge.model.architecture import build_model
 from smolforge.training import optim, plan
-from smolforge.training.optim import stochastic_adamw
+from smolforge.training.optim import adamw
 from smolforge.training.plan import choose_precision, make_plan, memory_of
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_the_update_of_bf16_weights_is_said(monkeypatch, missing) -> None:
     )
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     optimizer = optim.build_optimizer(model, configured(precision="bf16-pure").optimizer, update=chosen.update)
-    assert optimizer._update is (stochastic_adamw.update_in_pieces if missing else stochastic_adamw.native_update)
+    assert optimizer._update is (adamw.update_in_pieces if missing else adamw.native_update)
     assert not any(reason.startswith("update") for reason in make_plan(configured(), CPU, 1).reasons)
 
 

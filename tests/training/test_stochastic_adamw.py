@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import steps_of, undo_after, weights_of
 
 from smolforge import kernels
-from smolforge.training.optim.stochastic_adamw import StochasticAdamW, random_bits, round_stochastically
+from smolforge.training.optim.adamw import StochasticAdamW, random_bits, round_stochastically
 
 
 def test_rounding_is_unbiased_and_only_to_neighbours() -> None:

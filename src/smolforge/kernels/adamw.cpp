@@ -1,4 +1,4 @@
-// AdamW on bfloat16 in one pass over the memory (the formula is `_update` in stochastic_adamw.py), rounded with random bits that
+// AdamW on bfloat16 in one pass over the memory (the formula is `update_at_once` in adamw.py), rounded with random bits that
 // are a hash of the element's position.
 
 #include <cmath>

@@ -11,9 +11,8 @@ the constructors of model and optimizer; nothing is changed afterwards.
 In the order to read them:
 
     train.py           open, step, save, evaluate, finish; `train_step` is the step itself
-    setup.py           from a request to configuration, data, tokenizer, model and optimizer
+    setup.py           from a request to configuration, data, tokenizer, model and optimizer; threads, compiling
     plan.py            device, precision, batch, memory and kernels, each with its reason
-    apply_plan.py      threads, freed memory, torch.compile and its fallback
     optim/             optimizers, parameter groups, learning-rate schedules
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
     metrics.py         metrics of steps, validations, samples, progress bar

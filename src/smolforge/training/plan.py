@@ -129,8 +129,12 @@ def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
         return config
     wanted = GPU_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
     sequences = max(1, wanted // config.data.sequence_length)
-    training = config.training.model_copy(update={"tokens_per_step": sequences * config.data.sequence_length})
-    return config.model_copy(update={"training": training})
+    return with_training(config, tokens_per_step=sequences * config.data.sequence_length)
+
+
+def with_training(config: RunConfig, **changes: Any) -> RunConfig:
+    """`config` with changes to its section `training`."""
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
 def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "profile"
 STEPS = 3  # in the trace; each takes some megabytes
 WAIT = 4  # steps before, in a run that is long enough
 
@@ -31,7 +30,7 @@ class Profiler:
     """
 
     def __init__(self, folder: Path, remaining: int, device: torch.device) -> None:
-        self.folder = folder / FOLDER
+        self.folder = folder / "profile"
         active = max(1, min(STEPS, remaining - 1))
         warmup = 1 if remaining > active else 0
         wait = max(0, min(WAIT, remaining - active - warmup))

@@ -1,4 +1,4 @@
-"""From a request to everything that the steps of a run need: configuration, data, tokenizer, model, optimizer.
+"""From a request to all that the steps of a run need: configuration, data, tokenizer, model, optimizer, process.
 
 An existing run is continued: its saved configuration is the base, and the request may change how it continues (length,
 learning rate, logging), but not what it is (model, tokenizer, data, global batch).
@@ -6,16 +6,19 @@ learning rate, logging), but not what it is (model, tokenizer, data, global batc
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,13 @@ from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.apply_plan import apply_plan
 from smolforge.training.optim import build_optimizer, check_optimizer
-from smolforge.training.plan import Plan, make_plan
+from smolforge.training.plan import Plan, make_plan, with_training
 from smolforge.training.shutdown import StopRequested
 
 logger = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 # What a run is. Changing one of these makes another run, whose checkpoints do not fit.
 IDENTITY = (
     "model", "tokenizer", "init", "training.tokens_per_step", "training.seed",
@@ -104,10 +107,7 @@ def choose_run(request: TrainRequest) -> Run:
     path = Path(request.base or "pocket")
     if path.name == "config.yaml" and Run(path.parent).exists:
         # Repeating a run makes another run, next to the first.
-        number = 2
-        while (path.parent.parent / f"{path.parent.name}-{number}").exists():
-            number += 1
-        return Run(path.parent.parent / f"{path.parent.name}-{number}")
+        return Run(_first_free(path.parent.parent / f"{path.parent.name}-", 2))
     return Run(Path("runs") / path.stem)
 
 
@@ -116,11 +116,14 @@ def move_aside(run: Run) -> None:
     if not run.path.exists():
         return
     run.check_place()
-    number = 1
-    while (target := run.path.with_name(f"{run.path.name}.before-{number}")).exists():
-        number += 1
+    target = _first_free(run.path.with_name(f"{run.path.name}.before-"), 1)
     run.path.rename(target)
     logger.info(f"the existing run is now in {target}")
+
+
+def _first_free(path: Path, start: int) -> Path:
+    """The first of PATHstart, PATHstart+1, ... that does not exist."""
+    return next(found for n in count(start) if not (found := path.with_name(f"{path.name}{n}")).exists())
 
 
 # The configuration
@@ -139,13 +142,11 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
         new = build_config(request.base or "pocket", list(request.overrides), **request.layers)
-        return new if request.more_steps is None else _with_steps(new, request.more_steps)
+        return new if request.more_steps is None else with_training(new, steps=request.more_steps, tokens=None)
     saved = build_config(str(run.config_path))
-    if (
-        request.base is not None
-        and _preset_name(request.base) != saved.preset
-        and Path(request.base) != run.config_path
-    ):
+    base = request.base or ""
+    name = Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
+    if base and name != saved.preset and Path(base) != run.config_path:
         raise BadInput(
             f"{run.path} holds another run, started from {saved.preset}",
             field="out",
@@ -155,13 +156,9 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if newest is not None:
         _check_identity(run, saved, changed)
     if request.more_steps is not None:
-        changed = _with_steps(changed, _extended_length(run, newest, request.more_steps))
+        length = _extended_length(run, newest, request.more_steps)
+        changed = with_training(changed, steps=length, tokens=None)
     return changed
-
-
-def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    training = config.training.model_copy(update={"steps": steps, "tokens": None})
-    return config.model_copy(update={"training": training})
 
 
 def _extended_length(run: Run, newest: Path | None, more: int) -> int:
@@ -212,10 +209,6 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
         )
     tokenizer = str(directory) if Path(config.init).expanduser().exists() else config.init
     return config.model_copy(update={"model": model, "tokenizer": tokenizer})
-
-
-def _preset_name(base: str) -> str:
-    return Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -333,6 +326,57 @@ def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> E
             field="data.holdout",
             hint="Use --set data.holdout=0.1, or 0 to train without validation.",
         ) from None
+
+
+# This process
+
+
+def apply_plan(plan: Plan) -> None:
+    """Set what the plan decides for the whole process."""
+    torch.set_num_threads(plan.threads)
+    torch.set_float32_matmul_precision(plan.precision.matmul)
+    if plan.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory in this process.
+
+    By default glibc returns large freed blocks to the kernel at once. Training frees and allocates the same blocks
+    every step, and each time the kernel maps and zeroes every page again: 20% of a small model's step (docs/log.md).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # No block is mapped by itself, all come from the heap, and the heap is never trimmed.
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            mallopt(name, value)
+
+
+def compiled_graphs() -> int:
+    """Number of graphs that this process has compiled."""
+    # Importing dynamo takes seconds; where nobody has, nothing was compiled.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def run_first_step(step: Callable[[], None], model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """Run the first compiled step and report what compiling took; where compiling fails, run the step without it."""
+    before, began = compiled_graphs(), time.perf_counter()
+    try:
+        step()
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        logger.warning(f"compile: off, it fails on this machine ({type(error).__name__}: {first})")
+        for part in (model, optimizer):
+            if hasattr(part, "uncompile"):
+                part.uncompile()  # type: ignore[union-attr]
+        model.zero_grad(set_to_none=True)
+        step()
+        return
+    seconds = time.perf_counter() - began
+    logger.info(f"compile: {compiled_graphs() - before} graphs, first step after {seconds:.0f} s")
 
 
 def write_environment(context: TrainContext, command: str | None) -> None:

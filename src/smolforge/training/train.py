@@ -35,13 +35,12 @@ from smolforge.model.architecture import CausalLM
 from smolforge.report import write_report
 from smolforge.run import Run
 from smolforge.training import checkpointing, setup
-from smolforge.training.apply_plan import compiled_graphs, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
 from smolforge.training.optim import optimizer_step, schedule_factor
 from smolforge.training.plan import Plan, choose_device, resolve_batch
 from smolforge.training.profiling import Profiler
-from smolforge.training.setup import TrainContext, TrainRequest
+from smolforge.training.setup import TrainContext, TrainRequest, compiled_graphs, run_first_step
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
 logger = logging.getLogger(__name__)

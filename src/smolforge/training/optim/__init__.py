@@ -2,9 +2,8 @@
 
 In the order to read them, after this file (the registry, parameter groups, `optimizer_step`, learning-rate schedules):
 
-    adamw.py              adamw and adamw8bit
-    stochastic_adamw.py   AdamW for weights in bf16, with stochastic rounding
-    muon.py               muon
+    adamw.py   adamw and adamw8bit; weights in bf16 are rounded stochastically
+    muon.py    muon
 
 Adding an optimizer is one new file here: a function under `@register("name")` that returns a `torch.optim.Optimizer`
 over all parameters of the model, as `OptimizerBuilder` says. `optimizer.name` then takes that name.
@@ -105,6 +104,11 @@ def parameter_groups(
         {"params": members, "factor": lr, "weight_decay": decay, "orthogonal": marked}
         for (lr, decay, marked), members in groups.items()
     ]
+
+
+def skipped(found_inf: Tensor | None, device: torch.device) -> Tensor:
+    """Whether an optimizer's `found_inf` says to skip the next update: () on `device`."""
+    return (torch.zeros((), device=device) if found_inf is None else found_inf.to(device)) != 0
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

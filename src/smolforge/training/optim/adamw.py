@@ -1,14 +1,176 @@
-"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), in the precision of the weights or with moments in 8 bits."""
+"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): torch's, with moments in 8 bits, or for weights in bf16.
+
+bf16 keeps 8 bits: an update below 1/256 of a weight is lost when rounded to nearest, and late in a run nearly all are.
+Rounded up or down at random, with the odds of where it lies between, every update counts on average (Gupta et al.
+2015, arXiv:1502.02551). The second moment changes by 1 - beta2 of itself and needs the same; the first changes enough.
+
+The random bits are a hash of (seed, step, parameter, element), so an update is a pure function of the saved state and
+a resumed run continues bit for bit.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import ctypes
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from smolforge import kernels
 from smolforge.config import OptimizerConfig
 from smolforge.errors import BadInput
-from smolforge.training.optim import parameter_groups, register
-from smolforge.training.optim.stochastic_adamw import StochasticAdamW
+from smolforge.training.optim import parameter_groups, register, skipped
+
+# Odd multipliers of the hash and the shifts between them: "lowbias32" of Hash Prospector (Wellons 2018), as signed
+# 32-bit numbers, for torch has no unsigned shifts.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+_PIECE = 1 << 16  # elements
+_STRIDE = 0x9E3779B9 - (1 << 32)  # 2**32 / golden ratio, spreads steps and parameters
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift of int32; torch's own carries the sign along."""
+    return (bits >> count) & ((1 << (32 - count)) - 1)
+
+
+def random_bits(key: Tensor, count: int) -> Tensor:
+    """`count` int32 random numbers that depend on `key` (int32, 1 element) and their place only."""
+    bits = torch.arange(count, dtype=torch.int32, device=key.device) + key
+    bits = (bits ^ _shift_right(bits, 16)) * _FIRST
+    bits = (bits ^ _shift_right(bits, 15)) * _SECOND
+    return bits ^ _shift_right(bits, 16)
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
+    """fp32 → bf16, up with the probability of the part that is cut off.
+
+    Args:
+        values: fp32.
+        bits: int32 of the same shape, of which the low 16 bits are used.
+    """
+    # bf16 is the upper half of an fp32: adding 16 random bits to the lower half carries with just those odds.
+    # An infinity has no lower bits and stays; a NaN may become another NaN.
+    kept = (values.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return kept.view(torch.float32).to(torch.bfloat16)
+
+
+def update_at_once(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, key: Tensor, skip: Tensor, rates: Tensor,
+    beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """One AdamW update of a flat parameter, in place; fp32 inside. `rates` are those of `_rates`."""
+    g = gradient.float()
+    m = beta1 * first.float() + (1 - beta1) * g
+    v = beta2 * second.float() + (1 - beta2) * g * g
+    w = weight.float() * rates[0] - rates[1] * m / (v.sqrt() * rates[2] + rates[3])
+    bits = random_bits(key, weight.numel())
+    weight.copy_(torch.where(skip, weight, round_stochastically(w, bits)))
+    first.copy_(torch.where(skip, first, m.to(torch.bfloat16)))
+    second.copy_(torch.where(skip, second, round_stochastically(v, _shift_right(bits, 16))))
+
+
+def update_in_pieces(*args: Any) -> None:
+    """`update_at_once` without a compiler: piece by piece, so that the intermediates stay in the cache."""
+    *tensors, key, skip, rates, beta1, beta2 = args
+    for start in range(0, tensors[0].numel(), _PIECE):
+        pieces = (t[start : start + _PIECE] for t in tensors)
+        update_at_once(*pieces, key + start, skip, rates, beta1, beta2)
+
+
+def native_update(*args: Any) -> None:
+    """`update_at_once` on a CPU, from adamw.cpp: one pass over the memory. Sharded parameters go to torch."""
+    *tensors, key, skip, rates, beta1, beta2 = args
+    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in tensors):
+        update_in_pieces(*args)
+    elif not skip:
+        kernels.library().smolforge_rounded_adamw(
+            ctypes.c_int64(tensors[0].numel()), *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+            ctypes.c_uint32(int(key) & 0xFFFFFFFF), ctypes.c_void_p(rates.data_ptr()), ctypes.c_float(beta1),
+            ctypes.c_float(beta2), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(update_at_once, dynamic=True)  # for flat parameters of any size
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over bf16 parameters.
+
+    Args:
+        params: parameter groups of `parameter_groups`.
+        seed: of the random bits.
+        update: which code updates a parameter: "torch", "compiled", or "native" for C++ on a CPU.
+
+    Attributes:
+        found_inf: (), not 0 where the next update is to be skipped; None for never.
+    """
+
+    _step_supports_amp_scaling = True  # torch's name for an optimizer that reads `found_inf`
+
+    def __init__(
+        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0,
+        seed: int = 0, update: str = "torch",
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+        self.found_inf: Tensor | None = None
+        self._update = {"native": native_update, "torch": update_in_pieces}.get(update) or _compiled()
+
+    def uncompile(self) -> None:
+        """Update without torch.compile, where the machine cannot compile."""
+        if self._update is not native_update:
+            self._update = update_in_pieces
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None, "gradients are computed before"
+        number = 0
+        skips: dict[torch.device, Tensor] = {}
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state, device = self.state[parameter], parameter.device
+                if not state:
+                    state["step"] = torch.zeros((), device=device)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                if device not in skips:
+                    skips[device] = skipped(self.found_inf, device)
+                skip = skips[device]
+                state["step"] += (~skip).float()
+                key = _key(self.seed, number, state["step"])
+                self._update(
+                    parameter.view(-1), parameter.grad.contiguous().view(-1), state["exp_avg"].view(-1),
+                    state["exp_avg_sq"].view(-1), key, skip, _rates(group, state["step"]), beta1, beta2,
+                )  # fmt: skip
+        return None
+
+
+def _rates(group: dict[str, Any], step: Tensor) -> Tensor:
+    """Factor of the weight, of m, of sqrt(v), and epsilon: the bias corrections are in them, fp32 (4,)."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    size = lr / (1 - torch.pow(beta1, step))
+    root = (1 - torch.pow(beta2, step)).rsqrt()
+    return torch.stack([torch.full_like(size, 1 - lr * group["weight_decay"]), size, root,
+                        torch.full_like(size, group["eps"])])  # fmt: skip
+
+
+def _key(seed: int, number: int, step: Tensor) -> Tensor:
+    """The starting point of a parameter's random bits at a step, int32 (1,), scrambled."""
+    start = (seed * 0x85EBCA6B + number * 0xC2B2AE35) & 0xFFFFFFFF
+    start = start - (1 << 32) if start >= 1 << 31 else start
+    key = step.to(torch.int32).reshape(1) * _STRIDE + start
+    key = (key ^ _shift_right(key, 16)) * _FIRST
+    key = (key ^ _shift_right(key, 15)) * _SECOND
+    return key ^ _shift_right(key, 16)
 
 
 @register("adamw")

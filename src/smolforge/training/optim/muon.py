@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from smolforge.config import OptimizerConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import CausalLM
-from smolforge.training.optim import parameter_groups, register
+from smolforge.training.optim import parameter_groups, register, skipped
 
 # (a, b, c) of each iteration x → a x + b (x xᵀ) x + c (x xᵀ)² x. Each polynomial is the best of its degree at bringing
 # the singular values that the ones before it left close to 1, starting from values between 0.01 and 1 (the minimax of
@@ -72,6 +72,7 @@ class Muon(torch.optim.AdamW):
     Args:
         params: parameter groups of `parameter_groups`.
         momentum: decay of the running mean of the gradient, of `orthogonal` groups.
+        options: lr, betas and eps, as of torch's AdamW.
 
     Attributes:
         found_inf: (), not 0 where the next update is to be skipped; None for never.
@@ -79,10 +80,8 @@ class Muon(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
 
-    def __init__(
-        self, params: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, momentum: float
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+    def __init__(self, params: list[dict[str, Any]], *, momentum: float, **options: Any) -> None:
+        super().__init__(params, fused=True, **options)
         self.momentum = momentum
 
     @torch.no_grad()
@@ -106,8 +105,7 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None:
                 alike[parameter.shape, parameter.device].append(parameter)
         for (shape, device), parameters in alike.items():
-            flag = self.found_inf
-            skip = (torch.zeros((), device=device) if flag is None else flag.to(device)) != 0
+            skip = skipped(self.found_inf, device)
             looks_ahead = []
             for parameter in parameters:
                 state, gradient = self.state[parameter], parameter.grad
