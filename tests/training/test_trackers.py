@@ -16,7 +16,7 @@ from tiny import steps_of, weights_of
 
 from smolforge.errors import BadInput
 from smolforge.run import Run
-from smolforge.training.trackers import open_trackers
+from smolforge.training.trackers import Trackers
 
 CONFIG = {"logging": {"project": "tales"}, "optimizer": {"lr": 0.003}}
 
@@ -95,7 +95,7 @@ def said() -> Iterator[list[logging.LogRecord]]:
 
 
 def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run, said: list[logging.LogRecord]) -> None:
-    with open_trackers([name], run, CONFIG) as trackers:
+    with Trackers([name], run, CONFIG) as trackers:
         for step in range(100):
             trackers.scalars(step, {"loss": step / 2, "mfu": None, "grad_norm": float("nan"), "data_digest": "00"})
         trackers.text(99, "samples/Once", "<b>a ```` b</b>")
@@ -109,7 +109,7 @@ def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run, said: l
 
 def test_a_resumed_run_goes_on_in_the_same_place(name: str, fake: Fake, run: Run) -> None:
     for resume_step in (None, 40):
-        open_trackers([name], run, CONFIG, resume_step=resume_step).close()
+        Trackers([name], run, CONFIG, resume_step=resume_step).close()
     first, second = fake.started
     assert first["resume"] == second["resume"] == "allow"
     assert (first.get("id"), first["name"]) == (second.get("id"), second["name"])
@@ -119,7 +119,7 @@ def test_a_tracker_that_is_not_installed(
     name: str, run: Run, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with open_trackers([name], run, CONFIG) as trackers:
+    with Trackers([name], run, CONFIG) as trackers:
         trackers.scalars(1, {"loss": 1.0})
     assert (
         len(said) == 1 and said[0].getMessage().startswith(f"{name} is off") and "pip install" in said[0].getMessage()
@@ -132,7 +132,7 @@ def test_a_tracker_that_raises(
     name: str, fake: Fake, run: Run, where: str, error: BaseException, said: list[logging.LogRecord]
 ) -> None:
     fake.fail[where] = error
-    trackers = open_trackers([name], run, CONFIG, queue_rows=10_000)
+    trackers = Trackers([name], run, CONFIG, queue_rows=10_000)
     for step in range(200):
         trackers.scalars(step, {"loss": 1.0})
     trackers.close()
@@ -141,7 +141,7 @@ def test_a_tracker_that_raises(
     assert {record.thread for record in said} == {threading.get_ident()}, (
         "only the run's own thread may use its terminal"
     )
-    assert trackers.names == []
+    assert trackers.open == {}
 
 
 @pytest.mark.parametrize("where", ["init", "log"])
@@ -156,12 +156,12 @@ def test_a_tracker_that_hangs_is_dropped_when_its_queue_is_full(
 
     monkeypatch.setattr(queue.Queue, "put", never_wait)
     fake.hang.add(where)
-    trackers = open_trackers([name], run, CONFIG, queue_rows=20)
+    trackers = Trackers([name], run, CONFIG, queue_rows=20)
     trackers.scalars(0, {"loss": 1.0})
     assert fake.hanging.wait(30)
     for step in range(1, 100):
         trackers.scalars(step, {"loss": 1.0})
-    assert trackers.names == [] and len(said) == 1 and "does not keep up" in said[0].getMessage()
+    assert trackers.open == {} and len(said) == 1 and "does not keep up" in said[0].getMessage()
     trackers.close()
     assert len(said) == 1
 
@@ -171,7 +171,7 @@ def test_the_end_of_a_run_does_not_wait_for_ever(
     name: str, fake: Fake, run: Run, where: str, said: list[logging.LogRecord]
 ) -> None:
     fake.hang.add(where)
-    trackers = open_trackers([name], run, CONFIG, close_seconds=0.05)
+    trackers = Trackers([name], run, CONFIG, close_seconds=0.05)
     trackers.scalars(0, {"loss": 1.0})
     trackers.close()
     assert len(said) == 1 and "did not finish in time" in said[0].getMessage()
@@ -184,13 +184,13 @@ def test_a_talkative_tracker_leaves_stdout_to_the_run(
     module.__dict__["run"] = Fake()
     exec("def init(**settings):\n    print('view the dashboard')\n    return run", module.__dict__)
     monkeypatch.setitem(sys.modules, "trackio", module)
-    open_trackers(["trackio"], run, CONFIG).close()
+    Trackers(["trackio"], run, CONFIG).close()
     assert capsys.readouterr() == ("", "view the dashboard\n")
 
 
 def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run, said: list[logging.LogRecord]) -> None:
     fake.fail["log"] = ValueError("refused")
-    with open_trackers(["tensorboard", name], run, CONFIG) as trackers:
+    with Trackers(["tensorboard", name], run, CONFIG) as trackers:
         for step in range(10):
             trackers.scalars(step, {"loss": float(step)})
     assert len(said) == 1 and said[0].getMessage().startswith(name)
@@ -206,10 +206,10 @@ def read(run: Run) -> dict[str, dict[int, float]]:
 
 
 def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run, said: list[logging.LogRecord]) -> None:
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with Trackers(["tensorboard"], run, CONFIG) as trackers:
         for step in range(1, 11):
             trackers.scalars(step, {"loss": 100.0})
-    with open_trackers(["tensorboard"], run, CONFIG, resume_step=6) as trackers:
+    with Trackers(["tensorboard"], run, CONFIG, resume_step=6) as trackers:
         for step in range(7, 9):
             trackers.scalars(step, {"loss": 1.0})
         trackers.text(8, "samples", "two\nlines \ud800")
@@ -219,7 +219,7 @@ def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run, s
 
 def test_tensorboard_that_cannot_write_is_dropped(run: Run, said: list[logging.LogRecord]) -> None:
     run.tensorboard_path.write_text("a file is in the way")
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with Trackers(["tensorboard"], run, CONFIG) as trackers:
         trackers.scalars(1, {"loss": 1.0})
     assert len(said) == 1 and said[0].getMessage().startswith("tensorboard is off")
 
@@ -228,18 +228,18 @@ def test_tensorboard_that_is_not_installed(
     run: Run, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    open_trackers(["tensorboard"], run, CONFIG).close()
+    Trackers(["tensorboard"], run, CONFIG).close()
     assert len(said) == 1 and "pip install tensorboard" in said[0].getMessage()
 
 
 def test_an_unknown_tracker_is_named(run: Run) -> None:
     with pytest.raises(BadInput, match="wandb") as error:
-        open_trackers(["wandbb"], run, CONFIG)
+        Trackers(["wandbb"], run, CONFIG)
     assert "Did you mean 'wandb'" in str(error.value)
 
 
 def test_a_name_given_twice_is_opened_once(fake: Fake, name: str, run: Run) -> None:
-    open_trackers([name, name], run, CONFIG).close()
+    Trackers([name, name], run, CONFIG).close()
     assert len(fake.started) == 1
 
 

@@ -34,17 +34,12 @@ PARTS = ("forward", "backward", "update")
 
 
 def measure(
-    preset: str = "smollm2-135m",
-    *,
-    length: int = 512,
-    micro_batch: int = 4,
-    steps: int = 5,
+    preset: str = "smollm2-135m", *, length: int = 512, micro_batch: int = 4, steps: int = 5,
     overrides: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train on random tokens, which cost as much as any others.
 
     Args:
-        preset: whose model, optimizer and precision.
         length: tokens in a sequence.
         micro_batch: sequences in a step; one micro-batch, so that accumulation hides nothing, unless the overrides
             give a `training.memory` whose plan cuts it.
@@ -61,8 +56,6 @@ def measure(
         given.append(f"training.micro_batch={micro_batch}")
     config = build_config(preset, [*given, *overrides])
     plan = make_plan(config, device, 1)
-    for reason in plan.reasons:
-        logger.info(reason)
     apply_plan(plan)
     graphs = compiled_graphs()
     first, *timings = _time_steps(config, plan, micro_batch, length, steps)

@@ -1,6 +1,6 @@
 """Checkpoints of a run: the state that training changes, how it is restored, and which checkpoints are kept.
 
-`state_tree` gathers the state; the committer copies it to the host, and `checkpoint_writer` writes the checkpoint's
+`state_tree` gathers the state; the committer copies it to the host, and `write_checkpoint` writes the checkpoint's
 directory from the copy, in a background thread where saving is asynchronous. A checkpoint is a model directory with a
 folder `training/`: optimizer moments by parameter name, the data cursor, the random generators of every rank, the
 gradient scaler, and the data ranges that are skipped.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,12 @@ def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
     }
 
 
-def checkpoint_writer(context: TrainContext, step: int) -> Callable[[Path, Any], None]:
-    """A function that fills a checkpoint's directory from the copied tree."""
-
-    def write(directory: Path, tree: Any) -> None:
-        card = card_text(context.config, step=step, rows=list(read_json_lines(context.run.metrics_path)))
-        format.write_model(directory, context.config.model, tree["weights"], context.tokenizer, card=card)
-        save_state(directory / "training", tree["training"])
-
-    return write
+def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
+    """Fill a checkpoint's directory from the copied tree."""
+    rows = list(read_json_lines(context.run.metrics_path))
+    card = card_text(context.config, step=tree["training"]["step"], rows=rows)
+    format.write_model(directory, context.config.model, tree["weights"], context.tokenizer, card=card)
+    save_state(directory / "training", tree["training"])
 
 
 def restore(context: TrainContext, directory: Path) -> Position:

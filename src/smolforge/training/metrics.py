@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from smolforge.model.summary import flops_per_token
 from smolforge.training.plan import known_peak_flops
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
-from smolforge.training.trackers import Trackers, open_trackers
+from smolforge.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +38,13 @@ TRACKED = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data
 
 @dataclass
 class StepMetrics:
-    """Metrics of one step, still on the device.
+    """Metrics of one step, after which the weights had `step` updates; tensors are () and still on the device.
 
     Attributes:
         batch: what this rank read.
-        step: number of updates after it.
-        nats: () sum of the next-token losses over all ranks.
-        norm: () norm of the gradient before clipping.
-        skipped: () whether the update was skipped because loss or gradient were not finite.
-        lr: learning rate of the update.
+        nats: sum of the next-token losses over all ranks.
+        norm: norm of the gradient before clipping.
+        skipped: whether the update was skipped because loss or gradient were not finite.
     """
 
     batch: Batch
@@ -57,11 +56,7 @@ class StepMetrics:
 
 
 class MetricsLogger:
-    """Records a run: metrics.jsonl, samples.jsonl, trackers, terminal.
-
-    Args:
-        shutdown: polled during validation and sampling, which take long.
-    """
+    """Records a run: metrics.jsonl, samples.jsonl, trackers, terminal. Long work polls `shutdown`."""
 
     def __init__(self, context: TrainContext, shutdown: GracefulShutdown) -> None:
         self.context, self.shutdown = context, shutdown
@@ -69,19 +64,14 @@ class MetricsLogger:
         self.total = self.config.total_steps
         self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
         self.throughput = Throughput(self.config.tokens_per_step)
-        self.data_seconds = 0.0
-        """Seconds spent waiting for data since the last logged step."""
+        self.data_seconds = 0.0  # spent waiting for data since the last logged step
         self.progress = ProgressBar(self.total)
         self.metrics: MetricsLog | None = None
         self.samples: MetricsLog | None = None
         self.trackers: Trackers | None = None
 
     def open(self, step: int, more_steps: int | None = None) -> None:
-        """Open the logs of a run that stands at `step`; rows of later steps are removed.
-
-        Args:
-            more_steps: how many steps `--steps +N` asked for; recorded once.
-        """
+        """Open the logs of a run at `step`, without rows of later steps; record once that `--steps +N` gave more."""
         if not self.ranks.is_main:
             return
         run, config = self.context.run, self.config
@@ -92,9 +82,7 @@ class MetricsLogger:
         extended = [row["length"] for row in read_json_lines(run.metrics_path) if row.get("event") == "extend"]
         if more_steps and self.total not in extended:
             self.event(step, "extend", more=more_steps, length=self.total)
-        self.trackers = open_trackers(
-            config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None
-        )
+        self.trackers = Trackers(config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None)
         self.progress.start(step)
 
     def close(self) -> None:
@@ -184,22 +172,14 @@ class MetricsLogger:
         if self.context.eval_set is None:
             return
         score = evaluate(
-            self.context.model,
-            self.context.eval_set,
-            length=self.config.data.sequence_length,
-            batch=self.plan.micro_batch,
-            device=self.plan.device,
+            self.context.model, self.context.eval_set, length=self.config.data.sequence_length,
+            batch=self.plan.micro_batch, device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
             context=lambda: self.plan.precision.context(self.plan.device),
-            ranks=self.ranks,
-            between=self._poll_single_rank,
-        )
+        )  # fmt: skip
         if not (self.metrics and self.trackers):
             return
-        row: dict[str, Any] = {
-            "step": step,
-            "tokens": step * self.config.tokens_per_step,
-            "validation": {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")},
-        }
+        scores = {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}
+        row: dict[str, Any] = {"step": step, "tokens": step * self.config.tokens_per_step, "validation": scores}
         text = f"step {step:,}  held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
         text += f"bits per byte {score.bits_per_byte:.4f}"
         entropy = self.context.corpus.entropy_bits_per_byte
@@ -208,7 +188,7 @@ class MetricsLogger:
             text += f"  ({score.bits_per_byte / entropy - 1:.1%} above the source's own entropy of {entropy:.4f})"
         self.metrics.append({**row, "time": time.time()})
         logger.info(text)
-        self.trackers.scalars(step, {f"validation/{k}": v for k, v in row["validation"].items()})
+        self.trackers.scalars(step, {f"validation/{k}": v for k, v in scores.items()})
 
     def sample(self, step: int) -> None:
         """Continue the fixed prompts on rank 0; the step is the seed, so a resumed run writes the same."""
@@ -230,10 +210,9 @@ class MetricsLogger:
 
     def _continuations(self, prompts: list[str], seed: int) -> list[tuple[str, str]]:
         """(text, finish reason) for each prompt."""
-        wanted, model = self.config.samples, self.context.model
-        sampling = SamplingParams(
-            max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=seed
-        )
+        model = self.context.model
+        settings = self.config.samples.model_dump(include={"max_tokens", "temperature", "top_p"})
+        sampling = SamplingParams(**settings, seed=seed)
         texts, reasons = [""] * len(prompts), [""] * len(prompts)
         model.eval()
         try:
@@ -293,13 +272,12 @@ class ProgressBar:
             parts.append(f"MFU {row['mfu']:.0%}")
         parts.append(size(row["memory_bytes"]))
         left = (self.total - row["step"]) * seconds_per_step
+        times = [f"ETA {clock(left)}"] if left else []
         if self._bar:
-            times = f"elapsed {clock(time.monotonic() - self._started)}"
-            times = f"ETA {clock(left)} · {times}" if left else times
-            self._bar.update(self._task, completed=row["step"], status="  ".join([*parts, times]))
+            times.append(f"elapsed {clock(time.monotonic() - self._started)}")
+            self._bar.update(self._task, completed=row["step"], status="  ".join([*parts, " · ".join(times)]))
         else:
-            line = "  ".join([*parts, f"ETA {clock(left)}"] if left else parts)
-            logger.info(f"step {row['step']:,}/{self.total:,}  {line}")
+            logger.info(f"step {row['step']:,}/{self.total:,}  {'  '.join([*parts, *times])}")
 
     def close(self) -> None:
         """Remove the live line."""
@@ -312,16 +290,16 @@ class Throughput:
     """Tokens per second over the last steps. The first step is left out: it compiles and waits for the first data."""
 
     def __init__(self, tokens_per_step: int, window: int = 20) -> None:
-        self.tokens_per_step, self.window = tokens_per_step, window
-        self._times: list[float] = []
+        self.tokens_per_step = tokens_per_step
+        self._times: deque[float] = deque(maxlen=window + 1)
 
     def tick(self) -> None:
         """A step ended."""
-        self._times = [*self._times[-self.window :], time.perf_counter()]
+        self._times.append(time.perf_counter())
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training, such as an evaluation."""
-        self._times = [t + seconds for t in self._times]
+        self._times = deque((t + seconds for t in self._times), self._times.maxlen)
 
     @property
     def seconds_per_step(self) -> float:
@@ -336,11 +314,7 @@ class Throughput:
 
 
 def is_due(every: int | None, step: int, total: int) -> bool:
-    """Whether something done `every` so many steps, and at the last, is due after `step` updates.
-
-    Args:
-        every: a tenth of the run, but at most 1,000 steps, where None.
-    """
+    """Whether something is due after `step` updates: `every` so many (None: a tenth of the run, at most 1,000)."""
     return step % (every or max(1, min(total // 10, 1000))) == 0 or step == total
 
 

@@ -102,16 +102,12 @@ class Plan:
     @property
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments of `build_model` that the plan decides."""
+        # Only a few rows of the embedding's gradient are not zero; all_reduce needs it whole.
+        sparse = self.device.type == "cpu" and not torch.distributed.is_initialized()
         return {
-            "dtype": self.precision.weights,
-            "device": self.device,
-            "attention": self.attention,
-            "loss": self.loss,
-            "recompute": self.recompute,
-            # Only a few rows of the embedding's gradient are not zero; all_reduce needs it whole.
-            "sparse_embedding": self.device.type == "cpu" and not torch.distributed.is_initialized(),
-            "compile": self.compile,
-        }
+            "dtype": self.precision.weights, "device": self.device, "attention": self.attention, "loss": self.loss,
+            "recompute": self.recompute, "sparse_embedding": sparse, "compile": self.compile,
+        }  # fmt: skip
 
 
 def choose_device() -> torch.device:
@@ -138,11 +134,7 @@ def with_training(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
-    """Decide everything that the configuration leaves to the machine.
-
-    Raises:
-        BadInput: the ranks cannot share the batch, or the device cannot do what was asked.
-    """
+    """Decide all that the configuration leaves to the machine; BadInput where the machine cannot do what was asked."""
     _check_shares(config, world_size)
     processes = _plural(world_size, "process", "es")
     reasons = [f"device: {_device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
@@ -192,11 +184,7 @@ def _check_shares(config: RunConfig, world_size: int) -> None:
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision for a device, and the reason.
-
-    Raises:
-        BadInput: the device cannot do what was asked.
-    """
+    """The precision for a device, and the reason; BadInput where the device cannot do what was asked."""
     name, reason = _best_precision(device) if asked == "auto" else (asked, "as asked")
     if name == "fp16" and device.type != "cuda":
         raise BadInput(
@@ -259,16 +247,10 @@ def memory_of(
 ) -> MemoryEstimate:
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
     return estimate_memory(
-        config.model,
-        sequences=micro_batch,
-        length=config.data.sequence_length,
-        stored=precision.weights,
-        computed=precision.autocast,
-        optimizer=config.optimizer.name,
-        recompute=recompute,
-        loss=config.training.loss,
+        config.model, sequences=micro_batch, length=config.data.sequence_length, stored=precision.weights,
+        computed=precision.autocast, optimizer=config.optimizer.name, recompute=recompute, loss=config.training.loss,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
-    )
+    )  # fmt: skip
 
 
 def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> int:
@@ -327,9 +309,7 @@ def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
     asked = config.training.loss
     if asked == "linear" and config.training.z_loss:
         raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
-    missing = None
-    if asked in ("auto", "native"):
-        missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+    missing = _no_kernels(device) if asked in ("auto", "native") else None
     if asked == "native" and missing:
         raise BadInput(f"the native loss is not available: {missing}", field="training.loss", hint="Use auto.")
     if asked != "auto":
@@ -337,8 +317,12 @@ def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
     return ("chunked" if missing else "native"), "the logits are never stored as a whole"
 
 
+def _no_kernels(device: torch.device) -> str | None:
+    return kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+
+
 def _choose_update(device: torch.device, compiled: bool) -> tuple[str, str]:
-    missing = kernels.unavailable() if device.type == "cpu" else f"the device is {device.type}"
+    missing = _no_kernels(device)
     what = "bf16 weights with stochastic rounding"
     if not missing:
         return "native", f"{what}, in one pass over the memory"

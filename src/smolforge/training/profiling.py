@@ -24,19 +24,16 @@ class Profiler:
     """Traces some steps of this process. A context manager.
 
     Args:
-        folder: the run's directory; the trace goes to its folder `profile`.
+        folder: where the trace goes.
         remaining: steps that this process will make; a short run is traced from its beginning.
-        device: of the model.
     """
 
     def __init__(self, folder: Path, remaining: int, device: torch.device) -> None:
-        self.folder = folder / "profile"
+        self.folder = folder
         active = max(1, min(STEPS, remaining - 1))
         warmup = 1 if remaining > active else 0
         wait = max(0, min(WAIT, remaining - active - warmup))
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._step, self._done = 0, False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a run of one step leaves no warm-up

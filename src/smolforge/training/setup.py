@@ -132,9 +132,6 @@ def _first_free(path: Path, start: int) -> Path:
 def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunConfig:
     """The configuration to train with: the run's own with the request's changes, or a new one.
 
-    Args:
-        newest: the run's newest complete checkpoint.
-
     Raises:
         BadInput: the directory holds a run that is not the requested one.
     """
@@ -227,18 +224,12 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def build_context(
     run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device
 ) -> TrainContext:
-    """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory.
-
-    Raises:
-        SmolforgeError: something cannot be opened.
-    """
+    """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory."""
     try:
         check_optimizer(config.optimizer.name)
         plan = make_plan(config, device, ranks.world_size)
         corpus = _open_corpus(run, config, ranks)
         tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
-        for reason in plan.reasons:
-            logger.info(reason)
         apply_plan(plan)
         model = _build_model(config, plan, newest)
         optimizer = build_optimizer(model, config.optimizer, update=plan.update)
@@ -268,23 +259,15 @@ def _open_corpus(run: Run, config: RunConfig, ranks: DistributedContext) -> Corp
 def _open_tokenizer(
     config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext
 ) -> Tokenizer:
-    """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now.
-
-    Raises:
-        BadInput: its vocabulary is larger than the model's.
-    """
-    trained = run.path / "tokenizer"
-    if newest is not None:
-        tokenizer = Tokenizer.from_pretrained(newest)
-    elif isinstance(config.tokenizer, str):
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    else:
-        wanted = config.tokenizer.train
-        if ranks.is_main and not (trained / "tokenizer.json").is_file():
+    """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now."""
+    source = newest or config.tokenizer
+    if not isinstance(source, (Path, str)):
+        wanted, source = source.train, run.path / "tokenizer"
+        if ranks.is_main and not (source / "tokenizer.json").is_file():
             logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
-            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(trained)
+            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
         ranks.barrier()
-        tokenizer = Tokenizer.from_pretrained(trained)
+    tokenizer = Tokenizer.from_pretrained(source)
     format.check_vocabulary(config.model, tokenizer)
     return tokenizer
 
@@ -332,7 +315,9 @@ def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> E
 
 
 def apply_plan(plan: Plan) -> None:
-    """Set what the plan decides for the whole process."""
+    """Report the plan, and set what it decides for the whole process."""
+    for reason in plan.reasons:
+        logger.info(reason)
     torch.set_num_threads(plan.threads)
     torch.set_float32_matmul_precision(plan.precision.matmul)
     if plan.device.type == "cpu" and platform.libc_ver()[0] == "glibc":

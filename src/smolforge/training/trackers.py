@@ -29,22 +29,41 @@ from smolforge.run import Run
 
 logger = logging.getLogger(__name__)
 
-QUEUE_ROWS = 2000
-"""Rows that wait for a slow tracker before it counts as failed."""
 CLOSE_SECONDS = 20.0
 """How long the end of a run waits for its trackers to send what they still have."""
 
 
-class Trackers:
-    """All trackers of a run, as a context manager. No method raises a tracker's error; only `close` waits for one."""
+class Trackers(contextlib.AbstractContextManager["Trackers"]):
+    """The trackers of a run, on one rank. No method raises a tracker's error; only `close` waits for one.
 
-    def __init__(self, trackers: dict[str, _Background], close_seconds: float) -> None:
-        self._open, self._close_seconds = trackers, close_seconds
+    Args:
+        names: of the trackers: tensorboard, wandb, trackio.
+        config: the resolved configuration; `logging.project` names the project.
+        resume_step: the step that the run continues from; TensorBoard hides what was logged after it.
+        close_seconds: how long `close` waits for all trackers together.
+        queue_rows: rows that wait for a slow tracker before it counts as failed.
 
-    @property
-    def names(self) -> list[str]:
-        """The trackers that still work."""
-        return list(self._open)
+    Attributes:
+        open: the trackers that still work, by name.
+
+    Raises:
+        BadInput: an unknown tracker.
+    """
+
+    def __init__(
+        self, names: Sequence[str], run: Run, config: Mapping[str, Any], *,
+        resume_step: int | None = None, close_seconds: float = CLOSE_SECONDS, queue_rows: int = 2000,
+    ) -> None:  # fmt: skip
+        known: dict[str, Callable[[], Any]] = {
+            "tensorboard": lambda: TensorBoard(run, resume_step),
+            "wandb": lambda: HostedTracker("wandb", run, config),
+            "trackio": lambda: HostedTracker("trackio", run, config),
+        }
+        for name in names:
+            if name not in known:
+                raise unknown("tracker", name, list(known), field="logging.trackers")
+        self.open = {name: _Background(name, known[name], queue_rows) for name in dict.fromkeys(names)}
+        self._close_seconds = close_seconds
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Send the finite numbers among `values` by name."""
@@ -61,52 +80,18 @@ class Trackers:
         self._each(lambda tracker: tracker.put(None))
         deadline = time.monotonic() + self._close_seconds
         self._each(lambda tracker: tracker.wait(max(0.0, deadline - time.monotonic())))
-        self._open.clear()
+        self.open.clear()
 
     def _each(self, call: Callable[[_Background], None]) -> None:
-        for name, tracker in list(self._open.items()):
+        for name, tracker in list(self.open.items()):
             try:
                 call(tracker)
             except Exception as error:
-                del self._open[name]
+                del self.open[name]
                 logger.warning(_describe_failure(name, error))
-
-    def __enter__(self) -> Trackers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def open_trackers(
-    names: Sequence[str],
-    run: Run,
-    config: Mapping[str, Any],
-    *,
-    resume_step: int | None = None,
-    close_seconds: float = CLOSE_SECONDS,
-    queue_rows: int = QUEUE_ROWS,
-) -> Trackers:
-    """Open the trackers `names` (tensorboard, wandb, trackio) for one run, on one rank.
-
-    Args:
-        config: the resolved configuration; `logging.project` names the project.
-        resume_step: the step that the run continues from; TensorBoard hides what was logged after it.
-        close_seconds: how long `close` waits for all trackers together.
-        queue_rows: rows that may wait for a tracker.
-
-    Raises:
-        BadInput: an unknown tracker.
-    """
-    known: dict[str, Callable[[], Any]] = {
-        "tensorboard": lambda: TensorBoard(run, resume_step),
-        "wandb": lambda: HostedTracker("wandb", run, config),
-        "trackio": lambda: HostedTracker("trackio", run, config),
-    }
-    for name in names:
-        if name not in known:
-            raise unknown("tracker", name, list(known), field="logging.trackers")
-    return Trackers({name: _Background(name, known[name], queue_rows) for name in dict.fromkeys(names)}, close_seconds)
 
 
 class _Background:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
                     run.write_config(context.config.to_yaml())
                     setup.write_environment(context, request.command)
                 if request.profile and ranks.is_main:
-                    trainer.profiler = Profiler(run.path, trainer.total - position.step, device)
+                    trainer.profiler = Profiler(run.path / "profile", trainer.total - position.step, device)
                 trainer.run(request.more_steps)
                 if ranks.is_main:
                     finish(context)
@@ -130,9 +131,7 @@ class Trainer:
         self.saved_step = position.step if position.cursor else -1
         self.profiler: Profiler | None = None
         self.committer = Committer(
-            context.run.checkpoints_path,
-            asynchronous=self.config.checkpoint.asynchronous,
-            after=self._after_save,
+            context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
         )
 
     def is_complete(self) -> bool:
@@ -177,14 +176,9 @@ class Trainer:
         """Step until the end, a stop, or a roll-back."""
         context, config = self.context, self.config
         with Loader(
-            context.corpus,
-            context.tokenizer,
-            sequences_per_step=config.sequences_per_step,
-            rank=self.ranks.rank,
-            world=self.ranks.world_size,
-            cursor=self.position.cursor,
-            skip_steps=self.position.skip,
-        ) as loader:
+            context.corpus, context.tokenizer, sequences_per_step=config.sequences_per_step, rank=self.ranks.rank,
+            world=self.ranks.world_size, cursor=self.position.cursor, skip_steps=self.position.skip,
+        ) as loader:  # fmt: skip
             self.metrics.throughput = Throughput(config.tokens_per_step)
             graphs = None  # compiled so far; None before the first step
             while self.position.step < self.total:
@@ -282,9 +276,8 @@ class Trainer:
                 f"{where}, before the first checkpoint", hint="Try a lower optimizer.lr or a longer schedule.warmup."
             )
         count, first, last = self.position.rollbacks + 1, min(batches), max(batches)
-        self.position = checkpointing.restore(self.context, directory)
-        self.position.skip.append((first, last + 1))
-        self.position.rollbacks = count
+        restored = checkpointing.restore(self.context, directory)
+        self.position = replace(restored, skip=[*restored.skip, (first, last + 1)], rollbacks=count)
         self.metrics.truncate_after(self.position.step)
         self.metrics.event(self.position.step, "rollback", skipped=[first, last + 1], count=count)
         logger.warning(
@@ -325,7 +318,7 @@ class Trainer:
         self._flush_metrics(keep=0)
         tree = checkpointing.state_tree(self.context, self.position)
         if self.ranks.is_main:
-            self.committer.save(step, tree, checkpointing.checkpoint_writer(self.context, step))
+            self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
             if step == self.total or self.shutdown.requested():
                 self.committer.wait()
         self.saved_step = step

@@ -20,7 +20,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,9 @@ from smolforge.config import OptimizerConfig, ScheduleConfig
 from smolforge.distributed import DistributedContext
 from smolforge.errors import unknown
 
-
-class OptimizerBuilder(Protocol):
-    """Builds an optimizer.
-
-    Args:
-        model: whose parameters are updated, on its device.
-        config: the section `optimizer` of the configuration.
-        update: which code updates weights in bf16: "torch", "compiled" or "native"; others may ignore it.
-    """
-
-    def __call__(self, model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer: ...
-
-
+# (model on its device, section `optimizer` of the configuration, *, update) -> optimizer. `update` is the code that
+# updates weights in bf16: "torch", "compiled" or "native"; others may ignore it.
+OptimizerBuilder = Callable[..., torch.optim.Optimizer]
 _BUILDERS: dict[str, OptimizerBuilder] = {}
 
 
@@ -64,11 +54,7 @@ def builders() -> dict[str, OptimizerBuilder]:
 
 
 def check_optimizer(name: str) -> None:
-    """Check that an optimizer is registered.
-
-    Raises:
-        BadInput: it is not; the closest name is in the error.
-    """
+    """Raise BadInput with the closest name unless an optimizer of this name is registered."""
     if name not in builders():
         raise unknown("optimizer", name, sorted(builders()), field="optimizer.name")
 
@@ -189,8 +175,7 @@ def _cosine(config: ScheduleConfig, step: int, total: int) -> float:
     warmup = _steps_of(config.warmup, total)
     if step < warmup:
         return _warmup(config, step, total)
-    share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * share)) / 2
+    return _anneal("cosine", 1.0, config.floor, min(1.0, (step - warmup) / max(1, total - warmup)))
 
 
 def _onecycle(config: ScheduleConfig, step: int, total: int) -> float:
