@@ -10,10 +10,10 @@ from launch import finish, start_ranks
 from tiny import steps_of, tiny_file, undo_after
 
 from faults.server import FaultServer, Status
-from smolforge import tales
 from smolforge.checkpoint import commit
 from smolforge.errors import BadInput
 from smolforge.run import Run
+from smolforge.tales import source as tales
 from smolforge.training import checkpointing
 from smolforge.training.shutdown import GracefulShutdown
 
