@@ -73,11 +73,7 @@ def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
 
 
 def restore(context: TrainContext, directory: Path) -> Position:
-    """Load a checkpoint's weights, moments and random generators into `context`; its position.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or of another model.
-    """
+    """Load a checkpoint into `context`; its position. CheckpointError where it is damaged or of another model."""
     load_weights(context.model, directory)
     tree = load_state(directory / "training")
     saved, name = tree["optimizer"], context.config.optimizer.name
@@ -100,11 +96,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> None:
-    """Replace the optimizer's state by one that `optimizer_state` returned.
-
-    Raises:
-        CheckpointError: the state is that of another model.
-    """
+    """Replace the optimizer's state by one that `optimizer_state` returned of an equal model."""
     parameters = dict(model.named_parameters())
     if tree and set(tree) != set(parameters):
         name = sorted(set(tree) ^ set(parameters))[0]
@@ -159,7 +151,7 @@ def newest_before(context: TrainContext, step: int) -> Path | None:
     return next((directory for directory in reversed(earlier) if not commit.verify(directory)), None)
 
 
-def best_step(context: TrainContext) -> int | None:
+def _best_step(context: TrainContext) -> int | None:
     """The step with the lowest validation loss among those that still have a checkpoint."""
     present = set(commit.steps(context.run.checkpoints_path))
     scores = {
@@ -173,9 +165,5 @@ def best_step(context: TrainContext) -> int | None:
 def prune_checkpoints(context: TrainContext) -> None:
     """Delete the checkpoints that the configuration does not keep."""
     config = context.config.checkpoint
-    commit.prune(
-        context.run.checkpoints_path,
-        keep=config.keep,
-        keep_every=config.keep_every,
-        best=best_step(context) if config.best else None,
-    )
+    best = _best_step(context) if config.best else None
+    commit.prune(context.run.checkpoints_path, keep=config.keep, keep_every=config.keep_every, best=best)

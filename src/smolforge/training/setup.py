@@ -60,12 +60,10 @@ class TrainRequest:
         layers: sections from other options, such as {"training": {"steps": 100}}.
         out: directory of the run; derived from the base where None.
         fresh: start over; an existing run there is moved aside.
-        must_resume: fail if there is no run to resume.
         more_steps: train so many steps beyond where the run stood when this was first requested.
         time_limit: seconds after which to save and stop.
         skip: ranges of steps whose data is left out.
-        profile: write a trace of a few steps into the run.
-        command: the command line, for the report; None from Python.
+        command: the command line, for the report.
     """
 
     base: str | None = None
@@ -286,11 +284,7 @@ def _build_model(config: RunConfig, plan: Plan, newest: Path | None) -> CausalLM
 
 
 def load_weights(model: CausalLM, directory: Path) -> None:
-    """Copy the weights of a model directory into `model`, in the precision that `model` has.
-
-    Raises:
-        CheckpointError: they are missing, damaged, or of another shape.
-    """
+    """Copy the weights of a model directory into `model`; CheckpointError where they are damaged or do not fit."""
     found = format.check_weights(model.config, weights.read_weights(directory), str(directory))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

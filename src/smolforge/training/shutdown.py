@@ -30,24 +30,18 @@ class StopRequested(BaseException):
 class GracefulShutdown:
     """Whether the run was asked to stop; a context manager that installs the signal handlers.
 
-    Outside the main thread Python allows no signal handlers; there only the time limit applies.
-
-    Args:
-        time_limit: seconds after which the run should stop, None for never.
+    Outside the main thread Python allows no signal handlers; there only the time limit (in seconds) applies.
 
     Attributes:
         exit_code: 130 or 143 once a stop was requested, else 0.
-        reason: what requested the stop, for people.
         immediate: whether a signal raises `StopRequested` where the program is. True at the beginning, while sources
             are opened and nothing can be lost.
     """
 
     def __init__(self, time_limit: float | None = None) -> None:
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
-        self.exit_code = 0
-        self.reason = ""
+        self.exit_code, self.reason, self.immediate = 0, "", True
         self.signal: signal.Signals | None = None
-        self.immediate = True
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> GracefulShutdown:
@@ -61,11 +55,7 @@ class GracefulShutdown:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def requested(self, margin: float = 0.0) -> bool:
-        """Whether to save and stop now.
-
-        Args:
-            margin: seconds that saving needs; the time limit counts as reached that much earlier.
-        """
+        """Whether to save and stop now; the time limit counts as reached `margin` seconds earlier."""
         if not self.exit_code and self.deadline is not None and time.monotonic() + margin >= self.deadline:
             self.exit_code, self.reason = 143, "the time limit is near"
         return bool(self.exit_code)

@@ -238,11 +238,7 @@ class Trainer:
         self.pending.append(StepMetrics(batch, step + 1, nats, norm, skipped, lr))
 
     def _flush_metrics(self, keep: int) -> None:
-        """Read and record the metrics of all but the newest `keep` steps.
-
-        Raises:
-            RollBack: three steps in a row were not finite.
-        """
+        """Read and record the metrics of all but the newest `keep` steps; RollBack after three not finite in a row."""
         while len(self.pending) > keep:
             metrics = self.pending.popleft()
             if bool(metrics.skipped):

@@ -60,11 +60,7 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, update: str = "torch") -> torch.optim.Optimizer:
-    """The optimizer of `config` over all parameters of `model`; arguments as of `OptimizerBuilder`.
-
-    Raises:
-        BadInput: an unknown optimizer, or one that needs a library or device that is not here.
-    """
+    """The optimizer of `config` over all parameters of `model`; arguments as of `OptimizerBuilder`."""
     check_optimizer(config.name)
     return builders()[config.name](model, config, update=update)
 
@@ -194,9 +190,4 @@ def _anneal(shape: str, first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-_SCHEDULES: dict[str, Callable[[ScheduleConfig, int, int], float]] = {
-    "wsd": _wsd,
-    "cosine": _cosine,
-    "onecycle": _onecycle,
-    "constant": _warmup,
-}
+_SCHEDULES = {"wsd": _wsd, "cosine": _cosine, "onecycle": _onecycle, "constant": _warmup}

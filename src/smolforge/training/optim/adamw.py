@@ -75,8 +75,8 @@ def update_in_pieces(*args: Any) -> None:
     """`update_at_once` without a compiler: piece by piece, so that the intermediates stay in the cache."""
     *tensors, key, skip, rates, beta1, beta2 = args
     for start in range(0, tensors[0].numel(), _PIECE):
-        pieces = (t[start : start + _PIECE] for t in tensors)
-        update_at_once(*pieces, key + start, skip, rates, beta1, beta2)
+        w, g, m, v = (t[start : start + _PIECE] for t in tensors)
+        update_at_once(w, g, m, v, key + start, skip, rates, beta1, beta2)
 
 
 def native_update(*args: Any) -> None:
