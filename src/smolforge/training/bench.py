@@ -34,9 +34,13 @@ PARTS = ("forward", "backward", "update")
 
 
 def measure(
-    preset: str = "smollm2-135m", *, length: int = 512, micro_batch: int = 4, steps: int = 5,
+    preset: str = "smollm2-135m",
+    *,
+    length: int = 512,
+    micro_batch: int = 4,
+    steps: int = 5,
     overrides: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train on random tokens, which cost as much as any others.
 
     Args:

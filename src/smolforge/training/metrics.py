@@ -172,10 +172,15 @@ class MetricsLogger:
         if self.context.eval_set is None:
             return
         score = evaluate(
-            self.context.model, self.context.eval_set, length=self.config.data.sequence_length,
-            batch=self.plan.micro_batch, device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
+            self.context.model,
+            self.context.eval_set,
+            length=self.config.data.sequence_length,
+            batch=self.plan.micro_batch,
+            device=self.plan.device,
+            ranks=self.ranks,
+            between=self._poll_single_rank,
             context=lambda: self.plan.precision.context(self.plan.device),
-        )  # fmt: skip
+        )
         if not (self.metrics and self.trackers):
             return
         scores = {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}

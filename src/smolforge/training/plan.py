@@ -105,9 +105,14 @@ class Plan:
         # Only a few rows of the embedding's gradient are not zero; all_reduce needs it whole.
         sparse = self.device.type == "cpu" and not torch.distributed.is_initialized()
         return {
-            "dtype": self.precision.weights, "device": self.device, "attention": self.attention, "loss": self.loss,
-            "recompute": self.recompute, "sparse_embedding": sparse, "compile": self.compile,
-        }  # fmt: skip
+            "dtype": self.precision.weights,
+            "device": self.device,
+            "attention": self.attention,
+            "loss": self.loss,
+            "recompute": self.recompute,
+            "sparse_embedding": sparse,
+            "compile": self.compile,
+        }
 
 
 def choose_device() -> torch.device:
@@ -247,10 +252,16 @@ def memory_of(
 ) -> MemoryEstimate:
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
     return estimate_memory(
-        config.model, sequences=micro_batch, length=config.data.sequence_length, stored=precision.weights,
-        computed=precision.autocast, optimizer=config.optimizer.name, recompute=recompute, loss=config.training.loss,
+        config.model,
+        sequences=micro_batch,
+        length=config.data.sequence_length,
+        stored=precision.weights,
+        computed=precision.autocast,
+        optimizer=config.optimizer.name,
+        recompute=recompute,
+        loss=config.training.loss,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
-    )  # fmt: skip
+    )
 
 
 def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> int:

@@ -51,9 +51,15 @@ class Trackers(contextlib.AbstractContextManager["Trackers"]):
     """
 
     def __init__(
-        self, names: Sequence[str], run: Run, config: Mapping[str, Any], *,
-        resume_step: int | None = None, close_seconds: float = CLOSE_SECONDS, queue_rows: int = 2000,
-    ) -> None:  # fmt: skip
+        self,
+        names: Sequence[str],
+        run: Run,
+        config: Mapping[str, Any],
+        *,
+        resume_step: int | None = None,
+        close_seconds: float = CLOSE_SECONDS,
+        queue_rows: int = 2000,
+    ) -> None:
         known: dict[str, Callable[[], Any]] = {
             "tensorboard": lambda: TensorBoard(run, resume_step),
             "wandb": lambda: HostedTracker("wandb", run, config),

@@ -176,9 +176,14 @@ class Trainer:
         """Step until the end, a stop, or a roll-back."""
         context, config = self.context, self.config
         with Loader(
-            context.corpus, context.tokenizer, sequences_per_step=config.sequences_per_step, rank=self.ranks.rank,
-            world=self.ranks.world_size, cursor=self.position.cursor, skip_steps=self.position.skip,
-        ) as loader:  # fmt: skip
+            context.corpus,
+            context.tokenizer,
+            sequences_per_step=config.sequences_per_step,
+            rank=self.ranks.rank,
+            world=self.ranks.world_size,
+            cursor=self.position.cursor,
+            skip_steps=self.position.skip,
+        ) as loader:
             self.metrics.throughput = Throughput(config.tokens_per_step)
             graphs = None  # compiled so far; None before the first step
             while self.position.step < self.total:

@@ -112,9 +112,16 @@ class StochasticAdamW(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch's name for an optimizer that reads `found_inf`
 
     def __init__(
-        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0,
-        seed: int = 0, update: str = "torch",
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        update: str = "torch",
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self.found_inf: Tensor | None = None
