@@ -37,7 +37,10 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
 
 def random_bits(key: Tensor, count: int) -> Tensor:
     """`count` int32 random numbers that depend on `key` (int32, 1 element) and their place only."""
-    bits = torch.arange(count, dtype=torch.int32, device=key.device) + key
+    return _scramble(torch.arange(count, dtype=torch.int32, device=key.device) + key)
+
+
+def _scramble(bits: Tensor) -> Tensor:
     bits = (bits ^ _shift_right(bits, 16)) * _FIRST
     bits = (bits ^ _shift_right(bits, 15)) * _SECOND
     return bits ^ _shift_right(bits, 16)
@@ -174,10 +177,7 @@ def _key(seed: int, number: int, step: Tensor) -> Tensor:
     """The starting point of a parameter's random bits at a step, int32 (1,), scrambled."""
     start = (seed * 0x85EBCA6B + number * 0xC2B2AE35) & 0xFFFFFFFF
     start = start - (1 << 32) if start >= 1 << 31 else start
-    key = step.to(torch.int32).reshape(1) * _STRIDE + start
-    key = (key ^ _shift_right(key, 16)) * _FIRST
-    key = (key ^ _shift_right(key, 15)) * _SECOND
-    return key ^ _shift_right(key, 16)
+    return _scramble(step.to(torch.int32).reshape(1) * _STRIDE + start)
 
 
 @register("adamw")
