@@ -16,9 +16,9 @@ from serving_fixtures import STEPS, metric
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
 from smolforge.serving.app import create_app
-from smolforge.serving.page.routes import MAX_POINTS as POINTS
-from smolforge.serving.page.routes import Curve, Tail, TrainingView
-from smolforge.serving.page.routes import select_steps as spread
+from smolforge.serving.page_routes import MAX_POINTS as POINTS
+from smolforge.serving.page_routes import Curve, Tail, TrainingView
+from smolforge.serving.page_routes import select_steps as spread
 from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
 from smolforge.serving.streaming import event

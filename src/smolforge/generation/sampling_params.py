@@ -29,7 +29,8 @@ class SamplingParams:
         top_p: keep the likeliest tokens until their probability reaches p, in (0, 1].
         min_p: drop tokens less likely than this share of the likeliest, in [0, 1].
         typical_p: locally typical sampling (Meister et al. 2022), in (0, 1]; 1 is off.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; in
+            [0.01, 100], since others overflow the logits.
         frequency_penalty: subtracted from a logit once for each time the token was written.
         presence_penalty: subtracted once from the logit of each token that was written.
         logit_bias: token id: added to its logit, in [-100, 100].
@@ -74,7 +75,7 @@ class SamplingParams:
         self._number("top_p", 0, 1, "It lies in (0, 1]; 1 keeps every token.", open_left=True)
         self._number("min_p", 0, 1, "It lies in [0, 1]; 0 is off.")
         self._number("typical_p", 0, 1, "It lies in (0, 1]; 1 is off.", open_left=True)
-        self._number("repetition_penalty", 0, math.inf, "Above 0; 1 is off.", open_left=True)
+        self._number("repetition_penalty", 0.01, 100, "It lies in [0.01, 100]; 1 is off.")
         self._number("frequency_penalty", -2, 2, "It lies in [-2, 2]; 0 is off.")
         self._number("presence_penalty", -2, 2, "It lies in [-2, 2]; 0 is off.")
         for name in ("echo", "ignore_eos"):

@@ -16,22 +16,7 @@ the served model while running requests finish on the old one. The files, in the
     state.py           what routes share: model source, metrics, limits
     engine_thread.py   the thread that owns the engines; a request as the event loop sees it
     streaming.py       transcripts and server-sent events
-    page/__init__.py   the page: index.html and plain JavaScript modules
-    page/routes.py     what the page's script asks for: writing, time-lapse, training curves
+    page_routes.py     the page (page/: HTML, plain JavaScript) and what its script asks for
     sidecar.py         a server next to a training: train --serve
     load_test.py       bench serve: tokens/s and waiting time under load
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from smolforge.lazy import lazy_attributes
-
-if TYPE_CHECKING:
-    from smolforge.serving.app import create_app as create_app
-    from smolforge.serving.server import serve as serve
-    from smolforge.serving.settings import ServeSettings as ServeSettings
-
-_HOMES = {"ServeSettings": "settings", "create_app": "app", "serve": "server"}
-__getattr__ = lazy_attributes(__name__, _HOMES)

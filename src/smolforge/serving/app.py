@@ -18,10 +18,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 from smolforge.errors import SmolforgeError
 from smolforge.serving import openai_routes, security
-from smolforge.serving.errors import ApiError, as_api_error, not_ready
+from smolforge.serving.errors import STATUSES, ApiError, as_api_error, not_ready
 from smolforge.serving.settings import ServeSettings
 from smolforge.serving.state import ServerState
 
@@ -45,27 +46,12 @@ class ErrorBody(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "A field is wrong or not supported; the message names it.",
-        401: "No key, or a wrong one.",
-        404: "No such model.",
-        408: "The body came too slowly.",
-        413: "The body is too large.",
-        429: "Too many requests are waiting; see Retry-After.",
-        500: "The model failed.",
-        503: "Loading, broken or shutting down.",
-        504: "The request took too long.",
-    }.items()
+    status: {"model": ErrorBody, "description": text} for status, (_, text) in STATUSES.items()
 }
 
 
 def create_app(settings: ServeSettings) -> FastAPI:
-    """The app of one model.
-
-    Raises:
-        SmolforgeError: the model's name cannot be used.
-    """
+    """The app of one model; SmolforgeError where the model's name cannot be used."""
     state, keys = ServerState(settings), security.Keys(settings.api_key)
 
     @contextlib.asynccontextmanager
@@ -87,10 +73,11 @@ def create_app(settings: ServeSettings) -> FastAPI:
     app.include_router(about(state))
     app.include_router(security.login_router(state.source.name, keys))
     if settings.page:
-        from smolforge.serving.page import routes
+        from smolforge.serving import page_routes
 
-        app.include_router(routes.router(state))
-        app.mount(routes.STATIC, routes.static_files())
+        app.include_router(page_routes.router(state))
+        files = StaticFiles(packages=[("smolforge.serving", "page/static"), ("smolforge.report", "static")])
+        app.mount("/page/static", files)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(SmolforgeError, _answer)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -114,13 +101,9 @@ def about(state: ServerState) -> APIRouter:
     def describe() -> dict[str, Any]:
         model = state.model
         return {
-            "id": state.source.name,
-            "object": "model",
-            "created": model.created,
-            "owned_by": "smolforge",
-            "max_model_len": model.engine.context,
-            "checkpoint_step": model.step,
-        }
+            "id": state.source.name, "object": "model", "created": model.created, "owned_by": "smolforge",
+            "max_model_len": model.engine.context, "checkpoint_step": model.step,
+        }  # fmt: skip
 
     @routes.get("/v1/models", summary="The served model in a list")
     async def models() -> dict[str, Any]:

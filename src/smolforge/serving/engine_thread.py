@@ -51,14 +51,11 @@ class LoadedModel:
 
 
 class ServerRequest:
-    """Prompts under one `SamplingParams`, and the steps that were written so far.
+    """Prompts (token ids) under one `SamplingParams`, and the steps that were written so far.
 
     All methods run on the event loop, except `accept`, so no lock is needed.
 
     Attributes:
-        prompts: token ids of each prompt.
-        params: what is wanted of each prompt.
-        model: the model that runs them.
         requests: the engine's requests, one for each prompt.
         finished: every sequence has ended, or the request was cancelled or failed.
         first_token: seconds from arrival to the first written token, or None.
@@ -83,14 +80,9 @@ class ServerRequest:
         """Sequences that have begun and not ended."""
         return 0 if self.finished else self._unfinished - self.waiting
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(map(len, self.prompts))
-
     def usage(self) -> dict[str, int]:
         """Tokens of prompts and answers as OpenAI counts them; an end-of-text token counts."""
-        prompt, written = self.prompt_tokens, sum(request.written for request in self.requests)
+        prompt, written = sum(map(len, self.prompts)), sum(request.written for request in self.requests)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def accept(self, requests: list[Request]) -> None:
@@ -119,11 +111,7 @@ class ServerRequest:
             self._news.set()
 
     async def batches(self) -> AsyncIterator[list[tuple[int, StepOutput]]]:
-        """Lists of (index of the prompt, step), each with all steps that are ready, until every sequence has ended.
-
-        Raises:
-            BaseException: the error that `fail` was given.
-        """
+        """Lists of (index of the prompt, step), each with all that are ready; raises the error that `fail` got."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -137,17 +125,14 @@ class ServerRequest:
 
 
 class EngineThread:
-    """Runs requests. The event loop calls everything but `_run` and what it calls.
-
-    Args:
-        max_queue: maximum number of sequences that wait.
+    """Runs requests, while at most `max_queue` sequences wait. The event loop calls everything but `_run`.
 
     Attributes:
         model: the served model; None while it loads.
         problem: why nothing can be served, or None.
         live: requests that have not ended.
-        observe_step: called with (sequences, tokens, seconds) of each step.
-        observe_first: called with the seconds to each first token.
+        observe_step: called with (sequences, tokens, seconds) of each step; set by `Metrics`.
+        observe_first: called with the seconds to each first token; set by `Metrics`.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -156,8 +141,8 @@ class EngineThread:
         self.problem: str | None = None
         self.live: set[ServerRequest] = set()
         self.draining = False
-        self.observe_step: Callable[[int, int, float], None] = lambda sequences, tokens, seconds: None
-        self.observe_first: Callable[[float], None] = lambda seconds: None
+        self.observe_step: Callable[[int, int, float], None]
+        self.observe_first: Callable[[float], None]
         self.loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
         self.encoder = concurrent.futures.ThreadPoolExecutor(1, "encoder")
         self._written: collections.deque[tuple[float, int]] = collections.deque()
@@ -214,10 +199,7 @@ class EngineThread:
     async def submit(
         self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
-        """Queue prompts; returns when the engine has accepted all of them.
-
-        Args:
-            model: the model that runs them; the served one unless given.
+        """Queue prompts for `model` or the served one; returns when the engine has accepted all of them.
 
         Raises:
             ApiError: the queue is full, or nothing can be served now.
@@ -301,8 +283,7 @@ class EngineThread:
                 model.engine.cancel(one)
             raise
         request.accept(added)
-        for one in added:
-            self._owners[id(model), one.id] = request
+        self._owners.update({(id(model), one.id): request for one in added})
 
     def _remove(self, request: ServerRequest) -> None:
         for one in request.requests:

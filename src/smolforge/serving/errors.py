@@ -14,26 +14,26 @@ from smolforge.errors import SmolforgeError
 from smolforge.formatting import replace_lone_surrogates
 
 logger = logging.getLogger(__name__)
-TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    503: "service_unavailable_error",
-    504: "timeout_error",
+# OpenAI's type of the error, and when it happens, by status.
+STATUSES = {
+    400: ("invalid_request_error", "A field is wrong or not supported; the message names it."),
+    401: ("authentication_error", "No key, or a wrong one."),
+    403: ("permission_error", "Another web page or host name asks."),
+    404: ("not_found_error", "No such model."),
+    408: ("timeout_error", "The body came too slowly."),
+    413: ("invalid_request_error", "The body is too large."),
+    429: ("rate_limit_error", "Too many requests are waiting; see Retry-After."),
+    500: ("server_error", "The model failed."),
+    503: ("service_unavailable_error", "Loading, broken or shutting down."),
+    504: ("timeout_error", "The request took too long."),
 }
 
 
 class ApiError(Exception):
     """An error answer.
 
-    Args:
-        status: HTTP status.
-        message: one sentence that says what happened and what would be right.
-        param: the field of the request that is wrong.
-        code: a word for programs, such as `model_not_found`.
-        headers: of the response, e.g. Retry-After.
+    Its message is one sentence that says what happened and what would be right, `param` the field of the request that
+    is wrong, `code` a word for programs, such as `model_not_found`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ApiError(Exception):
         """The error as OpenAI writes it."""
         # A lone surrogate of the client's JSON cannot be sent back as UTF-8.
         message = replace_lone_surrogates(self.message)
-        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = STATUSES.get(self.status, STATUSES[500 if self.status >= 500 else 400])[0]
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:

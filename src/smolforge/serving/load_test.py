@@ -44,20 +44,13 @@ def measure(
     rounds: int = 2,
     quantize: str = "auto",
 ) -> dict[str, Any]:
-    """Serve a model in a process of its own, to more and more clients.
+    """Serve a model, or random weights in the shape of SmolLM2-135M, to each number of clients that ask at once.
 
-    Args:
-        model: what to serve; random weights in the shape of SmolLM2-135M unless given.
-        clients: numbers of clients that ask at once.
-        tokens: length of each answer.
-        rounds: answers that each client asks for, one after the other.
-        quantize: as in `smolforge serve`.
+    Each client asks for `rounds` answers of `tokens` tokens, one after the other.
 
     Returns:
-        The model, the settings, and the result of `run_load` for each number of clients.
-
-    Raises:
-        SmolforgeError: the server did not start, or answered with an error.
+        The model, the settings, and the result of `run_load` for each number of clients. SmolforgeError where the
+        server did not start, or answered with an error.
     """
     with contextlib.ExitStack() as stack:
         if model is None:
@@ -87,7 +80,9 @@ def table(result: dict[str, Any]) -> str:
 
 def sweep(url: str, model: str, clients: Sequence[int], tokens: int, rounds: int, **extra: Any) -> list[dict[str, Any]]:
     """`run_load` with each number of clients; `extra` goes into every request. No prompt is used twice."""
-    prompts = _prompts()
+    from smolforge.tales import document
+
+    prompts = (document(i).text[:PROMPT_CHARACTERS].rstrip() for i in itertools.count())
     run_load(url, model, 1, 8, 1, prompts, **extra)  # what is prepared at the first request
     levels = []
     for count in clients:
@@ -99,11 +94,7 @@ def sweep(url: str, model: str, clients: Sequence[int], tokens: int, rounds: int
 def run_load(
     url: str, model: str, clients: int, tokens: int, rounds: int, prompts: Iterator[str], **extra: Any
 ) -> dict[str, Any]:
-    """Let clients ask at once.
-
-    Returns:
-        clients, tokens (written in all), seconds (wall time of all), tokens_per_second (of all together),
-        first_token_seconds (median over all answers) and slowest_first_token_seconds.
+    """Let clients ask at once; tokens, seconds and tokens/s of all together, and the median and slowest first token.
 
     Raises:
         RunFailed: an answer was an error.
@@ -149,12 +140,6 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, floa
     return body["max_tokens"] if complete else events, (first or time.perf_counter()) - began
 
 
-def _prompts() -> Iterator[str]:
-    from smolforge.tales import document
-
-    return (document(i).text[:PROMPT_CHARACTERS].rstrip() for i in itertools.count())
-
-
 @dataclasses.dataclass
 class ServerProcess:
     """A server in a process of its own, and what it wrote to stderr."""
@@ -183,12 +168,11 @@ def serve_command(model: str | Path, *options: str) -> list[str]:
 def start_server(
     command: list[str], *, url: str | None = None, environment: dict[str, str] | None = None, wait: bool = True
 ) -> Iterator[ServerProcess]:
-    """Run a server until the end of the block.
+    """Run a server until the end of the block; `wait` until its /health answers 200.
 
     Args:
         url: its address; the one that smolforge's server prints unless given.
         environment: variables for the process besides those of this one.
-        wait: wait until /health answers 200.
 
     Raises:
         RunFailed: it ended, or did not answer within three minutes; with the end of what it printed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -30,57 +30,55 @@ if TYPE_CHECKING:
 MIN_LOGPROB = -9999.0
 # A part of a streamed choice: its text, its logprobs, its finish_reason.
 Part = tuple[dict[str, Any], "dict[str, Any] | None", "str | None"]
-# The answer of a route that can stream, for the OpenAPI document.
-EITHER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "One object, or with stream: true its parts as server-sent events.",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {},  # OpenAPI 3.1 cannot describe the form of one event
-        },
-    }
-}
+# The answer of a route that can stream; OpenAPI 3.1 cannot describe the form of one event.
+_CONTENT = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+_TEXT = "One object, or with stream: true its parts as server-sent events."
+EITHER: dict[int | str, dict[str, Any]] = {200: {"description": _TEXT, "content": _CONTENT}}
 
 
 def router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
+    async def answer(
+        kind: type[Answer], body: SampledRequest, request: Request, prompts: list[list[int]], params: SamplingParams
+    ) -> Response:
+        """Submit prompts; the response, as events where the body asks for a stream."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(state.client(request))
+            submitted = await state.submit(prompts, params)
+            stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
+            found = kind(submitted, body, state.source.name)
+            if body.stream:
+                return EventStream(found.stream(), stack.pop_all())
+            return JSONResponse(await found.whole())
+
     @routes.post("/v1/completions", summary="Continue prompts", responses=EITHER, tags=["OpenAI"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
-        body.check_request(state.settings.max_n)
-        params = body.sampling()
-        return await answer(CompletionAnswer, state, body, request, await prompt_ids(state, body.prompt), params)
+        prompts = await prompt_ids(state, body.prompt)
+        return await answer(CompletionAnswer, body, request, prompts, body.sampling(state.settings.max_n))
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         state.check_model(body.model)
-        body.check_request(state.settings.max_n)
         engine = state.model.engine
         if engine.tokenizer.chat_template is None:
-            raise ApiError(
-                400,
-                f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions.",
-                param="messages",
-                code="no_chat_template",
-            )
+            text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
+            raise ApiError(400, text, param="messages", code="no_chat_template")
         ids = await state.compute(lambda: engine.tokenizer.encode_chat(body.conversation()))
-        params = body.sampling(max(1, engine.context - len(ids)))
-        return await answer(ChatAnswer, state, body, request, [ids], params)
+        params = body.sampling(state.settings.max_n, max(1, engine.context - len(ids)))
+        return await answer(ChatAnswer, body, request, [ids], params)
 
     @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         engine = state.model.engine
         [ids] = await state.encode([body.text()])
-        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": engine.context}
-        if body.with_pieces:
-            found["pieces"] = [token_string(engine.tokenizer, i) for i in ids]
-        return found
+        pieces = {"pieces": [token_string(engine.tokenizer, i) for i in ids]} if body.with_pieces else {}
+        return {"tokens": ids, "count": len(ids), "max_model_len": engine.context, **pieces}
 
     @routes.post("/detokenize", summary="Token ids to text", tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        body.check()
         engine = state.model.engine
         unknown = next((i for i in body.tokens if i >= engine.vocab_size), None)
         if unknown is not None:
@@ -94,36 +92,12 @@ def router(state: ServerState) -> APIRouter:
 async def prompt_ids(state: ServerState, prompt: Any) -> list[list[int]]:
     """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it."""
     if prompt is None:
-        return [[state.tokenizer.eos_id]]
+        return [[state.model.engine.tokenizer.eos_id]]
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], str):
         return await state.encode(prompt)
     return [prompt] if isinstance(prompt[0], int) else prompt
-
-
-async def answer(
-    kind: type[Answer],
-    state: ServerState,
-    body: SampledRequest,
-    request: Request,
-    prompts: list[list[int]],
-    params: SamplingParams,
-) -> Response:
-    """Submit prompts; the response, as events where the body asks for a stream.
-
-    Raises:
-        ApiError: the client or the server has too much to do, or no model is served.
-        BadInput: the engine refused a prompt.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(state.client(request))
-        submitted = await state.submit(prompts, params)
-        stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
-        found = kind(submitted, body, state.source.name)
-        if body.stream:
-            return EventStream(found.stream(), stack.pop_all())
-        return JSONResponse(await found.whole())
 
 
 class Answer:
@@ -148,11 +122,6 @@ class Answer:
             "system_fingerprint": f"smolforge-{f'step-{step}' if step is not None else request.model.created}",
         }
 
-    def name(self, token_id: int | None) -> str:
-        """A token as OpenAI spells it; reported tokens always have an id."""
-        assert token_id is not None
-        return token_string(self.tokenizer, token_id)
-
     def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
         """The tokens with their log-probabilities, or None where they were not asked for."""
         raise NotImplementedError
@@ -171,27 +140,19 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        tokens: dict[int, list[StepOutput]] = {index: [] for index, _ in self.transcripts.values()}
         async for batch in self.request.batches():
             for prompt, step in batch:
-                index, transcript = self.transcripts[prompt, step.index]
-                tokens[index] += transcript.push(step)
-        choices = [
-            {
-                "index": index,
-                **self.choice(transcript.text),
-                "logprobs": self.logprobs(tokens[index]),
-                "finish_reason": transcript.finish_reason,
-            }
-            for index, transcript in self.transcripts.values()
-        ]
+                self.transcripts[prompt, step.index][1].push(step)
+        choices = []
+        for index, whole in self.transcripts.values():
+            logprobs, reason = self.logprobs(whole.reported), whole.finish_reason
+            choices.append({"index": index, **self.choice(whole.text), "logprobs": logprobs, "finish_reason": reason})
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.request.usage()}
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; steps that are ready together are sent together."""
         head = {**self.head, "object": self.stream_object}
-        options = self.body.stream_options
-        include_usage = bool(options and options.include_usage)
+        include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         more = {"usage": None} if include_usage else {}
 
         def chunk(index: int, text: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
@@ -229,21 +190,16 @@ class CompletionAnswer(Answer):
         """`top_logprobs` always includes the token itself, so it can hold one more than asked for."""
         if self.body.logprobs is None:
             return None
-        names = [self.name(token.token_id) for token in tokens]
+        names = [token_string(self.tokenizer, token.token_id) for token in tokens]
+        logprobs = [None if token.logprob is None else _finite(token.logprob) for token in tokens]
         tops: list[dict[str, float] | None] = []
-        for name, token in zip(names, tokens, strict=True):
-            if token.logprob is None:
-                tops.append(None)
-                continue
-            top = {self.name(token_id): _finite(logprob) for token_id, logprob in reversed(token.top_logprobs)}
-            top.setdefault(name, _finite(token.logprob))
-            tops.append(dict(sorted(top.items(), key=lambda item: -item[1])))
-        return {
-            "tokens": names,
-            "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
-            "top_logprobs": tops,
-            "text_offset": [token.text_offset for token in tokens],
-        }
+        for name, token, own in zip(names, tokens, logprobs, strict=True):
+            top = {token_string(self.tokenizer, i): _finite(logprob) for i, logprob in reversed(token.top_logprobs)}
+            if own is not None:
+                top.setdefault(name, own)
+            tops.append(None if own is None else dict(sorted(top.items(), key=lambda item: -item[1])))
+        offsets = [token.text_offset for token in tokens]
+        return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
 class ChatAnswer(Answer):
@@ -274,20 +230,18 @@ class ChatAnswer(Answer):
         def describe(token_id: int | None, logprob: float) -> dict[str, Any]:
             assert token_id is not None
             data = list(self.tokenizer.token_bytes(token_id))
-            return {"token": self.name(token_id), "logprob": _finite(logprob), "bytes": data}
+            return {"token": token_string(self.tokenizer, token_id), "logprob": _finite(logprob), "bytes": data}
 
-        content = [
-            {
-                **describe(token.token_id, token.logprob or 0.0),
-                "top_logprobs": [describe(token_id, logprob) for token_id, logprob in token.top_logprobs],
-            }
-            for token in tokens
-        ]
+        content = []
+        for token in tokens:
+            top = [describe(token_id, logprob) for token_id, logprob in token.top_logprobs]
+            content.append({**describe(token.token_id, token.logprob or 0.0), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
 
-def token_string(tokenizer: Tokenizer, token_id: int) -> str:
+def token_string(tokenizer: Tokenizer, token_id: int | None) -> str:
     """A token as OpenAI spells it: its text, or `bytes:\\xe2\\x9c` where its bytes are not text by themselves."""
+    assert token_id is not None  # a token that is reported has an id
     data = tokenizer.token_bytes(token_id)
     try:
         return data.decode()

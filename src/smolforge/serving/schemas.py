@@ -6,15 +6,17 @@ No field is ignored silently: a field is supported, or listed in `HARMLESS`, or 
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from smolforge.errors import nearest
 from smolforge.formatting import replace_lone_surrogates
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.serving.errors import refused, unsupported
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_LOGPROBS = 5  # OpenAI's bound for completions
 MAX_TOP_LOGPROBS = 20  # and for chat
@@ -44,104 +46,50 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
-def check_text(text: str, what: str = "the text") -> str:
-    """Text that can be tokenized.
-
-    Raises:
-        ValueError: it holds a lone surrogate, half of the code of a character.
-    """
-    if replace_lone_surrogates(text) is not text:
-        raise ValueError(f"{what} holds a lone surrogate, which is not a character")
+def _check_text(text: Any) -> Any:
+    if isinstance(text, str) and replace_lone_surrogates(text) is not text:
+        raise ValueError("the text holds a lone surrogate, which is not a character")
     return text
 
 
-def _prompt(value: Any) -> Any:
-    """One pass over a prompt that stops at the first thing wrong, however long it is."""
-    if value is None or isinstance(value, str):
-        return None if value is None else check_text(value)
-    if not isinstance(value, list):
-        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
-    if not value:
-        raise ValueError("is an empty list; give at least one string or token id")
-    if isinstance(value[0], list):
-        for inner in value:
-            if not isinstance(inner, list) or not inner:
-                raise ValueError("must hold only non-empty lists of token ids, since it begins with a list")
-            _token_ids(inner)
-    elif isinstance(value[0], str):
-        for inner in value:
-            if not isinstance(inner, str):
-                raise ValueError(f"must hold only strings, since it begins with one; not {_show(inner)}")
-            check_text(inner)
-    else:
-        _token_ids(value)
-    return value
+def _kind_of_prompt(value: Any) -> str | None:
+    """Which form of a prompt this is, by its first element; None for anything else."""
+    if isinstance(value, str):
+        return "string"
+    first = value[0] if isinstance(value, list) and value else None
+    return {list: "lists", str: "strings", int: "ids"}.get(type(first))
 
 
-def _token_ids(ids: list[Any]) -> None:
-    for token_id in ids:
-        if type(token_id) is not int or token_id < 0:
-            raise ValueError(f"token ids are whole numbers from 0, not {_show(token_id)}")
-
-
-def _stop(value: Any) -> Any:
-    if value is None:
-        return []
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("must be a string or a list of strings")
-    return [check_text(stop, "a stop string") for stop in stops]
-
-
-def _logit_bias(value: Any) -> Any:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError("must map token ids to numbers from -100 to 100")
-    found: dict[int, float] = {}
-    for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
-            raise ValueError(f"{_show(key)} is not a token id")
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
-            raise ValueError(f"{_show(bias)} is not a number")
-        found[int(key)] = bias
-    return found
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _any_of(*schemas: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [*schemas, {"type": "null"}]})
-
-
-def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": schema, "minItems": 1}
-
-
-_STRING, _BIAS = {"type": "string"}, {"type": "number", "minimum": -100, "maximum": 100}
-_IDS = _list_of({"type": "integer", "minimum": 0})
-Prompt = Annotated[Any, BeforeValidator(_prompt), _any_of(_STRING, _list_of(_STRING), _IDS, _list_of(_IDS))]
-Stop = Annotated[list[str], BeforeValidator(_stop), _any_of(_STRING, {"type": "array", "items": _STRING})]
-LogitBias = Annotated[
-    dict[int, float], BeforeValidator(_logit_bias), _any_of({"type": "object", "additionalProperties": _BIAS})
+Text = Annotated[str, BeforeValidator(_check_text)]  # text that can be tokenized
+TokenId = Annotated[int, Field(ge=0)]
+# A long list is checked up to the first thing wrong.
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[Text, Tag("string")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("strings")]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[list[Ids], Field(min_length=1, fail_fast=True), Tag("lists")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt",
+        custom_error_message="must be a string, a list of strings, a list of token ids, or a list of such lists",
+    ),
 ]
-Text = Annotated[str, BeforeValidator(lambda v: check_text(v) if isinstance(v, str) else v)]
+# The keys of a JSON object are strings.
+LogitBias = dict[Annotated[TokenId, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]]
 
 
-class Body(BaseModel):
-    """A body whose unknown fields are refused by `check`."""
+class StrictModel(BaseModel):
+    """Fields of exactly the types that they have."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    def check(self) -> None:
-        """Refuse fields that are not supported.
 
-        Raises:
-            ApiError: 400 with the field.
-        """
+class Body(StrictModel, extra="allow"):
+    """A body whose unsupported fields are refused."""
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
         for field, value in (self.model_extra or {}).items():
             if field in HARMLESS:
                 continue
@@ -152,6 +100,7 @@ class Body(BaseModel):
             neutral = (*NEUTRAL[field], *((None,) if any(same is True for same in NEUTRAL[field]) else NOTHING))
             if not any(type(value) is type(same) and value == same for same in neutral):
                 raise unsupported(field, "is not supported by this server; leave it out")
+        return self
 
 
 class StreamOptions(Body):
@@ -181,12 +130,11 @@ class SampledRequest(Body):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
-    # Smaller penalties overflow the logits.
-    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    repetition_penalty: float | None = None
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: LogitBias = Field(default_factory=dict)
-    stop: Stop = Field(default_factory=list)
+    logit_bias: LogitBias | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
@@ -194,33 +142,28 @@ class SampledRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def check_request(self, max_n: int) -> None:
-        """Refuse unsupported fields, and fields that contradict each other.
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "is only allowed with stream: true")
+        return self
 
-        Raises:
-            ApiError: 400 with the field.
-        """
-        self.check()
-        if self.stream_options is not None:
-            self.stream_options.check()
-            if not self.stream:
-                raise refused("stream_options", "is only allowed with stream: true")
+    def _sampling(self, max_n: int, default_max_tokens: int, **more: Any) -> SamplingParams:
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
-
-    def _sampling(self, default_max_tokens: int, **more: Any) -> SamplingParams:
         limits = (self.max_completion_tokens, self.max_tokens, self.max_new_tokens, self.n_predict)
         same = (
             "n", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
             "presence_penalty", "min_tokens", "ignore_eos",
         )  # fmt: skip
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
         return SamplingParams(
             **{"temperature": 1.0, "top_p": 1.0, **given, **more},
             max_tokens=next((limit for limit in limits if limit is not None), default_max_tokens),
             top_k=max(0, self.top_k or 0),
-            logit_bias=self.logit_bias,
-            stop=tuple(self.stop),
+            logit_bias=self.logit_bias or {},
+            stop=tuple(stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             seed=self.seed,
         )
@@ -229,38 +172,35 @@ class SampledRequest(Body):
 class CompletionRequest(SampledRequest):
     """The body of /v1/completions."""
 
-    prompt: Prompt = None
+    prompt: Prompt | None = None
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
 
-    def check_request(self, max_n: int) -> None:
-        """As in `SampledRequest`; best_of must equal n."""
-        super().check_request(max_n)
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of", "is not supported; ask for n choices and rank them by logprobs")
+        return self
 
-    def sampling(self) -> SamplingParams:
-        """The parameters for the engine.
-
-        Raises:
-            BadInput: a value is out of range.
-        """
-        return self._sampling(DEFAULT_MAX_TOKENS, echo=bool(self.echo), logprobs=self.logprobs)
+    def sampling(self, max_n: int) -> SamplingParams:
+        """The parameters for the engine; BadInput where a value is out of range."""
+        return self._sampling(max_n, DEFAULT_MAX_TOKENS, echo=bool(self.echo), logprobs=self.logprobs)
 
 
-class ContentPart(Body):
+class ContentPart(StrictModel):
     """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(Body):
+class Message(StrictModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
+    tool_calls: Any = None
 
     def text(self) -> str:
         """The content as one string."""
@@ -276,27 +216,22 @@ class ChatRequest(SampledRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    def check_request(self, max_n: int) -> None:
-        """As in `SampledRequest`; top_logprobs needs logprobs, and tool calls are refused."""
-        super().check_request(max_n)
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise refused("top_logprobs", "is only allowed with logprobs: true")
-        for message in self.messages:
-            if message.role == "tool" or (message.model_extra or {}).get("tool_calls"):
-                raise unsupported("messages", "tool calls are not supported")
+        if any(message.role == "tool" or message.tool_calls for message in self.messages):
+            raise unsupported("messages", "tool calls are not supported")
+        return self
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages as the chat template reads them."""
         roles = {"developer": "system"}
         return [{"role": roles.get(m.role, m.role), "content": m.text()} for m in self.messages]
 
-    def sampling(self, default_max_tokens: int) -> SamplingParams:
-        """The parameters for the engine.
-
-        Raises:
-            BadInput: a value is out of range.
-        """
-        return self._sampling(default_max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+    def sampling(self, max_n: int, default_max_tokens: int) -> SamplingParams:
+        """The parameters for the engine; BadInput where a value is out of range."""
+        return self._sampling(max_n, default_max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class TokenizeRequest(Body):
@@ -308,31 +243,15 @@ class TokenizeRequest(Body):
     with_pieces: bool | None = None
 
     def text(self) -> str:
-        """The text to tokenize.
-
-        Raises:
-            ApiError: there is none, or two, or an unsupported field.
-        """
-        self.check()
+        """The text to tokenize; ApiError 400 where there is none, or two."""
         texts = [text for text in (self.prompt, self.content) if text is not None]
         if len(texts) != 1:
             raise refused("prompt", "give the text as prompt (or as content, which means the same)")
         return texts[0]
 
 
-def _tokens(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise ValueError("must be a list of token ids")
-    _token_ids(value)
-    return value
-
-
 class DetokenizeRequest(Body):
     """The body of /detokenize."""
 
     model: Text | None = None
-    tokens: Annotated[
-        Any,
-        BeforeValidator(_tokens),
-        WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
-    ]
+    tokens: list[TokenId] = Field(fail_fast=True)

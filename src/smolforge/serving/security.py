@@ -56,33 +56,26 @@ class Keys:
 
     def __init__(self, key: str | None) -> None:
         self._key = key.encode() if key else None
+        self.needed = self._key is not None
         # Derived from the key: a restart with the same key keeps sessions, and the cookie does not reveal the key.
         self.session = hmac.new(self._key, b"smolforge page session", hashlib.sha256).hexdigest() if self._key else ""
-
-    @property
-    def needed(self) -> bool:
-        """Whether there is a key at all."""
-        return self._key is not None
 
     def matches(self, given: bytes) -> bool:
         """Whether `given` is the key, or no key is needed."""
         return self._key is None or hmac.compare_digest(given, self._key)
 
     def allows(self, headers: Headers) -> bool:
-        """Whether the request carries the key or a session."""
-        if self._key is None:
-            return True
+        """Whether the request carries the key or a session, or needs none."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Headers are bytes; starlette decodes them as Latin-1.
-        if scheme.lower() == "bearer" and self.matches(given.strip().encode("latin-1")):
+        if not self.needed or (scheme.lower() == "bearer" and self.matches(given.strip().encode("latin-1"))):
             return True
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             return False
-        return cookie is not None and hmac.compare_digest(
-            cookie.value.encode("utf-8", "replace"), self.session.encode()
-        )
+        given = cookie.value.encode("utf-8", "replace") if cookie else b""
+        return hmac.compare_digest(given, self.session.encode())
 
 
 class SecurityMiddleware:
@@ -99,9 +92,6 @@ class SecurityMiddleware:
             self.hosts = {"localhost", "127.0.0.1", "::1", settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -141,13 +131,9 @@ class SecurityMiddleware:
             return None
         if path == "/" and scope["method"] == "GET":
             return RedirectResponse("login", 303)
-        raise ApiError(
-            401,
-            ("wrong API key" if headers.get("authorization") else "no API key")
-            + ": send it as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        problem = "wrong API key" if headers.get("authorization") else "no API key"
+        text = f"{problem}: send it as 'Authorization: Bearer KEY'"
+        raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _hostname(host: str) -> str | None:
@@ -189,15 +175,9 @@ class BodyMiddleware:
             self.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, or None from a client that disconnected.
-
-        Raises:
-            ApiError: 413 too large, 408 too slow.
-        """
-        limit, seconds = self.settings.max_body, self.settings.body_seconds
-        body, size = bytearray(), 0
-        deadline = time.monotonic() + seconds
-        close = {"Connection": "close"}
+        """The whole body, or None from a client that disconnected; ApiError 413 too large, 408 too slow."""
+        limit, seconds, close = self.settings.max_body, self.settings.body_seconds, {"Connection": "close"}
+        body, size, deadline = bytearray(), 0, time.monotonic() + seconds
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
@@ -205,11 +185,10 @@ class BodyMiddleware:
                 raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers=close) from None
             if message["type"] == "http.disconnect":
                 return None
-            chunk = message.get("body", b"")
+            chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
             if size <= limit:
                 body += chunk
-            more = message.get("more_body", False)
             if size > limit and (not more or size > limit + DRAIN_BYTES):
                 text = f"the body is larger than {limit:,} bytes, the most this server takes"
                 raise ApiError(413, text, code="body_too_large", headers=close)
@@ -245,7 +224,7 @@ class BodyMiddleware:
 def login_router(name: str, keys: Keys) -> APIRouter:
     """The routes of the login: the page exchanges the key for a session cookie. The form needs no script."""
     routes = APIRouter(include_in_schema=False)
-    page = string.Template((resources.files("smolforge.serving.page") / "login.html").read_text(encoding="utf-8"))
+    page = string.Template((resources.files("smolforge.serving") / "page" / "login.html").read_text(encoding="utf-8"))
 
     def form(problem: str, status: int) -> Response:
         text = page.substitute(name=html.escape(name), problem=html.escape(problem))

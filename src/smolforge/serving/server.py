@@ -58,7 +58,6 @@ class Server(uvicorn.Server):
     """uvicorn with a shutdown that drains, tells the other clients why their requests end, and exits 0."""
 
     state: ServerState
-    signals = 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -72,10 +71,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """First signal: drain. Second: end at once."""
-        self.signals += 1
-        self.should_exit = True
-        if self.signals > 1:
-            self.force_exit = True
+        self.force_exit, self.should_exit = self.should_exit, True
 
     async def on_tick(self, counter: int) -> bool:
         """As in uvicorn; also ends the server when the model cannot be loaded."""
@@ -103,21 +99,11 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        BadInput: the port is in use or not permitted, or this machine does not have the address.
-    """
+    """A listening socket; BadInput where the port is in use or not permitted, or the address is not this machine's."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(1024)
-        except OSError:
-            listener.close()
-            raise
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: answers IPv4 too
+        listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         raise BadInput(
@@ -130,11 +116,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(settings: ServeSettings) -> int:
-    """Serve until a signal; returns the exit code.
-
-    Raises:
-        SmolforgeError: the port or the model cannot be used.
-    """
+    """Serve until a signal; returns the exit code. SmolforgeError where the port or the model cannot be used."""
     # Before torch is imported: OpenMP threads that spin while they wait starve everything else on a small machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show()

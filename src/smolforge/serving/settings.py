@@ -19,7 +19,7 @@ class ServeSettings:
     Attributes:
         model: a run, a checkpoint, a Hugging Face directory or a Hub id.
         host: address to bind. Addresses other than loopback need `api_key` or `allow_public`.
-        port: port to bind; 0 takes a free one.
+        port: 0 takes a free one.
         api_key: key that clients must send; the page asks for it.
         allow_public: serve a public address without a key.
         cors_origins: other web origins whose scripts may call the API; none unless given.
@@ -72,16 +72,12 @@ class ServeSettings:
         if self.api_key is not None and not self.api_key.strip():
             raise BadInput("is empty", field="api-key", hint=f"Give a key, in {KEY_VARIABLE} or with --api-key.")
         if "*" in self.cors_origins and self.api_key is None:
-            raise BadInput(
-                "'*' lets every web page use this server",
-                field="cors-origin",
-                hint="Name the origins, or protect the server with --api-key.",
-            )
+            hint = "Name the origins, or protect the server with --api-key."
+            raise BadInput("'*' lets every web page use this server", field="cors-origin", hint=hint)
         if not self.loopback and not self.api_key and not self.allow_public:
+            hint = f"Give --api-key KEY (or {KEY_VARIABLE}), or --allow-public to serve everyone."
             raise BadInput(
-                f"{self.host} can be reached from other machines, and there is no key",
-                field="host",
-                hint=f"Give --api-key KEY (or {KEY_VARIABLE}), or --allow-public to serve everyone.",
+                f"{self.host} can be reached from other machines, and there is no key", field="host", hint=hint
             )
 
     @property

@@ -33,46 +33,32 @@ def sidecar(run: Run, port: int) -> Iterator[None]:
         socket.create_server(("127.0.0.1", port)).close()  # an error now, not after the training has begun
     except OSError as error:
         raise BadInput(f"cannot use port {port}: {error.strerror}", field="--serve", hint="Give another.") from None
-    server = _Sidecar(run, port)
-    server.start()
-    try:
-        yield
-    finally:
-        server.end()
+    began, ended = time.time(), threading.Event()
 
+    def locked() -> bool:
+        """Whether the training of this process has locked the run: it writes the lock's file as it does so."""
+        try:
+            return run.checkpoints_path.is_dir() and run.lock_path.stat().st_mtime >= began - 1
+        except OSError:
+            return False
 
-class _Sidecar(threading.Thread):
-    def __init__(self, run: Run, port: int) -> None:
-        super().__init__(name="sidecar", daemon=True)
-        self.run_to_serve, self.port = run, port
-        self._began = time.time()
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._locked():
-            if self._ended.wait(LOOK_SECONDS):
+    def serve() -> None:
+        while not locked():
+            if ended.wait(LOOK_SECONDS):
                 return
-        command = [sys.executable, "-m", "smolforge", "serve", str(self.run_to_serve.path), "--port", str(self.port)]
-        process = subprocess.Popen(command)
-        self._ended.wait()
-        process.terminate()
+        process = subprocess.Popen([sys.executable, "-m", "smolforge", "serve", str(run.path), "--port", str(port)])
+        ended.wait()
+        process.terminate()  # it lets running requests finish
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
-    def end(self) -> None:
-        """Let running requests finish, and end the server."""
-        self._ended.set()
-        self.join()
-
-    def _locked(self) -> bool:
-        """Whether the training of this process has locked the run: it writes the lock's file as it does so."""
-        try:
-            return (
-                self.run_to_serve.checkpoints_path.is_dir()
-                and self.run_to_serve.lock_path.stat().st_mtime >= self._began - 1
-            )
-        except OSError:
-            return False
+    server = threading.Thread(target=serve, name="sidecar", daemon=True)
+    server.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        server.join()

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from smolforge.generation.sampling_params import SamplingParams
-    from smolforge.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -56,11 +55,6 @@ class ModelSource:
         elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints_path.is_dir()):
             self.run, self.follows = Run(path), True
         self.name = name or path.name
-
-    @property
-    def waiting(self) -> bool:
-        """Whether this is a run without a checkpoint."""
-        return self.follows and not self.steps()
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; empty for a model outside a run."""
@@ -157,42 +151,26 @@ class ServerState:
             return "the server is shutting down"
         if self.thread.problem is not None or self.thread.model is not None:
             return self.thread.problem
-        return "the run has no checkpoint yet" if self.source.waiting else "the model is loading"
+        waiting = self.source.follows and not self.source.steps()
+        return "the run has no checkpoint yet" if waiting else "the model is loading"
 
     @property
     def model(self) -> LoadedModel:
-        """The served model.
-
-        Raises:
-            ApiError: 503 while there is none.
-        """
+        """The served model; ApiError 503 while there is none."""
         model = self.thread.model
         if model is None or self.thread.problem is not None:
             raise not_ready(self.problem or "the model is loading")
         return model
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the served model."""
-        return self.model.engine.tokenizer
-
     def check_model(self, name: str | None) -> None:
-        """Accept the id of the served model, or none.
-
-        Raises:
-            ApiError: 404 with the right id.
-        """
+        """Accept the id of the served model, or none; ApiError 404 for others."""
         if name is not None and name != self.source.name:
-            raise ApiError(
-                404,
-                f"the model {name[:200]!r} does not exist here; this server has {self.source.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+            text = f"the model {name[:200]!r} does not exist here; this server has {self.source.name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
 
     async def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; special tokens in it count as plain text."""
-        encode = self.tokenizer.encode
+        encode = self.model.engine.tokenizer.encode
         return await self.compute(lambda: [encode(text) for text in texts])
 
     async def compute(self, work: Callable[[], T]) -> T:
@@ -201,11 +179,7 @@ class ServerState:
 
     @contextlib.contextmanager
     def client(self, request: Request) -> Iterator[None]:
-        """Count an unfinished request of its client until the block ends.
-
-        Raises:
-            ApiError: 429 where the client has too many.
-        """
+        """Count an unfinished request of its client until the block ends; ApiError 429 where it has too many."""
         who, limit = request.client.host if request.client else "local", self.settings.max_per_client
         if self._clients[who] >= limit:
             raise busy(f"this client has {self._clients[who]} unfinished requests already, at most {limit} are allowed")
@@ -220,15 +194,11 @@ class ServerState:
     async def submit(
         self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
     ) -> ServerRequest:
-        """As `EngineThread.submit`, with a limit on the number of sequences; counts the prompts' tokens.
-
-        Raises:
-            ApiError: as in `EngineThread.submit`, or there are too many sequences.
-        """
+        """As `EngineThread.submit`, with a limit on the number of sequences; counts the prompts' tokens."""
         count, limit = len(prompts) * params.n, self.settings.max_sequences
         if count > limit:
             text = f"{len(prompts)} prompts with n = {params.n} are {count} sequences, at most {limit} are allowed"
             raise refused("prompt", text)
         request = await self.thread.submit(prompts, params, model)
-        self.metrics.prompt_tokens.inc(request.prompt_tokens)
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -47,32 +47,29 @@ class Transcript:
     it; a token that only belongs to a stop string, or ends the text, is never reported.
 
     Attributes:
+        text: the whole text so far.
+        reported: the steps whose tokens were reported.
         finish_reason: set at the end.
     """
 
     def __init__(self) -> None:
-        self._pending: list[StepOutput] = []
-        self._parts: list[str] = []
-        self._shown = 0
+        self.text = ""
+        self.reported: list[StepOutput] = []
         self.finish_reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The whole text so far."""
-        return "".join(self._parts)
+        self._pending: list[StepOutput] = []
 
     def push(self, step: StepOutput) -> list[StepOutput]:
         """Take a step; returns the steps whose tokens can be reported now."""
         if step.token_id is not None:
             self._pending.append(step)
-        self._parts.append(step.text)
-        self._shown += len(step.text)
+        self.text += step.text
         self.finish_reason = step.finish_reason
         if step.finish_reason == "length":
             ready, self._pending = self._pending, []
         else:
-            ready = [one for one in self._pending if one.text_offset < self._shown]
+            ready = [one for one in self._pending if one.text_offset < len(self.text)]
             self._pending = self._pending[len(ready) :] if step.finish_reason is None else []
+        self.reported += ready
         return ready
 
 
@@ -85,44 +82,37 @@ def event(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """A response of server-sent events. An error becomes the last event.
-
-    Args:
-        events: the bytes of one or several events each.
-        resources: entered while they are sent.
+    """A response of server-sent events, sent while `resources` is entered. An error becomes the last event.
 
     `BodyMiddleware` notices a client that disconnects and cancels the task that sends the events.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], resources: contextlib.AbstractContextManager[Any]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], resources: contextlib.AbstractContextManager[Any]) -> None:
         self.status_code = 200
         self.background = None
         self.events, self.resources = events, resources
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_part(data: bytes) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-
         with self.resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for data in with_keep_alive(self.events):
-                    await send_part(data)
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
             except Exception as error:  # the status has been sent, so the error becomes an event
-                await send_part(event(as_api_error(error).body()))
+                data = event(as_api_error(error).body())
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-async def with_keep_alive(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def with_keep_alive(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     """The same events, with a comment after each quiet `KEEP_ALIVE_SECONDS`, so that proxies keep the connection."""
-    iterator = events.__aiter__()
     pending: asyncio.Future[bytes] | None = None
     try:
         while True:
-            pending = pending or asyncio.ensure_future(anext(iterator))
+            pending = pending or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
             if not done:
                 yield KEEP_ALIVE
@@ -137,6 +127,4 @@ async def with_keep_alive(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             pending.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await pending
-        close = getattr(events, "aclose", None)
-        if close is not None:
-            await close()
+        await events.aclose()

@@ -1,4 +1,8 @@
-"""What the page's script asks for: text with the probabilities of its tokens, the time-lapse, a run's curves."""
+"""The page at /, and what its script asks for: text with probabilities, the time-lapse, a run's curves.
+
+The page (`page/`) is plain HTML, JavaScript modules and styles: it needs no build step and loads nothing from other
+servers. Its charts are drawn by uPlot, vendored in `smolforge/report/static`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import HTMLResponse, Response
-from starlette.staticfiles import StaticFiles
 
 from smolforge.config import THREE_PROMPTS, RunConfig
 from smolforge.errors import SmolforgeError
@@ -25,11 +28,10 @@ from smolforge.run import Run
 from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import as_api_error, refused
 from smolforge.serving.openai_routes import prompt_ids, token_string
-from smolforge.serving.schemas import Text
+from smolforge.serving.schemas import StrictModel, Text
 from smolforge.serving.state import ServerState
 from smolforge.serving.streaming import EventStream, cancel_on_exit, event
 
-STATIC = "/page/static"
 ALTERNATIVES = 5
 MAX_TOKENS = 1024
 MAX_CHECKPOINTS = 8  # of one time-lapse
@@ -39,10 +41,8 @@ MAX_SAMPLES = 60
 LIVE_SECONDS = 60.0  # a log written to this recently belongs to a running training
 
 
-class PageSettings(BaseModel):
+class PageSettings(StrictModel):
     """The sampling settings of the page."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     prompt: Text = ""
     max_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
@@ -50,7 +50,7 @@ class PageSettings(BaseModel):
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
+    repetition_penalty: float = 1.0
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
 
     def sampling(self, logprobs: int | None) -> SamplingParams:
@@ -70,15 +70,10 @@ class TimelapseRequest(PageSettings):
     steps: list[int] = Field(default_factory=list, max_length=MAX_CHECKPOINTS)
 
 
-def static_files() -> StaticFiles:
-    """The page's own files, and those of uPlot."""
-    return StaticFiles(packages=[("smolforge.serving.page", "static"), ("smolforge.report", "static")])
-
-
 def router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter(include_in_schema=False)
-    index = (resources.files("smolforge.serving.page") / "index.html").read_text(encoding="utf-8")
+    index = (resources.files("smolforge.serving") / "page" / "index.html").read_text(encoding="utf-8")
     view = TrainingView(state.source.run) if state.source.run else None
     one_timelapse, one_reader = asyncio.Lock(), asyncio.Lock()
 
@@ -140,31 +135,33 @@ def describe(state: ServerState) -> dict[str, Any]:
     }
 
 
-async def write_events(request: ServerRequest, kept: list[int]) -> AsyncIterator[bytes]:
+async def write_events(request: ServerRequest, kept: list[int]) -> AsyncGenerator[bytes, None]:
     """Tokens as they are written, each with its log-probability and the likeliest alternatives."""
     engine = request.model.engine
-    tokenizer = engine.tokenizer
-    length = len(request.prompts[0]) - len(kept)
-    yield event({"start": {"prompt": length, "context": engine.context, "step": request.model.step}})
+    yield event(
+        {
+            "start": {
+                "prompt": len(request.prompts[0]) - len(kept),
+                "context": engine.context,
+                "step": request.model.step,
+            }
+        }
+    )
     async for batch in request.batches():
         tokens, finish, rest = [], None, ""
         for _, step in batch:
             finish = step.finish_reason or finish
             if step.token_id is not None and step.token_id not in engine.eos_ids:
-                top = [[i, token_string(tokenizer, i), round(logprob, 4)] for i, logprob in step.top_logprobs]
+                top = [[i, token_string(engine.tokenizer, i), round(logprob, 4)] for i, logprob in step.top_logprobs]
                 logprob = round(step.logprob or 0.0, 4)
                 tokens.append({"id": step.token_id, "text": step.text, "p": logprob, "top": top})
             else:
                 rest += step.text
-        end = {"finish": finish, "rest": rest} if finish else {}
-        yield event({"tokens": tokens, **end})
+        yield event({"tokens": tokens, **({"finish": finish, "rest": rest} if finish else {})})
 
 
 def select_steps(steps: list[int], count: int) -> list[int]:
-    """At most `count` of `steps`, with the first and the last.
-
-    They are even in the logarithm of the step, since models learn most at the beginning.
-    """
+    """At most `count` of `steps`, with both ends, even in the logarithm: models learn most at the beginning."""
     if len(steps) <= count:
         return steps
     low, high = max(1, steps[0]), max(2, steps[-1])
@@ -179,25 +176,22 @@ def select_steps(steps: list[int], count: int) -> list[int]:
 
 async def timelapse_events(
     state: ServerState, body: TimelapseRequest, steps: list[int], one_at_a_time: asyncio.Lock
-) -> AsyncIterator[bytes]:
-    """The same prompt and seed through checkpoints of the run, oldest first.
-
-    One checkpoint at a time is loaded next to the served model, so memory holds two models.
-    """
+) -> AsyncGenerator[bytes, None]:
+    """The same prompt and seed through checkpoints of the run, oldest first; memory holds two models at a time."""
     yield event({"steps": steps})
-    loop, settings = asyncio.get_running_loop(), state.settings
+    loop, thread, settings = asyncio.get_running_loop(), state.thread, state.settings
     async with one_at_a_time:
         for step in steps:
             yield event({"step": step, "state": "loading"})
             try:
-                model = await loop.run_in_executor(state.thread.loader, state.source.open, settings, step)
+                model = await loop.run_in_executor(thread.loader, state.source.open, settings, step)
                 tokenizer = model.engine.tokenizer
                 ids = tokenizer.encode(body.prompt) if body.prompt else [tokenizer.eos_id]
                 submitted = await state.submit([ids], body.sampling(None), model)
             except SmolforgeError as error:  # a checkpoint that was deleted or damaged meanwhile
                 yield event({"step": step, "state": "failed", "message": as_api_error(error).message})
                 continue
-            with cancel_on_exit(state.thread, submitted, settings.request_seconds):
+            with cancel_on_exit(thread, submitted, settings.request_seconds):
                 async for batch in submitted.batches():
                     yield event({"step": step, "text": "".join(part.text for _, part in batch)})
             yield event({"step": step, "state": "done"})
@@ -222,10 +216,7 @@ class Curve:
 
 
 class Tail:
-    """The whole rows that a growing file of JSON lines has gained since the last read.
-
-    A file that was replaced or cut (a resumed run removes rows) is read again from its start.
-    """
+    """The whole rows that a growing file of JSON lines gained; one that was replaced or cut is read again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
