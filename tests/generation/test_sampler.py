@@ -84,7 +84,8 @@ def test_logprobs_are_the_models_own():
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
         ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("typical_p", 0), ("top_k", -1), ("top_k", 2.5),
-        ("max_tokens", -1), ("max_tokens", True), ("n", 0), ("n", 10_000), ("repetition_penalty", 0), ("repetition_penalty", 5e-324),
+        ("max_tokens", -1), ("max_tokens", True), ("n", 0), ("n", 10_000), ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324),
         ("frequency_penalty", 3), ("presence_penalty", float("inf")), ("stop", ("",)), ("stop", (3,)),
         ("stop_token_ids", (-1,)), ("logit_bias", {1: 101}), ("logit_bias", {"a": 1}), ("seed", 1.5), ("seed", 2**64),
         ("logprobs", 21), ("logprobs", True), ("min_tokens", 101), ("echo", 1),
