@@ -240,25 +240,17 @@ class HttpFile(RemoteFile):
     """A file behind an http(s) URL.
 
     A range is accepted only when the server confirms it: status 206, the right first byte, and the length and ETag that
-    the file had when it was looked at. A body that ends early is never the end of the file.
-
-    Args:
-        headers: called for each request, such as a token; sent to the host of `url` only.
-        etag: where it is known already; without one a change of content is not noticed.
+    the file had when it was looked at. A body that ends early is never the end of the file. `headers` is called for
+    each request, such as for a token, and its answer sent to the host of `url` only.
     """
 
+    etag: str | None = None  # without one a change of content is not noticed
+
     def __init__(
-        self,
-        network: Network,
-        url: str,
-        name: str,
-        *,
-        headers: Callable[[], dict[str, str]] = dict,
-        size: int | None = None,
-        etag: str | None = None,
+        self, network: Network, url: str, name: str, size: int | None = None, headers: Callable[[], Any] = dict
     ) -> None:
         super().__init__(network, url, name, urlsplit(url).netloc.rpartition("@")[2], size)
-        self.headers, self.etag = headers, etag
+        self.headers = headers
         self._location: str | None = None  # where the last redirect led
         self._refusals = 0
 

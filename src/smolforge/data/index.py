@@ -26,15 +26,7 @@ LOG_EVERY = 50  # shards
 
 
 def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[tuple[Source, list[Reader]]]]:
-    """Resolve and scan all sources.
-
-    Returns:
-        The index, and each source with its shards ready to read.
-
-    Raises:
-        DataError: a source is missing, empty, damaged, or not what its name says.
-        SourceUnavailable: the network did not answer.
-    """
+    """Resolve and scan all sources: the index, and each source with its shards ready to read."""
     entries, opened = [], []
     for spec in specs:
         source = resolve_source(spec, context)
@@ -57,7 +49,6 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
 
     Raises:
         SourceChanged: a source is not the one of the index; the message names the shard and what changed.
-        DataError: the index is damaged.
     """
     check(index)
     entries = index["sources"]
@@ -85,7 +76,7 @@ def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
         reader.use(groups)
         shard = reader.shard
         head = {"file": shard.name, "size": shard.size, "identity": shard.identity()}
-        return {**head, **shard.notes(), "groups": groups}
+        return {**head, **shard.notes, "groups": groups}
 
     described = []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
@@ -145,9 +136,10 @@ def check(index: Any) -> None:
         if index["version"] != VERSION:
             raise DataError(f"the index is of version {index['version']!r}; this smolforge reads {VERSION}")
         for entry in index["sources"]:
-            _strings(entry["source"], entry["kind"], entry["column"])
+            names = [entry["source"], entry["kind"], entry["column"], *(shard["file"] for shard in entry["shards"])]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("name")
             for shard in entry["shards"]:
-                _strings(shard["file"])
                 if not isinstance(shard["identity"], dict):
                     raise TypeError("identity")
                 for group in shard["groups"]:
@@ -158,8 +150,3 @@ def check(index: Any) -> None:
         raise DataError(f"the index is damaged: {error!r}", field="data_index.json") from None
     if not whole:
         raise DataError("the index is damaged: its hash is not its own", field="data_index.json")
-
-
-def _strings(*values: Any) -> None:
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError("name")

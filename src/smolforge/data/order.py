@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -37,12 +37,7 @@ class RowRange(NamedTuple):
 
 
 def split_into_ranges(shards: Sequence[Sequence[Sequence[int]]], lanes: int) -> list[RowRange]:
-    """Ranges of a source in canonical order.
-
-    Args:
-        shards: for each shard its row groups as (rows, bytes of text, what else its reader notes).
-        lanes: number of lanes that the ranges are dealt to.
-    """
+    """Ranges of a source in canonical order, from the row groups of each shard as its reader scanned them."""
     all_groups = [(s, g, *group[:2]) for s, groups in enumerate(shards) for g, group in enumerate(groups)]
     filled = [(s, g, rows, size) for s, g, rows, size in all_groups if rows]
     total = sum(rows for _, _, rows, _ in filled)
@@ -66,20 +61,12 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
 
 class Order:
-    """The order of one source.
-
-    Args:
-        ranges: the source's ranges in canonical order, not empty.
-        seed: `data.seed`.
-        source: number of the source in the mixture.
-        lanes: number of lanes.
-    """
+    """The order of source number `source` of a mixture; its ranges are in canonical order, and not empty."""
 
     def __init__(self, ranges: Sequence[RowRange], *, seed: int, source: int, lanes: int) -> None:
-        self.ranges = ranges
-        self.seed, self.source, self.lanes = seed, source, lanes
-        self._lock = threading.Lock()
-        self._epochs: dict[int, np.ndarray] = {}
+        self.ranges, self.seed, self.source, self.lanes = ranges, seed, source, lanes
+        # Lanes are rarely more than one epoch apart.
+        self._permuted = lru_cache(maxsize=4)(lambda epoch: permutation(len(ranges), 0, seed, epoch, source))
 
     def place(self, lane: int, k: int) -> tuple[int, int]:
         """(epoch, number of the range in canonical order) of a lane's k-th range."""
@@ -89,11 +76,3 @@ class Order:
     def rows(self, epoch: int, number: int) -> np.ndarray:
         """The order in which range `number` gives its rows in `epoch`."""
         return permutation(self.ranges[number].rows, 1, self.seed, epoch, self.source, number)
-
-    def _permuted(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._epochs:
-                while len(self._epochs) >= 4:  # lanes are rarely more than one epoch apart
-                    del self._epochs[min(self._epochs)]
-                self._epochs[epoch] = permutation(len(self.ranges), 0, self.seed, epoch, self.source)
-            return self._epochs[epoch]

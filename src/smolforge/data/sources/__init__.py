@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from smolforge.data.cache import Cache, ReadAhead
@@ -36,31 +37,21 @@ def format_of(name: str) -> str | None:
 
 
 def check_ending(name: str, named: str) -> str:
-    """The format that the ending of `name` tells.
-
-    Raises:
-        DataError: it tells none; `named` is what the user wrote.
-    """
+    """The format that the ending of `name` tells; DataError, about what the user `named`, where it tells none."""
     format = format_of(name)
     if format is None:
-        raise DataError(f"{named} has an unknown ending", field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
+        raise no_known_file(f"{named} has an unknown ending")
     return format
 
 
-def nothing_there(problem: str) -> DataError:
-    """The error for a source without files."""
+def no_known_file(problem: str) -> DataError:
+    """The error for a source without files that a reader knows."""
     return DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
 
 
 @dataclass
 class Context:
-    """What sources and readers share.
-
-    Attributes:
-        column: name of the text column of parquet and jsonl.
-        separator: where a text file is split into documents; None keeps it whole.
-        offline: whether the network must not be used.
-    """
+    """What sources and readers share: the configuration's `text_column` and `separator`, the caches, the network."""
 
     column: str
     separator: str | None
@@ -78,22 +69,18 @@ class Shard(ABC):
         format: a key of `readers.READERS`.
         size: bytes.
         remote: whether reading it uses the network.
+        notes: what helps to recognise it quickly but may change without harm; kept next to the identity.
     """
 
     name: str
     format: str
     size: int
     remote: bool = False
+    notes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def read(self, start: int, length: int) -> bytes:
-        """Exactly `length` bytes from `start`.
-
-        Raises:
-            SourceChanged: the shard is no longer the one that was looked at.
-            SourceUnavailable: the network did not answer.
-            DataError: the shard cannot be read.
-        """
+        """Exactly `length` bytes from `start`; raises as `resolve_source`."""
 
     @abstractmethod
     def whole(self) -> Path:
@@ -108,14 +95,8 @@ class Shard(ABC):
         if recorded["size"] != self.size:
             return f"its size was {recorded['size']:,} bytes and is {self.size:,}"
         now = self.identity()
-        for key, was in recorded["identity"].items():
-            if now.get(key) != was:
-                return f"its {key} was {was} and is {now.get(key)}"
-        return None
-
-    def notes(self) -> dict[str, Any]:
-        """What helps to recognise the shard quickly but may change without harm; kept next to the identity."""
-        return {}
+        changed = ((key, was) for key, was in recorded["identity"].items() if now.get(key) != was)
+        return next((f"its {key} was {was} and is {now.get(key)}" for key, was in changed), None)
 
     def forget(self) -> None:
         """Drop cached bytes: what was read made no sense."""
@@ -127,11 +108,9 @@ class Source:
     """A resolved source.
 
     Attributes:
-        spec: SRC as the user wrote it.
         kind: the key of its module in `SOURCES`.
         shards: in canonical order (by name).
         revision: the commit, where there is one.
-        entropy_bits_per_byte: gives the entropy of the text, where it is known.
     """
 
     spec: str
@@ -151,14 +130,10 @@ SOURCES = {
 
 
 def resolve_source(spec: str, context: Context, recorded: dict[str, Any] | None = None) -> Source:
-    """Find the shards that SRC names.
-
-    Args:
-        spec: SRC as the user wrote it.
-        recorded: its entry in an earlier index: what it was resolved to then.
+    """Find the shards that SRC names; `recorded` is its entry in an earlier index.
 
     Raises:
-        DataError: there is no such source, or it cannot be read.
+        DataError: there is no such source, or it cannot be read; SourceChanged, where it is not the recorded one.
         SourceUnavailable: the network did not answer.
     """
     for name in SOURCES.values():

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smolforge.data.fetch import HttpFile, Trouble, may_pass, retry_after
-from smolforge.data.sources import Context, Source, check_ending, format_of, nothing_there
-from smolforge.data.sources.local import read_file
+from smolforge.data.sources import Context, Source, check_ending, format_of, no_known_file
 from smolforge.data.sources.url import RemoteShard
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
@@ -32,23 +31,6 @@ _LONG = re.compile(r"^hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./%-]+?))?/(.*)$")
 _SHORT = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?:([\w.-]+)$")
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|\[.[^\]]*\]|.", re.DOTALL)
 MAX_FILES = 200_000
-
-
-class HubShard(RemoteShard):
-    """A file of a dataset at a commit."""
-
-    local: Path | None = None
-
-    def read(self, start: int, length: int) -> bytes:
-        if self.local is None:
-            return super().read(start, length)
-        data = read_file(self.local, start, length)
-        if len(data) != length:
-            raise DataError(f"{self.local} is cut short", hint="Delete it; it will be fetched again.")
-        return data
-
-    def whole(self) -> Path:
-        return self.local or super().whole()
 
 
 def matches(spec: str) -> bool:
@@ -72,7 +54,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         revision = str(info.sha)
         files = dataset.of_config(info, revision, config) if path is None else dataset.of_path(revision, path)
     if not files:
-        raise nothing_there(f"{spec} matches no file of a known format")
+        raise no_known_file(f"{spec} matches no file of a known format")
     return Source(spec, "hub", [dataset.shard(revision, *file) for file in sorted(files)], revision)
 
 
@@ -121,15 +103,15 @@ class _Dataset:
             hint=f"Its configurations: {', '.join(known)}." if known else f"Write {PREFIX}{self.repo}/PATH.",
         )
 
-    def shard(self, revision: str, path: str, size: int, oid: str) -> HubShard:
+    def shard(self, revision: str, path: str, size: int, oid: str) -> RemoteShard:
         """A file of the dataset, readable."""
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repo, path, repo_type="dataset", revision=revision)
         # The commit fixes the content; the host that stores it has ETags of its own.
-        file = HttpFile(self.context.network, url, path, headers=build_hf_headers, size=size)
-        shard = HubShard(file, path, {"oid": oid}, self.context)
+        file = HttpFile(self.context.network, url, path, size, build_hf_headers)
+        shard = RemoteShard(file, path, {"oid": oid}, self.context)
         local = try_to_load_from_cache(self.repo, path, revision=revision, repo_type="dataset")
         if isinstance(local, (str, os.PathLike)) and Path(local).stat().st_size == size:
             shard.local, shard.remote = Path(local), False
@@ -268,11 +250,7 @@ def training_patterns(card: dict[str, Any], config: str, spec: str) -> list[str]
 
 
 def inside(path: str) -> str:
-    """The path itself, if it stays inside the dataset.
-
-    Raises:
-        DataError: it does not.
-    """
+    """The path itself, if it stays inside the dataset; else DataError."""
     if "://" in path or path.startswith("/") or "\\" in path or ".." in path.split("/") or not path.isprintable():
         raise DataError(f"the dataset names {path!r}, which is not a path inside it", field="data.sources")
     return path

@@ -1,9 +1,8 @@
 """SRC is a local file, folder or glob.
 
-A folder is searched recursively for files of known formats; hidden files and other endings are passed over. A file
-named directly must have a known ending. The identity of a local shard is a hash of its bytes (of a large parquet file:
-of evenly spread samples with its first and its last megabyte, where the footer is), so a copied or touched corpus is
-still the same; an unchanged size and modification time saves the hashing.
+A folder is searched for files of known formats; hidden files and other endings are passed over. The identity of a local
+shard is a hash of its bytes (of a large parquet file: of samples, its first and last megabyte among them), so a copied
+or touched corpus is still the same; an unchanged size and modification time saves the hashing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, nothing_there
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.errors import DataError, SourceChanged
 
 logger = logging.getLogger(__name__)
@@ -26,11 +25,7 @@ SAMPLES = 32
 
 
 def read_file(path: Path, start: int, length: int) -> bytes:
-    """Up to `length` bytes of a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Up to `length` bytes of a file; DataError where it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -48,7 +43,7 @@ class LocalShard(Shard):
             stat = path.stat()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}", field="data.sources") from None
-        self.size, self._modified = stat.st_size, stat.st_mtime_ns
+        self.size, self.notes = stat.st_size, {"changed": stat.st_mtime_ns}
         if not self.size:
             raise DataError(f"{path} is empty", field="data.sources", hint="Remove it or fill it.")
         self._hash: str | None = None
@@ -69,12 +64,9 @@ class LocalShard(Shard):
         return {"hash": self._hash}
 
     def difference(self, recorded: dict[str, Any]) -> str | None:
-        if recorded["size"] == self.size and recorded.get("changed") == self._modified:
+        if recorded["size"] == self.size and recorded.get("changed") == self.notes["changed"]:
             self._hash = recorded["identity"].get("hash")
         return super().difference(recorded)
-
-    def notes(self) -> dict[str, Any]:
-        return {"changed": self._modified}
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(str(self.size).encode(), digest_size=16)
@@ -108,7 +100,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     else:
         raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=_hint(spec))
     if not named:
-        raise nothing_there(problem)
+        raise no_known_file(problem)
     filled = [file for file in named if file.stat().st_size]
     if filled and len(filled) < len(named):
         logger.warning("%s: %d empty files are passed over", spec, len(named) - len(filled))

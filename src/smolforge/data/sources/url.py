@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from smolforge.data.fetch import HttpFile, Network, NoRanges, RemoteFile, Trouble, may_pass
-from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, nothing_there
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError
 
@@ -30,9 +30,10 @@ IDENTITIES = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "LastModified"
 
 
 class RemoteShard(Shard):
-    """A remote file whose ranges are kept in the cache under its URL, size and identity."""
+    """A remote file whose ranges are cached under its URL, size and identity, or read from a `local` copy."""
 
     remote = True
+    local: Path | None = None
 
     def __init__(self, file: RemoteFile, name: str, identity: dict[str, Any], context: Context) -> None:
         assert file.size is not None
@@ -45,6 +46,11 @@ class RemoteShard(Shard):
             raise DataError(f"{name} is empty", field="data.sources")
 
     def read(self, start: int, length: int) -> bytes:
+        if self.local:
+            data = read_file(self.local, start, length)
+            if len(data) != length:
+                raise DataError(f"{self.local} is cut short", hint="Delete it; it will be fetched again.")
+            return data
         cache, key = self._context.cache, f"{self._key} {start} {length}"
         data = cache.range(key)
         if data is not None and len(data) == length:
@@ -61,6 +67,8 @@ class RemoteShard(Shard):
         return read_file(self.whole(), start, length)
 
     def whole(self) -> Path:
+        if self.local:
+            return self.local
         cache, key = self._context.cache, f"{self._key} whole"
         if self._context.offline and not cache.holds(key):
             raise self._missing("it is")
@@ -152,17 +160,13 @@ def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) 
 
     paths = sorted(ask(context.network, host_of(filesystem), spec, find))
     if not paths:
-        raise nothing_there(f"{spec} matches no file of a known format")
+        raise no_known_file(f"{spec} matches no file of a known format")
     files = [FsspecFile(context.network, filesystem, found) for found in paths]
     return [RemoteShard(file, file.path, file.look(), context) for file in files]
 
 
 def open_filesystem(spec: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL, and the path in it.
-
-    Raises:
-        DataError: the protocol is unknown, or its package is not installed.
-    """
+    """The fsspec filesystem of a URL, and the path in it; DataError where it is unknown or not installed."""
     from fsspec.core import url_to_fs
 
     protocol = re.split("://|::", spec)[0].lower()
