@@ -65,15 +65,10 @@ class Corpus:
         self._readers = [readers for _, readers in opened]
         self._entropies = [source.entropy_bits_per_byte for source, _ in opened]
         self.remote = any(shard.remote for source, _ in opened for shard in source.shards)
-        self.orders = [
-            Order(
-                split_into_ranges([shard["groups"] for shard in entry["shards"]], config.lanes),
-                seed=config.seed,
-                source=number,
-                lanes=config.lanes,
-            )
-            for number, entry in enumerate(index["sources"])
-        ]
+        self.orders = []
+        for number, entry in enumerate(index["sources"]):
+            ranges = split_into_ranges([shard["groups"] for shard in entry["shards"]], config.lanes)
+            self.orders.append(Order(ranges, seed=config.seed, source=number, lanes=config.lanes))
         self._trainable: set[int] = set()
 
     @classmethod
@@ -92,7 +87,6 @@ class Corpus:
             index: an earlier `data_index.json`; sources are checked against it and not scanned again.
             cache_dir: folder of the cache; `$SMOLFORGE_CACHE` or the user's cache folder unless given.
             offline: use only what is on this machine (also where HF_HUB_OFFLINE is set).
-            network: how the network is used and retried; made from the configuration unless given.
 
         Raises:
             DataError: a source is missing, empty, damaged, or not what its name says.
@@ -178,21 +172,14 @@ class Corpus:
         return Address(self.specs[source], file, part.group, part.start + row)
 
     def check_trainable(self, source: int) -> None:
-        """Make sure that a source has a document to train on.
-
-        Raises:
-            DataError: all its documents are held out or blank.
-        """
+        """Raise DataError where a source has no document to train on."""
         if source in self._trainable:
             return
         if next(self.documents_of(source, held_out=False), None) is None:
             blank = next(self.documents_of(source), None) is None
-            raise DataError(
-                f"{self.specs[source]} has no document to train on: "
-                + ("all are blank" if blank else "all are held out"),
-                field="data.sources" if blank else "data.holdout",
-                hint="Give it more text" + ("." if blank else ", or set data.holdout=0."),
-            )
+            why, field = ("blank", "data.sources") if blank else ("held out", "data.holdout")
+            hint = "Give it more text" + ("." if blank else ", or set data.holdout=0.")
+            raise DataError(f"{self.specs[source]} has no document to train on: all are {why}", field=field, hint=hint)
         self._trainable.add(source)
 
     def close(self) -> None:

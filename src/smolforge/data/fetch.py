@@ -179,12 +179,7 @@ class RemoteFile(ABC):
 
     @abstractmethod
     def look(self) -> dict[str, Any]:
-        """Learn the size; return what identifies the content (`etag`, `modified`), as far as the store tells.
-
-        Raises:
-            DataError: there is no such file, it may not be read, or its length is unknown.
-            SourceUnavailable: the network did not answer.
-        """
+        """Learn the size; return what identifies the content (`etag`, `modified`), as far as the store tells."""
 
     @abstractmethod
     def _read(self, start: int, length: int, got: bytearray) -> None:
@@ -196,7 +191,6 @@ class RemoteFile(ABC):
         Raises:
             NoRanges: the server supports no ranges; `blocks` still works.
             SourceChanged: the file is not the one that was looked at.
-            DataError, SourceUnavailable: as `look`.
         """
         got = bytearray()
 
@@ -215,13 +209,10 @@ class RemoteFile(ABC):
 
     def blocks(self) -> Iterator[bytes]:
         """The whole file in blocks; raises as `read`."""
-        if self.size is None:
-            self.look()
-        assert self.size is not None
-        at = 0
+        at, size = 0, self.size or 0
         try:
-            while at < self.size:
-                block = self.read(at, min(BLOCK, self.size - at))
+            while at < size:
+                block = self.read(at, min(BLOCK, size - at))
                 yield block
                 at += len(block)
         except NoRanges:

@@ -47,11 +47,7 @@ class Batch:
 
 
 def data_digest(digests: Sequence[tuple[int, bytes]]) -> str:
-    """Hash of a step's global batch from the digests of all ranks, in any order: 32 hex digits.
-
-    Raises:
-        ValueError: a sequence is missing or there twice.
-    """
+    """Hash of a step's global batch from the digests of all ranks, in any order: 32 hex digits."""
     ordered = sorted(digests)
     if [number for number, _ in ordered] != list(range(len(ordered))):
         raise ValueError("the digests are not those of sequences 0..S-1, each once")
@@ -62,15 +58,12 @@ class Loader(Iterator[Batch]):
     """Endless iterator over a rank's batches from a cursor on; a context manager.
 
     Global sequence g = step * S + i belongs to lane g mod lanes, and lane l to rank l mod world. Lanes, seed,
-    window length, workers and prefetch are those of `corpus.config`.
+    window length, workers and prefetch are those of `corpus.config`; the corpus stays open when the loader is closed.
 
     Args:
-        corpus: it stays open when the loader is closed.
-        sequences_per_step: S, sequences in the global batch.
-        world: number of ranks; divides the lanes and S.
+        sequences_per_step: S, sequences in the global batch; `world`, the number of ranks, divides it and the lanes.
         cursor: a (merged) cursor to continue from; the beginning unless given.
-        skip_steps: half-open ranges [a, b) of steps that are left out: their tokens are passed over, and the
-            batch after step a - 1 is that of step b.
+        skip_steps: half-open ranges [a, b) of steps that are left out: the batch after step a - 1 is that of step b.
         workers: threads instead of `data.workers`; 0 makes each batch when it is asked for.
 
     Raises:
@@ -187,10 +180,8 @@ class Loader(Iterator[Batch]):
         mine = self._mine(wanted)
         windows = [self._window(lane) for _, lane in mine]
         self._step += 1
-        digests = [
-            (i, hashlib.blake2b(window.tokens.astype("<i4").tobytes(), digest_size=16).digest())
-            for (i, _), window in zip(mine, windows, strict=True)
-        ]
+        contents = [window.tokens.astype("<i4").tobytes() for window in windows]
+        hashes = [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
         config = self.corpus.config
         cursor = {
             "version": VERSION,
@@ -204,7 +195,7 @@ class Loader(Iterator[Batch]):
             step=wanted,
             tokens=np.stack([window.tokens for window in windows]),
             document_ids=np.stack([window.document_ids for window in windows]),
-            digests=digests,
+            digests=[(i, digest) for (i, _), digest in zip(mine, hashes, strict=True)],
             documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
             cursor=cursor,
         )
@@ -216,17 +207,12 @@ def _check_shape(lanes: int, sequences: int, rank: int, world: int, skips: Seque
     if not 0 <= rank < world:
         raise BadInput(f"rank {rank} of {world}")
     if lanes % world:
-        raise BadInput(
-            f"{lanes} lanes cannot be shared by {world} processes",
-            field="data.lanes",
-            hint=f"Set data.lanes to a multiple of {world}.",
-        )
+        hint = f"Set data.lanes to a multiple of {world}."
+        raise BadInput(f"{lanes} lanes cannot be shared by {world} processes", field="data.lanes", hint=hint)
     if sequences % world:
-        raise BadInput(
-            f"a step has {sequences} sequences, which {world} processes cannot share",
-            field="training.tokens_per_step",
-            hint=f"Set it to a multiple of {world} × data.sequence_length.",
-        )
+        problem = f"a step has {sequences} sequences, which {world} processes cannot share"
+        hint = f"Set it to a multiple of {world} × data.sequence_length."
+        raise BadInput(problem, field="training.tokens_per_step", hint=hint)
     for a, b in skips:
         if not 0 <= a < b:
             hint = "Write FIRST:END; END itself is trained on."
@@ -247,18 +233,13 @@ class _Prefetch:
         for _ in range(depth):
             for lane in makers:
                 self._request(lane)
-        self._threads = [
-            threading.Thread(target=self._work, name=f"smolforge-data-{i}", daemon=True) for i in range(threads)
-        ]
+        names = [f"smolforge-data-{i}" for i in range(threads)]
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
     def take(self, lane: int) -> Window:
-        """The next window of a lane, waited for.
-
-        Raises:
-            Exception: what its maker raised; the lane stays at its error.
-        """
+        """The next window of a lane, waited for; raises what its maker raised, and the lane stays at its error."""
         window = self._ready[lane][0].result()
         self._ready[lane].popleft()
         self._request(lane)
@@ -328,13 +309,9 @@ def documents_of_step(
     sequences_per_step: int,
     skip_steps: Sequence[tuple[int, int]] = (),
 ) -> list[Address]:
-    """Addresses of the documents whose tokens fed a step, in the order of its sequences.
+    """Addresses of the documents whose tokens fed a step (from 0), in the order of its sequences.
 
-    Args:
-        tokenizer: the run's, whose tokens decide where documents end.
-        cursor: the run's (merged) cursor at or before the step; the beginning where None.
-        step: from 0.
-        skip_steps: the ranges of steps that the run skipped.
+    Everything is the run's: its `cursor`, (merged) at or before the step, None for the beginning, and its `skip_steps`.
 
     Raises:
         BadInput: the cursor is after the step, or the run skipped the step.
@@ -345,12 +322,8 @@ def documents_of_step(
     if any(a <= step < b for a, b in skip_steps):
         raise BadInput(f"step {step} was skipped by the run", field="--step")
     # The steps between are skipped like any range: their windows are made, their batches are not.
+    passed = [(begin, step)] if begin < step else []
     with Loader(
-        corpus,
-        tokenizer,
-        sequences_per_step=sequences_per_step,
-        cursor=cursor,
-        skip_steps=[(begin, step)] if begin < step else [],
-        workers=0,
+        corpus, tokenizer, sequences_per_step=sequences_per_step, cursor=cursor, skip_steps=passed, workers=0
     ) as loader:
         return next(loader).documents

@@ -3,8 +3,7 @@
 A lane is a pure function of its cursor. In a mixture each window is filled from one source, the one furthest behind its
 weight in tokens, so the shares of a lane stay within one window of the weights whatever the length of the documents; a
 phase per lane keeps the lanes from drawing the same source at the same time. Documents are tokenized in the order in
-which they are used, some 256 kB of text per `encode_batch`: one call per row group would hold gigabytes of Python
-integers over 16 lanes, and would tokenize what a resumed lane has already passed.
+which they are used, some 256 kB of text per `encode_batch`: whole row groups would be gigabytes of Python integers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ class Encoder(Protocol):
 
     @property
     def eos_id(self) -> int: ...
-
     def encode_batch(self, texts: list[str], /) -> list[list[int]]: ...
 
 
@@ -61,11 +59,7 @@ class LaneSource:
         self._document: tuple[np.ndarray, Address] | None = None  # the one that the position is in
 
     def take(self, length: int) -> tuple[list[np.ndarray], list[Address]]:
-        """The next `length` tokens, in parts of one document each, and the documents' addresses.
-
-        Raises:
-            SmolforgeError: the source is damaged, changed or unreachable; the position is past its document.
-        """
+        """The next `length` tokens, in parts of one document each, and the documents' addresses."""
         at, missing = self.position, length
         parts: list[np.ndarray] = []
         addresses: list[Address] = []
@@ -74,11 +68,9 @@ class LaneSource:
                 self._document = self._next()
             tokens, address = self._document
             if at.offset > len(tokens):
-                raise CheckpointError(
-                    f"the data cursor is at token {at.offset} of a document of {len(tokens)}: {address}",
-                    field="tokenizer",
-                    hint="The tokenizer is not the one that the run was made with.",
-                )
+                problem = f"the data cursor is at token {at.offset} of a document of {len(tokens)}: {address}"
+                hint = "The tokenizer is not the one that the run was made with."
+                raise CheckpointError(problem, field="tokenizer", hint=hint)
             part = tokens[at.offset : at.offset + missing]
             parts.append(part)
             addresses.append(address)
@@ -182,7 +174,7 @@ class Lane:
         ]
 
     def next(self) -> Window:
-        """The lane's next window; raises as `LaneSource.take`."""
+        """The lane's next window."""
         parts, addresses = self.sources[self._most_behind()].take(self.length)
         ids = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         return Window(np.concatenate(parts), ids, addresses, to_json(self.positions))

@@ -3,9 +3,8 @@
 Document i is a pure function of (seed, i), in the genres and the schema of Cosmopedia v2. The generator knows the
 probability of each choice it makes, so it knows the information in each text, and with it the lower bound in bits per
 byte that no model can beat. This needs P(text) to be the probability of the text, not only of one way to derive it:
-every choice is exact (draws without replacement are scored by what is left), lists hold no item twice, and the grammar
-is unambiguous. The tests parse sampled documents exhaustively: each has exactly one derivation, with the bits stated
-here. The end of a document is part of its probability: the derivation ends where the text does.
+every choice is exact, lists hold no item twice, and the grammar is unambiguous (the tests parse sampled documents in
+all ways: each has one derivation). A derivation ends where the text does, so the end is part of the probability.
 
     grammar.py   sentences with slots, read from the .txt files here, the choices in them, and the forms of words
     source.py    the corpus as a source of training data, and as files
@@ -101,23 +100,12 @@ def language() -> Grammar:
 
 
 def document(i: int, seed: int = 0) -> TalesDocument:
-    """Document `i` of the corpus `seed`; the same on every machine and in every order.
-
-    Raises:
-        ValueError: `i` is negative.
-    """
+    """Document `i` (from 0) of the corpus `seed`; the same on every machine and in every order."""
     genre, draft = _draft(i, seed)
     text = "".join(draft.out)
     names = {variable: entry[""] for variable, entry in draft.bound.items()}
-    return TalesDocument(
-        prompt=genre.request.format_map(names),
-        text=text,
-        token_length=len(_PIECES.findall(text)),
-        audience=genre.audience,
-        format=genre.format,
-        seed_data=genre.seed_data,
-        bits=draft.bits,
-    )
+    prompt, length = genre.request.format_map(names), len(_PIECES.findall(text))
+    return TalesDocument(prompt, text, length, genre.audience, genre.format, genre.seed_data, draft.bits)
 
 
 def text_and_bits(i: int, seed: int = 0) -> tuple[str, float]:

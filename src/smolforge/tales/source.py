@@ -70,15 +70,11 @@ def write(
     seed: int = 0,
     row_group_size: int = 1000,
 ) -> Path:
-    """Write documents as one file in Cosmopedia v2's schema; returns its path.
+    """Write the documents with these indices as one file in Cosmopedia v2's schema; returns its path.
 
     Args:
         kind: one of `KINDS`; `txt` holds the texts alone, separated by `<|endoftext|>`.
-        documents: their indices, in the order in which they are written.
         row_group_size: documents in a row group of a parquet file.
-
-    Raises:
-        ValueError: the kind is unknown.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,9 +1,8 @@
 """Read parquet: the footer for the index, and of a row group only the text column's chunk, as one ranged read.
 
-The footer tells where the column's dictionary and data pages are; that range is fetched at once and handed to pyarrow
-through a file that holds it and asks the shard for the rest. A chunk too large to hold is streamed instead. What a
-footer claims is checked first: offsets must lie inside the file, rows and sizes below bounds, and what is unpacked is
-counted while it is unpacked.
+The footer tells where the column's chunk is; that range is fetched at once and handed to pyarrow through a file that
+holds it and asks the shard for the rest. A chunk too large to hold is streamed instead. What a footer claims is checked
+first, and what is unpacked is counted while it is unpacked.
 """
 
 from __future__ import annotations
@@ -236,10 +235,9 @@ def _leaves(kind: Any) -> int:
     return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
-# pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent (a C++ exception leaves a
-# function that declares none), so the places of the text column's chunks are read here. A footer is a Thrift structure
-# in the compact protocol (thrift.apache.org, thrift-compact-protocol.md), its fields numbered in parquet-format's
-# parquet.thrift. Only the wanted fields are kept, and every size is bounded by the bytes that are there.
+# pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent, so the places of the text
+# column's chunks are read here. A footer is a Thrift structure in the compact protocol (thrift-compact-protocol.md), its
+# fields numbered in parquet-format's parquet.thrift. Every size is bounded by the bytes that are there.
 
 MAX_DEPTH = 16
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
@@ -267,11 +265,10 @@ class CompactDecoder:
         self.data, self.at = data, 0
 
     def value(self, kind: int, want: Any = None, depth: int = 0) -> Any:
-        """A value of this type.
+        """A value of this type, or None.
 
-        Args:
-            want: None passes over it; for a struct the wanted fields as {number: want}; for a list what is wanted of
-                each element, or (i, want) for element i alone, which gives (number of elements, element i).
+        What is wanted of a struct are fields, as {number: want}; of a list the same of each element, or (i, want) for
+        element i alone, which gives (number of elements, element i).
         """
         if depth > MAX_DEPTH:
             raise BadFooter("it is nested too deeply")
@@ -284,17 +281,11 @@ class CompactDecoder:
             return self._struct(want or {}, depth + 1)
         if kind in (LIST, SET):
             return self._list(want, depth + 1)
-        if kind == MAP:
-            size = self._count(self._varint())
-            kinds = self._byte() if size else 0
-            for _ in range(size):
-                self.value(kinds >> 4, None, depth + 1)
-                self.value(kinds & 15, None, depth + 1)
-        elif kind in (TRUE, FALSE, BYTE):
+        if kind in (TRUE, FALSE, BYTE):
             self._byte()
         elif kind == DOUBLE:
             self._bytes(8)
-        else:
+        else:  # parquet.thrift has no maps
             raise BadFooter(f"a value of unknown type {kind}")
         return None
 

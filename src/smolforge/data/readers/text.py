@@ -1,13 +1,12 @@
 """Read jsonl and txt, in row groups of about a megabyte of consecutive bytes.
 
 jsonl has a JSON object per line; blank lines are passed over. A txt file is a document, or several, split at the
-separator. A document longer than 64 KiB becomes several rows, cut where a line ends: otherwise a book in one file would
-be one document, which cannot be shared by lanes, shuffled, or held out in part. Only the last of its rows is followed
-by EOS. The rule looks at nothing before a row, so a row group may start with any of them.
+separator. A document longer than 64 KiB becomes several rows, cut where a line ends: a book in one file can so be
+shared by lanes, shuffled, and held out in part. Only the last of its rows is followed by EOS. The rule looks at nothing
+before a row, so a row group may start with any of them.
 
-A compressed shard is decompressed once into the cache, as a stream within the cache's bound, which also stops a file
-that decompresses to terabytes. Files are opened for each row group: a corpus may have more files than a process may
-have open.
+A compressed shard is decompressed once into the cache, within the cache's bound. Files are opened for each row group: a
+corpus may have more files than a process may have open.
 """
 
 from __future__ import annotations

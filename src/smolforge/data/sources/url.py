@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 from collections.abc import Callable
 from glob import has_magic
 from pathlib import Path
@@ -41,7 +40,6 @@ class RemoteShard(Shard):
         self._identity, self._context = identity, context
         self._key = f"{file.url} {file.size} {sorted(identity.items())}"
         self._kept: set[str] = set()
-        self._lock = threading.Lock()
         if not self.size:
             raise DataError(f"{name} is empty", field="data.sources")
 
@@ -61,8 +59,7 @@ class RemoteShard(Shard):
             with contextlib.suppress(NoRanges):
                 data = self.file.read(start, length)
                 cache.keep_range(key, data)
-                with self._lock:
-                    self._kept.add(key)
+                self._kept.add(key)
                 return data
         return read_file(self.whole(), start, length)
 
@@ -78,8 +75,7 @@ class RemoteShard(Shard):
         return self._identity
 
     def forget(self) -> None:
-        with self._lock:
-            kept, self._kept = self._kept, set()
+        kept, self._kept = self._kept, set()
         for key in kept:
             self._context.cache.drop_range(key)
 
