@@ -202,11 +202,7 @@ def _decompress_zstd(file: BufferedReader) -> Iterator[bytes]:
 
 
 class ReadAhead:
-    """Ranges fetched in threads before they are needed.
-
-    Args:
-        limit: bytes held or on their way at any moment; what does not fit is not started.
-    """
+    """Ranges fetched in threads before they are needed: at most `limit` bytes, else they are not started."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -120,11 +120,7 @@ class Corpus:
         return known() if known is not None and len(self._entropies) == 1 else None
 
     def documents(self, *, held_out: bool | None = None) -> Iterator[Document]:
-        """All documents in canonical order, once, read as they are asked for.
-
-        Args:
-            held_out: only those that training never sees (True), only those it sees (False), or both (None).
-        """
+        """All documents in canonical order: those that training never sees (True), those it sees (False), or both."""
         for source in range(len(self.specs)):
             yield from self.documents_of(source, held_out=held_out)
 

@@ -18,19 +18,12 @@ VERSION = 1
 
 @dataclass
 class Position:
-    """Position of a lane in one source.
+    """Position of a lane in one source."""
 
-    Attributes:
-        k: the lane's k-th range.
-        row: in the range's permuted order.
-        offset: tokens of the row's document that were used.
-        drawn: tokens in all.
-    """
-
-    k: int = 0
-    row: int = 0
-    offset: int = 0
-    drawn: int = 0
+    k: int = 0  # the lane's k-th range
+    row: int = 0  # in the range's permuted order
+    offset: int = 0  # tokens of the row's document that were used
+    drawn: int = 0  # tokens in all
 
 
 def to_json(positions: Sequence[Position]) -> list[list[int]]:
@@ -59,20 +52,15 @@ def read_cursor(
         raise CheckpointError(f"the data cursor is damaged: {error!r}") from None
     for name, was, now in zip(("index", "data.seed", "data.lanes"), recorded, (index, seed, lane_count), strict=True):
         if was != now:
-            raise CheckpointError(
-                f"the cursor was made with {was!r}, the stream has {now!r}",
-                field=name,
-                hint="A run continues with the data, seed and lanes it started with; a new run may change them.",
-            )
+            hint = "A run continues with the data, seed and lanes it started with; a new run may change them."
+            raise CheckpointError(f"the cursor was made with {was!r}, the stream has {now!r}", field=name, hint=hint)
     if not set(lanes) <= set(range(lane_count)):
         raise CheckpointError(f"the data cursor is damaged: lanes {sorted(lanes)} of {lane_count}")
     for positions in lanes.values():
         if len(positions) != sources:
-            raise CheckpointError(
-                f"the data cursor has {len(positions)} sources, the configuration {sources}",
-                field="data.sources",
-                hint="A run continues with the sources it started with.",
-            )
+            problem = f"the data cursor has {len(positions)} sources, the configuration {sources}"
+            hint = "A run continues with the sources it started with."
+            raise CheckpointError(problem, field="data.sources", hint=hint)
     return step, lanes
 
 

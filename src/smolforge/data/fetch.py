@@ -60,12 +60,9 @@ class Trouble(Exception):
 
 
 class Network:
-    """How long to retry, and the HTTP client. Thread-safe.
+    """Retries for `patience` seconds while nothing comes, and the HTTP client. Thread-safe.
 
-    Args:
-        patience: seconds to retry while nothing comes.
-        timeout: seconds that a connection or one read may take.
-        sleep, clock, jitter: replaced in tests.
+    A connection or one read may take `timeout` seconds. `sleep`, `clock` and `jitter` are replaced in tests.
     """
 
     def __init__(
@@ -77,8 +74,7 @@ class Network:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.patience, self.timeout = patience, timeout
-        self.clock, self.jitter = clock, jitter
+        self.patience, self.timeout, self.clock, self.jitter = patience, timeout, clock, jitter
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
         self._lock = threading.Lock()

@@ -45,11 +45,7 @@ def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any],
 
 
 def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> list[tuple[Source, list[Reader]]]:
-    """The sources of an earlier index, checked against it but not scanned again.
-
-    Raises:
-        SourceChanged: a source is not the one of the index; the message names the shard and what changed.
-    """
+    """The sources of an earlier index, not scanned again; SourceChanged names the shard and what changed."""
     check(index)
     entries = index["sources"]
     if len(entries) != len(specs):

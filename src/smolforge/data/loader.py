@@ -27,23 +27,16 @@ from smolforge.errors import BadInput
 
 @dataclass
 class Batch:
-    """One rank's share of the batch of one step.
+    """One rank's share of the batch of one step."""
 
-    Attributes:
-        step: the step that this batch feeds: the number of batches before it in the stream.
-        tokens: int32 (S_local, L+1); inputs are [:, :-1], targets [:, 1:].
-        document_ids: int32 (S_local, L+1); counts the documents within a window from 0.
-        digests: (number of the sequence in the global batch, 16-byte blake2b of its tokens as little-endian int32).
-        documents: addresses of the documents with tokens in the batch, in the order of the sequences.
-        cursor: this rank's cursor after this batch; JSON-able.
-    """
-
-    step: int
-    tokens: np.ndarray
-    document_ids: np.ndarray
-    digests: list[tuple[int, bytes]]
-    documents: list[Address]
-    cursor: dict[str, Any]
+    step: int  # that this batch feeds: the number of batches before it in the stream
+    tokens: np.ndarray  # int32 (S_local, L+1); inputs are [:, :-1], targets [:, 1:]
+    document_ids: np.ndarray  # int32 (S_local, L+1); counts the documents within a window from 0
+    digests: list[
+        tuple[int, bytes]
+    ]  # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32)
+    documents: list[Address]  # of the documents with tokens in the batch, in the order of the sequences
+    cursor: dict[str, Any]  # this rank's after this batch; JSON-able
 
 
 def data_digest(digests: Sequence[tuple[int, bytes]]) -> str:

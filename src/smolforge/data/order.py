@@ -1,10 +1,9 @@
 """The order of documents: a pure function of (seed, epoch, source), dealt to a fixed number of lanes.
 
 A source is split into ranges of rows: its row groups, cut where they are too large for memory, or until each lane can
-have two. In epoch e the n ranges of a source are permuted; range p of epoch e has the running number q = e*n + p and
-belongs to lane q mod lanes. So a lane's k-th range is q = lane + k*lanes: one integer addresses epoch and range, each
-document comes exactly once per epoch, and a source with fewer ranges than lanes still feeds every lane (they then read
-different epochs at the same time). The rows of a range are permuted likewise.
+have two. In epoch e the n ranges are permuted; range p of epoch e has the number q = e*n + p and belongs to lane q mod
+lanes. So a lane's k-th range is q = lane + k*lanes, each document comes exactly once per epoch, and a source with fewer
+ranges than lanes still feeds every lane. The rows of a range are permuted likewise.
 
 Permutations sort the raw output of Philox, a counter-based generator whose stream NumPy guarantees across versions
 (unlike `Generator.permutation`).

@@ -33,20 +33,14 @@ _PIECES = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True, slots=True)
 class Genre:
-    """How a genre appears in the schema.
+    """How a genre appears in the schema."""
 
-    Attributes:
-        rule: the grammar's rule for a document.
-        share: its share of the documents, relative to the other genres'.
-        request: the prompt, with the names of bound words in braces.
-    """
-
-    rule: str
-    share: int
+    rule: str  # the grammar's rule for a document
+    share: int  # of the documents, relative to the other genres'
     audience: str
     format: str
     seed_data: str
-    request: str
+    request: str  # the prompt, with the names of bound words in braces
 
 
 GENRES = (
@@ -69,22 +63,15 @@ _GENRE_BITS = tuple(math.log2(_BOUNDS[-1] / genre.share) for genre in GENRES)
 
 @dataclass(frozen=True, slots=True)
 class TalesDocument:
-    """One document.
+    """One document, with the columns of Cosmopedia v2."""
 
-    Attributes:
-        prompt: the request that the text answers.
-        text: the document; UTF-8, paragraphs separated by an empty line.
-        token_length: words and punctuation marks in the text.
-        bits: -log2 P(text), the information in it, its end included.
-    """
-
-    prompt: str
-    text: str
-    token_length: int
+    prompt: str  # the request that the text answers
+    text: str  # paragraphs separated by an empty line
+    token_length: int  # words and punctuation marks in the text
     audience: str
     format: str
     seed_data: str
-    bits: float
+    bits: float  # -log2 P(text), the information in it, its end included
 
     def row(self) -> dict[str, Any]:
         """The columns of Cosmopedia v2."""

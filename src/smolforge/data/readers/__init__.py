@@ -35,22 +35,14 @@ Rows = Callable[[int], Row]
 
 
 class Reader(ABC):
-    """One shard read as rows of text.
-
-    Attributes:
-        groups: its row groups as [rows, bytes of text, what else reading needs].
-    """
+    """One shard read as rows of text; `groups` are its row groups as [rows, bytes of text, what else reading needs]."""
 
     def __init__(self, shard: Shard, context: Context) -> None:
         self.shard, self.context = shard, context
 
     @abstractmethod
     def scan(self) -> list[list[int]]:
-        """The row groups; reads as little as the format allows.
-
-        Raises:
-            DataError: the shard is damaged or lacks the text column.
-        """
+        """The row groups; DataError where the shard is damaged or lacks the text column."""
 
     def use(self, groups: list[list[int]]) -> None:
         """Take the row groups from `scan` or an index."""
@@ -58,11 +50,7 @@ class Reader(ABC):
 
     @abstractmethod
     def rows(self, group: int, start: int, count: int) -> Rows:
-        """Rows [start, start + count) of a row group; its other rows may be missing from the answer.
-
-        Raises:
-            DataError: the shard is damaged.
-        """
+        """Rows [start, start + count) of a row group; its other rows may be missing from the answer."""
 
     def read_ahead(self, group: int) -> None:
         """Start to fetch what `rows` of this group will need, where there is room."""

@@ -207,12 +207,6 @@ class RangedFile(io.RawIOBase):
         self.shard, self.held = shard, held
         self._start, self._at = start, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def tell(self) -> int:
         return self._at
 
@@ -235,9 +229,9 @@ def _leaves(kind: Any) -> int:
     return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
-# pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent, so the places of the text
-# column's chunks are read here. A footer is a Thrift structure in the compact protocol (thrift-compact-protocol.md), its
-# fields numbered in parquet-format's parquet.thrift. Every size is bounded by the bytes that are there.
+# pyarrow's accessors to a row group's columns abort the process when a footer is inconsistent: the chunks of the text
+# column are found here. A footer is a Thrift structure in the compact protocol (thrift-compact-protocol.md), its fields
+# numbered in parquet-format's parquet.thrift. Every size is bounded by the bytes that are there.
 
 MAX_DEPTH = 16
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)

@@ -62,21 +62,13 @@ class Context:
 
 
 class Shard(ABC):
-    """One file of a source.
+    """One file of a source."""
 
-    Attributes:
-        name: path inside the source, with `/`; errors and addresses call it so.
-        format: a key of `readers.READERS`.
-        size: bytes.
-        remote: whether reading it uses the network.
-        notes: what helps to recognise it quickly but may change without harm; kept next to the identity.
-    """
-
-    name: str
-    format: str
-    size: int
-    remote: bool = False
-    notes: Mapping[str, Any] = MappingProxyType({})
+    name: str  # path inside the source, with `/`; errors and addresses call it so
+    format: str  # a key of `readers.READERS`
+    size: int  # bytes
+    remote: bool = False  # whether reading it uses the network
+    notes: Mapping[str, Any] = MappingProxyType({})  # what may change without harm; kept next to the identity
 
     @abstractmethod
     def read(self, start: int, length: int) -> bytes:
@@ -105,18 +97,12 @@ class Shard(ABC):
 
 @dataclass
 class Source:
-    """A resolved source.
-
-    Attributes:
-        kind: the key of its module in `SOURCES`.
-        shards: in canonical order (by name).
-        revision: the commit, where there is one.
-    """
+    """A resolved source."""
 
     spec: str
-    kind: str
-    shards: list[Shard]
-    revision: str | None = None
+    kind: str  # the key of its module in `SOURCES`
+    shards: list[Shard]  # in canonical order (by name)
+    revision: str | None = None  # the commit, where there is one
     entropy_bits_per_byte: Callable[[], float] | None = None
 
 

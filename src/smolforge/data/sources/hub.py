@@ -76,9 +76,8 @@ class _Dataset:
         if has_magic(path):
             return self._matching(revision, [path])
         if path:
-            found = self._ask(
-                lambda: self.api.get_paths_info(self.repo, [path], revision=revision, repo_type="dataset"), revision
-            )
+            place = {"revision": revision, "repo_type": "dataset"}
+            found = self._ask(lambda: self.api.get_paths_info(self.repo, [path], **place), revision)
             files = [_described(entry) for entry in found if hasattr(entry, "size")]
             if files:
                 check_ending(path, self.spec)
@@ -97,11 +96,8 @@ class _Dataset:
             if files := _training(_known(self._list(revision, folder))):
                 return files
         known = [str(entry.get("config_name")) for entry in configurations(card)]
-        raise DataError(
-            f"{self.repo} has no configuration and no folder {config!r}",
-            field="data.sources",
-            hint=f"Its configurations: {', '.join(known)}." if known else f"Write {PREFIX}{self.repo}/PATH.",
-        )
+        hint = f"Its configurations: {', '.join(known)}." if known else f"Write {PREFIX}{self.repo}/PATH."
+        raise DataError(f"{self.repo} has no configuration and no folder {config!r}", field="data.sources", hint=hint)
 
     def shard(self, revision: str, path: str, size: int, oid: str) -> RemoteShard:
         """A file of the dataset, readable."""
@@ -128,11 +124,10 @@ class _Dataset:
         try:
             folder = snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_files_only=True)
         except LocalEntryNotFoundError:
-            raise DataError(
-                f"{self.repo} at {self.revision or 'main'} is not on this machine, and the network must not be used",
-                field="data.sources",
-                hint=f"Fetch it with `hf download {self.repo} --repo-type dataset`, or go online.",
-            ) from None
+            where = f"{self.repo} at {self.revision or 'main'} is not on this machine"
+            hint = f"Fetch it with `hf download {self.repo} --repo-type dataset`, or go online."
+            problem = f"{where}, and the network must not be used"
+            raise DataError(problem, field="data.sources", hint=hint) from None
         root = Path(folder)
         paths = [path for path in root.rglob("*") if path.is_file()]
         found = [(p.relative_to(root).as_posix(), p.stat().st_size, p.resolve().name) for p in paths]
@@ -159,9 +154,8 @@ class _Dataset:
         from huggingface_hub.errors import EntryNotFoundError
 
         def listing() -> list[File]:
-            tree = self.api.list_repo_tree(
-                self.repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
-            )
+            place = {"revision": revision, "repo_type": "dataset"}
+            tree = self.api.list_repo_tree(self.repo, folder or None, recursive=True, **place)
             try:
                 entries = (entry for entry in tree if hasattr(entry, "size"))
                 files = [_described(entry) for entry in islice(entries, MAX_FILES + 1)]
@@ -226,11 +220,7 @@ def configurations(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def training_patterns(card: dict[str, Any], config: str, spec: str) -> list[str]:
-    """The patterns that a dataset card names for a configuration's training split; none where it names none.
-
-    Raises:
-        DataError: a pattern leaves the dataset.
-    """
+    """The patterns that a dataset card names for a configuration's training split; none where it names none."""
     entry = next((entry for entry in configurations(card) if entry.get("config_name") == config), {})
     data_files = entry.get("data_files")
     items = data_files if isinstance(data_files, list) else [data_files]
