@@ -204,8 +204,13 @@ class RangedFile(io.RawIOBase):
 
     def __init__(self, shard: Shard, start: int, held: bytes) -> None:
         super().__init__()
-        self.shard, self.held = shard, held
-        self._start, self._at = start, 0
+        self.shard, self.held, self._start, self._at = shard, held, start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
     def tell(self) -> int:
         return self._at
