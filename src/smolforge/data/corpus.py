@@ -125,7 +125,7 @@ class Corpus:
             yield from self.documents_of(source, held_out=held_out)
 
     def texts(self, *, held_out: bool | None = None) -> Iterator[str]:
-        """The texts of `documents`, sources alternating by weight in characters: the first ones represent the mixture."""
+        """The texts of `documents`, sources alternating by weight in characters: the first represent the mixture."""
         streams = {s: self.documents_of(s, held_out=held_out) for s in range(len(self.specs))}
         drawn = dict.fromkeys(streams, 0)
         while streams:

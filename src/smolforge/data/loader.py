@@ -110,8 +110,7 @@ class Loader(Iterator[Batch]):
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; whether `next` will now answer at once (with a batch or an error).
 
-        Without workers the batch is made in this call, unless a source is remote: then a thread makes it, so that a
-        silent network does not keep the caller from polling for signals.
+        Without workers the batch is made in this call; if a source is remote, in a thread, so that the caller can poll.
         """
         if self._prefetch is not None:
             end = time.monotonic() + timeout
