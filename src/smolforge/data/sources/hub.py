@@ -76,7 +76,7 @@ class _Dataset:
         if has_magic(path):
             return self._matching(revision, [path])
         if path:
-            place = {"revision": revision, "repo_type": "dataset"}
+            place: dict[str, Any] = {"revision": revision, "repo_type": "dataset"}
             found = self._ask(lambda: self.api.get_paths_info(self.repo, [path], **place), revision)
             files = [_described(entry) for entry in found if hasattr(entry, "size")]
             if files:
@@ -154,7 +154,7 @@ class _Dataset:
         from huggingface_hub.errors import EntryNotFoundError
 
         def listing() -> list[File]:
-            place = {"revision": revision, "repo_type": "dataset"}
+            place: dict[str, Any] = {"revision": revision, "repo_type": "dataset"}
             tree = self.api.list_repo_tree(self.repo, folder or None, recursive=True, **place)
             try:
                 entries = (entry for entry in tree if hasattr(entry, "size"))
