@@ -246,6 +246,7 @@ def test_bf16_checkpoints_export_unchanged(tmp_path: Path) -> None:
 def test_the_genuine_tokenizer_goes_in_whole(real_data: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(real_data / "tokenizer" / "smollm2-135m-instruct")
     vocabulary = Vocabulary.of(tokenizer, 49_152)
-    assert (len(vocabulary.tokens), vocabulary.rule, len(vocabulary.unused)) == (49_152, "smollm", 0)
-    assert len(vocabulary.merges) > 48_000 and vocabulary.special == frozenset(range(17))
+    assert (len(vocabulary.tokens), vocabulary.rule, vocabulary.types.count("UNUSED")) == (49_152, "smollm", 0)
+    assert len(vocabulary.merges) > 48_000
+    assert [i for i, name in enumerate(vocabulary.types) if name == "CONTROL"] == list(range(17))
     assert vocabulary.ids == {"bos": 1, "eos": 2, "pad": 2, "unk": 0} and vocabulary.chat_template

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,17 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# By name: the type of the matrices, and that of the head, which every token depends on and which costs little.
-KINDS = {
-    "f32": ("F32", "F32"),
-    "f16": ("F16", "F16"),
-    "bf16": ("BF16", "BF16"),
-    "q8_0": ("Q8_0", "Q8_0"),
-    "q4_0": ("Q4_0", "Q8_0"),
-}
-_FILE_TYPES = {
-    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0",
-}  # fmt: skip
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _BLOCK = 32  # weights that share one scale in q8_0 and q4_0
 _F16_MAX = 65504.0
 EMBEDDING = "model.embed_tokens.weight"
@@ -77,7 +66,11 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     """
     if kind not in KINDS:
         raise unknown("kind of GGUF", kind, KINDS, field="quantize")
-    gguf = _library()
+    try:
+        import gguf
+    except ImportError:
+        hint = "Install it with: pip install 'smolforge[gguf]'"
+        raise BadInput("the package gguf is not installed", field="to", hint=hint) from None
     directory = resolve_model(model)
     config = read_config(directory)
     llama_cpp_name = architecture_of(config).gguf
@@ -108,40 +101,30 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     return Exported(out, out.stat().st_size, kind, len(plan))
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise BadInput(
-            "the package gguf is not installed", field="to", hint="Install it with: pip install 'smolforge[gguf]'"
-        ) from None
-    return gguf
-
-
 @dataclass(frozen=True)
 class _Item:
     """One tensor of the file: its name there and here, its type, and its size."""
 
     name: str
     source: str
-    shape: tuple[int, ...]
     type: str
     bytes: int
 
 
 def _plan(gguf: Any, config: ModelConfig, weights: dict[str, Tensor], kind: str) -> list[_Item]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    matrix, head = KINDS[kind]
     head_name = EMBEDDING if config.tie_word_embeddings else HEAD
     plan = []
     for source, tensor in weights.items():
         name = names.get_name(source, try_suffixes=(".weight",))
         assert name is not None, source
-        kind_of_it = "F32" if tensor.ndim == 1 else head if source == head_name else matrix
+        kind_of_it = "F32" if tensor.ndim == 1 else kind.upper()
+        if kind_of_it == "Q4_0" and source == head_name:
+            kind_of_it = "Q8_0"  # every token depends on the head, and it costs little
         if kind_of_it.startswith("Q") and tensor.shape[-1] % _BLOCK:
             kind_of_it = "F16"
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind_of_it]]
-        plan.append(_Item(name, source, tuple(tensor.shape), kind_of_it, tensor.numel() // block * size))
+        plan.append(_Item(name, source, kind_of_it, tensor.numel() // block * size))
     return plan
 
 
@@ -150,7 +133,8 @@ def _write_tensors(gguf: Any, writer: Any, config: ModelConfig, weights: dict[st
 
     for item in plan:
         kind = gguf.GGMLQuantizationType[item.type]
-        writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), item.bytes, raw_dtype=kind)
+        shape = tuple(weights[item.source].shape)
+        writer.add_tensor_info(item.name, shape, np.dtype(np.float32), item.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -194,7 +178,7 @@ def permute(array: np.ndarray, heads: int) -> np.ndarray:
 def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -212,12 +196,10 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE in GGUF's form: every id has a token and a type, and the merges keep their order."""
+    """A byte-level BPE in GGUF's form: every id has a token and the name of its type; the merges keep their order."""
 
     tokens: list[str]
-    special: frozenset[int]
-    added: frozenset[int]
-    unused: frozenset[int]
+    types: list[str]
     merges: list[str]
     rule: str
     ids: dict[str, int]
@@ -231,18 +213,13 @@ class Vocabulary:
             BadInput: llama.cpp has no equal tokenizer; names the part that it lacks.
         """
         file = json.loads(tokenizer.backend.to_str())
-        added = {entry["id"]: entry for entry in file.get("added_tokens") or []}
+        added = file.get("added_tokens") or []
+        types = {entry["id"]: "CONTROL" if entry["special"] else "USER_DEFINED" for entry in added}
         tokens = [tokenizer.token_text(i) for i in range(size)]
-        unused = frozenset(i for i, token in enumerate(tokens) if not token)
-        for i in unused:
-            tokens[i] = f"[PAD{i}]"
-        special = frozenset(i for i, entry in added.items() if entry["special"])
         return cls(
-            tokens=tokens,
-            special=special,
-            added=frozenset(added) - special,
-            unused=unused,
-            merges=list(_merges(file)),
+            tokens=[token or f"[PAD{i}]" for i, token in enumerate(tokens)],
+            types=[types.get(i, "NORMAL" if token else "UNUSED") for i, token in enumerate(tokens)],
+            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]],
             rule=_rule(file),
             ids=_special_ids(tokenizer),
             chat_template=tokenizer.chat_template,
@@ -250,16 +227,10 @@ class Vocabulary:
 
     def write(self, gguf: Any, writer: Any) -> None:
         """Add it to the header of a file."""
-        types = gguf.TokenType
-        groups = ((self.unused, types.UNUSED), (self.special, types.CONTROL), (self.added, types.USER_DEFINED))
-        kinds = [int(types.NORMAL)] * len(self.tokens)
-        for ids, kind in groups:
-            for i in ids:
-                kinds[i] = int(kind)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(self.rule)
         writer.add_token_list(self.tokens)
-        writer.add_token_types(kinds)
+        writer.add_token_types([int(gguf.TokenType[name]) for name in self.types])
         writer.add_token_merges(self.merges)
         for name, found in self.ids.items():
             getattr(writer, f"add_{name}_token_id")(found)
@@ -281,32 +252,21 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return ids
 
 
-def _merges(file: dict[str, Any]) -> Iterator[str]:
-    for merge in file["model"]["merges"]:
-        yield merge if isinstance(merge, str) else " ".join(merge)
-
-
 def _rule(file: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer splits text before merging (`tokenizer.ggml.pre`)."""
-    model = file["model"]
-    if (
-        model.get("type") != "BPE"
-        or model.get("byte_fallback")
-        or (file.get("decoder") or {}).get("type") != "ByteLevel"
-    ):
+    model, decoder = file["model"], (file.get("decoder") or {}).get("type")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or decoder != "ByteLevel":
         raise BadInput(
-            f"the tokenizer is a {model.get('type')} with the decoder {(file.get('decoder') or {}).get('type')}",
+            f"the tokenizer is a {model.get('type')} with the decoder {decoder}",
             field="tokenizer",
             hint="Only byte-level BPE tokenizers can be exported to GGUF.",
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise BadInput(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not", field="tokenizer")
-    if file.get("normalizer") is not None:
-        raise BadInput(
-            f"the tokenizer changes text by {file['normalizer'].get('type')} first, which llama.cpp does not",
-            field="tokenizer",
-        )
+    if (normalizer := file.get("normalizer")) is not None:
+        changed = f"changes text by {normalizer.get('type')} first"
+        raise BadInput(f"the tokenizer {changed}, which llama.cpp does not", field="tokenizer")
     splitter = file.get("pre_tokenizer") or {}
     steps: list[dict[str, Any]] = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     shapes = [_shape(step) for step in steps]

@@ -6,11 +6,10 @@ The upload uses `huggingface_hub`, so `HF_TOKEN`, `HF_ENDPOINT`, its login and i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,32 +55,21 @@ def copy_model(directory: Path, out: Path) -> None:
             shutil.copyfile(path, temporary / path.name)
 
 
-@contextlib.contextmanager
-def new_directory(out: Path, *, needed: int) -> Iterator[Path]:
+def new_directory(out: Path, *, needed: int) -> AbstractContextManager[Path]:
     """A directory to fill, which is renamed to `out` when the block ends without an error.
 
-    Args:
-        out: a path that does not exist, or an empty directory.
-        needed: bytes that will be written, for the error where there is no room.
-
     Raises:
-        BadInput: `out` exists already, or cannot be made.
-        RunFailed: no room on the disk.
+        BadInput: `out` exists and is not an empty directory, or it cannot be made.
+        RunFailed: no room on the disk for `needed` bytes.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already", field="out", hint="Give a directory that does not exist yet.")
     make_parent(out)
-    hint = "Nothing was changed. Free some room and try again."
-    with replacing_directory(out, needed=needed, hint=hint) as temporary:
-        yield temporary
+    return replacing_directory(out, needed=needed, hint="Nothing was changed. Free some room and try again.")
 
 
 def make_parent(out: Path) -> None:
-    """Make the directory that `out` is to be written to.
-
-    Raises:
-        BadInput: it cannot be made, or may not be written to.
-    """
+    """Make the directory that `out` is to be written to; BadInput where it cannot be made or written to."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,10 +125,8 @@ def push(model: str | Path, repo: str, *, private: bool = False, dry_run: bool =
         raise BadInput(f"{repo!r} is not a name of a repository", field="out", hint="Write OWNER/NAME.")
     directory = resolve_model(model)
     paths = model_files(directory)
-    found = Pushed(repo, [(path.name, path.stat().st_size) for path in paths], _notes(directory))
-    if dry_run:
-        return found
-    return Pushed(repo, found.files, found.notes, _upload(paths, repo, private))
+    files, notes = [(path.name, path.stat().st_size) for path in paths], _notes(directory)
+    return Pushed(repo, files, notes, None if dry_run else _upload(paths, repo, private))
 
 
 def _notes(directory: Path) -> list[str]:
@@ -163,25 +149,19 @@ def _upload(paths: list[Path], repo: str, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         additions = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
         done = api.create_commit(repo, additions, commit_message="Upload a model with smolforge")
-    except hub_errors.LocalTokenNotFoundError:
-        raise _no_access(repo, "no token was found") from None
-    except hub_errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403, 404):
-            reason = "the token is missing or wrong" if status == 401 else "the token does not allow it"
-            raise _no_access(repo, reason) from None
-        raise SourceUnavailable(f"the Hub refused {repo}: {' '.join(str(error).split())[:300]}") from None
-    except Exception as error:  # of the HTTP library that the client uses, which differs between its versions
-        raise SourceUnavailable(
-            f"cannot reach the Hub for {repo}: {' '.join(str(error).split())[:300]}",
-            hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; nothing was uploaded.",
-        ) from None
+    except Exception as error:  # also those of the HTTP library that the client uses, which differ between versions
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        denied = {401: "the token is missing or wrong"} | dict.fromkeys((403, 404), "the token does not allow it")
+        missing = isinstance(error, hub_errors.LocalTokenNotFoundError)
+        if missing or status in denied:
+            raise BadInput(
+                f"may not write to {repo}: {'no token was found' if missing else denied[status]}",
+                field="out",
+                hint="Log in with `hf auth login`, or set HF_TOKEN to a token with write access.",
+            ) from None
+        message = " ".join(str(error).split())[:300]
+        if isinstance(error, hub_errors.HfHubHTTPError):
+            raise SourceUnavailable(f"the Hub refused {repo}: {message}") from None
+        hint = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; nothing was uploaded."
+        raise SourceUnavailable(f"cannot reach the Hub for {repo}: {message}", hint=hint) from None
     return str(done.commit_url)
-
-
-def _no_access(repo: str, reason: str) -> BadInput:
-    return BadInput(
-        f"may not write to {repo}: {reason}",
-        field="out",
-        hint="Log in with `hf auth login`, or set HF_TOKEN to a token with write access.",
-    )

@@ -95,8 +95,7 @@ def front_matter(title: str, directory: Path) -> str:
         "pinned": False,
         "short_description": "A small language model, made with smolforge",
     }
-    license = card_license(directory)
-    if license:
+    if license := card_license(directory):
         front["license"] = license
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
 

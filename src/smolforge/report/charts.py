@@ -87,8 +87,9 @@ class ChartPage:
 
     def __init__(self, tables: Sequence[Columns], charts: Sequence[Chart], marks: Sequence[Mark] = ()) -> None:
         self._tables = tables
-        self.charts = [_Drawn(chart, tables) for chart in charts if _has_values(chart, tables)]
-        self._marks = _few(marks, MAX_MARKS)
+        self.charts = [_Drawn(chart, tables) for chart in charts if any(map(len, _values(chart, tables)))]
+        chosen = np.linspace(0, len(marks) - 1, min(len(marks), MAX_MARKS))
+        self._marks = [marks[round(index)] for index in chosen]
         self.mark_kinds = ", ".join(list(dict.fromkeys(mark.kind for mark in marks))[:3])
 
     def to_json(self) -> str:
@@ -98,7 +99,10 @@ class ChartPage:
             for series in drawn.chart.series:
                 used[series.table] |= {series.column, drawn.chart.x}
         data = {
-            "tables": [_json_table(table, names) for table, names in zip(self._tables, used, strict=True)],
+            "tables": [
+                {name: _json_column(name, values) for name, values in table.items() if name in names}
+                for table, names in zip(self._tables, used, strict=True)
+            ],
             "charts": [drawn.options for drawn in self.charts],
             "marks": [asdict(mark) for mark in self._marks],
         }
@@ -110,7 +114,7 @@ class _Drawn:
 
     def __init__(self, chart: Chart, tables: Sequence[Columns]) -> None:
         self.chart = chart
-        found = [_values(chart, series, tables) for series in chart.series]
+        found = _values(chart, tables)
         low, high = self._range([values for values in found if len(values)])
         self.log = bool(low > 0 and high / low >= _LOG_FROM if chart.log is None else chart.log and low > 0)
         if chart.zero and not self.log:
@@ -133,13 +137,10 @@ class _Drawn:
         return min(values), max(values)
 
 
-def _values(chart: Chart, series: Series, tables: Sequence[Columns]) -> np.ndarray:
-    x, y = tables[series.table][chart.x], tables[series.table][series.column]
-    return y[np.isfinite(x) & np.isfinite(y)]
-
-
-def _has_values(chart: Chart, tables: Sequence[Columns]) -> bool:
-    return any(len(_values(chart, series, tables)) for series in chart.series)
+def _values(chart: Chart, tables: Sequence[Columns]) -> list[np.ndarray]:
+    """The values that each series of `chart` draws."""
+    curves = [(tables[series.table][chart.x], tables[series.table][series.column]) for series in chart.series]
+    return [y[np.isfinite(x) & np.isfinite(y)] for x, y in curves]
 
 
 def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
@@ -152,23 +153,10 @@ def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
     return (low - margin if low - margin >= 0 or low < 0 else 0.0), high + margin
 
 
-def _json_table(table: Columns, names: set[str]) -> dict[str, list[float | None]]:
-    """The columns with these names; numbers in 5 digits, None for NaN."""
-    kept = {name: values for name, values in table.items() if name in names}
-    exact = ("step", "tokens")
-    return {
-        name: [
-            None if not math.isfinite(value) else int(value) if name in exact else float(f"{value:.5g}")
-            for value in values.tolist()
-        ]
-        for name, values in kept.items()
-    }
-
-
-def _few(items: Sequence[Mark], limit: int) -> list[Mark]:
-    if len(items) <= limit:
-        return list(items)
-    return [items[round(index)] for index in np.linspace(0, len(items) - 1, limit)]
+def _json_column(name: str, values: np.ndarray) -> list[float | None]:
+    """Steps and tokens exactly, other numbers in 5 digits, None for NaN."""
+    to_json = int if name in ("step", "tokens") else lambda value: float(f"{value:.5g}")
+    return [to_json(value) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def smooth(values: np.ndarray, share: float = 0.01) -> np.ndarray:

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from smolforge.errors import BadInput
 from smolforge.files import write_atomically
 from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, size, whole
 from smolforge.report.charts import BUCKETS, Chart, ChartPage, Columns, Level, Series, smooth, smooth_ratio, thin
 from smolforge.report.history import History, RunSummary, describe, read_history, summarize
-from smolforge.report.page import render
+from smolforge.report.page import continuation, render
 from smolforge.run import Run
 
 MAX_RUNS = 32
@@ -131,7 +129,7 @@ def write_comparison(runs: Sequence[str | Path | Run], path: str | Path) -> Path
         "compare.html",
         title=clean(" · ".join(found.names) if len(found.names) <= 4 else f"{len(found.names)} runs", 160),
         outcome=_headline(found),
-        runs=[(clean(name, 60), _colour(index)) for index, name in enumerate(found.names)],
+        runs=[(clean(name, 60), index % 8 + 1) for index, name in enumerate(found.names)],
         rows=found.rows,
         page=_charts(found),
         samples=_newest_samples(found),
@@ -177,10 +175,6 @@ def _headline(found: Comparison) -> str:
     return f"{clean(found.names[best], 80)} predicts held-out text best, at {bits} bits per byte."
 
 
-def _colour(index: int) -> int:
-    return index % 8 + 1
-
-
 def _charts(found: Comparison) -> ChartPage:
     runs = len(found.names)
     # The page has about one size however many runs it shows.
@@ -191,7 +185,7 @@ def _charts(found: Comparison) -> ChartPage:
     def chart(title: str, unit: str, column: str, **more: Any) -> Chart:
         points = column == "bits_per_byte"
         series = [
-            Series(column, clean(name, 120), "points" if points else "line", _colour(index), index + runs * points)
+            Series(column, clean(name, 120), "points" if points else "line", index % 8 + 1, index + runs * points)
             for index, name in enumerate(found.names)
         ]
         return Chart(title, unit, series, **more)
@@ -227,12 +221,11 @@ def _newest_samples(found: Comparison) -> list[tuple[str, list[tuple[str, str, s
             if prompt in newest or len(newest) < _MAX_PROMPTS:
                 newest.setdefault(prompt, {})[index] = row
     limit = max(200, 2000 * 8 // (len(found.names) * _MAX_PROMPTS))
-
-    def card(prompt: str, index: int, row: dict[str, Any]) -> tuple[str, str, str]:
-        text = clean(str(row.get("text") or "").removeprefix(prompt), limit)
-        return clean(found.names[index], 60), whole(float(np.float64(row["step"]))), text
-
-    return [
-        (clean(prompt, 300), [card(prompt, index, row) for index, row in sorted(rows.items())])
-        for prompt, rows in newest.items()
-    ]
+    samples = []
+    for prompt, rows in newest.items():
+        cards = [
+            (clean(found.names[index], 60), whole(row["step"]), continuation(prompt, row, limit))
+            for index, row in sorted(rows.items())
+        ]
+        samples.append((clean(prompt, 300), cards))
+    return samples

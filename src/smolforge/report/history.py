@@ -84,7 +84,11 @@ def read_history(path: str | Path | Run) -> History:
         entropy=rows.entropy,
         events=[*rows.events, *rows.late_events],
         event_counts=rows.event_counts,
-        samples=[_sample(row) for row in read_json_lines(run.samples_path) if _finite(row.get("step")) is not None],
+        samples=[
+            {key: _short(row.get(key)) for key in ("step", "prompt", "text", "finish_reason")}
+            for row in read_json_lines(run.samples_path)
+            if _finite(row.get("step")) is not None
+        ],
         config=_mapping(run.config_path, yaml.safe_load),
         environment=_mapping(run.path / "environment.json", json.loads),
     )
@@ -109,7 +113,9 @@ class _Rows:
         event, validation = row.get("event"), row.get("validation")
         seconds = self._running_seconds(row, resumed=event == "resume")
         if event is not None:
-            self._add_event(row, str(event)[:80])
+            self.event_counts[str(event)[:80]] += 1
+            kept = {str(key)[:80]: _short(value) for key, value in list(row.items())[:30]}
+            (self.events if len(self.events) < MAX_EVENTS else self.late_events).append(kept)
         elif isinstance(validation, dict):
             _append(self.validation, {**row, **validation, "step": row["step"], "seconds": seconds})
             entropy = _finite(row.get("entropy_bits_per_byte"))
@@ -132,11 +138,6 @@ class _Rows:
             self._seconds += max(0.0, now - self._last_time)
         self._last_time = now
         return self._seconds
-
-    def _add_event(self, row: dict[str, Any], kind: str) -> None:
-        self.event_counts[kind] += 1
-        kept = {str(key)[:80]: _short(value) for key, value in list(row.items())[:30]}
-        (self.events if len(self.events) < MAX_EVENTS else self.late_events).append(kept)
 
 
 def _append(columns: dict[str, array[float]], row: dict[str, Any]) -> None:
@@ -169,10 +170,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, (int, float, bool)) or value is None:
         return value
     return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))[:MAX_TEXT]
-
-
-def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: _short(row.get(key)) for key in ("step", "prompt", "text", "finish_reason")}
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:

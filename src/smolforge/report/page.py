@@ -24,19 +24,7 @@ from markupsafe import Markup
 
 from smolforge.config import RunConfig
 from smolforge.files import write_atomically
-from smolforge.formatting import (
-    MISSING,
-    clean,
-    count,
-    duration,
-    flatten,
-    is_known,
-    number,
-    percent,
-    setting,
-    size,
-    whole,
-)
+from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, setting, size, whole
 from smolforge.report.charts import Chart, ChartPage, Columns, Level, Mark, Series, smooth, smooth_ratio, thin
 from smolforge.report.history import History, RunSummary, describe, read_history, summarize, waiting_share
 from smolforge.run import Run
@@ -64,6 +52,8 @@ def write_report(run_path: str | Path | Run) -> Path:
     history = read_history(run_path)
     summary = summarize(history)
     samples = select_samples(history.samples)
+    environment = {key: value for key, value in history.environment.items() if key != "decisions"}
+    decisions = history.environment.get("decisions")
     hidden_events = sum(history.event_counts.values()) - len(history.events)
     page = render(
         "report.html",
@@ -78,8 +68,8 @@ def write_report(run_path: str | Path | Run) -> Path:
         hidden_samples=sum(sample.hidden for sample in samples),
         command=shlex.join(["smolforge", "train", clean(_relative(history.run.config_path)), "--out", "NEW"]),
         sections=_configuration(history),
-        environment=_environment(history),
-        decisions=_decisions(history),
+        environment=list(flatten(environment, 40).items()),
+        decisions=[setting(item) for item in decisions[:MAX_DECISIONS]] if isinstance(decisions, list) else [],
         events=_events(history),
         hidden_events=whole(hidden_events) if hidden_events else "",
     )
@@ -225,7 +215,7 @@ def _marks(history: History) -> list[Mark]:
             clean(event["event"], 40),
             clean(f"{event['event']} at step {whole(event['step'])}", 100),
             at(event, "tokens"),
-            seconds if is_known(seconds := at(event, "seconds")) else None,
+            seconds if np.isfinite(seconds := at(event, "seconds")) else None,
         )
         for event in history.events
     ]
@@ -288,25 +278,24 @@ def select_samples(samples: Sequence[dict[str, Any]]) -> list[PromptSamples]:
 
 
 def _prompt_samples(prompt: str, rows: dict[float, dict[str, Any]], limit: int) -> PromptSamples:
-    steps = sorted(rows)
+    shown = steps = sorted(rows)
     if len(steps) > MAX_CARDS:
         # Between the first and the last, steps that are even on a logarithmic scale: early steps change the most.
         places = np.unique(np.geomspace(1, len(steps), MAX_CARDS).round().astype(int)) - 1
         others = np.setdiff1d(np.linspace(0, len(steps) - 1, 4 * MAX_CARDS).round().astype(int), places)
         middle = others[len(others) // 2 :][: MAX_CARDS - len(places)]
         shown = [steps[index] for index in sorted([*places, *middle])]
-    else:
-        shown = steps
-    return PromptSamples(
-        clean(prompt, 300), [_card(prompt, rows[step], limit) for step in shown], len(steps) - len(shown)
-    )
+    cards = []
+    for step in shown:
+        reason = str(rows[step].get("finish_reason") or "length")
+        reason = {"stop": "ended by itself", "length": ""}.get(reason, reason)
+        cards.append(Card(whole(step), continuation(prompt, rows[step], limit), clean(reason, 40)))
+    return PromptSamples(clean(prompt, 300), cards, len(steps) - len(shown))
 
 
-def _card(prompt: str, row: dict[str, Any], limit: int) -> Card:
-    text = str(row.get("text") or "").removeprefix(prompt)
-    reason = str(row.get("finish_reason") or "length")
-    reason = {"stop": "ended by itself", "length": ""}.get(reason, reason)
-    return Card(whole(float(row["step"])), clean(text, limit), clean(reason, 40))
+def continuation(prompt: str, row: dict[str, Any], limit: int) -> str:
+    """The text of a sample without its prompt, cut to `limit` characters."""
+    return clean(str(row.get("text") or "").removeprefix(prompt), limit)
 
 
 def _configuration(history: History) -> list[tuple[str, list[tuple[str, str, bool]]]]:
@@ -320,17 +309,6 @@ def _configuration(history: History) -> list[tuple[str, list[tuple[str, str, boo
         entry = (key if dot else section, value, defaults.get(path) != value)
         sections.setdefault(section if dot else "run", []).append(entry)
     return list(sections.items())
-
-
-def _environment(history: History) -> list[tuple[str, str]]:
-    """The entries of environment.json without the decisions."""
-    return list(flatten({key: value for key, value in history.environment.items() if key != "decisions"}, 40).items())
-
-
-def _decisions(history: History) -> list[str]:
-    """What the plan decided, with its reasons."""
-    found = history.environment.get("decisions")
-    return [setting(item) for item in found[:MAX_DECISIONS]] if isinstance(found, list) else []
 
 
 def _events(history: History) -> list[tuple[str, str, str, str]]:
