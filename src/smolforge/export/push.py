@@ -43,12 +43,7 @@ def model_files(directory: Path) -> list[Path]:
 
 
 def copy_model(directory: Path, out: Path) -> None:
-    """Copy the model in `directory` to the new directory `out`; a copy that fails leaves nothing.
-
-    Raises:
-        BadInput: `out` exists already, or cannot be made.
-        RunFailed: no room on the disk.
-    """
+    """Copy the model in `directory` to the new directory `out`; raises what `model_files` and `new_directory` do."""
     files = model_files(directory)
     with new_directory(Path(out), needed=sum(path.stat().st_size for path in files)) as temporary:
         for path in files:

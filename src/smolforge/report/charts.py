@@ -16,11 +16,9 @@ import numpy as np
 from smolforge.formatting import clean, number
 
 Columns = dict[str, np.ndarray]
-BUCKETS = 300
-"""Equal parts of the x axis that a long table is thinned to."""
+BUCKETS = 300  # equal parts of the x axis that a long table is thinned to
 MAX_MARKS = 60
-_LOG_FROM = 4.0
-"""Where the largest value is this many times the smallest, a logarithmic axis shows more."""
+_LOG_FROM = 4.0  # largest over smallest value, from which on a logarithmic axis shows more
 
 # By the name of a unit: what the caption says. charts.js has the same names, with their ticks.
 UNITS = {
@@ -62,7 +60,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw. `log` is the y axis; None lets the values decide. `zero` starts a linear y axis at zero."""
+    """What to draw. `log` is the y axis; None lets the values decide. `zero`: a linear y axis from zero."""
 
     title: str
     y: str
@@ -116,7 +114,8 @@ class _Drawn:
         self.chart = chart
         found = _values(chart, tables)
         low, high = self._range([values for values in found if len(values)])
-        self.log = bool(low > 0 and high / low >= _LOG_FROM if chart.log is None else chart.log and low > 0)
+        wanted = not chart.zero and high >= low * _LOG_FROM if chart.log is None else chart.log
+        self.log = bool(low > 0 and wanted)
         if chart.zero and not self.log:
             low, high = min(low, 0.0), max(high, 0.0)
         low, high = _padded(low, high, self.log)

@@ -87,11 +87,7 @@ def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
 
 
 def compare(runs: Sequence[str | Path | Run], *, width: int | None = None) -> str:
-    """The comparison as a table of plain text, `width` columns wide (the terminal's, unless given).
-
-    Raises:
-        BadInput: no run, too many, or a path without a run.
-    """
+    """The comparison as a table of plain text, `width` columns wide (the terminal's, unless given)."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -118,13 +114,9 @@ def compare(runs: Sequence[str | Path | Run], *, width: int | None = None) -> st
 
 
 def write_comparison(runs: Sequence[str | Path | Run], path: str | Path) -> Path:
-    """Write one self-contained page with the curves of the runs in the same charts, and return its path.
-
-    Raises:
-        BadInput: no run, too many, or a path without a run.
-        RunFailed: no room on the disk.
-    """
+    """Write one self-contained page with the curves of the runs in the same charts, and return its path."""
     found = comparison(runs)
+    path = Path(path)
     page = render(
         "compare.html",
         title=clean(" · ".join(found.names) if len(found.names) <= 4 else f"{len(found.names)} runs", 160),
@@ -135,7 +127,6 @@ def write_comparison(runs: Sequence[str | Path | Run], path: str | Path) -> Path
         samples=_newest_samples(found),
         differences=found.differences,
     )
-    path = Path(path)
     write_atomically(path, page)
     return path
 
@@ -190,7 +181,6 @@ def _charts(found: Comparison) -> ChartPage:
         ]
         return Chart(title, unit, series, **more)
 
-    rates: dict[str, Any] = {"log": False, "zero": True}
     levels = [Level("the source's own entropy", floors.pop())] if len(floors) == 1 else []
     return ChartPage(
         [*tables, *validations],
@@ -198,9 +188,9 @@ def _charts(found: Comparison) -> ChartPage:
             chart("Training loss, smoothed", "nats", "loss", wide=True),
             chart("Held-out bits per byte", "bits", "bits_per_byte", levels=levels),
             chart("Loss against time", "nats", "loss", x="seconds"),
-            chart("Learning rate", "rate", "lr", **rates),
+            chart("Learning rate", "rate", "lr", zero=True),
             chart("Gradient norm", "norm", "grad_norm"),
-            chart("Throughput", "speed", "tokens_per_second", **rates),
+            chart("Throughput", "speed", "tokens_per_second", zero=True),
         ],
     )
 

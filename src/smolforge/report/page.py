@@ -33,10 +33,8 @@ SCRIPTS = ("static/uPlot.iife.min.js", "templates/charts.js")
 STYLES = ("static/uPlot.min.css", "templates/style.css")
 MAX_DECISIONS = 60
 MAX_PROMPTS = 8
-MAX_CARDS = 5
-"""Continuations shown of one prompt."""
-MAX_SAMPLE_BYTES = 400_000
-"""Bytes that all samples together may take on the page."""
+MAX_CARDS = 5  # continuations shown of one prompt
+MAX_SAMPLE_BYTES = 400_000  # of all samples together on the page
 TABLE_ROWS = 24
 
 
@@ -173,20 +171,19 @@ def charts(history: History, summary: RunSummary) -> ChartPage:
     clip = history.setting("training.grad_clip")
     clipped = _clipped(training["grad_norm"], clip)
     waited = f"{percent(summary.data_wait)} of the running time in all."
-    rates: dict[str, Any] = {"log": False, "zero": True}
     return ChartPage(
         tables,
         [
             Chart("Loss", "nats", loss, marks=True, wide=True),
             Chart("Held-out bits per byte", "bits", bits, levels=floor, note=gap),
             Chart("Loss against time", "nats", loss, x="seconds", marks=True),
-            Chart("Learning rate", "rate", [Series("lr", "learning rate")], **rates),
+            Chart("Learning rate", "rate", [Series("lr", "learning rate")], zero=True),
             Chart("Gradient norm", "norm", raw_and_smooth("grad_norm"), note=clipped, marks=True,
                   levels=[Level(f"clipped at {clip:g}", float(clip), "right")] if clipped else ()),
-            Chart("Throughput", "speed", raw_and_smooth("tokens_per_second"), marks=True, **rates),
-            Chart("Memory", "bytes", [Series("memory_bytes", "memory", colour=4)], **rates),
-            Chart("Waiting for data", "share", raw_and_smooth("waiting"), marks=True, note=waited, **rates),
-            Chart("Model FLOP utilisation", "peak", raw_and_smooth("mfu"), **rates),
+            Chart("Throughput", "speed", raw_and_smooth("tokens_per_second"), marks=True, zero=True),
+            Chart("Memory", "bytes", [Series("memory_bytes", "memory", colour=4)], zero=True),
+            Chart("Waiting for data", "share", raw_and_smooth("waiting"), marks=True, note=waited, zero=True),
+            Chart("Model FLOP utilisation", "peak", raw_and_smooth("mfu"), zero=True),
         ],
         _marks(history),
     )  # fmt: skip
@@ -201,14 +198,13 @@ def _clipped(norms: np.ndarray, clip: Any) -> str:
 
 def _marks(history: History) -> list[Mark]:
     """A vertical line per event, between the logged steps in proportion."""
-    training = history.training
-    known = np.isfinite(training["tokens"])
+    known = np.isfinite(history.training["tokens"])
     if not known.any():
         return []
-    steps = training["step"][known]
+    training = {name: values[known] for name, values in history.training.items()}
 
     def at(event: dict[str, Any], column: str) -> float:
-        return float(np.interp(event["step"], steps, training[column][known]))
+        return float(np.interp(event["step"], training["step"], training[column]))
 
     return [
         Mark(
