@@ -72,7 +72,7 @@ def test_front_matter_is_what_the_hub_reads(space: Path) -> None:
     assert front["title"] == 'A "cat"\'s tale'
     assert len(front["short_description"]) <= 60  # the Hub's limit
     assert "license" not in front, "the card names none"
-    assert "{{" not in text
+    assert "{{" not in text and "smolforge[web]" in text
 
 
 def test_requirements_are_those_of_the_package_and_gradio() -> None:
