@@ -1,5 +1,6 @@
 """A model in numbers, against what really is allocated, stored and computed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_groups_add_up_and_json_is_plain(config: ModelConfig) -> None:
     assert summary.parameters == sum(p.numel() for p in model.parameters()) == sum(summary.groups.values())
     assert all(count > 0 for name, count in summary.groups.items() if name != "head")
     assert (summary.groups["head"] > 0) == (not config.tie_word_embeddings)
-    assert json.loads(json.dumps(summary.to_dict()))["tensors"] == len(model.state_dict())
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["tensors"] == len(model.state_dict())
     lines = summary.lines()
     assert any(f"{summary.groups['mlp']:,}" in line for line in lines)
     assert any(f"{summary.flops_per_token['training'] / 1e6:.2f} MFLOP per token at 128" in line for line in lines)

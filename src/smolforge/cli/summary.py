@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     config = _shape(args.model)
     summary = summarise(config, args.length)
     modules = tree(build_model(config, device="meta", seed=None))
-    print_result(args, summary.to_dict(), "\n".join([modules, *summary.lines()]))
+    print_result(args, dataclasses.asdict(summary), "\n".join([modules, *summary.lines()]))
     return 0
 
 

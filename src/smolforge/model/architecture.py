@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T).
-            positions: (B, T) or (T,); unless given 0 .. T-1, counted from the start of each document.
+            positions: (B, T) or (T,); unless given counted from the start of each document.
             document_ids: (B, T); where given, attention stops at document borders.
             cache: keys and values of earlier positions.
         """
@@ -195,8 +195,7 @@ class CausalLM(nn.Module):
             z_weight: weight of the z-loss.
 
         Returns:
-            `scale` times the sum of cross-entropies and z-losses, (), and the sum of cross-entropies in nats, (),
-            which has no gradient.
+            `scale` times the sum of cross-entropies and z-losses, (); the sum of cross-entropies in nats, no gradient.
         """
         hidden = self.decoder(inputs, document_ids=document_ids)
         compute = self._loss if torch.is_grad_enabled() else evaluation_loss
@@ -228,11 +227,9 @@ class Architecture:
     """What the rest of smolforge needs to know of an architecture and cannot read from its module tree.
 
     Attributes:
-        name: value of `model.architecture` in a configuration.
         label: for people, before the word "model".
         model_type: of config.json; transformers' own only where transformers computes the same.
         class_name: the only entry of `architectures` in config.json.
-        build: the module of a configuration.
         check: raises BadInput, naming the key, for a configuration that it cannot have.
         to_hf: config.json of a model, without the type of its weights and its special tokens.
         from_hf: the fields of a ModelConfig from config.json; raises BadInput, naming the key, for what it cannot have.

@@ -12,28 +12,22 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 
 # Far above any model of this kind, far below what would exhaust memory before the weights are looked at.
-LIMITS = {
+_REQUIRED = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
     "num_hidden_layers": 1024,
     "num_attention_heads": 4096,
-    "num_key_value_heads": 4096,
-    "head_dim": 1 << 14,
-    "max_position_embeddings": 1 << 26,
 }
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Keys whose value must be one of these for the model to be what smolforge computes (None: absent).
+_OPTIONAL = {"num_key_value_heads": 4096, "head_dim": 1 << 14, "max_position_embeddings": 1 << 26}
+_SWITCHES = ("attention_bias", "mlp_bias", "rope_interleaved", "is_encoder_decoder", "add_cross_attention")
+# Keys that must be absent, null or have one of these values for the model to be what smolforge computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu", "swish"),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "attention_dropout": (None, 0, 0.0),
-    "rope_interleaved": (None, False),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "sliding_window": (None,),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, 0.0),
+    "quantization_config": (),
+    "sliding_window": (),
+    **dict.fromkeys(_SWITCHES, (False,)),
 }
 _WHY = {
     "attention_dropout": "smolforge has no dropout; set it to 0 to continue this model without",
@@ -64,16 +58,16 @@ def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
     """
     for key, allowed in _ONLY.items():
         value = values.get(key)
-        if not any(value is option or (value == option and type(value) is type(option)) for option in allowed):
-            right = " or ".join(json.dumps(option) for option in allowed if option is not None)
+        if value is not None and not any(value == option and type(value) is type(option) for option in allowed):
+            right = " or ".join(map(json.dumps, allowed))
             raise unsupported(key, value, _WHY.get(key) or f"Supported: {right or 'none'}.")
     fields: dict[str, Any] = {"rope_theta": _rope_theta(values)}
-    for key, limit in LIMITS.items():
+    for key, limit in (_REQUIRED | _OPTIONAL).items():
         value = values.get(key)
-        if value is None:
-            if key in _REQUIRED:
-                raise BadInput("is missing", field=key)
+        if value is None and key in _OPTIONAL:
             continue
+        if value is None:
+            raise BadInput("is missing", field=key)
         if type(value) is not int or not 1 <= value <= limit:
             raise BadInput(f"{_shown(value)} is not a whole number from 1 to {limit:,}", field=key)
         fields[key] = value

@@ -1,9 +1,8 @@
 """The architecture `llama`: exactly transformers' `LlamaForCausalLM`, in the order things happen.
 
 tokens → embedding → L × (norm, attention, add, norm, SwiGLU, add) → norm → head. Module and parameter names are
-Hugging Face's, so a state dict of ours is one of theirs. The logits equal transformers' (tests/model/test_llama.py).
-This is the only forward pass in Python for training, evaluation and prefill; the walk through the layers and the loss
-are in `architecture.py`, and so are the letters of the shapes.
+Hugging Face's, so a state dict of ours is one of theirs, and the logits are equal. The walk through the layers, the
+loss and the letters of the shapes are in `architecture.py`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,9 @@ class LlamaRMSNorm(nn.RMSNorm):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary embedding (Su et al. 2021, arXiv:2104.09864), half-rotation layout.
+    """cos and sin of the rotary embedding (Su et al. 2021, arXiv:2104.09864) at positions (..., T).
 
-    Args:
-        positions: (..., T) integers.
-
-    Returns:
-        Two fp32 tensors (..., T, d); frequency i of d/2 stands at columns i and i + d/2.
+    Two fp32 tensors (..., T, d), half-rotation layout: frequency i of d/2 stands at columns i and i + d/2.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * (1.0 / theta**exponents)
@@ -121,9 +116,8 @@ class LlamaModel(Decoder):
         super().__init__(options)
         sparse = options.sparse_embedding and config.tie_word_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, sparse=sparse)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, options, layer) for layer in range(config.num_hidden_layers)
-        )
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, options, layer) for layer in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
 

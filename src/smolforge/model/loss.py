@@ -27,16 +27,13 @@ IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
 
 def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """Loss of one chunk; its gradient by the logits takes their place.
+    """Sum of cross-entropies and weighted sum of z-losses of one chunk, both () in at least fp32.
 
     Args:
-        logits: (n, V), any precision; overwritten.
+        logits: (n, V), any precision; the gradient by them takes their place.
         targets: (n,), `IGNORE` where a position does not count.
         scale: (), factor of the gradient.
         z_weight: weight of the squared log normaliser (z-loss; Chowdhery et al. 2022, arXiv:2204.02311).
-
-    Returns:
-        Sum of cross-entropies, weighted sum of z-losses, both () in the wider of fp32 and the input's precision.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = torch.log_softmax(wide, -1)
@@ -185,14 +182,11 @@ def evaluation_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `chunked_loss`, without gradients; sums of chunks are added in fp64."""
     used = weight.to(hidden.dtype)
-    nats, z_loss = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        logits = (hidden[start : start + chunk] @ used.t()).float()
-        part = targets[start : start + chunk]
-        nats += F.cross_entropy(logits, part, ignore_index=IGNORE, reduction="sum")
-        if z_weight:
-            z_loss += z_weight * logits.logsumexp(-1)[part != IGNORE].square().sum()
-    return (nats + z_loss) * scale, nats
+    loss, nats = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    for rows, words in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        part, part_nats = full_loss(rows, used, words, scale=1.0, z_weight=z_weight)
+        loss, nats = loss + part, nats + part_nats
+    return loss * scale, nats
 
 
 LOSSES: dict[str, LossFunction] = {
@@ -203,6 +197,7 @@ LOSSES: dict[str, LossFunction] = {
 }
 
 
+@functools.cache
 def choose_loss(name: str, *, compiled: bool = False) -> LossFunction:
     """The loss of a name, as `chunked_loss`; `compiled` compiles its chunk where it has one in Python.
 
@@ -212,10 +207,5 @@ def choose_loss(name: str, *, compiled: bool = False) -> LossFunction:
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES, field="training.loss")
     if name == "chunked" and compiled:
-        return functools.partial(chunked_loss, chunk_loss=_compiled_chunk_loss())
+        return functools.partial(chunked_loss, chunk_loss=torch.compile(torch_chunk_loss, dynamic=False))
     return LOSSES[name]
-
-
-@functools.cache
-def _compiled_chunk_loss() -> ChunkLoss:
-    return torch.compile(torch_chunk_loss, dynamic=False)

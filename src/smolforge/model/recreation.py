@@ -1,13 +1,10 @@
 """The architecture `recreation`: the seed's own variant of SmolLM2-135M, which is not a Llama.
 
 What differs from `llama.py`: LayerNorm without bias in place of RMSNorm; each of the H query heads has its own
-key/value head, a third as wide (64 → 21, nine of them 189), padded with zeros to the width of a query; and only the
-first 21 columns of queries and keys are rotated. A score is therefore a product of 21 numbers divided by sqrt(64), and
-the columns of a query and of a head's output after the 21st do not reach the logits: their rows in `q_proj` and
-columns in `o_proj` never get a gradient (tests/model/test_recreation.py).
-
-The parameter names are the seed's. Attention and cache see K = H heads of width d, zeros included. Shapes as in
-`architecture.py`, with w = `key_value_width(config)` for the narrow width.
+key/value head, a third as wide (w = 21 for d = 64), padded with zeros to the width of a query; and only the first w
+columns of queries and keys are rotated. A score is therefore a product of 21 numbers divided by sqrt(64), and the later
+columns of a query and of a head's output do not reach the logits: their rows in `q_proj` and columns in `o_proj` never
+get a gradient. The parameter names are the seed's. Attention and cache see K = H heads of width d, zeros included.
 """
 
 from __future__ import annotations
@@ -42,15 +39,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rotate_odd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The seed's half-rotation of an odd width w: x cos + (-x[w//2:], x[:w//2]) sin.
+    """The seed's half-rotation of an odd width w: x cos + (-x[w//2:], x[:w//2]) sin, shapes as of `rotate`.
 
-    Column i is mixed with column i + w//2 in the first half and with column i - w//2 - 1 in the second, so the two of
-    a pair do not name each other. That is no rotation in the strict sense: a score depends on more than the distance
-    of query and key. An even width is rotated as in a Llama.
-
-    Args:
-        x: (B, heads, T, w).
-        cos, sin: (B or 1, 1, T, w).
+    Column i is mixed with column i + w//2 in the first half and with column i - w//2 - 1 in the second, so scores
+    depend on more than the distance of query and key. An even width is rotated as in a Llama.
     """
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
@@ -97,17 +89,9 @@ class RecreationModel(Decoder):
         self.kv_dim, self.rope_theta = key_value_width(config), config.rope_theta
 
     # The seed's names, under those that `Decoder` asks for.
-    @property
-    def embed_tokens(self) -> nn.Embedding:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.wte
-
-    @property
-    def layers(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.h
-
-    @property
-    def norm(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.ln_f
+    embed_tokens = property(lambda self: self.wte)  # pyright: ignore[reportAssignmentType]
+    layers = property(lambda self: self.h)  # pyright: ignore[reportAssignmentType]
+    norm = property(lambda self: self.ln_f)  # pyright: ignore[reportAssignmentType]
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         # An odd width has one frequency too many; the table is cut to the width.

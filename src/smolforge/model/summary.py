@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,8 +35,6 @@ TRAINING_TYPES = {
     "fp16": (torch.float32, torch.float16),
     "bf16-pure": (torch.bfloat16, torch.bfloat16),
 }
-# Python and torch before there is a model: an allowance, not a measurement.
-PROCESS_BYTES = 500_000_000
 GROUPS = ("embedding", "attention", "mlp", "norm", "head")
 
 
@@ -81,7 +78,7 @@ class MemoryEstimate:
     activations: int
     head: int
     saving: int
-    process: int = PROCESS_BYTES
+    process: int = 500_000_000  # Python and torch before there is a model: an allowance, not a measurement
 
     @property
     def state(self) -> int:
@@ -111,8 +108,7 @@ def estimate_memory(
     On a CPU the peak of the process was 0.90 to 1.17 times `total`; tests/model/test_memory.py measures it.
 
     Args:
-        sequences: sequences of one micro-batch.
-        length: tokens of a sequence.
+        sequences: of one micro-batch, each of `length` tokens.
         stored: type of weights, gradients and moments.
         computed: type of matrix products and activations; `stored` unless given.
         optimizer: adamw (two moments), muon (one for the layers' matrices), or adamw8bit (two of one byte).
@@ -177,10 +173,6 @@ class Summary:
     training_memory: dict[str, dict[str, int]]
     serving_memory: dict[str, dict[str, int]]
     conventions: dict[str, str] = field(default_factory=lambda: dict(CONVENTIONS))
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `smolforge summary --json` prints."""
-        return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
         """The numbers for people, one line each."""
