@@ -105,7 +105,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
-    On a CPU the peak of the process was 0.90 to 1.17 times `total`; tests/model/test_memory.py measures it.
+    On a CPU the peak of the process was 0.90 to 1.17 times `total`; tests/model/test_estimate_memory.py measures it.
 
     Args:
         sequences: of one micro-batch, each of `length` tokens.
