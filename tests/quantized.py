@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from smolforge.generation.quantize import INT4_GROUP, Precision
+from smolforge.generation.runners.cpu import INT4_GROUP, Precision
 
 
 @dataclasses.dataclass(frozen=True)

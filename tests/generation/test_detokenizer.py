@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge.generation.detokenizer import Detokenizer
+from smolforge.generation.sequence import Detokenizer
 
 
 class Letters:

@@ -15,9 +15,8 @@ from tiny_llama import SHAPES, make_model
 from quantized import Int4, Int8, quantize, to_int4, to_int8
 from smolforge import kernels
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation.quantize import PRECISIONS
 from smolforge.generation.runners import select_runner
-from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner
 from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk

@@ -10,17 +10,15 @@ StepOutput goes to the caller. Nothing in a text depends on what else runs.
 In the order to read them:
 
     engine.py             Engine: add, step, stream, cancel, generate
-    sequence.py           Request, Sequence, ScheduledChunk and StepOutput, the data of a step
+    sequence.py           Request, Sequence, ScheduledChunk, StepOutput: the data of a step; Detokenizer: its text
     scheduler.py          continuous batching: which sequences run in the next step
     kv_cache.py           memory of keys and values, and the pool that allocates it
-    runners/__init__.py   Runner, and the choice of one for a model and a machine
+    runners/__init__.py   Runner, and the choice of one and of a precision
     runners/module.py     any model with its live weights
-    runners/cpu.py        packed weights and the native step of smolforge.kernels
+    runners/cpu.py        weights packed as fp32, bf16, int8 or int4, and the native step
     runners/cuda.py       a static cache, CUDA graphs, and sampling on the GPU
     sampling_params.py    SamplingParams: the settings of a request
     sampler.py            penalties, filters, and the draw of a token
-    detokenizer.py        whole characters, stop strings
-    quantize.py           int8 and int4, and the choice of a precision
     speculative.py        n-gram and model drafts, and when they pay
     draft_model.py        a small model that drafts, and its cache
     bench.py              smolforge bench generate

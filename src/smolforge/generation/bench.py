@@ -1,8 +1,7 @@
 """Generation on this machine: tokens/s per precision and batch, compared with the bandwidth that limits decoding.
 
-Each decoded token reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached. Next to
-the bytes that a runner reports stands by how much the process grew. Every step ends with its logits or tokens on the
-CPU, so no time is taken while a GPU still works.
+Each decoded token reads every weight once, so tokens/s times the bytes of the weights is the bandwidth reached. Every
+step ends with its logits or tokens on the CPU, so no time is taken while a GPU still works.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence as Many
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,9 +48,6 @@ def measure(
         tokens: decoded for each sequence.
         prompt: length of the prompt whose first token is timed.
         rounds: timed repetitions after one warm-up; medians are reported.
-
-    Raises:
-        BadInput: there is no such precision.
     """
     if module is None:
         logger.info("making a model of SmolLM2-135M's shape with random weights")
@@ -142,8 +139,10 @@ def _decode(runner: Runner, batch: int, tokens: int) -> float:
 def _decode_on_device(sampler: DeviceSampler, prompts: Any, following: Any, caches: Any, tokens: int) -> float:
     """As `_decode`, where the runner picks the tokens."""
     params, sequences = SamplingParams(temperature=0, max_tokens=tokens + 1), []
+    no_text: Any = SimpleNamespace(push=lambda token_id: "")  # a decoder; `stream` makes it a tokenizer as well
+    no_text.stream = lambda: no_text
     for prompt, token_id, cache in zip(prompts, following, caches, strict=True):
-        sequence = Sequence(Request(0, prompt, params, 0), 0, _NoText(), PROMPT + tokens, frozenset())  # type: ignore[arg-type]
+        sequence = Sequence(Request(0, prompt, params, 0), 0, no_text, PROMPT + tokens, frozenset())
         sequence.tokens.append(token_id)
         sequence.cache, sequence.computed = cache, PROMPT
         sequences.append(sequence)
@@ -153,19 +152,6 @@ def _decode_on_device(sampler: DeviceSampler, prompts: Any, following: Any, cach
             sequence.tokens.append(token_id)
             sequence.computed += 1
     return time.perf_counter() - began
-
-
-class _NoText:
-    """Stands for a tokenizer where text is not wanted."""
-
-    def stream(self) -> _NoText:
-        return self
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def table(result: dict[str, Any]) -> str:

@@ -31,11 +31,9 @@ class DraftModel:
     """Drafts for all sequences of a step together. The sequences' caches are `PairedCache`s.
 
     Args:
-        runner: of the draft model.
         bytes_ratio: bytes of its weights over those of the model.
 
     Attributes:
-        context: maximum number of positions.
         timings: (rows, seconds) of the steps of the last `propose` that only decoded, draws included.
     """
 
@@ -127,12 +125,7 @@ class PairedCache:
 
 
 class PairedRunner:
-    """Runs the model; its caches have memory for the draft model too.
-
-    Args:
-        model: computes the logits of the text.
-        draft: runs the draft model; its context may be shorter.
-    """
+    """Runs the model; its caches have memory for the draft model too, whose context may be shorter."""
 
     def __init__(self, model: Runner, draft: Runner) -> None:
         self.model, self.draft = model, draft

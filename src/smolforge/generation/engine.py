@@ -40,8 +40,6 @@ class Engine:
     """Continues prompts, many at once.
 
     Args:
-        runner: computes the logits.
-        tokenizer: of the model.
         max_batch: maximum number of sequences that run at once; others wait.
         cache_bytes: maximum memory of keys and values; 2 GiB unless given, on a GPU half of what is free.
         eos_ids: tokens that end a text; the tokenizer's own unless given.
@@ -104,15 +102,12 @@ class Engine:
         """An engine over a module.
 
         Args:
-            module: the model.
-            tokenizer: of the model.
             quantize: None runs the live weights: a change by training is used from the next step on. A precision (or
                 "auto", or "none" for that of the weights) packs the weights as they are now for the fastest
                 runner of this machine.
             threads: of the packed runners.
             draft: the module of a draft model. It is not used with live weights, as a line of `decisions` says.
-            draft_tokenizer: of the draft; the same one unless given.
-            draft_name: of the draft, in `decisions`.
+            draft_tokenizer: the same one unless given.
             settings: as of the class.
 
         Raises:
@@ -137,7 +132,6 @@ class Engine:
         """An engine for a run, a checkpoint, a Hugging Face Llama directory or a Hub id.
 
         Args:
-            model: its path or id.
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: "cpu", "cuda", or "auto" for a GPU where there is one.
             draft: a smaller model of the same tokenizer, named as `model` is, that drafts the next tokens.
@@ -174,11 +168,7 @@ class Engine:
         return bool(self._ready or self.scheduler.waiting or self.scheduler.running)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
-        """The text that continues a prompt (of the first sequence, where `params.n` is more than 1).
-
-        Raises:
-            BadInput: as of `add`.
-        """
+        """The text that continues a prompt (the first of `params.n`); raises as `add` does."""
         return "".join(output.text for output in self.stream([prompt], params) if output.index == 0)
 
     def stream(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[StepOutput]:
@@ -326,19 +316,20 @@ class Engine:
         drawn = [sequence for sequence, _ in work if sampler.can_sample(sequence)]
         for sequence, token_id in zip(drawn, sampler.sample(drawn), strict=True):
             if token_id < 0:
-                raise RunFailed(_NAN, hint=_NAN_HINT)
+                raise _nan()
             sequence.computed += 1
             outputs.append(self._append(sequence, SampledToken(token_id)))
         return [(sequence, chunk) for sequence, chunk in work if sequence not in drawn]
 
 
-_NAN, _NAN_HINT = "the model's logits are NaN", "Its weights are damaged, or training diverged."
-
-
 def _finite(logits: Tensor) -> Tensor:
     if len(logits) and torch.isnan(logits.max()):
-        raise RunFailed(_NAN, hint=_NAN_HINT)
+        raise _nan()
     return logits
+
+
+def _nan() -> RunFailed:
+    return RunFailed("the model's logits are NaN", hint="Its weights are damaged, or training diverged.")
 
 
 def _device(wanted: str) -> str:

@@ -66,8 +66,7 @@ class CachePool:
     """Allocates caches within a budget.
 
     Args:
-        new_cache: the runner's function that makes a cache for a number of positions.
-        bytes_for: bytes that such a cache takes.
+        new_cache: makes a cache for a number of positions; `bytes_for` gives its bytes.
         budget: maximum number of bytes of all caches together.
         keep: maximum number of finished caches kept for prefix reuse.
 
@@ -79,11 +78,8 @@ class CachePool:
     def __init__(
         self, new_cache: Callable[[int], KVCache], bytes_for: Callable[[int], int], budget: int, keep: int
     ) -> None:
-        self._new_cache, self._keep = new_cache, keep
-        self.bytes_for = bytes_for
-        self.budget = budget
-        self.reserved = 0
-        self.kept = 0
+        self._new_cache, self.bytes_for, self.budget, self._keep = new_cache, bytes_for, budget, keep
+        self.reserved = self.kept = 0
         self._old: list[tuple[list[int], KVCache]] = []  # oldest first: the tokens whose positions the cache has
 
     def has_room(self, capacity: int) -> bool:

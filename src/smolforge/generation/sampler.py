@@ -53,8 +53,7 @@ class Sampler:
 
     Args:
         params: the request's settings.
-        prompt: ids of the prompt, to which the repetition penalty applies as well.
-        seed: of the request.
+        prompt: ids, to which the repetition penalty applies as well.
         index: of the sequence, 0 <= index < n.
         stop_token_ids: tokens that end the text, impossible before `params.min_tokens`.
     """
@@ -195,8 +194,7 @@ def _nucleus(below: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarray:
     """Top-p (Holtzman et al. 2020): indices, ascending, of the fewest greatest weights that add up to `mass`.
 
     Args:
-        below: logarithms of the weights, 0 the greatest, (V,).
-        weights: their exponentials.
+        below: logarithms of the weights (V,), 0 the greatest.
         mass: share of the sum, in (0, 1).
     """
     need = mass * weights.sum(dtype=np.float64)

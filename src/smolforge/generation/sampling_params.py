@@ -1,8 +1,4 @@
-"""What a request asks for: every knob of one continuation, checked before anything runs.
-
-`SamplingParams` is data. The sampler turns it into a distribution (`sampler.py`), the text stream into stop strings
-(`text.py`), the engine into limits. Names follow OpenAI's API where it has the knob, transformers' where not.
-"""
+"""The settings of a request, checked before anything runs. Names follow OpenAI's API, and transformers' elsewhere."""
 
 from __future__ import annotations
 
@@ -121,13 +117,12 @@ class SamplingParams:
 
     def _ids(self) -> None:
         ids = tuple(self.stop_token_ids)
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field="stop_token_ids")
+        for name, some in (("stop_token_ids", ids), ("logit_bias", tuple(self.logit_bias))):
+            for token_id in some:
+                if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                    raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field=name)
         object.__setattr__(self, "stop_token_ids", ids)
         for token_id, bias in self.logit_bias.items():
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise BadInput(f"token ids are whole numbers from 0, not {token_id!r}", field="logit_bias")
             if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
                 raise BadInput(f"token {token_id}: {bias!r} is not in [-100, 100]", field="logit_bias")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))

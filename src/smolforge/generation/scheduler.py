@@ -23,7 +23,6 @@ class Scheduler:
     """Queue, running sequences and their memory.
 
     Args:
-        pool: allocates the caches.
         max_batch: maximum number of sequences that run at once.
         reuse_prefixes: copy positions of finished caches; only where the runner's rows do not depend on their batch.
     """

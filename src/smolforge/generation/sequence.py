@@ -12,12 +12,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from smolforge.errors import BadInput
-from smolforge.generation.detokenizer import Detokenizer
 from smolforge.generation.sampler import NO_TOP, SampledToken, Sampler, describe
 from smolforge.generation.sampling_params import SamplingParams
-from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
 Prompt = str | collections.abc.Sequence[int]  # text, in which special tokens are only text, or token ids
 
 
@@ -27,7 +27,7 @@ class StepOutput:
 
     Attributes:
         request: id of the request; in `Engine.stream` the index of the prompt.
-        index: of the sequence, 0 <= index < n.
+        index: of the sequence.
         token_id: the token, or None in a last step that has only text or the end.
         text: what may now be shown. Joined over the steps of a sequence it is the whole text; it may lag behind
             the tokens (half characters, possible stop strings) and catches up.
@@ -56,11 +56,7 @@ class Request:
 
     Attributes:
         id: counts up from 0 in one engine.
-        prompt: token ids.
-        params: the settings.
-        seed: the request's own, or the one drawn for it; the same seed gives the same text.
-        sequences: `params.n` of them.
-        cancelled: no more output comes.
+        seed: that of `params`, or the one drawn for it; the same seed gives the same text.
     """
 
     id: int
@@ -85,17 +81,14 @@ class Sequence:
     """One continuation of a request: its tokens, how many of them the cache holds, and how it is drawn and shown.
 
     Args:
-        request: what it continues.
         index: 0 <= index < n.
-        tokenizer: of the model.
         limit: maximum number of tokens, prompt included: max_tokens or the context.
         stop_token_ids: tokens that end it.
 
     Attributes:
         tokens: prompt and written tokens.
         computed: how many of them have keys and values in the cache.
-        cache: while it runs, the runner's cache.
-        finish_reason: set at its end.
+        cache: the runner's, while the sequence runs.
     """
 
     def __init__(
@@ -108,7 +101,7 @@ class Sequence:
         self.cache: Any = None
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
-        self.detokenizer = Detokenizer(tokenizer.stream(), request.params.stop)  # type: ignore[arg-type]
+        self.detokenizer = Detokenizer(tokenizer.stream(), request.params.stop)
         if not request.params.echo:
             self.detokenizer.skip(request.prompt)
         self._echoed = 0
@@ -178,12 +171,74 @@ class Sequence:
         return StepOutput(*where, token.token_id, text, offset, token.logprob, token.top_logprobs, reason, prompt)
 
 
+class Detokenizer:
+    """Turns the tokens of one sequence into text that may be shown: whole characters, and never part of a stop string.
+
+    Text that could still become a stop string is held back, and returned as soon as it cannot. So the parts joined are
+    the whole text before the stop string, or all of it where none came.
+
+    Args:
+        decoder: a fresh stream decoder.
+        stops: strings that end the text.
+
+    Attributes:
+        stopped: a stop string was found; no more text comes.
+        decoded: characters decoded so far, which is where the text of the next token begins.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stops: collections.abc.Sequence[str] = ()) -> None:
+        self._decoder, self._stops, self._held = decoder, stops, ""
+        self.stopped, self.decoded = False, 0
+
+    def skip(self, prompt: collections.abc.Sequence[int]) -> None:
+        """Begin after a prompt that is not shown; a character that it leaves unfinished continues."""
+        for token_id in prompt[-LONGEST_CHARACTER:]:
+            self._decoder.push(token_id)
+
+    def push_prompt(self, token_id: int) -> str:
+        """The text of a token of the prompt, in which stop strings have no effect."""
+        return self._count(self._decoder.push(token_id))
+
+    def push(self, token_id: int) -> str:
+        """The text that may be shown after this token."""
+        return self._release(self._count(self._decoder.push(token_id)))
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence."""
+        text = self._release(self._count(self._decoder.flush()))
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _count(self, text: str) -> str:
+        self.decoded += len(text)
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            shown, self._held, self.stopped = self._held[: min(found)], "", True
+            return shown
+        border = len(self._held) - self._open_prefix()
+        shown, self._held = self._held[:border], self._held[border:]
+        return shown
+
+    def _open_prefix(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            sizes = range(min(len(stop) - 1, len(self._held)), longest, -1)
+            longest = next((size for size in sizes if self._held.endswith(stop[:size])), longest)
+        return longest
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduledChunk:
     """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
 
     Attributes:
-        cache: of the sequence.
         logits: of how many of the last tokens logits are wanted (0 in the middle of a prompt).
         drafted: how many of the last tokens are drafts that the model verifies.
     """

@@ -33,11 +33,7 @@ FORGET = 256  # steps without drafts after which the draft's times are dropped: 
 
 
 class AcceptanceRate:
-    """Running share of drafted tokens that were accepted.
-
-    Attributes:
-        value: in [0, 1].
-    """
+    """Running share of drafted tokens that were accepted: `value`, in [0, 1]."""
 
     def __init__(self, value: float = 0.6) -> None:
         self.value = value
@@ -82,9 +78,6 @@ class NgramDraft:
 
     Args:
         tokens: of the sequence, prompt included; the list that grows while it is written.
-
-    Attributes:
-        rate: running share of its drafts that were accepted.
     """
 
     def __init__(self, tokens: list[int]) -> None:
@@ -97,8 +90,7 @@ class NgramDraft:
         """Drafts of the next tokens, at most `room`, as many as are worth their rows; often none.
 
         Args:
-            running: sequences that share the step, this one included. The more there are, the more of a step an
-                unneeded row costs.
+            running: sequences that share the step, this one included.
         """
         self._index()
         count = min(worthwhile(self.rate.value, running), room)
@@ -122,8 +114,7 @@ class NgramDraft:
 class DraftCost:
     """The time of a step of the draft model over the time of a step of the model, of one row each.
 
-    Decoding reads every weight once, so the bytes of the weights predict the ratio. What the processor does besides,
-    such as drawing from 49,152 logits, they do not predict, so both models are timed, and the times are preferred.
+    Decoding reads every weight once, so the bytes of the weights predict the ratio until both models have been timed.
 
     Args:
         bytes_ratio: of the draft's weights to the model's.
@@ -171,14 +162,9 @@ class SequenceDrafts:
 class Speculation:
     """Drafts for everything that runs.
 
-    Args:
-        draft: the draft model, where there is one.
-
     Attributes:
-        cost: of a step of the draft model.
-        rate: running share of the draft model's tokens that were accepted, over all texts; new texts start with it.
-        proposed: tokens drafted so far, and of them
-        accepted: those that were drawn.
+        rate: of the draft model over all texts; new texts start with it.
+        proposed: tokens drafted so far; `accepted` counts those of them that were drawn.
     """
 
     def __init__(self, draft: DraftModel | None = None) -> None:
@@ -269,23 +255,19 @@ class Speculation:
 
 
 def select_draft(
-    module: Any, tokenizer: Tokenizer, runner: Runner, model_tokenizer: Tokenizer, *, name: str = "the draft model",
-    threads: int | None = None,
-) -> tuple[DraftModel | None, list[str]]:  # fmt: skip
+    module: Any, tokenizer: Tokenizer, runner: Runner, model_tokenizer: Tokenizer, *, name: str, threads: int | None
+) -> tuple[DraftModel | None, list[str]]:
     """The draft model for a runner, and what was decided; None where drafts could change the text.
 
     Args:
-        module: the draft model.
-        tokenizer: the draft's.
-        runner: of the model it drafts for.
-        model_tokenizer: the model's.
+        module: the draft model; `tokenizer` is its own.
+        runner: of the model it drafts for; `model_tokenizer` is that model's.
         name: of the draft, for people.
-        threads: of the draft's runner.
 
     Raises:
         BadInput: the draft's token ids are not the model's.
     """
-    check_same_tokens(tokenizer, model_tokenizer)
+    _check_same_tokens(tokenizer, model_tokenizer)
     size, theirs = module.config.vocab_size, runner.config.vocab_size
     if size != theirs:
         raise BadInput(
@@ -311,12 +293,8 @@ def select_draft(
     return draft, [what, *(f"draft {line}" for line in decisions if not line.startswith("engine"))]
 
 
-def check_same_tokens(draft: Tokenizer, model: Tokenizer) -> None:
-    """Check that the ids of both mean the same tokens.
-
-    Raises:
-        BadInput: they do not; says where.
-    """
+def _check_same_tokens(draft: Tokenizer, model: Tokenizer) -> None:
+    """Check that the ids of both mean the same tokens; the error says where they do not."""
     mine, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (draft, model))
     if mine == theirs:
         return

@@ -1,7 +1,7 @@
 // Pack the rows of a checkpoint, wherever they are mapped, into the layout of layout.h.
 //
 // One pass without copies: 32 rows are read, rounded to their kind and written side by side. The numbers are those of
-// generation/quantize.py. Of every kind, a packed row is a row of 32-bit words; a unit holds the words at one position of
+// tests/quantized.py. Of every kind, a packed row is a row of 32-bit words; a unit holds the words at one position of
 // its 32 rows next to each other.
 
 #include <cmath>

@@ -4,11 +4,12 @@
     cpu.py      packed weights and the native step of `smolforge.kernels`
     cuda.py     a static cache, CUDA graphs, and sampling on the GPU
 
-`select_runner` chooses once per engine, and gives the reasons in words.
+`select_runner` chooses one and its precision once per engine, and gives the reasons in words.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 
 from smolforge.config import ModelConfig
+from smolforge.errors import RunFailed, unknown
 from smolforge.generation.kv_cache import KVCache
-from smolforge.generation.quantize import Precision, check_finite, choose_precision
-from smolforge.generation.runners.cpu import CpuRunner
+from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner, Precision
 from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk, Sequence
 from smolforge.kernels import NativeUnavailable, description
 from smolforge.model.architecture import architecture_of
 
+SMALL = 32 << 20  # bytes of fp32 weights that stay in a CPU's cache: fewer bits would save no time
 _STORED: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -89,7 +91,7 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     weight = next(module.parameters())
     stored = _STORED.get(weight.dtype, "bf16")
     parameters = sum(p.numel() for p in module.parameters())
-    precision, reason = choose_precision(stored if quantize == "none" else quantize, parameters, weight.device.type)
+    precision, reason = _choose_precision(stored if quantize == "none" else quantize, parameters, weight.device.type)
     if weight.device.type == "cuda":
         runner = CudaRunner(module, precision)
         return runner, [f"precision: {reason}", f"engine: {runner.name}"]
@@ -97,10 +99,37 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         runner = ModuleRunner(module)
         return runner, [f"engine: {runner.name}; the native step is for Llama, not {module.config.architecture}"]
     if precision in ("int8", "int4"):
-        check_finite(module)
+        _check_finite(module)
     try:
         runner = CpuRunner(module, precision, threads=threads)
     except NativeUnavailable as error:
         runner = ModuleRunner(module)
         return runner, [f"engine: {runner.name}, several times slower than native code: {error.message}"]
     return runner, [f"precision: {reason}", f"kernels: {description()}", f"engine: {runner.name}"]
+
+
+def _choose_precision(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:
+    """The precision of so many weights for `wanted` (one of them or "auto"), and the reason in words."""
+    if wanted not in ("auto", *PRECISIONS):
+        raise unknown("precision", wanted, ["auto", *PRECISIONS], field="quantize")
+    if wanted in ("int8", "int4") and device != "cpu":
+        return "bf16", f"bf16 instead of {wanted}, which only the CPU runner has"
+    if wanted in PRECISIONS:
+        return wanted, f"{wanted} (as asked)"
+    if device != "cpu":
+        return "bf16", "bf16 (half the bytes of fp32, at no measurable loss)"
+    if 4 * parameters <= SMALL:
+        size = 4 * parameters >> 20
+        return "fp32", f"fp32 ({size} MiB of weights fit in the CPU cache; quantizing would not be faster)"
+    return "int8", "int8 (the bytes of the weights limit decoding; loss within 0.5%, see smolforge eval --quantize)"
+
+
+def _check_finite(module: torch.nn.Module) -> None:
+    """Check that all weights are finite before they are quantized, since no integer stands for NaN."""
+    for name, parameter in module.named_parameters():
+        if not math.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise RunFailed(
+                f"{name} contains NaN or infinite values, which quantizing would hide",
+                field="quantize",
+                hint="The weights are damaged, or training diverged; fp32 and bf16 keep them as they are.",
+            )

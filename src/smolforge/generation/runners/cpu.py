@@ -1,9 +1,11 @@
 """The CPU runner: weights packed once, and a whole step run by one call of the native library.
 
-The layout of weights and caches is described at the head of `kernels/decode.cpp`. The packed weights lie on pages of
-2 MiB, one matrix behind the other. With pages of 4 KiB, reading 135 MB takes 33,000 look-ups of addresses, each of two
-levels in a virtual machine: a plain read loop over SmolLM2's int8 weights ran 1.4 times as fast with large pages
-(docs/log.md).
+`kernels/decode.cpp` describes the layout of weights and caches. The packed weights lie on pages of 2 MiB, one matrix
+behind the other, since looking up the addresses of small pages takes a good part of the time of reading (docs/log.md).
+
+int8: one scale per output row, symmetric, rounding to nearest. int4: one scale per row and group of 32 inputs, chosen
+among a few for the least squared error; the head and the embeddings stay int8, since every token passes through them
+and no other layer can correct them. Norms stay in fp32 everywhere.
 """
 
 from __future__ import annotations
@@ -12,24 +14,23 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from smolforge.config import ModelConfig
 from smolforge.generation.kv_cache import KVCache
-from smolforge.generation.quantize import INT4_GROUP, Precision
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.kernels import NativeUnavailable, library
 from smolforge.model.architecture import architecture_of
 from smolforge.model.llama import rotary_angles
 
-UNIT, GROUP = 32, 64  # as in decode.cpp
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+UNIT, GROUP, INT4_GROUP = 32, 64, 32  # as in decode.cpp
 F32, BF16, I8, I4 = range(4)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}
-
-
 LARGE_PAGE = 2 << 20  # bytes, on x86-64, and on ARM with small pages of 4 KiB
 ARENA_CHUNK = 32 << 20
 

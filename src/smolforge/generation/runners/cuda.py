@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from smolforge.generation.kv_cache import TensorCache
-from smolforge.generation.quantize import Precision
+from smolforge.generation.runners.cpu import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
 from smolforge.generation.sequence import Sequence
 

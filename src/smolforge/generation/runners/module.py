@@ -19,11 +19,7 @@ from smolforge.generation.sequence import ScheduledChunk
 
 
 class ModuleRunner:
-    """Runs a live module as it is.
-
-    Args:
-        module: a model of `smolforge.model`.
-    """
+    """Runs a live model of `smolforge.model` as it is."""
 
     batch_invariant = False  # rows are run alone, but a prompt's rows depend on how it was cut
     weight_bytes = 0
