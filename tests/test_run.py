@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from smolforge import metrics_log
 from smolforge.errors import BadInput, CheckpointError, RunFailed, RunLocked
 from smolforge.files import read_json_lines, write_atomically
-from smolforge.lock import RunLock
 from smolforge.metrics_log import MetricsLog, read_metrics
-from smolforge.run import Run
+from smolforge.run import Run, RunLock
 
 
 def test_the_paths(tmp_path: Path) -> None:
@@ -227,8 +226,7 @@ def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkey
 
 HOLDING = """
 import sys, time
-from smolforge.lock import RunLock
-from smolforge.run import Run
+from smolforge.run import Run, RunLock
 with RunLock(Run(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

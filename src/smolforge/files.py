@@ -1,8 +1,4 @@
-"""Write files so that a crash leaves the old file or the new one, and read JSON lines that may be torn.
-
-Everything that smolforge writes beside and renames goes through here: `write_atomically` for contents in memory,
-`replacing_file` for one file written in pieces, `replacing_directory` for a new directory.
-"""
+"""Write files so that a crash leaves the old file or the new one, and read JSON lines that may be torn."""
 
 from __future__ import annotations
 
@@ -46,17 +42,9 @@ def replacing_file(path: Path, *, needed: int = 0, hint: str | None = None) -> I
     # The name differs per call, so that two threads or processes may write one path at once. Made by open() and not
     # by mkstemp, whose mode (0600) would keep other users from reading the file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
+    with _moved_on_success(temporary, path, needed, hint):
         yield temporary
         sync_file(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise no_room(error, path, needed, hint) from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -71,14 +59,22 @@ def replacing_directory(path: Path, *, needed: int = 0, hint: str | None = None)
     # mkdir's mode follows the umask; tempfile.mkdtemp would make a directory that only its owner may read.
     temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     temporary.mkdir()
-    try:
+    with _moved_on_success(temporary, path, needed, hint):
         yield temporary
+
+
+@contextlib.contextmanager
+def _moved_on_success(temporary: Path, path: Path, needed: int, hint: str | None) -> Iterator[None]:
+    try:
+        yield
         temporary.replace(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise no_room(error, path, needed, hint) from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise no_room(error, path, needed, hint) from None
         raise
     sync_directory(path.parent)
 

@@ -21,11 +21,7 @@ _CHUNK = 1 << 20
 
 
 class MetricsLog:
-    """An append-only file of JSON rows: metrics.jsonl, and samples.jsonl alike.
-
-    Opening cuts a torn last line. A row is one `write`, so readers see whole rows. Non-finite floats are written
-    as null, since JSON has no word for them.
-    """
+    """An append-only file of JSON rows. Non-finite floats are written as null, since JSON has no word for them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,17 +1,24 @@
-"""The paths of a run's directory, and its small files: configuration and data index.
+"""A run's directory: its paths, its configuration and data index, and the lock that keeps a second process out.
 
-`metrics_log.py` has its logs and `lock.py` the lock that keeps a second process out.
+`metrics_log.py` has its logs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import BadInput, CheckpointError
+from smolforge.errors import BadInput, CheckpointError, RunLocked
 from smolforge.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 MAX_INDEX_BYTES = 1 << 30
 # What the operating system or an editor leaves behind; a directory that holds only these counts as empty.
@@ -23,49 +30,25 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        """The whole resolved configuration."""
+        self.index_path = self.path / "data_index.json"
+        """Every shard and row group of the sources."""
+        self.metrics_path = self.path / "metrics.jsonl"
+        """One row per logged step, validation or event."""
+        self.samples_path = self.path / "samples.jsonl"
+        """The fixed prompts' continuations through time."""
+        self.tensorboard_path = self.path / "tensorboard"
+        """The directory of TensorBoard's event files."""
+        self.report_path = self.path / "report.html"
+        """The self-contained page."""
+        self.checkpoints_path = self.path / "checkpoints"
+        """The directory of step-00000000 directories."""
+        self.lock_path = self.path / "lock"
+        """The file that `RunLock` locks."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
-
-    @property
-    def config_path(self) -> Path:
-        """The whole resolved configuration, config.yaml."""
-        return self.path / "config.yaml"
-
-    @property
-    def index_path(self) -> Path:
-        """Every shard and row group of the sources, data_index.json."""
-        return self.path / "data_index.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One row per logged step, validation or event, metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_path(self) -> Path:
-        """The fixed prompts' continuations through time, samples.jsonl."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def tensorboard_path(self) -> Path:
-        """The directory of TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def report_path(self) -> Path:
-        """The self-contained page, report.html."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The directory of step-00000000 directories."""
-        return self.path / "checkpoints"
-
-    @property
-    def lock_path(self) -> Path:
-        """The file that `RunLock` locks."""
-        return self.path / "lock"
 
     @property
     def exists(self) -> bool:
@@ -140,3 +123,70 @@ class Run:
 
 def _has_entries(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
+
+
+class RunLock:
+    """Keeps a second process from writing a run. A context manager.
+
+    Uses `flock` on RUN/lock: the kernel releases it when the holder ends, however it ends, so no lock is ever stale.
+    The file stays, since removing it would let two processes lock two files of one name. On a network filesystem the
+    lock may hold on one machine only; where locking is not supported at all a warning says so and the run continues.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._descriptor = -1
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has the run (or the filesystem cannot lock)."""
+        return self._descriptor >= 0
+
+    def acquire(self) -> RunLock:
+        """Take the run.
+
+        Raises:
+            RunLocked: another process has it; its pid and host are named.
+        """
+        import fcntl
+
+        self.run.lock_path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.run.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise RunLocked(
+                f"{self.run.path} is being written by {holder}",
+                field="out",
+                hint="Wait for it, stop it, or give another directory with --out.",
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                os.close(descriptor)
+                raise
+            logger.warning(f"{self.run.path}: this filesystem has no locks; do not start the run twice")
+        self._descriptor = descriptor
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {started}\n"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+        return self
+
+    def release(self) -> None:
+        """Let the run go; a second call does nothing."""
+        if self.held:
+            import fcntl
+
+            # Unlocked by name, not only closed: a forked child may still have a copy of the descriptor.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> RunLock:
+        return self if self.held else self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -211,12 +211,8 @@ class Tokenizer:
     @functools.cached_property
     def _bytes_of_tokens(self) -> list[bytes]:
         added = {i: t.content.encode() for i, t in self.backend.get_added_tokens_decoder().items()}
-        spell = _byte_level_bytes if self._is_byte_level else _sentencepiece_bytes
+        spell = _byte_level_bytes if "ByteLevel" in str(self.backend.decoder) else _sentencepiece_bytes
         return [added.get(i) or spell(self.token_text(i)) for i in range(self.vocab_size)]
-
-    @property
-    def _is_byte_level(self) -> bool:
-        return "ByteLevel" in str(self.backend.decoder)
 
     def stream(self) -> StreamDecoder:
         """A decoder for tokens that arrive one at a time."""
@@ -231,20 +227,19 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         # `encode_special_tokens` is not part of the file: transformers uses its own default.
         self.backend.save(str(directory / "tokenizer.json"))
-        eos = self.token_text(self.eos_id)
+        specials = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.token_text(self.eos_id))
         config = {
             "add_prefix_space": False,
-            "bos_token": eos,
-            "eos_token": eos,
-            "unk_token": eos,
+            **specials,
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length,
             **self.config,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        specials = {key: config[key] for key in ("bos_token", "eos_token", "unk_token")}
-        _write_json(directory / "tokenizer_config.json", config)
-        _write_json(directory / "special_tokens_map.json", specials)
+        files = {"tokenizer_config.json": config, "special_tokens_map.json": {key: config[key] for key in specials}}
+        for name, value in files.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")
 
     def _special_id(self, key: str, default: str) -> int:
         text = _token_text(self.config.get(key) or default)
@@ -327,7 +322,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object", field="tokenizer")
     return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,8 +19,7 @@ import torch
 
 from smolforge.checkpoint import commit as commits
 from smolforge.checkpoint.commit import commit, newest_whole, prune, read_manifest, steps, sweep, verify
-from smolforge.checkpoint.locate import load_model
-from smolforge.checkpoint.verify import verify_tree
+from smolforge.checkpoint.locate import load_model, verify_tree
 from smolforge.errors import CheckpointError, RunFailed
 
 

@@ -53,7 +53,7 @@ def test_one_save_is_in_flight(tmp_path: Path) -> None:
     assert after == [f"step-0000000{step}" for step in range(1, 6)]
 
 
-@pytest.mark.parametrize("call", ["poll", "wait", "close", "save"])
+@pytest.mark.parametrize("call", ["poll", "wait", "save"])
 def test_a_failure_is_raised_once_at_the_next_call(tmp_path: Path, call: str) -> None:
     def broken(directory: Path, tree: Any) -> None:
         raise RunFailed("no room on the disk")
@@ -66,7 +66,7 @@ def test_a_failure_is_raised_once_at_the_next_call(tmp_path: Path, call: str) ->
         committer.save(2, {}, save_state) if call == "save" else getattr(committer, call)()
     assert steps(tmp_path) == []
     committer.save(3, {}, save_state)
-    committer.close()
+    committer.wait()
     assert steps(tmp_path) == [3]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_file
 
+import smolforge
 from smolforge import cli
 
 HEAVY = ("torch", "transformers", "pyarrow", "gradio", "numpy", "pydantic", "rich")
@@ -70,6 +71,16 @@ def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
         assert prompt in first
     assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_python_loads_and_generates_as_the_command_line_does(run: Path, capsys) -> None:
+    assert cli.run(["generate", str(run), "Once", "--max-tokens", "4", "--seed", "1", "--json"]) == 0
+    (expected,) = json.loads(capsys.readouterr().out)["completions"]
+    settings = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 4, "seed": 1}
+    assert smolforge.generate(run, "Once", **settings) == expected["text"]
+    model, tokenizer, directory = smolforge.load(run)
+    assert directory == (run / "checkpoints" / "last").resolve()
+    assert tokenizer.vocab_size <= model.config.vocab_size
 
 
 def test_summary_shows_the_tree(capsys) -> None:

@@ -5,7 +5,6 @@ weights.py      read untrusted safetensors files; write them
 state.py        what only training needs, in safetensors and JSON
 commit.py       write, fsync, rename; verify, find, prune
 background.py   the same in a thread
-locate.py       from a name (run, directory, Hub id) to a loaded model
-verify.py       `smolforge verify`: all checkpoints under a path
+locate.py       from a name (run, directory, Hub id) to a loaded model, or to what `smolforge verify` says of it
 card.py         the README of a checkpoint
 """

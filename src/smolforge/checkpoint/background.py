@@ -68,10 +68,9 @@ class Committer:
 
     def _commit(self, step: int, tree: Any, write: Callable[[Path, Any], None], expected: int | None) -> None:
         expected = tree_bytes(tree) if expected is None else expected
-        path = commit(self.checkpoints, step, lambda directory: write(directory, tree), expected_bytes=expected)
-        self.last = path
+        self.last = commit(self.checkpoints, step, lambda directory: write(directory, tree), expected_bytes=expected)
         if self._after is not None:
-            self._after(path)
+            self._after(self.last)
 
     @property
     def busy(self) -> bool:
@@ -92,16 +91,12 @@ class Committer:
             error, self._error = self._error, None
             raise error
 
-    def close(self) -> None:
-        """The same as `wait`: after it everything asked for is on disk."""
-        self.wait()
-
     def __enter__(self) -> Committer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
-            self.close()
+            self.wait()
         elif self._thread is not None:
             self._thread.join()  # the first error is the one to tell
 
@@ -120,15 +115,9 @@ def snapshot(tree: Any) -> Any:
             if value.numel() == 0 or key not in copies:
                 copies[key] = _to_host(value.detach(), devices)
             return copies[key]
-        if isinstance(value, dict):
-            return {key: copy(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [copy(inner) for inner in value]
-        if isinstance(value, tuple):
-            return tuple(copy(inner) for inner in value)
         return value.copy() if type(value).__module__ == "numpy" and hasattr(value, "copy") else value
 
-    result = copy(tree)
+    result = _map_leaves(copy, tree)
     for device in devices:
         torch.cuda.synchronize(device)
     return result
@@ -155,13 +144,16 @@ def tree_bytes(tree: Any) -> int:
 
     def visit(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            seen[(value.data_ptr(), value.shape, value.dtype)] = value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, (list, tuple)):
-            for inner in value:
-                visit(inner)
+            seen[(value.data_ptr(), value.shape, value.dtype)] = value.nbytes
 
-    visit(tree)
+    _map_leaves(visit, tree)
     return sum(seen.values())
+
+
+def _map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map_leaves(function, inner) for key, inner in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        mapped = [_map_leaves(function, inner) for inner in tree]
+        return mapped if isinstance(tree, list) else tuple(mapped)
+    return function(tree)

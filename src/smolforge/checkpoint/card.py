@@ -46,31 +46,22 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
 
     past = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
     architecture = architecture_of(config.model)
-    words = f"Licensed under {license}." if license else _NO_LICENSE
+    trained = "a byte-level BPE trained on the run's own data"
     parameters = count_parameters(config.model)
     total = sum(config.data.sources.values())
-    tokens = step * config.tokens_per_step
     return _template().render(
         front=_front_matter(config, license or "unknown", architecture),
         title=f"{count(parameters)} language model, step {step:,}",
-        note=architecture.note,
-        in_transformers=architecture.in_transformers,
-        architecture=architecture.class_name,
+        config=config,
+        architecture=architecture,
         parameters=parameters,
         origin=f"the weights of `{_public(config.init)}`" if config.init else "scratch",
         step=step,
-        total=max(step, config.total_steps),
-        model=config.model,
-        tokenizer=_tokenizer_words(config),
-        window=config.data.sequence_length,
-        tokens=tokens,
-        tokens_per_step=config.tokens_per_step,
-        optimizer=f"{config.optimizer.name}, peak rate {config.optimizer.lr:g}, {config.schedule.name} schedule",
+        tokenizer=trained if isinstance(config.tokenizer, TokenizerConfig) else f"from `{_public(config.tokenizer)}`",
         sources=[(_public(source), weight / total) for source, weight in config.data.sources.items()],
-        holdout=config.data.holdout,
         curve=_curve(past),
-        entropy=_entropy(past),
-        license_words=words,
+        entropy=next((_number(row["entropy_bits_per_byte"]) for row in past if row.get("entropy_bits_per_byte")), ""),
+        license_words=f"Licensed under {license}." if license else _NO_LICENSE,
     )
 
 
@@ -104,12 +95,6 @@ def _front_matter(config: RunConfig, license: str, architecture: Architecture) -
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
 
 
-def _tokenizer_words(config: RunConfig) -> str:
-    if isinstance(config.tokenizer, TokenizerConfig):
-        return "a byte-level BPE trained on the run's own data"
-    return f"from `{_public(config.tokenizer)}`"
-
-
 def _curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """About ten lines of the curve: at the validations where there are any, evenly over the log else."""
     training = {row["step"]: row for row in rows if "loss" in row}
@@ -135,10 +120,6 @@ def _curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return curve
-
-
-def _entropy(rows: list[dict[str, Any]]) -> str:
-    return next((_number(row["entropy_bits_per_byte"]) for row in rows if row.get("entropy_bits_per_byte")), "")
 
 
 def _number(value: Any) -> str:

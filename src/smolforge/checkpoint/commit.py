@@ -77,9 +77,10 @@ def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expec
         _seal(temporary, step)
         target = _move_into_place(temporary, checkpoints, step)
     except BaseException as error:
-        written = _tree_bytes(temporary)
+        written = tree_bytes(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_no_room(error):
+        # safetensors reports the operating system's error only in its text.
+        if getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM):
             raise _no_room(checkpoints, step, max(expected_bytes or 0, written)) from error
         raise
     _point_last(checkpoints, target.name)
@@ -96,7 +97,7 @@ def _seal(directory: Path, step: int) -> None:
             except CheckpointError as error:
                 raise RunFailed(f"{path.name} could not be read back after writing: {error.message}") from None
         sync_file(path)
-    listed = {path.relative_to(directory).as_posix(): digest for path, digest in _hash_files(files)}
+    listed = {path.relative_to(directory).as_posix(): entry for path, entry in _hash_files(files)}
     for folder in sorted({path.parent for path in files} | {directory}, key=lambda p: -len(p.parts)):
         sync_directory(folder)
     manifest = directory / MANIFEST
@@ -109,7 +110,7 @@ def _move_into_place(temporary: Path, checkpoints: Path, step: int) -> Path:
     target = checkpoints / step_name(step)
     aside = None
     if target.exists():
-        # Between the two renames the step has no name of its own; `_candidates` knows the one it has then.
+        # Between the two renames the step is only found by `_candidates`.
         aside = checkpoints / f".old-{target.name}-{uuid.uuid4().hex}"
         target.rename(aside)
     try:
@@ -203,8 +204,7 @@ def verify(directory: Path, *, training: bool = True) -> list[str]:
         _, listed = read_manifest(directory)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
-    present = []
+    problems, present = [], []
     for name, entry in listed.items():
         path = directory / name
         if not training and PurePosixPath(name).parts[0] == TRAINING:
@@ -291,14 +291,13 @@ def prune(
     present = steps(checkpoints)
     whole = [step for step in present if _looks_whole(checkpoints / step_name(step))]
     newest = whole[-max(1, keep) :]
-    stay = {*newest, *pinned, best}
     removed = []
     for step in present:
         directory = checkpoints / step_name(step)
-        if step in stay or (keep_every and step % keep_every == 0) or (directory / PINNED).exists():
+        stays = step in {*newest, *pinned, best} or (keep_every and step % keep_every == 0)
+        # Damaged and newer than what is kept: it stays to be looked at, and is replaced in its turn.
+        if stays or (directory / PINNED).exists() or not newest or step > newest[0]:
             continue
-        if not newest or step > newest[0]:
-            continue  # damaged and newer than what is kept: it stays to be looked at, and is replaced in its turn
         # Renamed first: a kill in the middle leaves nothing that looks like a checkpoint.
         gone = checkpoints / f".gone-{directory.name}-{uuid.uuid4().hex}"
         directory.rename(gone)
@@ -316,17 +315,10 @@ def _looks_whole(directory: Path) -> bool:
         return False
 
 
-def _is_no_room(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    # safetensors reports the operating system's error only in its text.
-    return any(f"(os error {code})" in str(error) for code in NO_ROOM)
-
-
 def _no_room(checkpoints: Path, step: int, needed: int) -> RunFailed:
     previous = newest_whole(checkpoints)
     if previous is not None:
-        needed = max(needed, _tree_bytes(previous))
+        needed = max(needed, tree_bytes(previous))
         safe = f"The newest checkpoint, {previous}, is whole."
     else:
         safe = "There is no earlier checkpoint."
@@ -337,7 +329,8 @@ def _no_room(checkpoints: Path, step: int, needed: int) -> RunFailed:
     )
 
 
-def _tree_bytes(directory: Path) -> int:
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
     total = 0
     for path in directory.rglob("*"):
         with contextlib.suppress(OSError):

@@ -151,7 +151,6 @@ _GENERATION = {
     "typical_p": (0.0, 1.0), "repetition_penalty": (0.0, 100.0), "max_new_tokens": (1, 1 << 26),
 }  # fmt: skip
 MAX_TOKEN_ID = 1 << 24
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_generation_defaults(directory: Path) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def read_generation_defaults(directory: Path) -> dict[str, Any]:
         if type(value) not in (int, float) or not low <= value <= high:
             raise CheckpointError(f"{json.dumps(value)[:200]} is not from {low} to {high}", field=f"{path}: {key}")
         found[key] = value
-    for key in _TOKEN_IDS:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is None:

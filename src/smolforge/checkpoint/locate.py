@@ -1,9 +1,10 @@
-"""Find and load the model that a user names: a run, a checkpoint, a Hugging Face directory, a Hub id."""
+"""Find, load and verify what a user names: a run, a checkpoint, a Hugging Face directory, a Hub id."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smolforge import hub
 from smolforge.checkpoint import commit
@@ -124,3 +125,67 @@ def load_model(
         weights[name] = weights[name].to(device, dtype)
     module.load_state_dict(weights, strict=True, assign=True)
     return module.eval(), tokenizer, directory
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One checkpoint: its problems, each naming a file; none when it is whole."""
+
+    path: Path
+    step: int | None
+    bytes: int
+    problems: list[str]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checkpoints under a path, oldest first."""
+
+    path: Path
+    checkpoints: list[Checked]
+    whole: bool
+    """Whether every checkpoint is."""
+    newest_whole: Path | None
+    """The one that resuming and generating would use."""
+
+    def lines(self) -> list[str]:
+        """The report for people, one line for each checkpoint and each problem."""
+        text = []
+        for checked in self.checkpoints:
+            text.append(f"{checked.path}: {'whole' if checked.whole else 'DAMAGED'}, {checked.bytes:,} bytes")
+            text += [f"  {problem}" for problem in checked.problems]
+        if not self.whole:
+            text.append(f"newest whole: {self.newest_whole or 'none'}")
+        return text
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as one JSON-able object."""
+        rows = [{**asdict(checked), "path": str(checked.path)} for checked in self.checkpoints]
+        newest = str(self.newest_whole) if self.newest_whole else None
+        return {"path": str(self.path), "whole": self.whole, "newest_whole": newest, "checkpoints": rows}
+
+
+def verify_tree(path: str | Path) -> Verification:
+    """Verify a checkpoint, a run, or a directory of checkpoints; every byte is read.
+
+    Raises:
+        CheckpointError: there is no checkpoint at `path`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"no such directory: {path}", hint="Give a run or a checkpoint directory.")
+    if (path / commit.MANIFEST).is_file() or commit.step_of(path) is not None:
+        found = [path]
+    else:
+        folder = Run(path).checkpoints_path if Run(path).checkpoints_path.is_dir() else path
+        found = [folder / commit.step_name(step) for step in commit.steps(folder)]
+    if not found:
+        raise CheckpointError(f"{path} holds no checkpoints", hint=f"A checkpoint has a {commit.MANIFEST}.")
+    checked = []
+    for directory in found:
+        problems = commit.verify(directory)
+        size = commit.tree_bytes(directory)
+        checked.append(Checked(directory, commit.step_of(directory), size, problems, not problems))
+    whole = [each.path for each in checked if each.whole]
+    return Verification(path, checked, len(whole) == len(checked), whole[-1] if whole else None)

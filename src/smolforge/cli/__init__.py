@@ -1,7 +1,8 @@
-"""The command line: one file per verb, and nothing heavy imported before the verb is known.
+"""The command line: a file per verb, and nothing heavy imported before the verb is known.
 
-A verb's module has `add(verbs)`, which describes its arguments, and `run(args)`, which imports what it needs and
-returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one JSON object.
+A verb's module has `add(verbs)`, which describes its arguments and names the function that runs it; that one imports
+what it needs and returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one
+JSON object.
 
     options.py       the parser, options that verbs share, and how their values are read
     train.py         start a run, or resume one
@@ -9,9 +10,7 @@ returns an exit code. Results go to stdout, progress and logs to stderr; with `-
     serve.py         a page and an OpenAI-compatible API
     eval.py          loss on a source, or lm-eval's tasks
     export.py        a model for other programs
-    summary.py       parameters, FLOPs and memory of a model
-    compare.py       runs next to each other
-    verify.py        check every byte of a checkpoint
+    inspect.py       summary of a model, comparison of runs, verification of checkpoints
     data.py          which documents fed a step; the embedded corpus as a file
     bench.py         speed on this machine
     build_native.py  compile the kernels ahead of time
@@ -24,19 +23,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = (
-    "train",
-    "generate",
-    "serve",
-    "eval",
-    "export",
-    "summary",
-    "compare",
-    "verify",
-    "data",
-    "bench",
-    "build-native",
-)
+# Each verb and its module.
+VERBS = {
+    **{verb: verb for verb in ("train", "generate", "serve", "eval", "export")},
+    **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
+    "data": "data",
+    "bench": "bench",
+    "build-native": "build_native",
+}
 
 DESCRIPTION = """\
 Pretrain, resume, sample and serve your own SmolLM2-class language model.
@@ -95,8 +89,8 @@ def parser(verb: str | None = None):
     top = Parser(prog="smolforge", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=_Version())
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    for name in (verb,) if verb in VERBS else VERBS:
-        import_module(f"smolforge.cli.{name.replace('-', '_')}").add(verbs)
+    for module in [VERBS[verb]] if verb in VERBS else dict.fromkeys(VERBS.values()):
+        import_module(f"smolforge.cli.{module}").add(verbs)
     return top
 
 

@@ -36,12 +36,7 @@ def add(verbs: Any) -> None:
     generate = parts.add_parser("generate", help="tokens/s, first token, memory", description=_generate.__doc__)
     generate.add_argument("model", nargs="?", metavar="MODEL", help="what writes (default: 135M random weights)")
     generate.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
-    generate.add_argument(
-        "--quantize",
-        nargs="+",
-        choices=PRECISIONS,
-        help="default: all four, on a GPU bf16",
-    )
+    generate.add_argument("--quantize", nargs="+", choices=PRECISIONS, help="default: all four, on a GPU bf16")
     generate.set_defaults(run=_generate)
     serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")
@@ -62,10 +57,9 @@ def _train(args: argparse.Namespace) -> int:
     """Train for some steps and say where the time and the memory go."""
     from smolforge.training import bench
 
-    result = bench.measure(
+    return _print(args, bench, bench.measure(
         args.preset, length=args.length, micro_batch=args.batch, steps=args.steps, overrides=args.overrides
-    )
-    return _tell(args, bench, result)
+    ))  # fmt: skip
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -74,7 +68,7 @@ def _generate(args: argparse.Namespace) -> int:
     from smolforge.generation import bench
 
     module = locate.load_model(args.model)[0] if args.model else None
-    return _tell(args, bench, bench.measure(module, precisions=args.quantize, tokens=args.tokens))
+    return _print(args, bench, bench.measure(module, precisions=args.quantize, tokens=args.tokens))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -82,22 +76,16 @@ def _serve(args: argparse.Namespace) -> int:
     from smolforge.serving import load_test
 
     result = load_test.measure(args.model, clients=args.clients, tokens=args.tokens, quantize=args.quantize)
-    return _tell(args, load_test, result)
+    return _print(args, load_test, result)
 
 
 def _data(args: argparse.Namespace) -> int:
     """Read, tokenize and pack without a model, and say how much training that feeds."""
     from smolforge.data import bench
 
-    return _tell(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds))
+    return _print(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds))
 
 
-def _say(line: str) -> None:
-    import sys
-
-    print(line, file=sys.stderr)
-
-
-def _tell(args: argparse.Namespace, bench: Any, result: dict[str, Any]) -> int:
+def _print(args: argparse.Namespace, bench: Any, result: dict[str, Any]) -> int:
     print_result(args, result, bench.table(result))
     return 0

@@ -140,7 +140,7 @@ def parse_positive(text: str, field: str) -> int:
     Raises:
         BadInput: not a whole number, or below 1.
     """
-    from smolforge.config.sizes import parse_count
+    from smolforge.config import parse_count
 
     try:
         value = parse_count(text)

@@ -33,8 +33,9 @@ def add(verbs: Any) -> None:
     parser.add_argument("--api-key", default=None, metavar="KEY", help="require this key (better: SMOLFORGE_API_KEY)")
     parser.add_argument("--allow-public", action="store_true", help="serve a public address without a key")
     parser.add_argument(
-        "--cors-origin", action="append", default=[], metavar="URL", help="let this web origin call the API"
-    )
+        "--cors-origin", dest="cors_origins", action="append", default=[], metavar="URL",
+        help="let this web origin call the API",
+    )  # fmt: skip
     parser.add_argument("--name", default=None, help="id of the model in the API (default: its directory's name)")
     add_inference(parser)
     limits = parser.add_argument_group("limits")
@@ -51,34 +52,23 @@ def add(verbs: Any) -> None:
     )
     add_numbers(limits, int, "N", *integer)
     add_numbers(limits, float, "S", *real)
-    parser.add_argument("--no-page", action="store_true", help="only the API")
+    parser.add_argument("--no-page", dest="page", action="store_false", help="only the API")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve."""
+    from dataclasses import fields
+
     from smolforge.errors import BadInput
     from smolforge.serving.settings import KEY_VARIABLE, ServeSettings
 
-    settings = ServeSettings(
-        model=args.model,
-        host=args.host,
-        port=args.port,
-        api_key=args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None,
-        allow_public=args.allow_public,
-        cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
-        name=args.name,
-        quantize=args.quantize,
-        draft=args.draft,
-        max_batch=args.max_batch,
-        max_queue=args.max_queue,
-        max_per_client=args.max_per_client,
-        max_body=args.max_body,
-        request_seconds=args.request_seconds,
-        drain_seconds=args.drain_seconds,
-        follow_seconds=args.follow_seconds,
-        page=not args.no_page,
-    )
+    if args.api_key is None:
+        args.api_key = os.environ.get(KEY_VARIABLE) or None
+    args.cors_origins = tuple(origin.rstrip("/") for origin in args.cors_origins)
+    # Each option has the name of its setting; some settings have no option.
+    names = {field.name for field in fields(ServeSettings)}
+    settings = ServeSettings(**{name: value for name, value in vars(args).items() if name in names})
     try:
         from smolforge.serving.server import serve
     except ModuleNotFoundError as error:

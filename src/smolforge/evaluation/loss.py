@@ -114,14 +114,13 @@ def evaluate(
             for start in range(0, len(mine), batch):
                 between()
                 rows = list(mine[start : start + batch])
-                x = np.zeros((batch, length), dtype=np.int64)
-                y = np.full((batch, length), IGNORE, dtype=np.int64)
-                x[: len(rows)], y[: len(rows)] = inputs[rows], targets[rows]
-                ids = np.zeros((batch, length), dtype=np.int64)
-                ids[: len(rows)] = documents[rows]
-                inputs_, targets_, borders = (torch.from_numpy(each).to(device) for each in (x, y, ids))
+                missing = ((0, batch - len(rows)), (0, 0))
+                x, y, ids = (
+                    torch.from_numpy(np.pad(array[rows], missing, constant_values=fill)).to(device)
+                    for array, fill in ((inputs, 0), (targets, IGNORE), (documents, 0))
+                )
                 with context():
-                    nats += model.loss(inputs_, targets_, document_ids=borders)[1]
+                    nats += model.loss(x, y, document_ids=ids)[1]
     finally:
         model.train(was_training)
     return _score(sum(ranks.all_gather(float(nats))), piece)
@@ -150,14 +149,8 @@ def _score(total: float, piece: EvalSlice) -> Score:
     """total: nats of all that was predicted."""
     predicted = len(piece.tokens) - 1
     loss = total / predicted
-    return Score(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=total / math.log(2) / piece.n_bytes,
-        tokens=predicted,
-        n_bytes=piece.n_bytes,
-        documents=piece.documents,
-    )
+    bits_per_byte = total / math.log(2) / piece.n_bytes
+    return Score(loss, math.exp(min(loss, 700.0)), bits_per_byte, predicted, piece.n_bytes, piece.documents)
 
 
 def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -30,11 +30,10 @@ from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
-from smolforge.lock import RunLock
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
 from smolforge.report import write_report
-from smolforge.run import Run
+from smolforge.run import Run, RunLock
 from smolforge.training import checkpointing, setup
 from smolforge.training.checkpointing import Position
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
@@ -169,7 +168,7 @@ class Trainer:
             # A save in flight ends or fails here; its failure must not hide the first error.
             failing = sys.exc_info()[0] is not None
             with contextlib.suppress(SmolforgeError) if failing else contextlib.nullcontext():
-                self.committer.close()
+                self.committer.wait()
             self.metrics.close()
 
     def _steps(self) -> None:

@@ -1,0 +1,86 @@
+"""smolforge summary, compare and verify: what a model is, how runs differ, whether checkpoints are whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from smolforge.cli.options import add_json, print_result
+
+
+def add(verbs: Any) -> None:
+    """Describe the three verbs' arguments."""
+    summary = verbs.add_parser(
+        "summary",
+        help="module tree, parameters, FLOPs and memory of a model",
+        description="The module tree of a preset or model, its parameters, the arithmetic of a token, and the memory\n"
+        "to train and to serve it. Nothing is loaded or allocated.",
+        epilog="examples:\n  smolforge summary smollm2-135m\n  smolforge summary runs/pocket --json\n",
+    )
+    summary.add_argument("model", metavar="PRESET|MODEL", help="a preset, a YAML file, a run or a model")
+    summary.add_argument("--length", type=int, default=2048, metavar="N", help="sequence length for FLOPs and memory")
+    summary.set_defaults(run=_summary)
+    compare = verbs.add_parser(
+        "compare",
+        help="runs side by side",
+        description="Last losses, bits per byte, speed, and where the configurations differ.",
+        epilog="example:\n  smolforge compare runs/a runs/b --html compare.html\n",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs")
+    compare.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write one page with the curves laid over each other"
+    )
+    compare.set_defaults(run=_compare)
+    verify = verbs.add_parser(
+        "verify",
+        help="check every byte of a run or checkpoint",
+        description="Compare each file with the size and sha256 in its manifest. Exit code 2 if any differs.",
+    )
+    verify.add_argument("path", metavar="RUN|CHECKPOINT", help="directory to check")
+    verify.set_defaults(run=_verify)
+    add_json(summary)
+    add_json(verify)
+
+
+def _summary(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from smolforge.model.architecture import build_model
+    from smolforge.model.summary import summarise, tree
+
+    config = _model_config(args.model)
+    summary = summarise(config, args.length)
+    modules = tree(build_model(config, device="meta", seed=None))
+    print_result(args, asdict(summary), "\n".join([modules, *summary.lines()]))
+    return 0
+
+
+def _model_config(word: str) -> Any:
+    from smolforge.checkpoint import format, locate
+    from smolforge.config import build_config, preset_names
+    from smolforge.hub import is_model_id
+
+    is_model = Path(word).exists() or is_model_id(word)
+    if word.endswith((".yaml", ".yml")) or word in preset_names() or not is_model:
+        return build_config(word).model  # for an unknown word its error lists the presets
+    return format.read_config(locate.resolve_model(word))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from smolforge.report import compare, write_comparison
+
+    print(compare(args.runs))
+    if args.html:
+        write_comparison(args.runs, args.html)
+        print(f"page: {args.html}", file=sys.stderr)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from smolforge.checkpoint.locate import verify_tree
+
+    found = verify_tree(args.path)
+    print_result(args, found.as_json(), "\n".join(found.lines()))
+    return 0 if found.whole else 2
