@@ -1,11 +1,8 @@
 """The processes of one run: which one this is, and the collectives that a run needs.
 
 Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others. Started alone it is
-rank 0 of 1 and every collective returns at once, so callers need no second path. Control messages (stop flags, cursors,
-digests) use gloo on the CPU even where gradients use NCCL, so they never wait for a GPU.
-
-All ranks must call the same collectives in the same order. A collective therefore never stands in a branch that only
-some ranks take.
+rank 0 of 1 and every collective returns at once. Control messages use gloo on the CPU even where gradients use NCCL, so
+they never wait for a GPU. All ranks must call the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -29,17 +26,12 @@ BUCKET_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among the others.
-
-    Attributes:
-        rank: 0 .. world_size - 1.
-        world_size: number of processes.
-        control: process group for messages between CPUs; None for a single process.
-    """
+    """This process among the others."""
 
     rank: int = 0
     world_size: int = 1
     control: Any = None
+    """Process group for messages between CPUs; None for a single process."""
 
     @property
     def is_main(self) -> bool:

@@ -1,8 +1,4 @@
-"""What is fetched by a Hub id, through the real `huggingface_hub` client.
-
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and the cache directory are the client's own; nothing here knows
-them. Used for tokenizers and models; datasets are read in ranges by `data/`.
-"""
+"""Models and tokenizers by their Hub id, through `huggingface_hub` and its own settings (HF_ENDPOINT, HF_TOKEN, ...)."""
 
 from __future__ import annotations
 

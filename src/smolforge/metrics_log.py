@@ -1,8 +1,7 @@
 """Append-only logs of a run: metrics.jsonl and samples.jsonl.
 
 A row is one `write`, so a killed process can tear only the last line, and opening the log cuts a torn line off. A
-resumed run removes the rows after the step it continues from, so its log ends equal to that of a run which was never
-interrupted.
+resumed run removes the rows after the step it continues from.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
         assert prompt in first
     assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"smolforge {version('smolforge')}\n"
 
 
 def test_python_loads_and_generates_as_the_command_line_does(run: Path, capsys) -> None:

@@ -129,7 +129,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class Checked:
-    """One checkpoint: its problems, each naming a file; none when it is whole."""
+    """One checkpoint and its problems, each naming a file."""
 
     path: Path
     step: int | None

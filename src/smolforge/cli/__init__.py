@@ -18,6 +18,7 @@ JSON object.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -87,19 +88,17 @@ def parser(verb: str | None = None):
     from smolforge.cli.options import Parser
 
     top = Parser(prog="smolforge", description=DESCRIPTION)
-    top.add_argument("--version", action="version", version=_Version())
+    top.add_argument("--version", action=_ShowVersion, nargs=0, help="show program's version number and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for module in [VERBS[verb]] if verb in VERBS else dict.fromkeys(VERBS.values()):
         import_module(f"smolforge.cli.{module}").add(verbs)
     return top
 
 
-class _Version(str):
-    # Asking for the version reads the package's metadata, which is too slow for every start.
-    def __mod__(self, _: object) -> str:
+class _ShowVersion(argparse.Action):
+    # Unlike argparse's own action it reads the package's metadata only when asked: that is too slow for every start.
+    def __call__(self, *_: object) -> None:
         from importlib.metadata import version
 
-        return f"smolforge {version('smolforge')}"
-
-    def __str__(self) -> str:
-        return self % None
+        print(f"smolforge {version('smolforge')}")
+        sys.exit(0)

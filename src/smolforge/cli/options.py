@@ -1,7 +1,4 @@
-"""Options that several verbs share, the parser they are added to, and how their values are read.
-
-Nothing heavy is imported here: `--help` of every verb has to answer at once.
-"""
+"""Options that several verbs share, the parser they are added to, and how their values are read."""
 
 from __future__ import annotations
 
@@ -135,11 +132,7 @@ def parse_sources(words: list[str]) -> dict[str, float]:
 
 
 def parse_positive(text: str, field: str) -> int:
-    """`64k` → 64000.
-
-    Raises:
-        BadInput: not a whole number, or below 1.
-    """
+    """`64k` → 64000; at least 1."""
     from smolforge.config import parse_count
 
     try:
@@ -152,11 +145,7 @@ def parse_positive(text: str, field: str) -> int:
 
 
 def parse_step_range(text: str, field: str) -> tuple[int, int]:
-    """`3:5` → (3, 5).
-
-    Raises:
-        BadInput: not two whole numbers, the first the smaller.
-    """
+    """`3:5` → (3, 5); the first must be the smaller."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise BadInput(f"{text!r} is not a range", field=field, hint="Write A:B with A < B; B itself is kept.")
@@ -164,11 +153,7 @@ def parse_step_range(text: str, field: str) -> tuple[int, int]:
 
 
 def parse_seconds(text: str, field: str) -> float:
-    """Seconds of a duration: `90m`, `3h50m`, `1:30:00`, or a number of seconds.
-
-    Raises:
-        BadInput: not a duration.
-    """
+    """Seconds of a duration: `90m`, `3h50m`, `1:30:00`, or a number of seconds."""
     colons = re.fullmatch(r"(?:(\d+):)?(\d+):(\d+)", text)
     if colons:
         return int(colons[1] or 0) * 3600 + int(colons[2]) * 60 + int(colons[3])
