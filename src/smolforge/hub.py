@@ -1,4 +1,4 @@
-"""Models and tokenizers by their Hub id, through `huggingface_hub` and its own settings (HF_ENDPOINT, HF_TOKEN, ...)."""
+"""Models and tokenizers by their Hub id, through `huggingface_hub` and its own settings (HF_ENDPOINT, HF_TOKEN)."""
 
 from __future__ import annotations
 
