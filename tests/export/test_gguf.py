@@ -15,7 +15,7 @@ import torch
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, RunFailed
-from smolforge.export.gguf import KINDS, Vocabulary, export_gguf, permute
+from smolforge.export.gguf import KINDS, export_gguf, permute, split_rule, write_vocabulary
 from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
@@ -191,20 +191,15 @@ def test_refusals(tmp_path: Path) -> None:
     ],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change: dict[str, Any], words: str) -> None:
-    from tokenizers import Tokenizer as Backend
-
     file = json.loads(Tokenizer.train(TEXTS, 300).backend.to_str())
-    tokenizer = Tokenizer(Backend.from_str(json.dumps({**file, **change})))
     with pytest.raises(BadInput, match=words):
-        Vocabulary.of(tokenizer, 320)
+        split_rule({**file, **change})
 
 
 def test_the_plain_gpt2_rule_has_its_name() -> None:
-    from tokenizers import Tokenizer as Backend
-
     file = json.loads(Tokenizer.train(TEXTS, 300).backend.to_str())
     file["pre_tokenizer"] = file["pre_tokenizer"]["pretokenizers"][1]
-    assert Vocabulary.of(Tokenizer(Backend.from_str(json.dumps(file))), 320).rule == "gpt-2"
+    assert split_rule(file) == "gpt-2"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e5])
@@ -243,10 +238,19 @@ def test_bf16_checkpoints_export_unchanged(tmp_path: Path) -> None:
     assert np.array_equal(up.data.view(np.uint8).reshape(stored.shape), stored)
 
 
-def test_the_genuine_tokenizer_goes_in_whole(real_data: Path) -> None:
-    tokenizer = Tokenizer.from_pretrained(real_data / "tokenizer" / "smollm2-135m-instruct")
-    vocabulary = Vocabulary.of(tokenizer, 49_152)
-    assert (len(vocabulary.tokens), vocabulary.rule, vocabulary.types.count("UNUSED")) == (49_152, "smollm", 0)
-    assert len(vocabulary.merges) > 48_000
-    assert [i for i, name in enumerate(vocabulary.types) if name == "CONTROL"] == list(range(17))
-    assert vocabulary.ids == {"bos": 1, "eos": 2, "pad": 2, "unk": 0} and vocabulary.chat_template
+def test_the_genuine_tokenizer_goes_in_whole(real_data: Path, tmp_path: Path) -> None:
+    directory = real_data / "tokenizer" / "smollm2-135m-instruct"
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    write_vocabulary(gguf, writer, directory, Tokenizer.from_pretrained(directory), 49_152)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    kinds = value(reader, "tokenizer.ggml.token_type")
+    assert len(value(reader, "tokenizer.ggml.tokens")) == len(kinds) == 49_152
+    assert value(reader, "tokenizer.ggml.pre") == "smollm" and gguf.TokenType.UNUSED not in kinds
+    assert len(value(reader, "tokenizer.ggml.merges")) > 48_000
+    assert [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL] == list(range(17))
+    ids = {"bos": 1, "eos": 2, "padding": 2, "unknown": 0}
+    assert {name: value(reader, f"tokenizer.ggml.{name}_token_id") for name in ids} == ids
+    assert "<|im_start|>" in value(reader, "tokenizer.chat_template")

@@ -12,8 +12,7 @@ JSON object.
     export.py        a model for other programs
     inspect.py       summary of a model, comparison of runs, verification of checkpoints
     data.py          which documents fed a step; the embedded corpus as a file
-    bench.py         speed on this machine
-    build_native.py  compile the kernels ahead of time
+    bench.py         speed on this machine; the kernels compiled for it ahead of time
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ VERBS = {
     **{verb: verb for verb in ("train", "generate", "serve", "eval", "export")},
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
     "data": "data",
-    "bench": "bench",
-    "build-native": "build_native",
+    **dict.fromkeys(("bench", "build-native"), "bench"),
 }
 
 DESCRIPTION = """\

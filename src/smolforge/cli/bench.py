@@ -1,8 +1,9 @@
-"""smolforge bench: how fast this machine trains, writes, serves and reads, and how far from its limit that is."""
+"""smolforge bench and build-native: how fast this machine trains, writes, serves and reads, and the kernels for it."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from smolforge.cli.options import PRECISIONS, add_json, print_result
@@ -15,10 +16,19 @@ examples:
 
 Peers (transformers, llama.cpp, LitGPT) beside smolforge in one run: see benchmarks/ in the repository.
 """
+NATIVE_EXAMPLES = """\
+examples:
+  smolforge build-native                       into the user's cache, where smolforge looks for it
+  smolforge build-native --directory native/   into another folder
+
+An installed wheel brings native code for most processors and needs no compiler; SMOLFORGE_KERNELS=native prefers what
+this command compiles. An installation from source compiles when it first needs the code; this command does it before,
+for example while an image is built. It uses $CXX, g++, clang++, c++ or the package ziglang (pip install ziglang).
+"""
 
 
 def add(verbs: Any) -> None:
-    """Describe the verb's arguments."""
+    """Describe the arguments of both verbs."""
     parser = verbs.add_parser(
         "bench",
         help="measure training, writing, serving and reading on this machine",
@@ -49,7 +59,15 @@ def add(verbs: Any) -> None:
     data.add_argument("--tokenizer", metavar="DIR|ID", help="tokenizer (default: one trained on the source)")
     data.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long (default 10)")
     data.set_defaults(run=_data)
-    for part in (train, generate, serve, data):
+    native = verbs.add_parser(
+        "build-native",
+        help="compile the native code for this processor ahead of time",
+        description="Compile the native code for this processor, unless it is compiled already, and print its path.",
+        epilog=NATIVE_EXAMPLES,
+    )
+    native.add_argument("--directory", type=Path, metavar="DIR", help="where to put it (default: the user's cache)")
+    native.set_defaults(run=_build_native)
+    for part in (train, generate, serve, data, native):
         add_json(part)
 
 
@@ -84,6 +102,14 @@ def _data(args: argparse.Namespace) -> int:
     from smolforge.data import bench
 
     return _print(args, bench, bench.measure(args.data, tokenizer=args.tokenizer, seconds=args.seconds))
+
+
+def _build_native(args: argparse.Namespace) -> int:
+    from smolforge.kernels.build import build
+
+    path = str(build(args.directory))
+    print_result(args, {"library": path}, path)
+    return 0
 
 
 def _print(args: argparse.Namespace, bench: Any, result: dict[str, Any]) -> int:

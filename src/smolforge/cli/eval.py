@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score_text(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from smolforge.checkpoint.locate import load_model
     from smolforge.config import DataConfig
     from smolforge.data import Corpus
@@ -79,7 +81,7 @@ def _score_text(args: argparse.Namespace) -> int:
     length = min(length, len(piece.tokens) - 1)
     windows = -(-(len(piece.tokens) - 1) // length)
     score = evaluate(model, piece, length=length, batch=min(4, windows))
-    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **score.to_json()}
+    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **asdict(score)}
     if corpus.entropy_bits_per_byte:
         outcome["entropy_bits_per_byte"] = corpus.entropy_bits_per_byte
     if args.quantize:
@@ -88,7 +90,7 @@ def _score_text(args: argparse.Namespace) -> int:
             runner, _ = select_runner(model, precision)
             served = evaluate_runner(runner, piece, length=length)
             price = served.bits_per_byte / score.bits_per_byte - 1
-            outcome["precisions"][precision] = {**served.to_json(), "price": price, "runner": runner.name}
+            outcome["precisions"][precision] = {**asdict(served), "price": price, "runner": runner.name}
     print_result(args, outcome, _score_table(outcome))
     return 0
 
@@ -143,7 +145,8 @@ def _task_table(found: dict[str, dict[str, Any]]) -> str:
     for task, metrics in found.items():
         for metric, value in metrics.items():
             if not metric.startswith(("sample_len", "alias")) and "_stderr" not in metric:
-                error = metrics.get(metric.replace(metric.split(" ")[0], metric.split(" ")[0] + "_stderr", 1))
+                name, space, which = metric.partition(" ")
+                error = metrics.get(f"{name}_stderr{space}{which}")
                 deviation = "" if error is None else f" ± {error:.4f}"
                 lines.append(f"{task:<24} {metric:<18} {value:.4f}{deviation}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -54,9 +54,6 @@ class Score:
     tokens: int
     n_bytes: int
     documents: int
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> EvalSlice:

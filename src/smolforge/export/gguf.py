@@ -82,7 +82,6 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
         )
     tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
-    vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
     weights = check_weights(config, read_weights(directory), str(directory))
     out = Path(out)
     if out.is_dir():
@@ -93,7 +92,7 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     with replacing_file(out, needed=sum(item.bytes for item in plan), hint=full) as temporary:
         writer = gguf.GGUFWriter(temporary, llama_cpp_name)
         _write_header(gguf, writer, config, kind, name or directory.resolve().name)
-        vocabulary.write(gguf, writer)
+        write_vocabulary(gguf, writer, directory, tokenizer, config.vocab_size)
         _write_tensors(gguf, writer, config, weights, plan)
     kept = [item.name for item in plan if item.type == "F16" and kind.startswith("q")]
     if kept:
@@ -194,66 +193,34 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
     writer.add_vocab_size(config.vocab_size)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE in GGUF's form: every id has a token and the name of its type; the merges keep their order."""
+def write_vocabulary(gguf: Any, writer: Any, directory: Path, tokenizer: Tokenizer, size: int) -> None:
+    """Add a byte-level BPE to the header: every one of `size` ids has a token and a type; the merges keep their order.
 
-    tokens: list[str]
-    types: list[str]
-    merges: list[str]
-    rule: str
-    ids: dict[str, int]
-    chat_template: str | None
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
-        """The vocabulary of a tokenizer for a model with `size` rows; rows without a token are filled.
-
-        Raises:
-            BadInput: llama.cpp has no equal tokenizer; names the part that it lacks.
-        """
-        file = json.loads(tokenizer.backend.to_str())
-        added = file.get("added_tokens") or []
-        types = {entry["id"]: "CONTROL" if entry["special"] else "USER_DEFINED" for entry in added}
-        tokens = [tokenizer.token_text(i) for i in range(size)]
-        return cls(
-            tokens=[token or f"[PAD{i}]" for i, token in enumerate(tokens)],
-            types=[types.get(i, "NORMAL" if token else "UNUSED") for i, token in enumerate(tokens)],
-            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]],
-            rule=_rule(file),
-            ids=_special_ids(tokenizer),
-            chat_template=tokenizer.chat_template,
-        )
-
-    def write(self, gguf: Any, writer: Any) -> None:
-        """Add it to the header of a file."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.rule)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types([int(gguf.TokenType[name]) for name in self.types])
-        writer.add_token_merges(self.merges)
-        for name, found in self.ids.items():
-            getattr(writer, f"add_{name}_token_id")(found)
-        # The models are trained without a first token, and on text without an added space.
-        writer.add_add_bos_token(False)
-        writer.add_add_space_prefix(False)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
+    Raises:
+        BadInput: llama.cpp has no equal tokenizer; names the part that it lacks.
+    """
+    file = json.loads(tokenizer.backend.to_str())
+    added = file.get("added_tokens") or []
+    types = {entry["id"]: "CONTROL" if entry["special"] else "USER_DEFINED" for entry in added}
+    tokens = [tokenizer.token_text(i) for i in range(size)]
+    names = [types.get(i, "NORMAL" if token else "UNUSED") for i, token in enumerate(tokens)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split_rule(file))
+    writer.add_token_list([token or f"[PAD{i}]" for i, token in enumerate(tokens)])
+    writer.add_token_types([int(gguf.TokenType[name]) for name in names])
+    writer.add_add_space_prefix(False)
+    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+    special.special_token_ids["eos"] = tokenizer.eos_id
+    special.add_special_token.setdefault("bos", False)
+    special.add_to_gguf(writer, quiet=True)
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    ids = {"eos": tokenizer.eos_id}
-    for name in ("bos", "unk", "pad"):
-        token = tokenizer.config.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        found = tokenizer.backend.token_to_id(text) if isinstance(text, str) else None
-        if found is not None:
-            ids[name] = found
-    return ids
+def split_rule(file: dict[str, Any]) -> str:
+    """llama.cpp's name for how a tokenizer.json splits text before merging (`tokenizer.ggml.pre`).
 
-
-def _rule(file: dict[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer splits text before merging (`tokenizer.ggml.pre`)."""
+    Raises:
+        BadInput: llama.cpp has no such rule.
+    """
     model, decoder = file["model"], (file.get("decoder") or {}).get("type")
     if model.get("type") != "BPE" or model.get("byte_fallback") or decoder != "ByteLevel":
         raise BadInput(

@@ -75,13 +75,12 @@ def make_parent(out: Path) -> None:
 
 def card_license(directory: Path) -> str | None:
     """The license that a model's card names, or None where it names none."""
-    card = directory / CARD
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    from huggingface_hub import metadata_load
+
     try:
-        front = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        found = (metadata_load(directory / CARD) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
         return None
-    found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) and found != "unknown" else None
 
 

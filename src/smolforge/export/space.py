@@ -17,8 +17,8 @@ import re
 import shutil
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
+import jinja2
 import yaml
 
 from smolforge.checkpoint.format import read_config
@@ -52,9 +52,10 @@ def export_space(model: str | Path, out: Path, *, title: str | None = None) -> P
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     values = {
         "title": title,
-        "quoted title": json.dumps(title),  # a string of JSON is one of Python too
+        "quoted_title": json.dumps(title),  # a string of JSON is one of Python too
         "examples": json.dumps(list(THREE_PROMPTS)),
         "front": front_matter(title, directory),
+        "gradio": GRADIO,
         "parameters": f"{count_parameters(read_config(directory)):,}",
     }
     with new_directory(out, needed=weights) as temporary:
@@ -65,9 +66,8 @@ def export_space(model: str | Path, out: Path, *, title: str | None = None) -> P
         for name in TEMPLATES:
             template = resources.files("smolforge.export") / "templates" / f"{name}.txt"
             text = template.read_text(encoding="utf-8")
-            for key, value in values.items():
-                text = text.replace("{{ " + key + " }}", value)
-            (temporary / ("." + name if name == "gitattributes" else name)).write_text(text, encoding="utf-8")
+            filled = jinja2.Template(text, keep_trailing_newline=True).render(values)
+            (temporary / ("." + name if name == "gitattributes" else name)).write_text(filled, encoding="utf-8")
     return out
 
 
@@ -82,22 +82,10 @@ def name_of(model: str | Path) -> str:
 
 
 def front_matter(title: str, directory: Path) -> str:
-    """The settings of the Space that the Hub reads, as YAML."""
-    front: dict[str, Any] = {
-        "title": title,
-        "emoji": "🔥",
-        "colorFrom": "yellow",
-        "colorTo": "red",
-        "sdk": "gradio",
-        "sdk_version": GRADIO,
-        "python_version": "3.12",
-        "app_file": "app.py",
-        "pinned": False,
-        "short_description": "A small language model, made with smolforge",
-    }
-    if license := card_license(directory):
-        front["license"] = license
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
+    """What the settings of the Space say of this model, as YAML; the template has those of all Spaces."""
+    license = card_license(directory)
+    front = {"title": title} | ({"license": license} if license else {})
+    return yaml.safe_dump(front, allow_unicode=True).strip()
 
 
 def requirements() -> list[str]:

@@ -43,13 +43,10 @@ def library() -> ctypes.CDLL:
     """
     if os.environ.get("SMOLFORGE_NATIVE") == "0":
         raise NativeUnavailable("native code is turned off by SMOLFORGE_NATIVE=0")
-    variant, _ = choose_variant()
-    if variant:
-        path = variant.path
-    else:
-        from smolforge.kernels.build import build
+    from smolforge.kernels.build import build
 
-        path = build()
+    variant, _ = choose_variant()
+    path = variant.path if variant else build()
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

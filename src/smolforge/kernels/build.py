@@ -108,8 +108,7 @@ def _compile(compiler: tuple[str, ...], options: tuple[str, ...], path: Path) ->
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "smolforge"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolforge"
 
 
 def _key(compiler: tuple[str, ...]) -> str:

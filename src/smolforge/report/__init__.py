@@ -15,16 +15,7 @@ templates/charts.js gives the data to uPlot; templates/*.html are the pages.
 """
 
 from smolforge.report.compare import compare, comparison, write_comparison
-from smolforge.report.history import History, RunSummary, read_history, summarize
+from smolforge.report.history import read_history, summarize
 from smolforge.report.page import write_report
 
-__all__ = [
-    "History",
-    "RunSummary",
-    "compare",
-    "comparison",
-    "read_history",
-    "summarize",
-    "write_comparison",
-    "write_report",
-]
+__all__ = ["compare", "comparison", "read_history", "summarize", "write_comparison", "write_report"]

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw. `log` is the y axis; None lets the values decide. `zero`: a linear y axis from zero."""
+    """What to draw. `zero`: a linear y axis from zero; else the values decide between linear and logarithmic."""
 
     title: str
     y: str
@@ -68,7 +69,6 @@ class Chart:
     x: str = "tokens"
     levels: Sequence[Level] = ()
     marks: bool = False
-    log: bool | None = None
     zero: bool = False
     wide: bool = False
     note: str = ""
@@ -114,9 +114,8 @@ class _Drawn:
         self.chart = chart
         found = _values(chart, tables)
         low, high = self._range([values for values in found if len(values)])
-        wanted = not chart.zero and high >= low * _LOG_FROM if chart.log is None else chart.log
-        self.log = bool(low > 0 and wanted)
-        if chart.zero and not self.log:
+        self.log = bool(0 < low * _LOG_FROM <= high and not chart.zero)
+        if chart.zero:
             low, high = min(low, 0.0), max(high, 0.0)
         low, high = _padded(low, high, self.log)
         self.unit = " · ".join(filter(None, [UNITS[chart.y], "log scale" if self.log else ""]))
@@ -202,17 +201,14 @@ def thin(table: Columns, *, x: str, extremes: Sequence[str], buckets: int = BUCK
         return table
     span = at[-1] - at[0]
     bucket = np.floor((at - at[0]) / (span or 1.0) * buckets).clip(0, buckets - 1).astype(int)
-    starts = np.flatnonzero(np.diff(bucket, prepend=-1))
-    kept = [starts, np.append(starts[1:], len(at)) - 1]
-    for name in extremes:
-        kept += [_largest(sign * table[name], starts) for sign in (1, -1)]
-    rows = np.unique(np.concatenate(kept))
-    return {name: values[rows] for name, values in table.items()}
-
-
-def _largest(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The row of the largest value of each bucket, which begins at `starts`."""
-    values = np.where(np.isfinite(values), values, -np.inf)
-    part = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(values)))
-    rows = np.flatnonzero(values == np.maximum.reduceat(values, starts)[part])
-    return rows[np.unique(part[rows], return_index=True)[1]]
+    starts = np.flatnonzero(np.diff(bucket, prepend=-1)).tolist()
+    rows: set[int] = set()
+    for low, high in pairwise([*starts, len(at)]):
+        rows |= {low, high - 1}
+        for name in extremes:
+            present = low + np.flatnonzero(np.isfinite(table[name][low:high]))
+            if len(present):
+                values = table[name][present]
+                rows |= {int(present[values.argmin()]), int(present[values.argmax()])}
+    kept = sorted(rows)
+    return {name: values[kept] for name, values in table.items()}

@@ -17,7 +17,7 @@ from smolforge.files import write_atomically
 from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, size, whole
 from smolforge.report.charts import BUCKETS, Chart, ChartPage, Columns, Level, Series, smooth, smooth_ratio, thin
 from smolforge.report.history import History, RunSummary, describe, read_history, summarize
-from smolforge.report.page import continuation, render
+from smolforge.report.page import continuation, group_samples, render
 from smolforge.run import Run
 
 MAX_RUNS = 32
@@ -204,18 +204,13 @@ def _table(history: History, buckets: int) -> Columns:
 
 def _newest_samples(found: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Of each prompt the newest continuation of each run that has it: (prompt, [(run, step, text)])."""
-    newest: dict[str, dict[int, dict[str, Any]]] = {}
-    for index, history in enumerate(found.histories):
-        for row in history.samples:
-            prompt = str(row.get("prompt") or "")
-            if prompt in newest or len(newest) < _MAX_PROMPTS:
-                newest.setdefault(prompt, {})[index] = row
+    rows = ((index, row) for index, history in enumerate(found.histories) for row in history.samples)
     limit = max(200, 2000 * 8 // (len(found.names) * _MAX_PROMPTS))
-    samples = []
-    for prompt, rows in newest.items():
-        cards = [
-            (clean(found.names[index], 60), whole(row["step"]), continuation(prompt, row, limit))
-            for index, row in sorted(rows.items())
-        ]
-        samples.append((clean(prompt, 300), cards))
-    return samples
+
+    def card(prompt: str, index: int, row: dict[str, Any]) -> tuple[str, str, str]:
+        return clean(found.names[index], 60), whole(row["step"]), continuation(prompt, row, limit)
+
+    return [
+        (clean(prompt, 300), [card(prompt, index, row) for index, row in newest.items()])
+        for prompt, newest in group_samples(rows, _MAX_PROMPTS).items()
+    ]

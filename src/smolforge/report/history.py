@@ -295,11 +295,8 @@ def _last(values: np.ndarray) -> float | None:
 
 def _mean_wait(share: np.ndarray, seconds: np.ndarray) -> float | None:
     took = np.diff(seconds, prepend=0.0)
-    counted = np.isfinite(share) & np.isfinite(took) & (took >= 0)
-    if not counted.any():
-        return None
-    weights = took[counted]
-    return float(np.average(share[counted], weights=weights if weights.sum() > 0 else None))
+    counted = np.isfinite(share) & (took > 0)
+    return float(np.average(share[counted], weights=took[counted])) if counted.any() else None
 
 
 def _total_steps(history: History) -> int | None:

@@ -7,16 +7,13 @@ no script but those it was written with.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from html import escape
-from importlib import resources
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -34,7 +31,7 @@ STYLES = ("static/uPlot.min.css", "templates/style.css")
 MAX_DECISIONS = 60
 MAX_PROMPTS = 8
 MAX_CARDS = 5  # continuations shown of one prompt
-MAX_SAMPLE_BYTES = 400_000  # of all samples together on the page
+MAX_CHARACTERS = 2000  # of one continuation
 TABLE_ROWS = 24
 
 
@@ -77,42 +74,32 @@ def write_report(run_path: str | Path | Run) -> Path:
 
 def render(template: str, **values: Any) -> str:
     """A template of this package, everything escaped, with its styles, scripts and content policy."""
-    scripts = [_text(name) for name in SCRIPTS]
+    page = _environment().get_template(f"templates/{template}")
+    return page.render(written=time.strftime("%Y-%m-%d %H:%M"), **values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("smolforge.report", ".")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    scripts, styles = ([loader.get_source(environment, name)[0] for name in names] for names in (SCRIPTS, STYLES))
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        _templates()
-        .get_template(f"templates/{template}")
-        .render(
-            style=Markup("\n".join(_text(name) for name in STYLES)),
-            scripts=[Markup(script) for script in scripts],
-            policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-            f"script-src {allowed}; base-uri 'none'; form-action 'none'",
-            written=time.strftime("%Y-%m-%d %H:%M"),
-            **values,
-        )
-    )
-
-
-@lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_text), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _text(name: str) -> str:
-    return (resources.files("smolforge.report") / name).read_text(encoding="utf-8")
+    environment.globals |= {
+        "style": Markup("\n".join(styles)),
+        "scripts": [Markup(script) for script in scripts],
+        "policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+        f"script-src {allowed}; base-uri 'none'; form-action 'none'",
+    }
+    return environment
 
 
 def _relative(path: Path) -> str:
     """The path as typed from the current directory."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return str(path)
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _progress(summary: RunSummary) -> int | None:
@@ -201,20 +188,14 @@ def _marks(history: History) -> list[Mark]:
     known = np.isfinite(history.training["tokens"])
     if not known.any():
         return []
-    training = {name: values[known] for name, values in history.training.items()}
-
-    def at(event: dict[str, Any], column: str) -> float:
-        return float(np.interp(event["step"], training["step"], training[column]))
-
-    return [
-        Mark(
-            clean(event["event"], 40),
-            clean(f"{event['event']} at step {whole(event['step'])}", 100),
-            at(event, "tokens"),
-            seconds if np.isfinite(seconds := at(event, "seconds")) else None,
-        )
-        for event in history.events
-    ]
+    steps, tokens, seconds = (history.training[name][known] for name in ("step", "tokens", "seconds"))
+    marks = []
+    for event in history.events:
+        label = clean(f"{event['event']} at step {whole(event['step'])}", 100)
+        moment = float(np.interp(event["step"], steps, seconds))
+        place = float(np.interp(event["step"], steps, tokens))
+        marks.append(Mark(clean(event["event"], 40), label, place, moment if np.isfinite(moment) else None))
+    return marks
 
 
 def _numbers(history: History) -> list[list[str]]:
@@ -238,8 +219,7 @@ def _numbers(history: History) -> list[list[str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One continuation of a prompt."""
 
     step: str
@@ -247,8 +227,7 @@ class Card:
     reason: str
 
 
-@dataclass(frozen=True)
-class PromptSamples:
+class PromptSamples(NamedTuple):
     """One prompt and its continuations, the oldest first; `hidden` more lie between those shown."""
 
     prompt: str
@@ -258,34 +237,31 @@ class PromptSamples:
 
 def select_samples(samples: Sequence[dict[str, Any]]) -> list[PromptSamples]:
     """The prompts in the order they first came, each with at most `MAX_CARDS` steps: first, last, some between."""
-    by_prompt: dict[str, dict[float, dict[str, Any]]] = {}
-    for row in samples:
+    grouped = group_samples(((row["step"], row) for row in samples), MAX_PROMPTS)
+    return [_prompt_samples(prompt, rows) for prompt, rows in grouped.items()]
+
+
+def group_samples(rows: Iterable[tuple[Any, dict[str, Any]]], prompts: int) -> dict[str, dict[Any, dict[str, Any]]]:
+    """{prompt: {key: sample}} of (key, sample) pairs, for the first `prompts` prompts; the last of equal keys."""
+    grouped: dict[str, dict[Hashable, dict[str, Any]]] = {}
+    for key, row in rows:
         prompt = str(row.get("prompt") or "")
-        if prompt in by_prompt or len(by_prompt) < MAX_PROMPTS:
-            by_prompt.setdefault(prompt, {})[row["step"]] = row  # a step that was repeated counts once
-    limit = 4000
-    selected: list[PromptSamples] = []
-    while limit > 100:
-        limit //= 2
-        selected = [_prompt_samples(prompt, rows, limit) for prompt, rows in by_prompt.items()]
-        if sum(len(escape(card.text).encode()) for sample in selected for card in sample.cards) <= MAX_SAMPLE_BYTES:
-            break
-    return selected
+        if prompt in grouped or len(grouped) < prompts:
+            grouped.setdefault(prompt, {})[key] = row
+    return grouped
 
 
-def _prompt_samples(prompt: str, rows: dict[float, dict[str, Any]], limit: int) -> PromptSamples:
+def _prompt_samples(prompt: str, rows: dict[float, dict[str, Any]]) -> PromptSamples:
     shown = steps = sorted(rows)
     if len(steps) > MAX_CARDS:
-        # Between the first and the last, steps that are even on a logarithmic scale: early steps change the most.
-        places = np.unique(np.geomspace(1, len(steps), MAX_CARDS).round().astype(int)) - 1
-        others = np.setdiff1d(np.linspace(0, len(steps) - 1, 4 * MAX_CARDS).round().astype(int), places)
-        middle = others[len(others) // 2 :][: MAX_CARDS - len(places)]
-        shown = [steps[index] for index in sorted([*places, *middle])]
+        # Even on a logarithmic scale, as early steps change the most; of few steps, each at most once.
+        places = np.geomspace(1, len(steps), MAX_CARDS).round().astype(int) - 1
+        shown = [steps[index] for index in np.maximum(places, np.arange(MAX_CARDS))]
     cards = []
     for step in shown:
         reason = str(rows[step].get("finish_reason") or "length")
         reason = {"stop": "ended by itself", "length": ""}.get(reason, reason)
-        cards.append(Card(whole(step), continuation(prompt, rows[step], limit), clean(reason, 40)))
+        cards.append(Card(whole(step), continuation(prompt, rows[step], MAX_CHARACTERS), clean(reason, 40)))
     return PromptSamples(clean(prompt, 300), cards, len(steps) - len(shown))
 
 
