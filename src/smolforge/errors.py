@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SmolforgeError(Exception):
@@ -76,6 +80,14 @@ class RunLocked(BadInput):
 
 class RunFailed(SmolforgeError):
     """The run cannot continue (disk full, loss repeatedly not finite)."""
+
+
+def first_problem(error: ValidationError) -> BadInput:
+    """The first thing that pydantic found wrong with the fields of an object."""
+    first = error.errors()[0]
+    message = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" else f", not {first['input']!r:.100}"
+    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=str(first["loc"][0]))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from smolforge.errors import nearest
 from smolforge.formatting import replace_lone_surrogates
-from smolforge.generation.sampling_params import SamplingParams
+from smolforge.generation.sampling_params import Bias, Mass, Penalty, SamplingParams, Share, TokenId
 from smolforge.serving.errors import refused, unsupported
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ def _kind_of_prompt(value: Any) -> str | None:
 
 
 Text = Annotated[str, BeforeValidator(_check_text)]  # text that can be tokenized
-TokenId = Annotated[int, Field(ge=0)]
 # A long list is checked up to the first thing wrong.
 Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
@@ -76,7 +75,7 @@ Prompt = Annotated[
     ),
 ]
 # The keys of a JSON object are strings.
-LogitBias = dict[Annotated[TokenId, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]]
+LogitBias = dict[Annotated[TokenId, Field(strict=False)], Bias]
 
 
 class StrictModel(BaseModel):
@@ -126,13 +125,13 @@ class SampledRequest(Body):
     n_predict: Limit = None
     n: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: Mass | None = None
     top_k: int | None = Field(default=None, ge=-1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    typical_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: Share | None = None
+    typical_p: Mass | None = None
     repetition_penalty: float | None = None
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
     stop_token_ids: list[int] | None = None
@@ -156,15 +155,14 @@ class SampledRequest(Body):
             "n", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
             "presence_penalty", "min_tokens", "ignore_eos",
         )  # fmt: skip
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
         return SamplingParams(
             **{"temperature": 1.0, "top_p": 1.0, **given, **more},
             max_tokens=next((limit for limit in limits if limit is not None), default_max_tokens),
             top_k=max(0, self.top_k or 0),
             logit_bias=self.logit_bias or {},
-            stop=tuple(stops),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop=self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
             seed=self.seed,
         )
 
