@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import shutil
 import threading
@@ -16,8 +15,7 @@ from serving_fixtures import STEPS, metric
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
 from smolforge.serving.app import create_app
-from smolforge.serving.page_routes import MAX_POINTS as POINTS
-from smolforge.serving.page_routes import Curve, Tail, TrainingView
+from smolforge.serving.page_routes import TrainingView
 from smolforge.serving.page_routes import select_steps as spread
 from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
@@ -269,20 +267,20 @@ def test_training_tab_reads_a_growing_and_a_rewritten_log(tiny_run, tmp_path):
     assert first["last"]["step"] == STEPS[-1] and first["live"] and len(first["samples"]) == 3
     with run.metrics_path.open("a") as file:
         file.write('{"step": 200, "tokens": 1, "loss": 0.5}\n{"step": 201, "lo')
-    assert view.read()["last"]["step"] == 200
+    until(lambda: view.read()["last"]["step"] == 200)
     lines = run.metrics_path.read_text().splitlines(keepends=True)
     run.metrics_path.write_text("".join(lines[:10]))  # nine steps and a validation
-    assert view.read()["last"]["step"] == 9
-    assert Tail(tmp_path / "none").read() == (False, [])
+    until(lambda: view.read()["last"]["step"] == 9)
+    run.metrics_path.unlink()
+    until(lambda: view.read()["curves"] == {})
 
 
-def test_curves_stay_small_and_even():
-    curve = Curve()
-    for step in range(100_000):
-        curve.add(step, 1.0)
-    steps = [step for step, _ in curve.points]
-    assert POINTS / 2 <= len(steps) <= POINTS
-    assert len({b - a for a, b in itertools.pairwise(steps)}) == 1 and steps[-1] > 99_000
+def test_curves_stay_small_and_keep_their_extremes(tmp_path):
+    rows = ({"step": step, "loss": 9.0 if step == 31_415 else 1.0, "lr": 0.1} for step in range(50_000))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    curves = TrainingView(Run(tmp_path)).read()["curves"]
+    assert curves["lr"][0] == [0, 0.1] and curves["lr"][-1][0] > 49_900
+    assert [31_415, 9.0] in curves["loss"] and 300 <= len(curves["loss"]) <= 1500
 
 
 def test_spread_keeps_ends_and_favours_the_beginning():

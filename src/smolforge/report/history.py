@@ -217,7 +217,7 @@ class RunSummary:
 def summarize(history: History) -> RunSummary:
     """The numbers of a run."""
     training, validation = history.training, history.validation
-    bits, floor, total = _last(validation["bits_per_byte"]), history.entropy, _total_steps(history)
+    bits, floor, total = _last(validation["bits_per_byte"]), history.entropy, total_steps(history)
     steps = _reduce(np.max, np.append(training["step"], validation["step"]))
     return RunSummary(
         name=history.name,
@@ -299,7 +299,8 @@ def _mean_wait(share: np.ndarray, seconds: np.ndarray) -> float | None:
     return float(np.average(share[counted], weights=took[counted])) if counted.any() else None
 
 
-def _total_steps(history: History) -> int | None:
+def total_steps(history: History) -> int | None:
+    """How many steps the run was configured for, or None where its configuration cannot be read."""
     try:
         return RunConfig.model_validate(history.config).total_steps if history.config else None
     except ValueError:  # the configuration of another version; its length can still be read

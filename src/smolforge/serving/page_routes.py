@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import time
 from collections.abc import AsyncGenerator
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import HTMLResponse, Response
 
-from smolforge.config import THREE_PROMPTS, RunConfig
+from smolforge.config import THREE_PROMPTS
 from smolforge.errors import SmolforgeError
-from smolforge.generation.sampling_params import SamplingParams
+from smolforge.generation.sampling_params import Count, Mass, SamplingParams, Share
+from smolforge.report.charts import Columns, thin
+from smolforge.report.history import read_history, total_steps
 from smolforge.run import Run
 from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import as_api_error, refused
@@ -36,8 +35,9 @@ ALTERNATIVES = 5
 MAX_TOKENS = 1024
 MAX_CHECKPOINTS = 8  # of one time-lapse
 CURVES = ("loss", "lr", "tokens_per_second", "grad_norm")
-MAX_POINTS = 1500
+BUCKETS = 150  # of the steps of a curve; each keeps its extremes
 MAX_SAMPLES = 60
+READ_PAUSE = 20  # times as long as reading the files of a run took
 LIVE_SECONDS = 60.0  # a log written to this recently belongs to a running training
 
 
@@ -47,9 +47,9 @@ class PageSettings(StrictModel):
     prompt: Text = ""
     max_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=0.8, ge=0, le=2)
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    top_p: Mass = 0.9
+    top_k: Count = 0
+    min_p: Share = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
 
@@ -138,15 +138,8 @@ def describe(state: ServerState) -> dict[str, Any]:
 async def write_events(request: ServerRequest, kept: list[int]) -> AsyncGenerator[bytes, None]:
     """Tokens as they are written, each with its log-probability and the likeliest alternatives."""
     engine = request.model.engine
-    yield event(
-        {
-            "start": {
-                "prompt": len(request.prompts[0]) - len(kept),
-                "context": engine.context,
-                "step": request.model.step,
-            }
-        }
-    )
+    start = {"prompt": len(request.prompts[0]) - len(kept), "context": engine.context, "step": request.model.step}
+    yield event({"start": start})
     async for batch in request.batches():
         tokens, finish, rest = [], None, ""
         for _, step in batch:
@@ -198,104 +191,40 @@ async def timelapse_events(
     yield event({"end": True})
 
 
-class Curve:
-    """(step, value) pairs of a growing log; every other pair goes when there are more than `MAX_POINTS`."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-        self._stride, self._seen = 1, 0
-
-    def add(self, step: int, value: float) -> None:
-        """Take the next pair."""
-        if self._seen % self._stride == 0:
-            self.points.append((step, value))
-            if len(self.points) > MAX_POINTS:
-                self.points = self.points[::2]
-                self._stride *= 2
-        self._seen += 1
-
-
-class Tail:
-    """The whole rows that a growing file of JSON lines gained; one that was replaced or cut is read again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._identity: tuple[int, int] | None = None
-        self._offset = 0
-
-    def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether the rows begin again at the first one, the rows)."""
-        try:
-            file = self.path.open("rb")
-        except OSError:
-            return False, []
-        with file:
-            status = os.fstat(file.fileno())
-            identity = status.st_dev, status.st_ino
-            restarted = identity != self._identity or status.st_size < self._offset
-            if restarted:
-                self._identity, self._offset = identity, 0
-            file.seek(self._offset)
-            data = file.read(64 << 20)
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        rows = []
-        for line in data[:end].splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-        return restarted, rows
-
-
 class TrainingView:
     """The curves and samples of one run, from its files."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._metrics, self._samples = Tail(run.metrics_path), Tail(run.samples_path)
-        self._rows: list[dict[str, Any]] = []  # of samples
-        self._clear()
-
-    def _clear(self) -> None:
-        self.curves = {name: Curve() for name in (*CURVES, "validation")}
-        self.last: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
+        self._next = 0.0
 
     def read(self) -> dict[str, Any]:
-        """Read what is new; everything that the page shows."""
-        restarted, rows = self._metrics.read()
-        if restarted:
-            self._clear()
-        for row in rows:
-            self._take(row)
-        restarted, rows = self._samples.read()
-        self._rows = [*([] if restarted else self._rows), *rows][-MAX_SAMPLES:]
-        return {
-            "run": self.run.path.name,
-            "curves": {name: curve.points for name, curve in self.curves.items() if curve.points},
-            "last": self.last,
-            "total": self._total(),
-            "live": self._live(),
-            "samples": [
-                {"step": row["step"], "prompt": str(row.get("prompt", "")), "text": str(row.get("text", ""))}
-                for row in self._rows
-            ],
-        }
+        """Everything that the page shows. A long log is read less often, since a training may run next to this."""
+        began = time.monotonic()
+        if began >= self._next:
+            self._shown = self._read()
+            now = time.monotonic()
+            self._next = now + READ_PAUSE * (now - began)
+        return self._shown
 
-    def _take(self, row: dict[str, Any]) -> None:
-        step, validation = row["step"], row.get("validation")
-        if isinstance(validation, dict):
-            if isinstance(validation.get("loss"), (int, float)):
-                self.curves["validation"].add(step, validation["loss"])
-                self.last["validation"] = validation["loss"]
-        elif "event" not in row:
-            numbers = {name: row[name] for name in (*CURVES, "tokens") if isinstance(row.get(name), (int, float))}
-            for name in CURVES:
-                if name in numbers:
-                    self.curves[name].add(step, numbers[name])
-            self.last.update(numbers, step=step)
+    def _read(self) -> dict[str, Any]:
+        history = read_history(self.run)
+        training = {name: history.training[name] for name in ("step", "tokens", *CURVES)}
+        few, validation = (
+            thin(training, x="step", extremes=CURVES, buckets=BUCKETS),
+            _points(history.validation, "loss"),
+        )
+        curves = {name: _points(few, name) for name in CURVES} | {"validation": validation}
+        last = {name: _points(training, name)[-1:] for name in training} | {"validation": validation[-1:]}
+        return {
+            "run": history.name,
+            "curves": {name: points for name, points in curves.items() if points},
+            "last": {name: points[0][1] for name, points in last.items() if points},
+            "total": total_steps(history),
+            "live": self._live(),
+            "samples": history.samples[-MAX_SAMPLES:],
+        }
 
     def _live(self) -> bool:
         try:
@@ -303,9 +232,8 @@ class TrainingView:
         except OSError:
             return False
 
-    def _total(self) -> int | None:
-        try:
-            config = yaml.safe_load(self.run.config_path.read_text(encoding="utf-8"))
-            return RunConfig.model_validate(config).total_steps if config.get("training") else None
-        except (OSError, ValueError, yaml.YAMLError, AttributeError):
-            return None
+
+def _points(table: Columns, name: str) -> list[list[float]]:
+    """The (step, value) pairs of a column, without those whose value is not known."""
+    pairs = np.stack((table["step"], table[name]), 1)
+    return pairs[np.isfinite(table[name])].tolist()
