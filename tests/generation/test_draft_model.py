@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import make_model
+from tiny_llama import drop_kept, make_model
 
 from smolforge import cli, kernels
 from smolforge.checkpoint.format import write_model
@@ -109,7 +109,7 @@ def test_the_text_is_the_same_to_the_last_bit(
     expected = steps_of(alone, prompts, params)
     for engine in with_drafts:
         if clear:  # otherwise this text may begin with rows kept from another, of the model or of both
-            engine.scheduler.pool.clear()
+            drop_kept(engine)
         engine.speculation.rate.value = 0.9  # or failures of other texts would silence it
         assert steps_of(engine, prompts, params) == expected
         assert engine.memory()["cache_reserved"] == 0
@@ -335,7 +335,7 @@ def test_every_byte_of_both_caches_is_counted_and_given_back(tokenizer, near):
     run(engine, second)
     assert engine.memory()["cache_reserved"] == 0
     assert engine.memory()["cache_kept"] == 2 * need
-    engine.scheduler.pool.clear()
+    drop_kept(engine)
     assert engine.memory()["cache_kept"] == 0
 
 

@@ -47,3 +47,10 @@ def as_transformers(module):
     missing, unexpected = theirs.load_state_dict(module.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     return theirs.eval()
+
+
+def drop_kept(engine):
+    """Drop the caches that the engine keeps for reuse."""
+    pool = engine.scheduler.pool
+    while pool.kept:
+        pool._drop_oldest()

@@ -12,10 +12,9 @@ one runner, `PairedRunner`, and need not know of drafts.
 from __future__ import annotations
 
 import collections.abc
-import dataclasses
+import math
 import time
 
-import torch
 from torch import Tensor
 
 from smolforge.errors import RunFailed
@@ -63,7 +62,7 @@ class DraftModel:
             began, rows = time.perf_counter(), sum(len(chunk.tokens) for chunk in chunks)
             timed = bool(drawing) and all(len(chunk.tokens) <= TIMED_TOKENS for chunk in chunks)
             logits = self.runner.forward(chunks)
-            if len(logits) and torch.isnan(logits.max()):
+            if len(logits) and math.isnan(logits.max()):
                 raise RunFailed("the draft model's logits are NaN", hint="Run without --draft.")
             chunks, drawn, drawing = [], drawing, []
             for row, (sequence, count) in enumerate(drawn):
@@ -142,7 +141,7 @@ class PairedRunner:
 
     def forward(self, chunks: collections.abc.Sequence[ScheduledChunk]) -> Tensor:
         """Run the chunks through the model."""
-        return self.model.forward([dataclasses.replace(chunk, cache=chunk.cache.model) for chunk in chunks])
+        return self.model.forward([chunk._replace(cache=chunk.cache.model) for chunk in chunks])
 
     def _draft_capacity(self, capacity: int) -> int:
         return min(capacity, self.draft.config.max_position_embeddings)

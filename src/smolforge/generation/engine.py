@@ -11,7 +11,7 @@ thread owns an engine; nothing here blocks but the arithmetic of one step.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -73,11 +73,10 @@ class Engine:
         self.decisions = list(decisions)
         self.directory: Path | None = None
         reuse = runner.batch_invariant
-        self.speculates = speculate and reuse
-        if draft is not None and not self.speculates:
+        if draft is not None and not (speculate and reuse):
             draft = None
             self.decisions.append("draft: the draft model is not used, since this engine does not speculate")
-        self.speculation = Speculation(draft) if self.speculates else None
+        self.speculation = Speculation(draft) if speculate and reuse else None
         self._paired = PairedRunner(runner, draft.runner) if draft is not None else runner
         self._device_sampler = runner if isinstance(runner, DeviceSampler) else None
         budget = cache_bytes or (self._device_sampler.default_cache_bytes() if self._device_sampler else DEFAULT_CACHE)
@@ -186,7 +185,7 @@ class Engine:
             while not all(request.finished for request in requests) or self._ready:
                 for output in self.step():
                     if output.request in index:
-                        yield dataclasses.replace(output, request=index[output.request])
+                        yield output._replace(request=index[output.request])
         finally:
             for request in requests:
                 self.cancel(request)
@@ -238,10 +237,12 @@ class Engine:
         began, row = time.perf_counter(), 0
         if self._device_sampler is not None:
             work = self._sample_on_device(self._device_sampler, work, outputs)
-        logits = _finite(self._paired.forward([chunk for _, chunk in work]))
+        logits = self._paired.forward([chunk for _, chunk in work])
+        if len(logits) and math.isnan(logits.max()):
+            raise _nan()
         for sequence, chunk in work:
             sequence.computed = chunk.start + len(chunk.tokens) - chunk.drafted
-            outputs += self._advance(sequence, chunk, logits[row : row + chunk.logits])
+            self._advance(sequence, chunk, logits, row, outputs)
             row += chunk.logits
         if self.speculation is not None:
             self.speculation.took(work, time.perf_counter() - began)
@@ -279,37 +280,36 @@ class Engine:
             )
         return limit
 
-    def _advance(self, sequence: Sequence, chunk: ScheduledChunk, logits: Tensor) -> list[StepOutput]:
-        """The outputs of a chunk: echoed prompt tokens, or the next token and those whose drafts are accepted."""
-        prompt, outputs = len(sequence.request.prompt), []
+    def _advance(
+        self, sequence: Sequence, chunk: ScheduledChunk, logits: Tensor, row: int, outputs: list[StepOutput]
+    ) -> None:
+        """Add the outputs of a chunk: echoed prompt tokens, or the next token and those whose drafts are accepted.
+
+        Args:
+            logits: of the whole step; those of the chunk begin at `row`.
+        """
+        prompt, end = len(sequence.request.prompt), row + chunk.logits
         if chunk.start < prompt:
-            described = logits if sequence.wants_prompt_logits else None
-            outputs = sequence.echo(min(sequence.computed, prompt), described)
+            described = logits[row:end] if sequence.wants_prompt_logits else None
+            outputs += sequence.echo(min(sequence.computed, prompt), described)
         if sequence.pending or not chunk.logits:
-            return outputs
+            return
         if sequence.params.max_tokens == 0:
             outputs.append(sequence.finish("length"))
             self.scheduler.remove(sequence)
-            return outputs
-        logits, accepted = logits[-1 - chunk.drafted :], 0
-        for row in range(chunk.drafted + 1):
-            token = sequence.sampler.sample(logits[row], sequence.written)
-            outputs.append(self._append(sequence, token))
-            if row == chunk.drafted or token.token_id != chunk.tokens[1 + row]:
-                break
-            accepted += 1
-            if sequence.finish_reason:
+            return
+        accepted = 0
+        for draft in (*chunk.tokens[len(chunk.tokens) - chunk.drafted :], None):
+            token = sequence.sampler.sample(logits[end - 1 - chunk.drafted + accepted], sequence.written)
+            outputs.append(sequence.append(token))
+            accepted += token.token_id == draft
+            if sequence.finish_reason or token.token_id != draft:
                 break
             sequence.computed += 1  # the draft was accepted, and its keys and values are in the cache
+        if sequence.finish_reason:
+            self.scheduler.remove(sequence)
         if chunk.drafted and self.speculation is not None:
             self.speculation.learn(sequence, chunk.drafted, accepted)
-        return outputs
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> StepOutput:
-        output = sequence.append(token)
-        if output.finish_reason:
-            self.scheduler.remove(sequence)
-        return output
 
     def _sample_on_device(self, sampler: DeviceSampler, work: Work, outputs: list[StepOutput]) -> Work:
         """Run and draw the next tokens that the device can draw; the rest of the work."""
@@ -318,14 +318,10 @@ class Engine:
             if token_id < 0:
                 raise _nan()
             sequence.computed += 1
-            outputs.append(self._append(sequence, SampledToken(token_id)))
+            outputs.append(sequence.append(SampledToken(token_id)))
+            if sequence.finish_reason:
+                self.scheduler.remove(sequence)
         return [(sequence, chunk) for sequence, chunk in work if sequence not in drawn]
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if len(logits) and torch.isnan(logits.max()):
-        raise _nan()
-    return logits
 
 
 def _nan() -> RunFailed:

@@ -115,11 +115,6 @@ class CachePool:
                 best, longest = cache, length
         return best, longest
 
-    def clear(self) -> None:
-        """Drop the kept caches, as when the weights have changed."""
-        while self._old:
-            self._drop_oldest()
-
     def _drop_oldest(self) -> None:
         self.kept -= self._old.pop(0)[1].nbytes
 

@@ -13,12 +13,12 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ IMPOSSIBLE = float("-inf")
 NO_TOP: tuple[tuple[int, float], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One drawn token, with the model's own (unfiltered, temperature 1) log-probabilities if asked for."""
 
     token_id: int
@@ -107,21 +106,21 @@ class Sampler:
 
     def penalize(self, logits: Tensor, position: int) -> Tensor:
         """Logits (V,) after penalties, bias and forbidden tokens; a copy where any of them applies."""
-        p, scores = self.params, logits
+        p, forbids = self.params, position < self.params.min_tokens and len(self._forbidden)
+        penalizes = self._written and (p.frequency_penalty or p.presence_penalty)
+        if not (self._seen or penalizes or p.logit_bias or forbids):
+            return logits
+        scores = logits.clone()
         if self._seen:
-            scores = _owned(scores, logits)
             seen = torch.tensor(sorted(self._seen))
             values = scores[seen]
             scores[seen] = torch.where(values < 0, values * p.repetition_penalty, values / p.repetition_penalty)
-        if (p.frequency_penalty or p.presence_penalty) and self._written:
-            scores = _owned(scores, logits)
+        if penalizes:
             counts = torch.tensor(list(self._written.values()), dtype=scores.dtype)
             scores[torch.tensor(list(self._written))] -= counts * p.frequency_penalty + p.presence_penalty
         if p.logit_bias:
-            scores = _owned(scores, logits)
             scores[self._biased] += self._bias
-        if position < p.min_tokens and len(self._forbidden):
-            scores = _owned(scores, logits)
+        if forbids:
             scores[self._forbidden] = IMPOSSIBLE
         return scores
 
@@ -165,11 +164,6 @@ def describe(logits: Tensor, token_id: int, top: int) -> SampledToken:
     best = torch.topk(logits, top) if top else None
     alternatives = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True) if best else ()
     return SampledToken(token_id, float(logits[token_id] - total), tuple(alternatives))
-
-
-def _owned(scores: Tensor, logits: Tensor) -> Tensor:
-    """A tensor that may be changed: the model's logits are copied once."""
-    return scores.clone() if scores is logits else scores
 
 
 @functools.lru_cache(8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -21,8 +21,7 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
 Prompt = str | collections.abc.Sequence[int]  # text, in which special tokens are only text, or token ids
 
 
-@dataclasses.dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """One token of one sequence, or its end.
 
     Attributes:
@@ -89,6 +88,7 @@ class Sequence:
         tokens: prompt and written tokens.
         computed: how many of them have keys and values in the cache.
         cache: the runner's, while the sequence runs.
+        drafts: what `Speculation` keeps of it.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.computed = 0
         self.cache: Any = None
+        self.drafts: Any = None
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
         self.detokenizer = Detokenizer(tokenizer.stream(), request.params.stop)
@@ -214,6 +215,8 @@ class Detokenizer:
         return text
 
     def _release(self, text: str) -> str:
+        if not self._stops:
+            return text
         if self.stopped:
             return ""
         self._held += text
@@ -234,8 +237,7 @@ class Detokenizer:
         return longest
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
 
     Attributes:
@@ -252,7 +254,7 @@ class ScheduledChunk:
     def with_drafts(self, tokens: list[int]) -> ScheduledChunk:
         """This chunk, of whose last token logits are wanted, followed by drafted tokens."""
         count = len(tokens)
-        return dataclasses.replace(self, tokens=self.tokens + tokens, logits=1 + count, drafted=count)
+        return self._replace(tokens=self.tokens + tokens, logits=1 + count, drafted=count)
 
 
 Work = list[tuple[Sequence, ScheduledChunk]]  # what one step runs

@@ -10,10 +10,8 @@ N-gram drafts (prompt lookup, Saxena 2023): where the last few tokens occurred b
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import statistics
-import weakref
 from typing import Any
 
 from smolforge.errors import BadInput
@@ -150,13 +148,11 @@ def _one_row(rows: int, seconds: float) -> float:
     return seconds / (1 + (rows - 1) * ROW_COST)
 
 
-@dataclasses.dataclass
 class SequenceDrafts:
     """The drafts of one sequence: its n-grams, and how often a draft model's are accepted."""
 
-    ngram: NgramDraft
-    model_rate: AcceptanceRate
-    proposed_by: list[AcceptanceRate] = dataclasses.field(default_factory=list)  # whose drafts the running step has
+    def __init__(self, tokens: list[int], model_rate: float) -> None:
+        self.ngram, self.model_rate = NgramDraft(tokens), AcceptanceRate(model_rate)
 
 
 class Speculation:
@@ -172,15 +168,13 @@ class Speculation:
         self.cost = DraftCost(draft.bytes_ratio if draft is not None else 0.0)
         self.rate = AcceptanceRate()
         self.proposed = self.accepted = 0
-        self._drafts: weakref.WeakKeyDictionary[Sequence, SequenceDrafts] = weakref.WeakKeyDictionary()
+        self._learning: dict[Sequence, list[AcceptanceRate]] = {}  # whose drafts the sequences of this step have
 
     def drafts_of(self, sequence: Sequence) -> SequenceDrafts:
         """The state of a sequence's drafts."""
-        found = self._drafts.get(sequence)
-        if found is None:
-            found = SequenceDrafts(NgramDraft(sequence.tokens), AcceptanceRate(self.rate.value))
-            self._drafts[sequence] = found
-        return found
+        if sequence.drafts is None:
+            sequence.drafts = SequenceDrafts(sequence.tokens, self.rate.value)
+        return sequence.drafts
 
     def extend(self, work: Work, running: int) -> Work:
         """The chunks of a step, followed by drafts where they pay.
@@ -193,36 +187,33 @@ class Speculation:
         """
         found: dict[Sequence, list[int]] = {}
         asked: list[tuple[Sequence, int]] = []
+        self._learning = {}
         for sequence, _ in work:
-            drafts = self.drafts_of(sequence)
-            drafts.proposed_by = []
+            drafts, tokens = self.drafts_of(sequence), []
             # The first token is not drafted: the last row of the prompt brings it.
             ready, room = sequence.pending == 1 and sequence.written > 0, sequence.limit - len(sequence.tokens) - 1
             if ready and room > 0:
-                found[sequence] = drafts.ngram.propose(running, room)
-            count = self._ask_model(sequence, running, room if ready else room - 1, len(found.get(sequence, ())))
-            if count:
-                asked.append((sequence, count if ready else 0))
-        by_model: dict[Sequence, list[int]] = {}
+                tokens = drafts.ngram.propose(running, room)
+            if tokens:
+                found[sequence], self._learning[sequence] = tokens, [drafts.ngram.rate]
+            if self.draft is not None:
+                room = min(room if ready else room - 1, self.draft.room(sequence))
+                count = self._model_count(drafts, running, room, len(tokens))
+                if count:
+                    asked.append((sequence, count if ready else 0))
         if self.draft is not None and asked:
-            by_model = self.draft.propose(asked)
+            for sequence, tokens in self.draft.propose(asked).items():
+                if tokens:
+                    found[sequence], self._learning[sequence] = tokens, [self.drafts_of(sequence).model_rate, self.rate]
             for rows, seconds in self.draft.timings:
                 self.cost.draft_took(rows, seconds)
-        extended = []
-        for sequence, chunk in work:
-            drafts = self.drafts_of(sequence)
-            if by_model.get(sequence):
-                drafts.proposed_by = [drafts.model_rate, self.rate]
-                chunk = chunk.with_drafts(by_model[sequence])
-            elif found.get(sequence):
-                drafts.proposed_by = [drafts.ngram.rate]
-                chunk = chunk.with_drafts(found[sequence])
-            extended.append((sequence, chunk))
-        return extended
+        if not found:
+            return work
+        return [(s, chunk.with_drafts(found[s]) if s in found else chunk) for s, chunk in work]
 
     def learn(self, sequence: Sequence, proposed: int, accepted: int) -> None:
         """Of so many drafts of the last `extend` the first `accepted` were drawn."""
-        for rate in self.drafts_of(sequence).proposed_by:
+        for rate in self._learning[sequence]:
             rate.learn(proposed, accepted)
         self.proposed += proposed
         self.accepted += accepted
@@ -232,14 +223,11 @@ class Speculation:
         if self.draft is not None and all(len(chunk.tokens) == 1 + chunk.drafted for _, chunk in work):
             self.cost.model_took(sum(len(chunk.tokens) for _, chunk in work), seconds)
 
-    def _ask_model(self, sequence: Sequence, running: int, room: int, looked_up: int) -> int:
+    def _model_count(self, drafts: SequenceDrafts, running: int, room: int, looked_up: int) -> int:
         """How many drafts the draft model is asked for, given so many n-gram drafts; 0 where it would not pay."""
-        if self.draft is None:
-            return 0
-        room = min(room, self.draft.room(sequence))
         if room <= 0:
             return 0
-        drafts, share = self.drafts_of(sequence), row_share(running) + self.cost.value
+        share = row_share(running) + self.cost.value
         count = min(fastest(drafts.model_rate.value, share), room)
         if not count:
             if share < 1:  # above, no rate is high enough
@@ -247,11 +235,8 @@ class Speculation:
             return 0
         # N-gram drafts cost no step of the draft model, and a draft model that is mostly right may still be faster:
         # so the choice is by the expected number of tokens for the cost.
-        if looked_up:
-            free = speed(drafts.ngram.rate.value, looked_up, row_share(running))
-            if free >= speed(drafts.model_rate.value, count, share):
-                return 0
-        return count
+        free = speed(drafts.ngram.rate.value, looked_up, row_share(running))
+        return 0 if looked_up and free >= speed(drafts.model_rate.value, count, share) else count
 
 
 def select_draft(

@@ -42,21 +42,23 @@ class LoadedModel:
     Attributes:
         step: training step of the checkpoint, or None for a model without one.
         created: time of the weights file in seconds since the epoch, for the API.
+        owners: of the engine's requests by their ids, each with the index of its prompt.
     """
 
     engine: Engine
     directory: Path
     step: int | None
     created: int
+    owners: dict[int, tuple[ServerRequest, int]] = dataclasses.field(default_factory=dict)
 
 
 class ServerRequest:
     """Prompts (token ids) under one `SamplingParams`, and the steps that were written so far.
 
-    All methods run on the event loop, except `accept`, so no lock is needed.
+    All methods run on the event loop, so no lock is needed.
 
     Attributes:
-        requests: the engine's requests, one for each prompt.
+        requests: the engine's requests, one for each prompt, set before their first step.
         finished: every sequence has ended, or the request was cancelled or failed.
         first_token: seconds from arrival to the first written token, or None.
         waiting: sequences that have not begun.
@@ -70,7 +72,6 @@ class ServerRequest:
         self.waiting = self._unfinished = len(prompts) * params.n
         self._arrived = time.monotonic()
         self._started: set[tuple[int, int]] = set()
-        self._prompt_of: dict[int, int] = {}  # id of an engine's request -> index of the prompt
         self._ready: list[tuple[int, StepOutput]] = []
         self._error: BaseException | None = None
         self._news = asyncio.Event()
@@ -85,14 +86,9 @@ class ServerRequest:
         prompt, written = sum(map(len, self.prompts)), sum(request.written for request in self.requests)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def accept(self, requests: list[Request]) -> None:
-        """Remember the engine's requests; called by the engine thread before their first step."""
-        self.requests = requests
-        self._prompt_of = {request.id: i for i, request in enumerate(requests)}
-
-    def deliver(self, steps: list[StepOutput]) -> None:
-        """Take new steps, in order."""
-        for step in steps:
+    def deliver(self, steps: list[tuple[int, StepOutput]]) -> None:
+        """Take new steps, in order, each with the index of its prompt."""
+        for _, step in steps:
             if (step.request, step.index) not in self._started:
                 self._started.add((step.request, step.index))
                 self.waiting -= 1
@@ -100,7 +96,7 @@ class ServerRequest:
                 self.first_token = time.monotonic() - self._arrived
             if step.finish_reason:
                 self._unfinished -= 1
-            self._ready.append((self._prompt_of[step.request], step))
+        self._ready += steps
         self.finished = self.finished or self._unfinished == 0
         self._news.set()
 
@@ -151,7 +147,6 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # The following belongs to the thread.
         self._stopping = False
-        self._owners: dict[tuple[int, int], ServerRequest] = {}  # (id of the model, id of its request)
         self._models: list[LoadedModel] = []  # the served model and all others that have work
         self._served: LoadedModel | None = None
         self._failures = 0
@@ -282,13 +277,13 @@ class EngineThread:
             for one in added:
                 model.engine.cancel(one)
             raise
-        request.accept(added)
-        self._owners.update({(id(model), one.id): request for one in added})
+        request.requests = added
+        model.owners.update({one.id: (request, prompt) for prompt, one in enumerate(added)})
 
     def _remove(self, request: ServerRequest) -> None:
         for one in request.requests:
             request.model.engine.cancel(one)
-            self._owners.pop((id(request.model), one.id), None)
+            request.model.owners.pop(one.id, None)
 
     def _step(self, model: LoadedModel) -> None:
         began = time.monotonic()
@@ -299,31 +294,31 @@ class EngineThread:
             return
         self._failures = 0
         sequences = len({(step.request, step.index) for step in steps})
-        news: dict[ServerRequest, list[StepOutput]] = collections.defaultdict(list)
+        news: dict[ServerRequest, list[tuple[int, StepOutput]]] = collections.defaultdict(list)
         for step in steps:
-            owner = self._owners.get((id(model), step.request))
-            if owner is not None:
-                news[owner].append(step)
+            if step.request in model.owners:
+                owner, prompt = model.owners[step.request]
+                news[owner].append((prompt, step))
         self._post(self._deliver, list(news.items()), sequences, time.monotonic() - began)
 
     def _step_failed(self, model: LoadedModel, error: Exception) -> None:
         logger.error("a step failed: %s", error, exc_info=not isinstance(error, SmolforgeError))
         self._failures += 1
-        owned = {owner for (key, _), owner in self._owners.items() if key == id(model)}
+        owned = {owner for owner, _ in model.owners.values()}
         for request in owned:
             self._remove(request)
         self._post(self._fail, owned, error, self._failures >= MAX_FAILURES and model is self._served)
 
     # The following runs on the event loop again.
 
-    def _deliver(self, news: Sequence[tuple[ServerRequest, list[StepOutput]]], sequences: int, seconds: float) -> None:
+    def _deliver(self, news: Sequence[tuple[ServerRequest, Any]], sequences: int, seconds: float) -> None:
         written = 0
         for request, steps in news:
             if request.finished:
                 continue
             first = request.first_token is None
             request.deliver(steps)
-            written += sum(step.token_id is not None and not step.prompt for step in steps)
+            written += sum(step.token_id is not None and not step.prompt for _, step in steps)
             if first and request.first_token is not None:
                 self.observe_first(request.first_token)
             if request.finished:
