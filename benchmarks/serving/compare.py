@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,7 +80,8 @@ def main() -> None:
     for name in commands(model, 0, args.llama_python, args.threads):
         if args.only is not None and name not in args.only:
             continue
-        port = load_test.free_port()
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            port = found.getsockname()[1]
         command = commands(model, port, args.llama_python, args.threads)[name]
         environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
         # smolforge names its model; transformers loads the one in the request; llama.cpp ignores the field.

@@ -71,7 +71,7 @@ class Requests(RuleBasedStateMachine):
         scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
         assert len(scheduler.running) <= MAX_BATCH
         assert pool.reserved == sum(choice.cache.nbytes for choice in scheduler.running)
-        assert pool.kept == sum(cache.nbytes for _, cache in pool._old)
+        assert pool.kept == sum(cache.nbytes for _, cache in pool.old)
         assert pool.reserved + pool.kept <= pool.budget
         live = {id(choice) for r in self.requests.values() if not r.finished for choice in r.sequences}
         assert {id(choice) for choice in [*scheduler.running, *scheduler.waiting]} <= live

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -14,7 +15,9 @@ from starlette.testclient import TestClient
 from serving_fixtures import STEPS, metric
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
+from smolforge.serving import streaming
 from smolforge.serving.app import create_app
+from smolforge.serving.errors import ApiError
 from smolforge.serving.page_routes import TrainingView
 from smolforge.serving.page_routes import select_steps as spread
 from smolforge.serving.security import Keys
@@ -281,6 +284,32 @@ def test_curves_stay_small_and_keep_their_extremes(tmp_path):
     curves = TrainingView(Run(tmp_path)).read()["curves"]
     assert curves["lr"][0] == [0, 0.1] and curves["lr"][-1][0] > 49_900
     assert [31_415, 9.0] in curves["loss"] and 300 <= len(curves["loss"]) <= 1500
+
+
+def test_a_quiet_stream_gets_comments_and_an_ended_one_is_closed(monkeypatch):
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.02)
+    sent, closed = [], []
+
+    async def events():
+        try:
+            yield b"data: 1\n\n"
+            while sent.count(streaming.KEEP_ALIVE) < 2:
+                await asyncio.sleep(0.01)
+            yield b"data: 2\n\n"
+            raise ApiError(504, "too late")
+        finally:
+            closed.append(True)
+
+    async def send(message):
+        sent.append(message.get("body"))
+
+    async def serve():
+        await streaming.EventStream(events(), contextlib.nullcontext())({}, None, send)
+        return asyncio.all_tasks()
+
+    assert len(asyncio.run(serve())) <= 2 and closed
+    assert sent[:3] == [None, b"data: 1\n\n", streaming.KEEP_ALIVE] and sent[-3] == b"data: 2\n\n"
+    assert b"too late" in sent[-2] and sent[-1] == b""
 
 
 def test_spread_keeps_ends_and_favours_the_beginning():

@@ -13,12 +13,12 @@ from tiny import tiny_file
 
 from smolforge.errors import BadInput
 from smolforge.run import Run
-from smolforge.serving.load_test import free_port
 from smolforge.serving.sidecar import sidecar
 
 
 def test_train_serve_follows_the_run_and_ends_with_it(tmp_path: Path) -> None:
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     words = [tiny_file(tmp_path), "--out", str(tmp_path / "run"), "--steps", "1000000", "--set", "checkpoint.every=50"]
     # Little is printed, for nobody reads it before the end: a full pipe would stop the training.

@@ -13,10 +13,7 @@ In the order to read them:
     sequence.py           Request, Sequence, ScheduledChunk, StepOutput: the data of a step; Detokenizer: its text
     scheduler.py          continuous batching: which sequences run in the next step
     kv_cache.py           memory of keys and values, and the pool that allocates it
-    runners/__init__.py   Runner, and the choice of one and of a precision
-    runners/module.py     any model with its live weights
-    runners/cpu.py        weights packed as fp32, bf16, int8 or int4, and the native step
-    runners/cuda.py       a static cache, CUDA graphs, and sampling on the GPU
+    runners/__init__.py   Runner, and the choice of one and of a precision; names the files next to it
     sampling_params.py    SamplingParams: the settings of a request
     sampler.py            penalties, filters, and the draw of a token
     speculative.py        n-gram and model drafts, and when they pay

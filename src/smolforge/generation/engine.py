@@ -43,12 +43,12 @@ class Engine:
         max_batch: maximum number of sequences that run at once; others wait.
         cache_bytes: maximum memory of keys and values; 2 GiB unless given, on a GPU half of what is free.
         eos_ids: tokens that end a text; the tokenizer's own unless given.
-        context: maximum number of positions; the model's own unless given.
         speculate: run drafts of the next tokens along with the last one, where the text stays bitwise the same.
         draft: a small model that drafts too, where the text itself yields no draft or a worse one.
         decisions: sentences to begin `decisions` with.
 
     Attributes:
+        context: maximum number of positions.
         decisions: what was chosen and why, one sentence each.
         directory: where the model was loaded from, or None.
     """
@@ -61,14 +61,13 @@ class Engine:
         max_batch: int = 16,
         cache_bytes: int | None = None,
         eos_ids: Iterable[int] | None = None,
-        context: int | None = None,
         speculate: bool = True,
         draft: DraftModel | None = None,
         decisions: Iterable[str] = (),
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.vocab_size = runner.config.vocab_size
-        self.context = min(context or runner.config.max_position_embeddings, runner.config.max_position_embeddings)
+        self.context = runner.config.max_position_embeddings
         self.eos_ids = tuple(eos_ids) if eos_ids is not None else (tokenizer.eos_id,)
         self.decisions = list(decisions)
         self.directory: Path | None = None

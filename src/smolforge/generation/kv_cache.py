@@ -73,6 +73,7 @@ class CachePool:
     Attributes:
         reserved: bytes of all caches allocated and not freed.
         kept: bytes of finished caches kept for reuse; `reserved + kept <= budget` always.
+        old: these caches, the oldest first, each with the tokens whose positions it has.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class CachePool:
     ) -> None:
         self._new_cache, self.bytes_for, self.budget, self._keep = new_cache, bytes_for, budget, keep
         self.reserved = self.kept = 0
-        self._old: list[tuple[list[int], KVCache]] = []  # oldest first: the tokens whose positions the cache has
+        self.old: list[tuple[list[int], KVCache]] = []
 
     def has_room(self, capacity: int) -> bool:
         """Whether a cache can be allocated now, after dropping kept ones if necessary."""
@@ -90,7 +91,7 @@ class CachePool:
         """A new cache; `has_room` must be true."""
         need = self.bytes_for(capacity)
         assert self.reserved + need <= self.budget, "a cache was allocated without room"
-        while self._old and self.reserved + self.kept + need > self.budget:
+        while self.old and self.reserved + self.kept + need > self.budget:
             self._drop_oldest()
         cache = self._new_cache(capacity)
         assert cache.nbytes == need, "the runner's accounting differs from its caches"
@@ -101,22 +102,13 @@ class CachePool:
         """Return a cache whose first positions belong to `tokens`."""
         self.reserved -= cache.nbytes
         if self._keep and tokens:
-            self._old.append((list(tokens), cache))
+            self.old.append((list(tokens), cache))
             self.kept += cache.nbytes
-            while len(self._old) > self._keep:
+            while len(self.old) > self._keep:
                 self._drop_oldest()
 
-    def prefix_of(self, tokens: Sequence[int]) -> tuple[KVCache | None, int]:
-        """The kept cache that shares the longest beginning with `tokens`, and the length of that beginning."""
-        best, longest = None, 0
-        for old, cache in self._old:
-            length = common_prefix(old, tokens)
-            if length > longest:
-                best, longest = cache, length
-        return best, longest
-
     def _drop_oldest(self) -> None:
-        self.kept -= self._old.pop(0)[1].nbytes
+        self.kept -= self.old.pop(0)[1].nbytes
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

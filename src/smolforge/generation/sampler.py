@@ -30,7 +30,6 @@ MOST_SORTED = 1024  # weights that are sorted at once
 BLOCK = 256  # tokens of which one sum or maximum is taken first
 BINS_PER_NAT, MOST_BINS = 64, 8192  # of weights by their logarithm; the weights of the last bin are 0 in fp32
 IMPOSSIBLE = float("-inf")
-NO_TOP: tuple[tuple[int, float], ...] = ()
 
 
 class SampledToken(NamedTuple):
@@ -38,7 +37,7 @@ class SampledToken(NamedTuple):
 
     token_id: int
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = NO_TOP
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def uniform(seed: int, index: int, position: int) -> float:

@@ -87,11 +87,9 @@ class Scheduler:
             return first.cache, most
         if not self.reuse_prefixes:
             return None, 0
-        source, length = self.pool.prefix_of(sequence.tokens)
-        for other in self.running:
-            shared = common_prefix(other.tokens[: other.computed], sequence.tokens)
-            if shared > length:
-                source, length = other.cache, shared
+        running = [(other.tokens[: other.computed], other.cache) for other in self.running]
+        found = [(common_prefix(tokens, sequence.tokens), cache) for tokens, cache in (*self.pool.old, *running)]
+        length, source = max(found, key=lambda one: one[0], default=(0, None))
         return source, min(length, most)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from smolforge.errors import BadInput
-from smolforge.generation.sampler import NO_TOP, SampledToken, Sampler, describe
+from smolforge.generation.sampler import SampledToken, Sampler, describe
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.tokenizer import StreamDecoder, Tokenizer
 
@@ -44,7 +44,7 @@ class StepOutput(NamedTuple):
     text: str
     text_offset: int = 0
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = NO_TOP
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     prompt: bool = False
 
@@ -270,12 +270,6 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[in
     if not ids:
         raise BadInput("is empty", field="prompt", hint="Give at least one token to begin with.")
     for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise BadInput(f"token ids are whole numbers, not {token_id!r}", field="prompt")
-        if not 0 <= token_id < vocab_size:
-            raise BadInput(
-                f"token {token_id} is not in the vocabulary of {vocab_size}",
-                field="prompt",
-                hint=f"Token ids go from 0 to {vocab_size - 1}.",
-            )
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise BadInput(f"token ids are whole numbers from 0 to {vocab_size - 1}, not {token_id!r}", field="prompt")
     return ids

@@ -67,6 +67,10 @@ def create_app(settings: ServeSettings) -> FastAPI:
     app = FastAPI(
         title="smolforge", summary=f"{state.source.name} on an OpenAI API", description=DESCRIPTION, lifespan=lifespan,
         docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS,
+        exception_handlers={
+            **dict.fromkeys((ApiError, SmolforgeError, Exception), _answer), RequestValidationError: _invalid,
+            HTTPException: _http,
+        },
     )  # fmt: skip
     app.state.server = state
     app.include_router(openai_routes.router(state))
@@ -78,11 +82,6 @@ def create_app(settings: ServeSettings) -> FastAPI:
         app.include_router(page_routes.router(state))
         files = StaticFiles(packages=[("smolforge.serving", "page/static"), ("smolforge.report", "static")])
         app.mount("/page/static", files)
-    app.add_exception_handler(ApiError, _answer)
-    app.add_exception_handler(SmolforgeError, _answer)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _answer)
     app.add_middleware(security.BodyMiddleware, settings=settings, metrics=state.metrics)
     app.add_middleware(security.SecurityMiddleware, settings=settings, keys=keys, metrics=state.metrics)
     if settings.cors_origins:
@@ -159,7 +158,7 @@ async def _load(state: ServerState) -> None:
         return  # the newer checkpoint is damaged, and this is an older one
     await thread.install(model)
     thread.problem = None
-    logger.info("serving %s from %s", source.name, model.directory)
+    logger.info("serving %s from %s", source.name, model.engine.directory)
     for decision in model.engine.decisions:
         logger.info("%s", decision)
     if before is not None:

@@ -18,7 +18,6 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolforge.errors import SmolforgeError
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from smolforge.generation.engine import Engine
     from smolforge.generation.sampling_params import SamplingParams
     from smolforge.generation.sequence import Request, StepOutput
+    from smolforge.serving.state import Metrics
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,7 +37,7 @@ RATE_SECONDS = 10.0
 
 @dataclasses.dataclass(eq=False)
 class LoadedModel:
-    """An engine and the place of its weights. Only the engine thread steps it.
+    """An engine and its checkpoint. Only the engine thread steps it.
 
     Attributes:
         step: training step of the checkpoint, or None for a model without one.
@@ -46,7 +46,6 @@ class LoadedModel:
     """
 
     engine: Engine
-    directory: Path
     step: int | None
     created: int
     owners: dict[int, tuple[ServerRequest, int]] = dataclasses.field(default_factory=dict)
@@ -61,7 +60,6 @@ class ServerRequest:
         requests: the engine's requests, one for each prompt, set before their first step.
         finished: every sequence has ended, or the request was cancelled or failed.
         first_token: seconds from arrival to the first written token, or None.
-        waiting: sequences that have not begun.
     """
 
     def __init__(self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel) -> None:
@@ -69,7 +67,7 @@ class ServerRequest:
         self.requests: list[Request] = []
         self.finished = False
         self.first_token: float | None = None
-        self.waiting = self._unfinished = len(prompts) * params.n
+        self._ended = 0  # sequences
         self._arrived = time.monotonic()
         self._started: set[tuple[int, int]] = set()
         self._ready: list[tuple[int, StepOutput]] = []
@@ -77,9 +75,14 @@ class ServerRequest:
         self._news = asyncio.Event()
 
     @property
+    def waiting(self) -> int:
+        """Sequences that have not begun."""
+        return len(self.prompts) * self.params.n - len(self._started)
+
+    @property
     def running(self) -> int:
         """Sequences that have begun and not ended."""
-        return 0 if self.finished else self._unfinished - self.waiting
+        return 0 if self.finished else len(self._started) - self._ended
 
     def usage(self) -> dict[str, int]:
         """Tokens of prompts and answers as OpenAI counts them; an end-of-text token counts."""
@@ -89,15 +92,12 @@ class ServerRequest:
     def deliver(self, steps: list[tuple[int, StepOutput]]) -> None:
         """Take new steps, in order, each with the index of its prompt."""
         for _, step in steps:
-            if (step.request, step.index) not in self._started:
-                self._started.add((step.request, step.index))
-                self.waiting -= 1
+            self._started.add((step.request, step.index))
             if self.first_token is None and not step.prompt:
                 self.first_token = time.monotonic() - self._arrived
-            if step.finish_reason:
-                self._unfinished -= 1
+            self._ended += step.finish_reason is not None
         self._ready += steps
-        self.finished = self.finished or self._unfinished == 0
+        self.finished = self.finished or self._ended == len(self.prompts) * self.params.n
         self._news.set()
 
     def fail(self, error: BaseException) -> None:
@@ -127,8 +127,6 @@ class EngineThread:
         model: the served model; None while it loads.
         problem: why nothing can be served, or None.
         live: requests that have not ended.
-        observe_step: called with (sequences, tokens, seconds) of each step; set by `Metrics`.
-        observe_first: called with the seconds to each first token; set by `Metrics`.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -137,8 +135,7 @@ class EngineThread:
         self.problem: str | None = None
         self.live: set[ServerRequest] = set()
         self.draining = False
-        self.observe_step: Callable[[int, int, float], None]
-        self.observe_first: Callable[[float], None]
+        self.metrics: Metrics  # set by ServerState
         self.loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
         self.encoder = concurrent.futures.ThreadPoolExecutor(1, "encoder")
         self._written: collections.deque[tuple[float, int]] = collections.deque()
@@ -233,12 +230,11 @@ class EngineThread:
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(command())
-            except Exception as error:
-                answer.set_exception(error)
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(command())
+                except Exception as error:
+                    answer.set_exception(error)
 
         self._commands.put(run)
         return await asyncio.wrap_future(answer)
@@ -320,11 +316,11 @@ class EngineThread:
             request.deliver(steps)
             written += sum(step.token_id is not None and not step.prompt for _, step in steps)
             if first and request.first_token is not None:
-                self.observe_first(request.first_token)
+                self.metrics.first_token.observe(request.first_token)
             if request.finished:
                 self.cancel(request)
         self._written.append((time.monotonic(), written))
-        self.observe_step(sequences, written, seconds)
+        self.metrics.observe_step(sequences, written, seconds)
 
     def _fail(self, requests: set[ServerRequest], error: Exception, broken: bool) -> None:
         for request in requests:

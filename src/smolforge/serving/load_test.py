@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -208,12 +207,6 @@ def _healthy(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=10).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
 
 
 def make_model(place: Path) -> Path:

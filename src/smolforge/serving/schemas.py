@@ -6,6 +6,7 @@ No field is ignored silently: a field is supported, or listed in `HARMLESS`, or 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -148,23 +149,15 @@ class SampledRequest(Body):
         return self
 
     def _sampling(self, max_n: int, default_max_tokens: int, **more: Any) -> SamplingParams:
+        """The parameters of the same names, OpenAI's defaults for the others; `more` wins."""
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
         limits = (self.max_completion_tokens, self.max_tokens, self.max_new_tokens, self.n_predict)
-        same = (
-            "n", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
-            "presence_penalty", "min_tokens", "ignore_eos",
-        )  # fmt: skip
-        given = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
-        return SamplingParams(
-            **{"temperature": 1.0, "top_p": 1.0, **given, **more},
-            max_tokens=next((limit for limit in limits if limit is not None), default_max_tokens),
-            top_k=max(0, self.top_k or 0),
-            logit_bias=self.logit_bias or {},
-            stop=self.stop or (),
-            stop_token_ids=self.stop_token_ids or (),
-            seed=self.seed,
-        )
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        given["max_tokens"] = next((limit for limit in limits if limit is not None), default_max_tokens)
+        given["top_k"] = max(0, self.top_k or 0)
+        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **given, **more})
 
 
 class CompletionRequest(SampledRequest):
@@ -183,7 +176,7 @@ class CompletionRequest(SampledRequest):
 
     def sampling(self, max_n: int) -> SamplingParams:
         """The parameters for the engine; BadInput where a value is out of range."""
-        return self._sampling(max_n, DEFAULT_MAX_TOKENS, echo=bool(self.echo), logprobs=self.logprobs)
+        return self._sampling(max_n, DEFAULT_MAX_TOKENS)
 
 
 class ContentPart(StrictModel):

@@ -12,13 +12,13 @@ import hmac
 import html
 import string
 import time
-from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from smolforge.serving.errors import ApiError
@@ -64,18 +64,14 @@ class Keys:
         """Whether `given` is the key, or no key is needed."""
         return self._key is None or hmac.compare_digest(given, self._key)
 
-    def allows(self, headers: Headers) -> bool:
+    def allows(self, request: HTTPConnection) -> bool:
         """Whether the request carries the key or a session, or needs none."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Headers are bytes; starlette decodes them as Latin-1.
         if not self.needed or (scheme.lower() == "bearer" and self.matches(given.strip().encode("latin-1"))):
             return True
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return False
-        given = cookie.value.encode("utf-8", "replace") if cookie else b""
-        return hmac.compare_digest(given, self.session.encode())
+        session = request.cookies.get(COOKIE, "")
+        return hmac.compare_digest(session.encode("utf-8", "replace"), self.session.encode())
 
 
 class SecurityMiddleware:
@@ -126,12 +122,12 @@ class SecurityMiddleware:
 
     def _check_key(self, scope: Scope) -> Response | None:
         """None for a request that is allowed; a redirect to the login for a visitor of the page."""
-        headers, path = Headers(scope=scope), scope["path"]
-        if path in OPEN_PATHS or path.startswith(OPEN_FILES) or self.keys.allows(headers):
+        request, path = HTTPConnection(scope), scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_FILES) or self.keys.allows(request):
             return None
         if path == "/" and scope["method"] == "GET":
             return RedirectResponse("login", 303)
-        problem = "wrong API key" if headers.get("authorization") else "no API key"
+        problem = "wrong API key" if request.headers.get("authorization") else "no API key"
         text = f"{problem}: send it as 'Authorization: Bearer KEY'"
         raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

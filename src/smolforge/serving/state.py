@@ -76,11 +76,10 @@ class ModelSource:
             model = self.run.checkpoints_path / commit.step_name(step)
         draft = settings.draft if step is None else None
         engine = Engine.from_pretrained(model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft)
-        directory = engine.directory
-        assert directory is not None
-        weights = directory / "model.safetensors"
+        assert engine.directory is not None
+        weights = engine.directory / "model.safetensors"
         created = int(weights.stat().st_mtime if weights.is_file() else time.time())
-        return LoadedModel(engine, directory, commit.step_of(directory.resolve()), created)
+        return LoadedModel(engine, commit.step_of(engine.directory.resolve()), created)
 
 
 class Metrics:
@@ -103,11 +102,11 @@ class Metrics:
 
         self.requests = counter("requests", "Requests by route and status.", "route", "status")
         self.request_seconds = histogram("request_seconds", "From the request to its last byte.", "route")
-        first_token = histogram("time_to_first_token_seconds", "From arrival to the first token written.")
-        step_seconds = histogram("step_seconds", "Time of one step of the engine.")
-        batch_size = histogram("batch_size", "Sequences that wrote in one step.", buckets=_SEQUENCES)
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token written.")
+        self._step_seconds = histogram("step_seconds", "Time of one step of the engine.")
+        self._batch_size = histogram("batch_size", "Sequences that wrote in one step.", buckets=_SEQUENCES)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of accepted prompts.")
-        written_tokens = counter("completion_tokens", "Tokens written.")
+        self._written_tokens = counter("completion_tokens", "Tokens written.")
         self.swaps = counter("checkpoint_swaps", "Newer checkpoints that were taken over while serving.")
         gauge("queue_length", "Sequences that wait.", lambda: thread.waiting)
         gauge("running", "Sequences that are being written.", lambda: thread.running)
@@ -120,13 +119,12 @@ class Metrics:
                 lambda kind=kind: thread.model.engine.memory()[f"cache_{kind}"] if thread.model else 0
             )
 
-        def observe_step(sequences: int, tokens: int, seconds: float) -> None:
-            step_seconds.observe(seconds)
-            written_tokens.inc(tokens)
-            if sequences:
-                batch_size.observe(sequences)
-
-        thread.observe_first, thread.observe_step = first_token.observe, observe_step
+    def observe_step(self, sequences: int, tokens: int, seconds: float) -> None:
+        """Count a step of the engine."""
+        self._step_seconds.observe(seconds)
+        self._written_tokens.inc(tokens)
+        if sequences:
+            self._batch_size.observe(sequences)
 
 
 class ServerState:
@@ -140,7 +138,7 @@ class ServerState:
         self.settings = settings
         self.source = ModelSource(settings.model, settings.name)
         self.thread = EngineThread(settings.max_queue)
-        self.metrics = Metrics(self.thread)
+        self.metrics = self.thread.metrics = Metrics(self.thread)
         self.failure: Exception | None = None
         self._clients: collections.Counter[str] = collections.Counter()
 

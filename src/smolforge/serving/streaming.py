@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -98,33 +98,23 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            keeping = asyncio.create_task(self._keep_alive(send))
             try:
-                async for data in with_keep_alive(self.events):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                async with contextlib.aclosing(self.events):
+                    async for data in self.events:
+                        self._quiet = False
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
             except Exception as error:  # the status has been sent, so the error becomes an event
                 data = event(as_api_error(error).body())
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+            finally:
+                keeping.cancel()
         await send({"type": "http.response.body", "body": b""})
 
-
-async def with_keep_alive(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    """The same events, with a comment after each quiet `KEEP_ALIVE_SECONDS`, so that proxies keep the connection."""
-    pending: asyncio.Future[bytes] | None = None
-    try:
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment after each `KEEP_ALIVE_SECONDS` without an event, so that proxies keep the connection."""
         while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
-            if not done:
-                yield KEEP_ALIVE
-                continue
-            finished, pending = pending, None
-            try:
-                yield finished.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if pending is not None:
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await pending
-        await events.aclose()
+            self._quiet = True
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if self._quiet:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

@@ -24,7 +24,6 @@ from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk, Sequence
 from smolforge.kernels import NativeUnavailable, description
-from smolforge.model.architecture import architecture_of
 
 SMALL = 32 << 20  # bytes of fp32 weights that stay in a CPU's cache: fewer bits would save no time
 _STORED: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -95,9 +94,6 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     if weight.device.type == "cuda":
         runner = CudaRunner(module, precision)
         return runner, [f"precision: {reason}", f"engine: {runner.name}"]
-    if not architecture_of(module.config).fast_decoding:
-        runner = ModuleRunner(module)
-        return runner, [f"engine: {runner.name}; the native step is for Llama, not {module.config.architecture}"]
     if precision in ("int8", "int4"):
         _check_finite(module)
     try:
