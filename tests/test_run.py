@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import metrics_log
 from smolforge.errors import BadInput, CheckpointError, RunFailed, RunLocked
 from smolforge.files import read_json_lines, write_atomically
 from smolforge.metrics_log import MetricsLog, read_metrics
-from smolforge.run import Run, RunLock
+from smolforge.run import Run, lock_run
 
 
 def test_the_paths(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_config_and_index(tmp_path: Path) -> None:
     run = Run(tmp_path / "r")
     assert not run.exists and run.read_index() is None
     run.prepare()
-    run.write_config("model: {}\n")
+    run.config_path.write_text("model: {}\n")
     run.write_index({"hash": "é", "shards": [1, 2]})
     assert run.exists
     assert run.config_path.read_text() == "model: {}\n"
@@ -91,7 +91,7 @@ def test_a_file_in_the_place_of_the_run(tmp_path: Path) -> None:
 
 def test_rows_come_back_and_non_finite_numbers_are_null(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with MetricsLog(run.metrics_path) as log:
+    with closing(MetricsLog(run.metrics_path)) as log:
         log.append({"step": 1, "loss": 0.1 + 0.2, "nested": {"x": [math.nan, 1.5]}})
         log.append({"step": 2, "loss": math.inf, "text": "é\n\u2028🙂"})
     rows = read_metrics(run)
@@ -104,14 +104,13 @@ def test_rows_come_back_and_non_finite_numbers_are_null(tmp_path: Path) -> None:
 
 def test_a_torn_line_is_cut_and_the_log_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path) as log:
+    with closing(MetricsLog(path)) as log:
         log.append({"step": 1})
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(b'{"step": 2, "lo')
     assert list(read_json_lines(path)) == [{"step": 1}], "a reader passes it over"
-    with MetricsLog(path) as log:
-        assert log.torn_bytes == 15
+    with closing(MetricsLog(path)) as log:
         assert path.read_bytes() == whole
         log.append({"step": 2})
     assert list(read_json_lines(path)) == [{"step": 1}, {"step": 2}]
@@ -121,16 +120,15 @@ def test_a_torn_line_is_cut_and_the_log_goes_on(tmp_path: Path) -> None:
 @given(
     steps=st.lists(st.integers(1, 9), max_size=12).map(sorted),
     torn=st.integers(0, 40),
-    chunk=st.integers(1, 64),
     back=st.integers(0, 9),
 )
 def test_cut_anywhere_then_resumed_equals_uninterrupted(
-    tmp_path_factory: Any, steps: list[int], torn: int, chunk: int, back: int
+    tmp_path_factory: Any, steps: list[int], torn: int, back: int
 ) -> None:
     """The law of resuming: kill at any byte, take back the rows after the checkpoint, write them again."""
     folder = tmp_path_factory.mktemp("log")
     rows = [{"step": step, "loss": i / 7} for i, step in enumerate(steps)]
-    with MetricsLog(folder / "whole") as log:
+    with closing(MetricsLog(folder / "whole")) as log:
         for row in rows:
             log.append(row)
     whole = (folder / "whole").read_bytes()
@@ -139,22 +137,18 @@ def test_cut_anywhere_then_resumed_equals_uninterrupted(
     # The checkpoint is of a step whose rows were all written before the kill.
     lost = [row["step"] for row in rows[cut.count(b"\n") :]]
     resumed = min([back, *(step - 1 for step in lost)])
-    old, metrics_log._CHUNK = metrics_log._CHUNK, chunk
-    try:
-        with MetricsLog(folder / "cut") as log:
-            log.truncate_after(resumed)
-            for row in rows:
-                if row["step"] > resumed:
-                    log.append(row)
-    finally:
-        metrics_log._CHUNK = old
+    with closing(MetricsLog(folder / "cut")) as log:
+        log.truncate_after(resumed)
+        for row in rows:
+            if row["step"] > resumed:
+                log.append(row)
     assert (folder / "cut").read_bytes() == whole
 
 
 def test_taking_rows_back_counts_them_and_drops_unreadable_ones(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1}\n{"event": "start"}\nnot json\n{"step": 5}\n{"step": 2')
-    with MetricsLog(path) as log:
+    with closing(MetricsLog(path)) as log:
         assert log.truncate_after(9) == 1  # the one that is no JSON
         assert log.truncate_after(1) == 1
         log.append({"step": 2})
@@ -163,9 +157,10 @@ def test_taking_rows_back_counts_them_and_drops_unreadable_ones(tmp_path: Path) 
 
 APPENDING = """
 import sys
+from contextlib import closing
 from pathlib import Path
 from smolforge.metrics_log import MetricsLog
-with MetricsLog(Path(sys.argv[1])) as log:
+with closing(MetricsLog(Path(sys.argv[1]))) as log:
     print("ready", flush=True)
     for step in range(10**9):
         log.append({"step": step, "loss": step / 3, "text": "x" * (step % 700)})
@@ -183,7 +178,7 @@ def test_kill_9_while_logging_leaves_whole_rows(tmp_path: Path) -> None:
         rows = list(read_json_lines(path))
         assert len(rows) > 1
         assert [row["step"] for row in rows] == list(range(len(rows)))
-        with MetricsLog(path) as log:
+        with closing(MetricsLog(path)) as log:
             log.truncate_after(-1)
         assert path.read_bytes() == b""
 
@@ -197,7 +192,7 @@ def test_a_full_disk_leaves_the_rows_before_whole(tmp_path: Path, monkeypatch: p
             return real(descriptor, data[:20])  # a part still fits
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with MetricsLog(path) as log:
+    with closing(MetricsLog(path)) as log:
         log.append({"step": 1})
         monkeypatch.setattr(os, "write", nearly_full)
         with pytest.raises(RunFailed, match=r"no room on the disk for .* bytes are needed"):
@@ -226,8 +221,8 @@ def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkey
 
 HOLDING = """
 import sys, time
-from smolforge.run import Run, RunLock
-with RunLock(Run(sys.argv[1])):
+from smolforge.run import Run, lock_run
+with lock_run(Run(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -236,35 +231,36 @@ with RunLock(Run(sys.argv[1])):
 def test_a_second_process_is_told_who_has_the_run(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
-    with pytest.raises(RunLocked) as caught:
-        RunLock(Run(tmp_path)).acquire()
+    with pytest.raises(RunLocked) as caught, lock_run(Run(tmp_path)):
+        pass
     assert f"process {child.pid} on {os.uname().nodename}" in str(caught.value)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    with RunLock(Run(tmp_path)) as lock:  # the kernel let go
-        assert lock.held
+    with lock_run(Run(tmp_path)):  # the kernel let go
         assert f"process {os.getpid()}" in Run(tmp_path).lock_path.read_text()
 
 
 def test_a_lock_is_let_go_and_can_be_taken_again(tmp_path: Path) -> None:
-    lock = RunLock(Run(tmp_path)).acquire()
-    with pytest.raises(RunLocked):
-        RunLock(Run(tmp_path)).acquire()
-    lock.release()
-    lock.release()
-    with RunLock(Run(tmp_path)):
+    with lock_run(Run(tmp_path)):
+        with pytest.raises(RunLocked), lock_run(Run(tmp_path)):
+            pass
+        with pytest.raises(RunLocked), lock_run(Run(tmp_path)):  # the refused one did not let it go
+            pass
+    with lock_run(Run(tmp_path)):
         pass
 
 
 def test_a_forked_child_does_not_keep_a_released_run(tmp_path: Path) -> None:
-    lock = RunLock(Run(tmp_path)).acquire()
+    lock = lock_run(Run(tmp_path))
+    lock.__enter__()
     child = os.fork()
     if child == 0:
         time.sleep(30)
         os._exit(0)
     try:
-        lock.release()
-        RunLock(Run(tmp_path)).acquire().release()
+        lock.__exit__(None, None, None)
+        with lock_run(Run(tmp_path)):
+            pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -279,12 +275,12 @@ def test_a_filesystem_without_locks_is_said(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with RunLock(Run(tmp_path)):
+    with lock_run(Run(tmp_path)):
         pass
     assert "no locks" in caplog.text
 
 
 def test_strict_json_in_the_log(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "m") as log:
+    with closing(MetricsLog(tmp_path / "m")) as log:
         log.append({"step": 1, "loss": math.nan})
     json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)

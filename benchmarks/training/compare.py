@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--memory", default=None, metavar="BYTES", help="such as 5GB: smolforge once more, under this")
+    parser.add_argument("--memory", default=None, metavar="BYTES", help="such as 5GiB: smolforge once more, under this")
     parser.add_argument("--only", nargs="*", default=None, help="contestants to run, by name")
     args = parser.parse_args()
     contestants = {name: (sys.executable, []) for name in NAMES if args.only is None or name in args.only}

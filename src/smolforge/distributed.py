@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 # Longer than any save or evaluation, shorter than a scheduler waits for a dead rank.
 TIMEOUT = timedelta(minutes=20)
@@ -70,11 +71,11 @@ class DistributedContext:
         """Sum each tensor over the ranks in place, in flat buckets of equal precision."""
         if self.world_size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
+        for bucket in _take_tensors(list(tensors), BUCKET_BYTES):
+            flat = _flatten_dense_tensors(bucket)
             dist.all_reduce(flat)
-            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(part.view_as(t))
+            for tensor, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                tensor.copy_(summed)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -92,16 +93,3 @@ def init_distributed(device: torch.device) -> DistributedContext:
     if dist.get_rank() > 0:  # what every rank decides alike is reported once
         logging.getLogger("smolforge").setLevel(logging.WARNING)
     return DistributedContext(dist.get_rank(), dist.get_world_size(), control)
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size >= BUCKET_BYTES or bucket[0].dtype != tensor.dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-    if bucket:
-        yield bucket

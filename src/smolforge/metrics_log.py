@@ -16,8 +16,6 @@ from typing import Any
 from smolforge.files import no_room, read_json_lines, write_atomically
 from smolforge.run import Run
 
-_CHUNK = 1 << 20
-
 
 class MetricsLog:
     """An append-only file of JSON rows. Non-finite floats are written as null, since JSON has no word for them."""
@@ -26,11 +24,7 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        whole = _end_of_last_whole_row(self._descriptor)
-        self.torn_bytes = os.fstat(self._descriptor).st_size - whole
-        """Bytes of a torn last line that opening cut off."""
-        if self.torn_bytes:
-            os.ftruncate(self._descriptor, whole)
+        os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)  # without a torn last line
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row.
@@ -64,23 +58,6 @@ class MetricsLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _end_of_last_whole_row(descriptor: int) -> int:
-    end = os.fstat(descriptor).st_size
-    while end > 0:
-        start = max(0, end - _CHUNK)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
 
 
 def _step_of(line: bytes) -> float:

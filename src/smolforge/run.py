@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Run:
         self.checkpoints_path = self.path / "checkpoints"
         """The directory of step-00000000 directories."""
         self.lock_path = self.path / "lock"
-        """The file that `RunLock` locks."""
+        """The file that `lock_run` locks."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -81,7 +82,7 @@ class Run:
             raise BadInput(f"{self.path} is a file", field="out", hint="Give a directory for the run.")
         found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _LITTER)
         # A run that was killed before its first file has only these.
-        if set(found) <= {"lock", "checkpoints"} and not _has_entries(self.checkpoints_path):
+        if set(found) <= {"lock", "checkpoints"} and not any(self.checkpoints_path.glob("*")):
             return
         if "config.json" in found or any(name.endswith(".safetensors") for name in found):
             what = "a model directory, not a run"
@@ -93,10 +94,6 @@ class Run:
             field="out",
             hint="Nothing was changed. Give a new or empty directory, or that of an earlier run.",
         )
-
-    def write_config(self, text: str) -> None:
-        """Replace config.yaml by `text`, atomically."""
-        write_atomically(self.config_path, text)
 
     def write_index(self, index: dict[str, Any]) -> None:
         """Replace data_index.json, atomically."""
@@ -121,72 +118,41 @@ class Run:
         return value
 
 
-def _has_entries(directory: Path) -> bool:
-    return directory.is_dir() and any(directory.iterdir())
-
-
-class RunLock:
-    """Keeps a second process from writing a run. A context manager.
+@contextlib.contextmanager
+def lock_run(run: Run) -> Iterator[None]:
+    """Keep a second process from writing a run.
 
     Uses `flock` on RUN/lock: the kernel releases it when the holder ends, however it ends, so no lock is ever stale.
     The file stays, since removing it would let two processes lock two files of one name. On a network filesystem the
     lock may hold on one machine only; where locking is not supported at all a warning says so and the run continues.
+
+    Raises:
+        RunLocked: another process has it; its pid and host are named.
     """
+    import fcntl
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._descriptor = -1
-
-    @property
-    def held(self) -> bool:
-        """Whether this object has the run (or the filesystem cannot lock)."""
-        return self._descriptor >= 0
-
-    def acquire(self) -> RunLock:
-        """Take the run.
-
-        Raises:
-            RunLocked: another process has it; its pid and host are named.
-        """
-        import fcntl
-
-        self.run.lock_path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.run.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    run.lock_path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
             raise RunLocked(
-                f"{self.run.path} is being written by {holder}",
+                f"{run.path} is being written by {holder}",
                 field="out",
                 hint="Wait for it, stop it, or give another directory with --out.",
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                os.close(descriptor)
                 raise
-            logger.warning(f"{self.run.path}: this filesystem has no locks; do not start the run twice")
-        self._descriptor = descriptor
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {started}\n"
+            logger.warning(f"{run.path}: this filesystem has no locks; do not start the run twice")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
-        return self
-
-    def release(self) -> None:
-        """Let the run go; a second call does nothing."""
-        if self.held:
-            import fcntl
-
-            # Unlocked by name, not only closed: a forked child may still have a copy of the descriptor.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> RunLock:
-        return self if self.held else self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+        yield
+    finally:
+        # Unlocked by name, not only closed: a forked child may still have a copy of the descriptor.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)

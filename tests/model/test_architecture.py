@@ -51,14 +51,7 @@ class ParallelModel(Decoder):
 
 
 class ParallelForCausalLM(CausalLM):
-    def __init__(self, config, options):
-        super().__init__(config, options)
-        self.body = ParallelModel(config, options)
-        self.lm_head = self.new_head("embed_tokens.weight")
-
-    @property
-    def decoder(self):
-        return self.body
+    decoder_class, decoder_name = ParallelModel, "body"
 
 
 register(

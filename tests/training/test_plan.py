@@ -149,5 +149,5 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 def test_configuration_reads_sizes() -> None:
-    built = configuration.build_config("pocket", ["training.memory=6GB"])
-    assert built.training.memory == 6 << 30
+    for text, amount in (("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("auto", "auto")):
+        assert configuration.build_config("pocket", [f"training.memory={text}"]).training.memory == amount

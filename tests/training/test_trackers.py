@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,7 +96,7 @@ def said() -> Iterator[list[logging.LogRecord]]:
 
 
 def test_rows_arrive_whole_and_in_order(name: str, fake: Fake, run: Run, said: list[logging.LogRecord]) -> None:
-    with Trackers([name], run, CONFIG) as trackers:
+    with closing(Trackers([name], run, CONFIG)) as trackers:
         for step in range(100):
             trackers.scalars(step, {"loss": step / 2, "mfu": None, "grad_norm": float("nan"), "data_digest": "00"})
         trackers.text(99, "samples/Once", "<b>a ```` b</b>")
@@ -119,7 +120,7 @@ def test_a_tracker_that_is_not_installed(
     name: str, run: Run, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with Trackers([name], run, CONFIG) as trackers:
+    with closing(Trackers([name], run, CONFIG)) as trackers:
         trackers.scalars(1, {"loss": 1.0})
     assert (
         len(said) == 1 and said[0].getMessage().startswith(f"{name} is off") and "pip install" in said[0].getMessage()
@@ -190,7 +191,7 @@ def test_a_talkative_tracker_leaves_stdout_to_the_run(
 
 def test_one_that_fails_takes_no_other_with_it(fake: Fake, name: str, run: Run, said: list[logging.LogRecord]) -> None:
     fake.fail["log"] = ValueError("refused")
-    with Trackers(["tensorboard", name], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard", name], run, CONFIG)) as trackers:
         for step in range(10):
             trackers.scalars(step, {"loss": float(step)})
     assert len(said) == 1 and said[0].getMessage().startswith(name)
@@ -206,10 +207,10 @@ def read(run: Run) -> dict[str, dict[int, float]]:
 
 
 def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run, said: list[logging.LogRecord]) -> None:
-    with Trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         for step in range(1, 11):
             trackers.scalars(step, {"loss": 100.0})
-    with Trackers(["tensorboard"], run, CONFIG, resume_step=6) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG, resume_step=6)) as trackers:
         for step in range(7, 9):
             trackers.scalars(step, {"loss": 1.0})
         trackers.text(8, "samples", "two\nlines \ud800")
@@ -219,7 +220,7 @@ def test_tensorboard_takes_back_what_a_killed_process_wrote_too_much(run: Run, s
 
 def test_tensorboard_that_cannot_write_is_dropped(run: Run, said: list[logging.LogRecord]) -> None:
     run.tensorboard_path.write_text("a file is in the way")
-    with Trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         trackers.scalars(1, {"loss": 1.0})
     assert len(said) == 1 and said[0].getMessage().startswith("tensorboard is off")
 

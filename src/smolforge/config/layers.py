@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -73,15 +74,20 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
             problems.append(BadInput(f"{override!r} has no '='", field="--set", hint="Write --set section.key=value."))
             continue
         try:
-            value = yaml.safe_load(text)
+            layer: Any = yaml.safe_load(text)
         except yaml.YAMLError:
-            value = text
-        _assign(tree, key.strip().split("."), value)
+            layer = text
+        for part in reversed(key.strip().split(".")):
+            layer = {part: layer}
+        merge(tree, layer)
     merge(tree, layers)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(problems + [_explain(e) for e in error.errors() if e["type"] != _NOT_DERIVED]) from None
+        first: dict[str, BadInput] = {}  # each member of a union has an error of its own about one value
+        for problem in (_explain(e) for e in error.errors() if e["type"] != _NOT_DERIVED):
+            first.setdefault(problem.field or problem.message, problem)
+        raise ConfigError([*problems, *first.values()]) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -106,16 +112,9 @@ def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
             tree[key] = value
 
 
-def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    layer: Any = value
-    for key in reversed(path):
-        layer = {key: layer}
-    merge(tree, layer)
-
-
 def _explain(error: Any) -> BadInput:
     """What pydantic says of one wrong key or value, in our words, with the nearest right key."""
-    path = [str(part) for part in error["loc"] if part not in _BRANCHES]
+    path = [str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part))]
     field = ".".join(path) or None
     kind, message = error["type"], error["msg"]
     if kind == "extra_forbidden":
@@ -129,12 +128,14 @@ def _explain(error: Any) -> BadInput:
         if colon and re.fullmatch(r"[\w.]+", inner):
             return BadInput(rest, field=f"{field}.{inner}" if field else inner)
         return BadInput(text, field=field)
+    if kind.startswith("byte_size"):
+        return BadInput(f"{error['input']!r} is not an amount of memory; write it as 6GB or 512MiB", field=field)
     given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
     return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field)
 
 
 # Tags that pydantic adds to a location for the members of a union; they are not keys.
-_BRANCHES = {"TokenizerConfig", "str", "int", "bool"}
+_BRANCH = re.compile(r"TokenizerConfig|str|int|bool|function-\w+\[.*\]|literal\[.*\]")
 
 
 def _keys_at(path: list[str]) -> list[str]:
@@ -147,14 +148,8 @@ def _keys_at(path: list[str]) -> list[str]:
 
 
 def _elsewhere(key: str) -> str | None:
-    places = [
-        f"{name}.{inner}"
-        for name, field in RunConfig.model_fields.items()
-        if _is_section(field.annotation)
-        for inner in field.annotation.model_fields  # type: ignore[union-attr]
-    ]
-    exact = [place for place in places if place.split(".")[1] == key]
-    return exact[0] if exact else nearest(key, places)
+    places = [place for place, _ in _leaves() if "." in place]
+    return next((place for place in places if place.endswith(f".{key}")), None) or nearest(key, places)
 
 
 def _is_section(kind: Any) -> bool:
@@ -163,14 +158,18 @@ def _is_section(kind: Any) -> bool:
 
 def key_table() -> str:
     """All keys with their defaults and meanings, as the Markdown tables of docs/configuration.md."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
+    head = ["| key | default | meaning |", "|---|---|---|"]
+    return "\n".join([*head, *(_row(key, field) for key, field in _leaves())])
+
+
+def _leaves() -> Iterator[tuple[str, Any]]:
+    """Each key, dotted, with pydantic's description of it."""
     for name, field in RunConfig.model_fields.items():
-        if _is_section(field.annotation):
-            for inner, leaf in field.annotation.model_fields.items():  # type: ignore[union-attr]
-                lines.append(_row(f"{name}.{inner}", leaf))
+        kind: Any = field.annotation
+        if _is_section(kind):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in kind.model_fields.items())
         else:
-            lines.append(_row(name, field))
-    return "\n".join(lines)
+            yield name, field
 
 
 def _row(key: str, field: Any) -> str:

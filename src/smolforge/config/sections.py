@@ -7,12 +7,11 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
-# Counts and amounts of memory as people write them: 64k, 1M, 10B (decimal), 6GB (2**30 bytes each).
+# Counts as people write them: 64k, 1M, 10B (decimal).
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kmbt]?)\s*$", re.IGNORECASE)
-_MEMORY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(kb|mb|gb|tb|b)?\s*$", re.IGNORECASE)
 
 
 def parse_count(value: Any) -> Any:
@@ -32,23 +31,7 @@ def parse_count(value: Any) -> Any:
     return int(number)
 
 
-def parse_memory(value: Any) -> Any:
-    """`"6GB"` → bytes, with 2**30 bytes to a GB.
-
-    Raises:
-        ValueError: not an amount of memory.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _MEMORY.match(value)
-    if not match:
-        raise ValueError(f"{value!r} is not an amount of memory; write it as 6GB or 512MB")
-    power = ("b", "kb", "mb", "gb", "tb").index((match[2] or "b").lower())
-    return int(float(match[1]) * 1024**power)
-
-
 Count = Annotated[int, BeforeValidator(parse_count)]
-Memory = Annotated[int, BeforeValidator(parse_memory)]
 
 
 class _Section(BaseModel):
@@ -157,9 +140,9 @@ class DataConfig(_Section):
     """Background threads that read and tokenize ahead. Not part of the address of a batch."""
     prefetch: int = Field(default=4, ge=1)
     """Steps made ahead of the one that trains."""
-    read_ahead: Memory = Field(default=256 << 20, ge=1 << 20)
+    read_ahead: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
     """Most bytes of fetched row groups held ahead."""
-    cache: Memory = Field(default=2 << 30, ge=0)
+    cache: ByteSize = Field(default=ByteSize(2 << 30), ge=0)
     """Most bytes of fetched shards kept on disk; 0 turns the cache off."""
     patience: float = Field(default=900.0, ge=0)
     """Seconds that a silent network is tried again before the run saves and stops."""
@@ -240,8 +223,8 @@ class TrainingConfig(_Section):
     """Largest global norm of the gradient; 0 turns clipping off."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log normaliser in the loss."""
-    memory: Memory | Literal["auto"] = "auto"
-    """Memory to stay within; picks micro_batch and activation checkpointing."""
+    memory: ByteSize | Literal["auto"] = "auto"
+    """Memory to stay within, 6GB (10**9 bytes each) or 6GiB (2**30); picks micro_batch and activation checkpointing."""
     loss: Literal["auto", "native", "chunked", "linear", "full"] = "auto"
     """How the loss is computed; auto chooses by device."""
     attention: Literal["auto", "native", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"

@@ -134,9 +134,11 @@ class TiedHead(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with its head. When tied there is one tensor, under the embedding's name.
 
-    A subclass sets its decoder under its own name, then `lm_head`, so that its state dict has its own names and order.
+    A subclass says which decoder it has, and the name of it in the state dict.
     """
 
+    decoder_class: ClassVar[Callable[[ModelConfig, ComputeOptions], Decoder]]
+    decoder_name: ClassVar[str]
     lm_head: nn.Module
     # Projections that write into the residual stream, by the end of their names: they start smaller, see `initialise`.
     residual_projections: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight")
@@ -145,17 +147,16 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config, self.options = config, options
         self._loss = choose_loss(options.loss)
+        self.add_module(self.decoder_name, type(self).decoder_class(config, options))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            names = (name for name, p in self.decoder.named_parameters() if p is self.decoder.embed_tokens.weight)
+            self.lm_head = TiedHead(config, next(names))
 
     @property
     def decoder(self) -> Decoder:
         """Everything below the head."""
-        raise NotImplementedError
-
-    def new_head(self, embedding: str) -> nn.Module:
-        """The module to set as `lm_head`; `embedding` is the name of the tied matrix for people."""
-        if self.config.tie_word_embeddings:
-            return TiedHead(self.config, embedding)
-        return nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        return getattr(self, self.decoder_name)
 
     @property
     def output_weight(self) -> Tensor:
@@ -166,15 +167,9 @@ class CausalLM(nn.Module):
         """Logits (..., V) of hidden states (..., D)."""
         return F.linear(hidden, self.output_weight)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Logits (B, T, V); arguments as of `Decoder.forward`."""
-        return self.head(self.decoder(input_ids, positions, document_ids, cache))
+        return self.head(self.decoder(input_ids, **options))
 
     def loss(
         self,
@@ -336,24 +331,20 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int | None = 0,
-    attention: str | Attend = "sdpa",
-    loss: str = "chunked",
-    recompute: bool = False,
-    sparse_embedding: bool = False,
     compile: bool = False,
+    **options: Any,
 ) -> CausalLM:
     """The model of `config`, with new weights of `seed`, or with memory not yet filled where `seed` is None.
 
-    `device="meta"` with `seed=None` takes no memory. The other arguments are those of `ComputeOptions`, and whether to
-    call `compile_training`.
+    `device="meta"` with `seed=None` takes no memory. `options` are the fields of `ComputeOptions`, and `compile` is
+    whether to call `compile_training`.
 
     Raises:
         BadInput: there is no such architecture, attention or loss, or the architecture cannot have this shape.
     """
     architecture = architecture_of(config)
-    options = ComputeOptions(attention, loss, recompute, sparse_embedding)
     with torch.device("meta"), _WithoutInitialisation():
-        model = architecture.build(config, options)
+        model = architecture.build(config, ComputeOptions(**options))
     model = model.to(dtype)
     if str(device) != "meta":
         model = model.to_empty(device=device)

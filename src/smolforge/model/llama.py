@@ -128,14 +128,7 @@ class LlamaModel(Decoder):
 class LlamaForCausalLM(CausalLM):
     """A Llama with its head."""
 
-    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
-        super().__init__(config, options)
-        self.model = LlamaModel(config, options)
-        self.lm_head = self.new_head("embed_tokens.weight")
-
-    @property
-    def decoder(self) -> LlamaModel:
-        return self.model
+    decoder_class, decoder_name = LlamaModel, "model"
 
 
 def _check(config: ModelConfig) -> None:

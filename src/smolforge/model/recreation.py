@@ -102,14 +102,7 @@ class RecreationModel(Decoder):
 class SmollmV2Recreation(CausalLM):
     """The recreation with its head."""
 
-    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
-        super().__init__(config, options)
-        self.transformer = RecreationModel(config, options)
-        self.lm_head = self.new_head("wte.weight")
-
-    @property
-    def decoder(self) -> RecreationModel:
-        return self.transformer
+    decoder_class, decoder_name = RecreationModel, "transformer"
 
 
 def _check(config: ModelConfig) -> None:

@@ -200,7 +200,14 @@ class MetricsLogger:
         prompts = self._prompts()
         if not (self.samples and self.trackers and prompts):
             return
-        for prompt, (text, reason) in zip(prompts, self._continuations(prompts, step), strict=True):
+        settings = self.config.samples.model_dump(include={"max_tokens", "temperature", "top_p"})
+        engine = Engine.from_model(self.context.model, self.context.tokenizer)
+        texts, reasons = [""] * len(prompts), [""] * len(prompts)
+        for output in engine.stream(prompts, SamplingParams(**settings, seed=step)):
+            self._poll_single_rank()
+            texts[output.request] += output.text
+            reasons[output.request] = output.finish_reason or reasons[output.request]
+        for prompt, text, reason in zip(prompts, texts, reasons, strict=True):
             row = {"step": step, "prompt": prompt, "text": text, "finish_reason": reason, "seed": step}
             self.samples.append(row)
             self.trackers.text(step, f"samples/{prompt}", prompt + text)
@@ -212,23 +219,6 @@ class MetricsLogger:
         room = self.config.model.max_position_embeddings - 1
         encode = self.context.tokenizer.encode
         return [prompt for prompt in self.config.samples.prompts if 0 < len(encode(prompt)) <= room]
-
-    def _continuations(self, prompts: list[str], seed: int) -> list[tuple[str, str]]:
-        """(text, finish reason) for each prompt."""
-        model = self.context.model
-        settings = self.config.samples.model_dump(include={"max_tokens", "temperature", "top_p"})
-        sampling = SamplingParams(**settings, seed=seed)
-        texts, reasons = [""] * len(prompts), [""] * len(prompts)
-        model.eval()
-        try:
-            with torch.no_grad():
-                for output in Engine.from_model(model, self.context.tokenizer).stream(prompts, sampling):
-                    self._poll_single_rank()
-                    texts[output.request] += output.text
-                    reasons[output.request] = output.finish_reason or reasons[output.request]
-        finally:
-            model.train()
-        return list(zip(texts, reasons, strict=True))
 
     def _poll_single_rank(self) -> None:
         # With several ranks an exception on one would leave the others waiting; they stop at the next step.

@@ -20,46 +20,22 @@ STEPS = 3  # in the trace; each takes some megabytes
 WAIT = 4  # steps before, in a run that is long enough
 
 
-class Profiler:
-    """Traces some steps of this process. A context manager.
+def build_profiler(folder: Path, first_step: int, remaining: int, device: torch.device) -> profile:
+    """A context manager whose `step` is called after each step; it writes FOLDER/step-N.json.gz, N the last step seen.
 
     Args:
-        folder: where the trace goes.
+        first_step: updates before this process made any.
         remaining: steps that this process will make; a short run is traced from its beginning.
     """
+    active = max(1, min(STEPS, remaining - 1))
+    warmup = 1 if remaining > active else 0
+    wait = max(0, min(WAIT, remaining - active - warmup))
 
-    def __init__(self, folder: Path, remaining: int, device: torch.device) -> None:
-        self.folder = folder
-        active = max(1, min(STEPS, remaining - 1))
-        warmup = 1 if remaining > active else 0
-        wait = max(0, min(WAIT, remaining - active - warmup))
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        self._step, self._done = 0, False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a run of one step leaves no warm-up
-            plan = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
-        self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write, profile_memory=True)
-
-    def __enter__(self) -> Profiler:
-        self._profile.start()
-        return self
-
-    def step(self, number: int) -> None:
-        """Step `number` of the run ended."""
-        if not self._done:
-            self._step = number
-            self._profile.step()
-
-    def __exit__(self, *_: object) -> None:
-        if not self._done:  # the run stopped within the traced steps: what was recorded is written
-            self._profile.stop()
-
-    def _write(self, profiler: profile) -> None:
-        self._done = True
-        path = self.folder / f"step-{self._step:08d}.json.gz"
+    def write(profiler: profile) -> None:
+        path = folder / f"step-{first_step + profiler.step_num:08d}.json.gz"
         temporary = path.with_name(f".{path.name}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(temporary))
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # the run continues without its trace
@@ -68,3 +44,9 @@ class Profiler:
             logger.warning(f"profile: the trace could not be written: {error}")
             return
         logger.info(f"profile: {path} ({path.stat().st_size / 1e6:.1f} MB); open it at https://ui.perfetto.dev")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a run of one step leaves no warm-up
+        plan = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
+    return profile(activities=activities, schedule=plan, on_trace_ready=write, profile_memory=True)

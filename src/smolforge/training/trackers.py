@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ CLOSE_SECONDS = 20.0
 """How long the end of a run waits for its trackers to send what they still have."""
 
 
-class Trackers(contextlib.AbstractContextManager["Trackers"]):
+class Trackers:
     """The trackers of a run, on one rank. No method raises a tracker's error; only `close` waits for one.
 
     Args:
@@ -96,9 +97,6 @@ class Trackers(contextlib.AbstractContextManager["Trackers"]):
                 del self.open[name]
                 logger.warning(_describe_failure(name, error))
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _Background:
     """A tracker in a thread: opening it, every row and the end of it happen there.
@@ -108,14 +106,13 @@ class _Background:
 
     def __init__(self, name: str, make: Callable[[], Any], rows: int) -> None:
         self._rows: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue(maxsize=rows)
-        self._error: Exception | None = None
-        self._finished = threading.Event()
+        self._end: Future[None] = Future()
         threading.Thread(target=self._work, args=(make,), name=f"tracker-{name}", daemon=True).start()
 
     def put(self, row: tuple[int, Mapping[str, Any]] | None) -> None:
         """Queue (step, values), or None for the end; raise what the tracker failed with."""
-        if self._error is not None:
-            raise self._error
+        if self._end.done():
+            self._end.result()
         try:
             self._rows.put_nowait(row)
         except queue.Full:
@@ -123,21 +120,20 @@ class _Background:
 
     def wait(self, seconds: float) -> None:
         """Wait until everything is sent; raise what the tracker failed with."""
-        if not self._finished.wait(seconds):
+        if not wait([self._end], seconds).done:
             raise TimeoutError(f"it did not finish in time; {self._rows.qsize()} rows were not sent")
-        if self._error is not None:
-            raise self._error
+        self._end.result()
 
     def _work(self, make: Callable[[], Any]) -> None:
         try:
             tracker = make()
             while (row := self._rows.get()) is not None:
                 tracker.log(*row)
-            tracker.finish()
-        except BaseException as error:  # SystemExit too: some libraries end the process where they cannot start
-            self._error = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
-        finally:
-            self._finished.set()
+            self._end.set_result(tracker.finish())
+        except Exception as error:
+            self._end.set_exception(error)
+        except BaseException as error:  # some libraries end the process where they cannot start
+            self._end.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class TensorBoard:

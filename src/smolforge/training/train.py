@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
+from torch.profiler import profile, record_function
 
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
@@ -30,16 +29,17 @@ from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
+from smolforge.files import write_atomically
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
 from smolforge.report import write_report
-from smolforge.run import Run, RunLock
+from smolforge.run import Run, lock_run
 from smolforge.training import checkpointing, setup
 from smolforge.training.checkpointing import Position
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
 from smolforge.training.optim import optimizer_step, schedule_factor
 from smolforge.training.plan import Plan, choose_device, resolve_batch
-from smolforge.training.profiling import Profiler
+from smolforge.training.profiling import build_profiler
 from smolforge.training.setup import TrainContext, TrainRequest, compiled_graphs, run_first_step
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
@@ -66,10 +66,11 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
             trainer = Trainer(context, position, shutdown)
             if not trainer.is_complete():
                 if ranks.is_main:
-                    run.write_config(context.config.to_yaml())
+                    write_atomically(run.config_path, context.config.to_yaml())
                     setup.write_environment(context, request.command)
                 if request.profile and ranks.is_main:
-                    trainer.profiler = Profiler(run.path / "profile", trainer.total - position.step, device)
+                    remaining = trainer.total - position.step
+                    trainer.profiler = build_profiler(run.path / "profile", position.step, remaining, device)
                 trainer.run(request.more_steps)
                 if ranks.is_main:
                     finish(context)
@@ -85,7 +86,7 @@ def open_run(
     """Lock the run's directory and open all that its steps need; the context, and the position to train from."""
     if ranks.is_main:
         if request.fresh and run.exists:
-            with RunLock(run):
+            with lock_run(run):
                 pass  # no other process writes it
             setup.move_aside(run)
         run.check_place()
@@ -95,7 +96,7 @@ def open_run(
     config = resolve_batch(config, device)
     if ranks.is_main:
         run.prepare()
-        stack.enter_context(RunLock(run))
+        stack.enter_context(lock_run(run))
         commit.sweep(run.checkpoints_path)
     ranks.barrier()
     context = setup.build_context(run, config, newest, ranks, device)
@@ -128,7 +129,7 @@ class Trainer:
         self.bad: list[StepMetrics] = []  # the last steps, as far as not finite
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
-        self.profiler: Profiler | None = None
+        self.profiler: profile | None = None
         self.committer = Committer(
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
         )
@@ -153,23 +154,18 @@ class Trainer:
             SmolforgeError: the run failed; what could be saved was saved.
         """
         self.metrics.open(self.position.step, more_steps)
-        try:
-            with self.profiler or contextlib.nullcontext():
+        # A save in flight ends or fails where the committer is left; its failure does not hide an earlier error.
+        with contextlib.closing(self.metrics), self.committer, self.profiler or contextlib.nullcontext():
+            try:
                 self.metrics.catch_up(self.position.step)
                 while self.position.step < self.total:
                     try:
                         self._steps()
                     except RollBack:
                         self._roll_back()
-        except StopRequested:
-            self._save()
-            raise
-        finally:
-            # A save in flight ends or fails here; its failure must not hide the first error.
-            failing = sys.exc_info()[0] is not None
-            with contextlib.suppress(SmolforgeError) if failing else contextlib.nullcontext():
-                self.committer.wait()
-            self.metrics.close()
+            except StopRequested:
+                self._save()
+                raise
 
     def _steps(self) -> None:
         """Step until the end, a stop, or a roll-back."""
@@ -197,7 +193,7 @@ class Trainer:
                 graphs = compiled_graphs()
                 self._flush_metrics(keep=0 if self.plan.device.type == "cpu" else 1)
                 if self.profiler:
-                    self.profiler.step(self.position.step)
+                    self.profiler.step()
                 self.metrics.throughput.tick()
                 self._save_and_evaluate()
                 self.committer.poll()
