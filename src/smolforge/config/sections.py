@@ -140,7 +140,7 @@ class DataConfig(_Section):
     """Background threads that read and tokenize ahead. Not part of the address of a batch."""
     prefetch: int = Field(default=4, ge=1)
     """Steps made ahead of the one that trains."""
-    read_ahead: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
+    read_ahead: ByteSize = Field(default=ByteSize(256 << 20), ge=10**6)
     """Most bytes of fetched row groups held ahead."""
     cache: ByteSize = Field(default=ByteSize(2 << 30), ge=0)
     """Most bytes of fetched shards kept on disk; 0 turns the cache off."""
