@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.errors import BadInput, CheckpointError, SmolforgeError
-from smolforge.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
+from smolforge.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 CORPUS = [
     "Once upon a time there was a small café by the sea. It had 1234 guests, and 5 cats!\n\n",
@@ -36,7 +36,7 @@ def trained() -> Tokenizer:
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    decoder = tokenizer.stream()
+    decoder = StreamDecoder(tokenizer)
     return [*map(decoder.push, ids), decoder.flush()]
 
 
@@ -96,7 +96,7 @@ def test_a_stream_of_any_tokens_joins_to_their_text(trained: Tokenizer, ids: lis
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_no_piece_ever_shows_half_a_character(trained: Tokenizer, text: str) -> None:
-    decoder, shown = trained.stream(), ""
+    decoder, shown = StreamDecoder(trained), ""
     for i in trained.encode(text):
         shown += decoder.push(i)
         assert text.startswith(shown)

@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old file or the new one, and read JSON lines that may be torn."""
+"""Write files so that a crash leaves the old file or the new one, and read JSON, and JSON lines that may be torn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import RunFailed
+from smolforge.errors import CheckpointError, RunFailed
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+MAX_JSON_BYTES = 64 << 20
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -115,6 +116,39 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, field: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file of bounded size.
+
+    Args:
+        field: what errors call the file; its path unless given.
+
+    Raises:
+        CheckpointError: missing, too large, not JSON, not an object, or a key is given twice.
+    """
+    field = field or str(path)
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"is too large for this kind of file: {size:,} bytes", field=field)
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", field=field) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not JSON: {error}", field=field) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("must hold a JSON object", field=field)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in value if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} is given twice")
+    return value
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

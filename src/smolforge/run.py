@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import BadInput, CheckpointError, RunLocked
-from smolforge.files import write_atomically
+from smolforge.errors import BadInput, RunLocked
+from smolforge.files import read_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +105,7 @@ class Run:
         Raises:
             CheckpointError: the file is damaged.
         """
-        if not self.index_path.is_file():
-            return None
-        if self.index_path.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{self.index_path} is larger than {MAX_INDEX_BYTES >> 20} MiB")
-        try:
-            value = json.loads(self.index_path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.index_path} is damaged: {error}") from None
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.index_path} must hold an object")
-        return value
+        return read_json(self.index_path, limit=MAX_INDEX_BYTES) if self.index_path.is_file() else None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge import hub
 from smolforge.errors import BadInput, CheckpointError
+from smolforge.files import read_json
 from smolforge.formatting import replace_lone_surrogates
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Tokenizer:
             raise
         except BaseException as error:  # PanicException of the library is not an Exception
             raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
-        config = _read_json(directory / "tokenizer_config.json")
+        settings = directory / "tokenizer_config.json"
+        config = read_json(settings, limit=MAX_FILE_BYTES) if settings.is_file() else {}
         template = directory / "chat_template.jinja"  # where transformers 5 keeps it
         if "chat_template" not in config and template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
             config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
@@ -214,10 +216,6 @@ class Tokenizer:
         spell = _byte_level_bytes if "ByteLevel" in str(self.backend.decoder) else _sentencepiece_bytes
         return [added.get(i) or spell(self.token_text(i)) for i in range(self.vocab_size)]
 
-    def stream(self) -> StreamDecoder:
-        """A decoder for tokens that arrive one at a time."""
-        return StreamDecoder(self)
-
     def save(self, directory: Path, *, max_length: int = 8192) -> None:
         """Write the three files that transformers' `PreTrainedTokenizerFast` reads.
 
@@ -308,17 +306,3 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", field="tokenizer") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object", field="tokenizer")
-    return value

@@ -188,7 +188,7 @@ def test_200_random_corruptions_and_none_loads_silently(checkpoints: Path) -> No
                 load_model(newest)
         report = verify_tree(checkpoints.parent)
         assert not report.whole
-        assert report.newest_whole == checkpoints / "step-00000002"
+        assert report.newest_whole == str(checkpoints / "step-00000002")
         path.write_bytes(contents[path])
     assert verify(newest) == []
 
@@ -223,7 +223,7 @@ def test_verify_tree_reports(checkpoints: Path) -> None:
     report = verify_tree(checkpoints.parent)
     text = "\n".join(report.lines())
     assert "DAMAGED" in text and "config.json: is missing" in text and "step-00000002" in text
-    assert report.as_json()["newest_whole"] == str(checkpoints / "step-00000002")
+    assert report.newest_whole == str(checkpoints / "step-00000002")
     assert [checked.step for checked in verify_tree(checkpoints / "step-00000003").checkpoints] == [3]
     with pytest.raises(CheckpointError, match="no checkpoints"):
         verify_tree(checkpoints / "step-00000002" / "training")
@@ -382,12 +382,13 @@ def many(tmp_path: Path) -> Path:
 
 
 def test_prune_keeps_newest_every_nth_best_and_pinned(many: Path) -> None:
-    (many / "step-00000020" / "pinned").touch()
-    removed = prune(many, keep=2, keep_every=50, best=30, pinned=[70])
+    for step in (20, 70):
+        (many / f"step-{step:08d}" / "pinned").touch()
+    removed = prune(many, keep=2, keep_every=50, best=30)
     assert steps(many) == [20, 30, 50, 70, 90, 100]
     assert removed == [10, 40, 60, 80]
     assert not [entry for entry in many.iterdir() if entry.name.startswith(".")]
-    assert prune(many, keep=2, keep_every=50, best=30, pinned=[70]) == []
+    assert prune(many, keep=2, keep_every=50, best=30) == []
 
 
 def test_prune_does_not_count_damaged_ones(many: Path) -> None:

@@ -16,9 +16,9 @@ from smolforge.checkpoint.format import (
     describe,
     read_config,
     read_generation_defaults,
-    read_weights,
     write_model,
 )
+from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.model.architecture import architectures, build_model

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smolforge.checkpoint.commit import newest_whole, read_manifest, verify
-from smolforge.checkpoint.format import read_config, read_generation_defaults, read_weights
+from smolforge.checkpoint.format import read_config, read_generation_defaults
 from smolforge.checkpoint.locate import load_model
 from smolforge.checkpoint.state import load_state
-from smolforge.checkpoint.weights import check_safetensors, is_plain_name, read_safetensors
+from smolforge.checkpoint.weights import check_safetensors, is_inside, read_safetensors, read_weights
 from smolforge.errors import CheckpointError, SmolforgeError
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
@@ -144,8 +144,8 @@ def test_a_shard_index_cannot_leave_the_directory(tiny: Any, tmp_path: Path, nam
         read_weights(tmp_path / "m")
 
 
-def test_plain_names() -> None:
-    assert is_plain_name("model-00001-of-00002.safetensors")
+def test_a_shard_and_a_file_of_a_folder_are_inside() -> None:
+    assert is_inside("model-00001-of-00002.safetensors") and is_inside("training/state.json")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a\\b", "\0", "a\nb", "x" * 300, ".", ""])

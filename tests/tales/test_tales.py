@@ -75,7 +75,7 @@ def test_importing_is_light() -> None:
 
 
 def test_no_two_of_100_000_documents_are_equal() -> None:
-    hashes = {hash(tales.text_and_bits(i)[0]) for i in range(100_000)}
+    hashes = {hash(tales.document(i).text) for i in range(100_000)}
     assert len(hashes) == 100_000
 
 
@@ -84,7 +84,7 @@ def test_texts_read_like_documents() -> None:
     formats: Counter[str] = Counter()
     openings: Counter[str] = Counter()
     for i in range(20_000):
-        text, _ = tales.text_and_bits(i)
+        text = tales.document(i).text
         words.update(re.findall(r"[a-z]+(?:[-'][a-z]+)*", text.lower()))
         if i % 4:
             continue
@@ -118,12 +118,12 @@ def test_each_text_has_one_derivation_with_the_bits_stated() -> None:
     # The proof that 2**-bits is the probability of the text: all derivations are tried. Since the entropy is the
     # mean of bits over documents drawn like these, a text with two derivations would have to be rarer than 1 / 500.
     for i in range(500):
-        text, bits = tales.text_and_bits(i, seed=5)
-        assert derivations_of_document(text) == [pytest.approx(bits)]
+        document = tales.document(i, seed=5)
+        assert derivations_of_document(document.text) == [pytest.approx(document.bits)]
 
 
 def test_foreign_texts_have_no_derivation() -> None:
-    text, _ = tales.text_and_bits(0)
+    text = tales.document(0).text
     assert derivations_of_document(text[:-1]) == []
     assert derivations_of_document(text + " The end.") == []
 
@@ -209,8 +209,8 @@ def test_every_list_is_reached_and_every_slot_is_bound() -> None:
 
 
 def test_entropy_is_the_mean_over_the_corpus() -> None:
-    total = [tales.text_and_bits(i) for i in range(1000)]
-    floor = sum(bits for _, bits in total) / sum(len(text.encode()) for text, _ in total)
+    total = [tales.document(i) for i in range(1000)]
+    floor = sum(document.bits for document in total) / sum(len(document.text.encode()) for document in total)
     assert tales.entropy_bits_per_byte(1000) == pytest.approx(floor)
     assert tales.entropy_bits_per_byte() == pytest.approx(tales.entropy_bits_per_byte(seed=9), rel=0.01)
     assert 0.2 < floor < 0.5

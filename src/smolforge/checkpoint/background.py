@@ -6,8 +6,8 @@ save raises at the next call. The thread is not a daemon: Python waits for it be
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,48 +34,37 @@ class Committer:
         self.last: Path | None = None
         """The newest directory that this committer committed."""
         self._after = after
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, "save")
+        self._saving: Future[None] | None = None
 
-    def save(
-        self, step: int, tree: Any, write: Callable[[Path, Any], None], *, expected_bytes: int | None = None
-    ) -> None:
+    def save(self, step: int, tree: Any, write: Callable[[Path, Any], None]) -> None:
         """Commit `step`. Waits for a save that is still in flight.
 
         Args:
             tree: nested dicts, lists and tuples with the tensors to save; copied to the host here.
             write: called as `write(directory, copy of the tree)`.
-            expected_bytes: about how much it writes; the bytes of the tensors unless given.
 
         Raises:
             The error of the save before this one; this one is then not started. When not asynchronous, also the
             error of this one.
         """
         self.wait()
-        if not self.asynchronous:
-            self._commit(step, tree, write, expected_bytes)
-            return
-        copied = snapshot(tree)
+        if self.asynchronous:
+            self._saving = self._pool.submit(self._commit, step, snapshot(tree), write)
+        else:
+            self._commit(step, tree, write)
 
-        def work() -> None:
-            try:
-                self._commit(step, copied, write, expected_bytes)
-            except BaseException as error:  # raised at the next call, in the thread that trains
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=False)
-        self._thread.start()
-
-    def _commit(self, step: int, tree: Any, write: Callable[[Path, Any], None], expected: int | None) -> None:
-        expected = tree_bytes(tree) if expected is None else expected
-        self.last = commit(self.checkpoints, step, lambda directory: write(directory, tree), expected_bytes=expected)
+    def _commit(self, step: int, tree: Any, write: Callable[[Path, Any], None]) -> None:
+        self.last = commit(
+            self.checkpoints, step, lambda directory: write(directory, tree), expected_bytes=tree_bytes(tree)
+        )
         if self._after is not None:
             self._after(self.last)
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._saving is not None and not self._saving.done()
 
     def poll(self) -> None:
         """Raise what a finished save failed with; never waits. For every step of training."""
@@ -84,12 +73,10 @@ class Committer:
 
     def wait(self) -> None:
         """Wait for the save in flight, and raise what it failed with."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._saving is not None:
+            wait([self._saving])
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def __enter__(self) -> Committer:
         return self
@@ -97,8 +84,8 @@ class Committer:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.wait()
-        elif self._thread is not None:
-            self._thread.join()  # the first error is the one to tell
+        elif self._saving is not None:
+            wait([self._saving])  # the first error is the one to tell
 
 
 def snapshot(tree: Any) -> Any:

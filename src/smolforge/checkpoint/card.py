@@ -24,22 +24,17 @@ if TYPE_CHECKING:
     from smolforge.model.architecture import Architecture
 
 _ROWS = 10
-_NO_LICENSE = (
-    "The owner of this run has not chosen one: set `license` at the top of this file in the copy that is published, "
-    "with regard to the licenses of the data. (In a checkpoint this file is covered by manifest.json.)"
-)
 # hf://datasets/OWNER/NAME... or OWNER/NAME:CONFIG; a local path of two parts has no colon.
 _HUB_SOURCE = re.compile(r"^(?:hf://datasets/(?=[\w.-]+/)|(?=[\w.-]+/[\w.-]+(?:@[\w.-]+)?:))([\w.-]+/[\w.-]+)")
 
 
-def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = (), license: str | None = None) -> str:
+def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = ()) -> str:
     """The text of README.md, with the front matter that the Hub reads.
 
     Args:
         config: the run's configuration.
         step: the step of the checkpoint; rows of later steps are left out.
         rows: of metrics.jsonl.
-        license: an identifier of the Hub's list; `unknown` unless given, since only the owner of the run can say.
     """
     from smolforge.model.architecture import architecture_of
     from smolforge.model.summary import count_parameters
@@ -50,7 +45,7 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
     parameters = count_parameters(config.model)
     total = sum(config.data.sources.values())
     return _template().render(
-        front=_front_matter(config, license or "unknown", architecture),
+        front=_front_matter(config, architecture),
         title=f"{count(parameters)} language model, step {step:,}",
         config=config,
         architecture=architecture,
@@ -61,7 +56,6 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
         sources=[(_public(source), weight / total) for source, weight in config.data.sources.items()],
         curve=_curve(past),
         entropy=next((_number(row["entropy_bits_per_byte"]) for row in past if row.get("entropy_bits_per_byte")), ""),
-        license_words=f"Licensed under {license}." if license else _NO_LICENSE,
     )
 
 
@@ -79,10 +73,10 @@ def _public(source: str) -> str:
     return f".../{PurePath(source).name}" if source.startswith(("/", "~")) else source
 
 
-def _front_matter(config: RunConfig, license: str, architecture: Architecture) -> str:
+def _front_matter(config: RunConfig, architecture: Architecture) -> str:
     tag = architecture.model_type if architecture.in_transformers else "custom-architecture"
     front: dict[str, Any] = {
-        "license": license,
+        "license": "unknown",  # only the owner of the run can say
         "library_name": "transformers" if architecture.in_transformers else "smolforge",
         "pipeline_tag": "text-generation",
         "tags": ["smolforge", "pretrained", "base-model", tag],
@@ -99,20 +93,19 @@ def _curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """About ten lines of the curve: at the validations where there are any, evenly over the log else."""
     training = {row["step"]: row for row in rows if "loss" in row}
     validations = {row["step"]: row["validation"] for row in rows if isinstance(row.get("validation"), dict)}
+    tokens = {row["step"]: f"{row['tokens']:,}" for row in rows if isinstance(row.get("tokens"), int)}
     steps = sorted(validations or training)
     if len(steps) > _ROWS:
         steps = [steps[round(i * (len(steps) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
     curve = []
     for step in steps:
         # A validation may fall on a step that was not logged: the last training loss before it is meant.
-        before = [logged for logged in training if logged <= step]
-        logged = training[max(before)] if before else {}
+        logged = training.get(max((before for before in training if before <= step), default=-1), {})
         validation = validations.get(step, {})
-        tokens = next((r["tokens"] for r in rows if r["step"] == step and isinstance(r.get("tokens"), int)), None)
         curve.append(
             {
                 "step": step,
-                "tokens": "" if tokens is None else f"{tokens:,}",
+                "tokens": tokens.get(step, ""),
                 "loss": _number(logged.get("loss")),
                 "validation": _number(validation.get("loss")),
                 "perplexity": _number(validation.get("perplexity")),

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smolforge.checkpoint.weights import check_safetensors, parse_object
+from smolforge.checkpoint.weights import check_safetensors, is_inside
 from smolforge.errors import CheckpointError, RunFailed
-from smolforge.files import NO_ROOM, free_bytes, sync_directory, sync_file
+from smolforge.files import NO_ROOM, free_bytes, read_json, sync_directory, sync_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ LAST = "last"
 TRAINING = "training"  # the folder of what only resuming reads
 MAX_MANIFEST_BYTES = 16 << 20
 _STEP = re.compile(r"^step-(\d{8,})$")
-_ASIDE = re.compile(r"^\.old-(step-\d{8,})-[0-9a-f]+$")
+_ASIDE = re.compile(r"^\.old-step-(\d{8,})-[0-9a-f]+$")
 _BLOCK = 4 << 20
 
 
@@ -110,7 +110,7 @@ def _move_into_place(temporary: Path, checkpoints: Path, step: int) -> Path:
     target = checkpoints / step_name(step)
     aside = None
     if target.exists():
-        # Between the two renames the step is only found by `_candidates`.
+        # Between the two renames the step is only found by `_replaced`.
         aside = checkpoints / f".old-{target.name}-{uuid.uuid4().hex}"
         target.rename(aside)
     try:
@@ -163,47 +163,38 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         CheckpointError: it is missing, damaged, or names a file outside the directory.
     """
     path = directory / MANIFEST
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError("is too large", field=MANIFEST)
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError("is missing: the checkpoint was never finished", field=MANIFEST) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", field=MANIFEST) from None
-    content = parse_object(data, MANIFEST)
+    if not path.is_file():
+        raise CheckpointError(f"{MANIFEST} is missing: the checkpoint was never finished")
+    content = read_json(path, limit=MAX_MANIFEST_BYTES, field=MANIFEST)
     step, files = content.get("step"), content.get("files")
     if type(step) is not int or not isinstance(files, dict) or content.get("format") != 1:
         raise CheckpointError("is damaged", field=MANIFEST)
-    if _manifest_text(step, files).encode() != data:
+    if _manifest_text(step, files).encode() != path.read_bytes():
         raise CheckpointError("is damaged: its own checksum does not fit", field=MANIFEST)
     for name, entry in files.items():
-        if not _is_inside(name):
+        if not is_inside(name):
             raise CheckpointError(f"names {name!r}, which is not a file inside the checkpoint", field=MANIFEST)
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"} or type(entry["size"]) is not int:
             raise CheckpointError(f"has no size and sha256 for {name}", field=MANIFEST)
     return step, files
 
 
-def _is_inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    odd = any(char in name for char in "\\:") or not name.isprintable() or len(name) > 200
-    return bool(parts) and not name.startswith("/") and ".." not in parts and not odd
-
-
-def verify(directory: Path, *, training: bool = True) -> list[str]:
+def verify(directory: Path, *, training: bool = True, contents: bool = True) -> list[str]:
     """What is wrong with a checkpoint, each problem naming its file; empty when it is whole.
 
-    Reads every byte. Files that the manifest does not list are accepted unless they are weights.
+    Files that the manifest does not list are accepted unless they are weights.
 
     Args:
         training: False leaves out the optimizer and state of training, which a model is used without. They are
             three times as large as the model.
+        contents: whether every byte is read and compared, or the sizes alone.
     """
     try:
-        _, listed = read_manifest(directory)
+        step, listed = read_manifest(directory)
     except CheckpointError as error:
         return [str(error)]
+    if step_of(directory) not in (None, step):
+        return [f"{MANIFEST}: is that of step {step}"]
     problems, present = [], []
     for name, entry in listed.items():
         path = directory / name
@@ -213,7 +204,7 @@ def verify(directory: Path, *, training: bool = True) -> list[str]:
             problems.append(f"{name}: is missing")
         elif (size := path.stat().st_size) != entry["size"]:
             problems.append(f"{name}: is {size:,} bytes, expected {entry['size']:,}")
-        else:
+        elif contents:
             present.append(path)
     try:
         for path, found in _hash_files(present):
@@ -232,10 +223,9 @@ def verify(directory: Path, *, training: bool = True) -> list[str]:
 
 def newest_whole(checkpoints: Path, *, training: bool = True) -> Path | None:
     """The newest checkpoint that `verify` finds whole, or None; logs which newer ones are damaged, and how."""
-    for directory, step in _candidates(checkpoints):
+    known = _replaced(checkpoints) | {step: checkpoints / step_name(step) for step in steps(checkpoints)}
+    for _, directory in sorted(known.items(), reverse=True):
         problems = verify(directory, training=training)
-        if not problems and read_manifest(directory)[0] != step:
-            problems = [f"{MANIFEST}: is that of step {read_manifest(directory)[0]}"]
         if not problems:
             return directory
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -243,27 +233,19 @@ def newest_whole(checkpoints: Path, *, training: bool = True) -> Path | None:
     return None
 
 
-def _candidates(checkpoints: Path) -> list[tuple[Path, int]]:
-    """Checkpoint directories with their steps, newest first, and those that were being replaced at a kill."""
-    known = {step: checkpoints / step_name(step) for step in steps(checkpoints)}
-    for aside in _replaced(checkpoints):
-        step = int(_ASIDE.match(aside.name)[1].partition("-")[2])  # type: ignore[index]
-        known.setdefault(step, aside)
-    return [(known[step], step) for step in sorted(known, reverse=True)]
-
-
-def _replaced(checkpoints: Path) -> list[Path]:
-    return [e for e in checkpoints.iterdir() if _ASIDE.match(e.name)] if checkpoints.is_dir() else []
+def _replaced(checkpoints: Path) -> dict[int, Path]:
+    """By step, the checkpoints that were being replaced when the process was killed."""
+    entries = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return {int(match[1]): entry for entry in entries if (match := _ASIDE.match(entry.name))}
 
 
 def sweep(checkpoints: Path) -> list[str]:
     """Remove what killed processes left unfinished; the names removed. The caller holds the run's lock."""
     if not checkpoints.is_dir():
         return []
-    for aside in _replaced(checkpoints):
-        target = checkpoints / _ASIDE.match(aside.name)[1]  # type: ignore[index]
-        if not target.exists():
-            aside.rename(target)
+    for step, aside in _replaced(checkpoints).items():
+        if not (checkpoints / step_name(step)).exists():
+            aside.rename(checkpoints / step_name(step))
     removed = []
     for entry in sorted(checkpoints.iterdir()):
         if entry.name.startswith((".tmp-step-", ".old-step-", ".gone-step-")):
@@ -274,27 +256,20 @@ def sweep(checkpoints: Path) -> list[str]:
     return removed
 
 
-def prune(
-    checkpoints: Path,
-    *,
-    keep: int,
-    keep_every: int | None = None,
-    best: int | None = None,
-    pinned: Iterable[int] = (),
-) -> list[int]:
+def prune(checkpoints: Path, *, keep: int, keep_every: int | None = None, best: int | None = None) -> list[int]:
     """Remove old checkpoints; the steps removed.
 
-    The newest `keep` stay, every step that `keep_every` divides, the `best` step, the `pinned` ones, and those with
-    a file named `pinned` inside. A checkpoint with a missing or cut file does not count among the newest, so that
+    The newest `keep` stay, every step that `keep_every` divides, the `best` step, and those with a file named `pinned`
+    inside. A checkpoint with a missing or cut file does not count among the newest, so that
     damage never pushes a whole one out. At least the newest whole one always stays.
     """
     present = steps(checkpoints)
-    whole = [step for step in present if _looks_whole(checkpoints / step_name(step))]
+    whole = [step for step in present if not verify(checkpoints / step_name(step), contents=False)]
     newest = whole[-max(1, keep) :]
     removed = []
     for step in present:
         directory = checkpoints / step_name(step)
-        stays = step in {*newest, *pinned, best} or (keep_every and step % keep_every == 0)
+        stays = step in {*newest, best} or (keep_every and step % keep_every == 0)
         # Damaged and newer than what is kept: it stays to be looked at, and is replaced in its turn.
         if stays or (directory / PINNED).exists() or not newest or step > newest[0]:
             continue
@@ -304,15 +279,6 @@ def prune(
         shutil.rmtree(gone, ignore_errors=True)
         removed.append(step)
     return removed
-
-
-def _looks_whole(directory: Path) -> bool:
-    """Sizes only: cheap enough for every save."""
-    try:
-        _, listed = read_manifest(directory)
-        return all((directory / name).stat().st_size == entry["size"] for name, entry in listed.items())
-    except (CheckpointError, OSError, KeyError, TypeError):
-        return False
 
 
 def _no_room(checkpoints: Path, step: int, needed: int) -> RunFailed:

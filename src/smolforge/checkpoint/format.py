@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge.checkpoint.weights import WEIGHTS, read_json, read_weights, write_safetensors
+from smolforge.checkpoint.weights import WEIGHTS, write_safetensors
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
+from smolforge.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
-__all__ = ["check_weights", "read_config", "read_generation_defaults", "read_weights", "write_model"]
 
 
 def write_model(
@@ -55,9 +55,9 @@ def write_model(
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     # One key only: the library writes metadata in an order that changes from run to run.
     write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
-    stored = next(iter(tensors.values())).dtype
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     specials = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    _write_json(directory / CONFIG, describe(config, str(stored).removeprefix("torch."), specials))
+    _write_json(directory / CONFIG, describe(config, stored, specials))
     _write_json(directory / GENERATION_CONFIG, specials)
     tokenizer.save(directory, max_length=config.max_position_embeddings)
     if card:

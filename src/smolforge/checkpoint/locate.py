@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolforge import hub
 from smolforge.checkpoint import commit
@@ -55,17 +55,12 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def _resolve_directory(path: Path) -> Path:
-    if (path / commit.MANIFEST).is_file():
+    if (path / commit.MANIFEST).is_file() or commit.step_of(path.resolve()) is not None:
         problems = commit.verify(path, training=False)
         if problems:
-            raise CheckpointError(
-                f"{path} is damaged: {'; '.join(problems[:5])}", field="model", hint=_other_checkpoint(path)
-            )
+            problem = f"{path} is damaged: {'; '.join(problems[:5])}"
+            raise CheckpointError(problem, field="model", hint=_other_checkpoint(path))
         return path
-    if commit.step_of(path.resolve()) is not None:
-        raise CheckpointError(
-            f"{path} is damaged: {commit.MANIFEST} is missing", field="model", hint=_other_checkpoint(path)
-        )
     if (path / CONFIG).is_file():
         return path
     checkpoints = Run(path).checkpoints_path
@@ -131,7 +126,7 @@ def load_model(
 class Checked:
     """One checkpoint and its problems, each naming a file."""
 
-    path: Path
+    path: str
     step: int | None
     bytes: int
     problems: list[str]
@@ -142,12 +137,12 @@ class Checked:
 class Verification:
     """All checkpoints under a path, oldest first."""
 
-    path: Path
-    checkpoints: list[Checked]
+    path: str
     whole: bool
     """Whether every checkpoint is."""
-    newest_whole: Path | None
+    newest_whole: str | None
     """The one that resuming and generating would use."""
+    checkpoints: list[Checked]
 
     def lines(self) -> list[str]:
         """The report for people, one line for each checkpoint and each problem."""
@@ -158,12 +153,6 @@ class Verification:
         if not self.whole:
             text.append(f"newest whole: {self.newest_whole or 'none'}")
         return text
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as one JSON-able object."""
-        rows = [{**asdict(checked), "path": str(checked.path)} for checked in self.checkpoints]
-        newest = str(self.newest_whole) if self.newest_whole else None
-        return {"path": str(self.path), "whole": self.whole, "newest_whole": newest, "checkpoints": rows}
 
 
 def verify_tree(path: str | Path) -> Verification:
@@ -186,6 +175,6 @@ def verify_tree(path: str | Path) -> Verification:
     for directory in found:
         problems = commit.verify(directory)
         size = commit.tree_bytes(directory)
-        checked.append(Checked(directory, commit.step_of(directory), size, problems, not problems))
+        checked.append(Checked(str(directory), commit.step_of(directory), size, problems, not problems))
     whole = [each.path for each in checked if each.whole]
-    return Verification(path, checked, len(whole) == len(checked), whole[-1] if whole else None)
+    return Verification(str(path), len(whole) == len(checked), whole[-1] if whole else None, checked)

@@ -14,8 +14,9 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge.checkpoint.weights import read_json, read_safetensors, write_safetensors
+from smolforge.checkpoint.weights import read_safetensors, write_safetensors
 from smolforge.errors import CheckpointError
+from smolforge.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""Read untrusted safetensors files, and JSON beside them.
+"""Read untrusted safetensors files.
 
 The safetensors library checks a header before it maps the file: lengths, offsets, shapes and types must agree, and the
 tensors must fill the file without overlap. So a forged header cannot make us allocate, read outside the file, or read
@@ -11,61 +11,20 @@ Format: https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from smolforge.errors import CheckpointError
+from smolforge.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 64 << 20
 MAX_SHARDS = 10_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of bounded size.
-
-    Raises:
-        CheckpointError: missing, too large, not JSON, not an object, or a key is given twice.
-    """
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"is too large for this kind of file: {size:,} bytes", field=str(path))
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", field=str(path)) from None
-
-
-def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `data`, with repeated keys refused.
-
-    Raises:
-        CheckpointError: naming `where`.
-    """
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not JSON: {error}", field=where) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("must hold a JSON object", field=where)
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in value if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return value
 
 
 @contextlib.contextmanager
@@ -125,12 +84,17 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     index = directory / SHARD_INDEX
     if not index.is_file():
-        _explain_missing(directory)
+        pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+        if not pickles:
+            raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {SHARD_INDEX}")
+        problem = f"{directory} has its weights only as pickle ({pickles[0]}), which can run any code when it is read"
+        hint = "Convert it once where you trust it: transformers' save_pretrained writes model.safetensors."
+        raise CheckpointError(problem, hint=hint)
     names = sorted(set(_weight_map(index).values()))
     if not 1 <= len(names) <= MAX_SHARDS:
         raise CheckpointError(f"names {len(names):,} files", field=f"{index}: weight_map")
     for name in names:
-        if not is_plain_name(name) or not name.endswith(".safetensors"):
+        if "/" in name or not name.endswith(".safetensors") or not is_inside(name):
             raise CheckpointError(
                 f"{name!r} is not a shard of this directory", field=f"{index}: weight_map",
                 hint="Only plain names of .safetensors files inside the directory are read.",
@@ -140,9 +104,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether `name` is that of a file directly inside a directory: no separators, no parents, no roots."""
-    return PurePosixPath(name).name == name and not re.search(r"[\\/\0:]", name) and name not in ("", ".", "..")
+def is_inside(name: str) -> bool:
+    """Whether `name` is the relative path of a file inside a directory: no parents, no roots, nothing odd."""
+    parts = PurePosixPath(name).parts
+    odd = any(char in name for char in "\\:") or not name.isprintable() or len(name) > 200
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not odd
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -150,16 +116,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise CheckpointError("must map tensor names to file names", field=f"{index}: weight_map")
     return mapping
-
-
-def _explain_missing(directory: Path) -> NoReturn:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} has its weights only as pickle ({pickles[0]}), which can run any code when it is read",
-            hint="Convert it once where you trust it: transformers' save_pretrained writes model.safetensors.",
-        )
-    raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {SHARD_INDEX}")
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -79,8 +79,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from smolforge.checkpoint.locate import verify_tree
 
     found = verify_tree(args.path)
-    print_result(args, found.as_json(), "\n".join(found.lines()))
+    print_result(args, asdict(found), "\n".join(found.lines()))
     return 0 if found.whole else 2

@@ -14,7 +14,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ SCRATCH_LIMIT = 16 << 30  # bytes of whole files while the cache is off
 TRIM_EVERY = 64 << 20  # bytes written between two looks at the whole folder
 READ_AHEAD_THREADS = 4
 BLOCK = 1 << 20
-ZSTD_WINDOW = 128 << 20  # largest window that is allocated
 
 
 def default_directory() -> Path:
@@ -168,37 +166,25 @@ def decompress(path: Path, compression: str) -> Iterator[bytes]:
     Raises:
         EOFError: the file is damaged or cut short.
     """
-    with path.open("rb") as file:
-        if compression == "zstd":
-            yield from _decompress_zstd(file)
-            return
-        plain = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression](file)
-        try:
+    try:
+        with _OPENERS[compression](path) as plain:
             while block := plain.read(BLOCK):
                 yield block
-        except (zlib.error, lzma.LZMAError, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # the disk's errors have a number, a wrong header has none
-                raise
-            raise EOFError(str(error)) from None
+    except (zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's errors have a number, a wrong header has none
+            raise
+        raise EOFError(str(error).replace(_ARROW_CUT, "the file ends inside a zstd frame")) from None
 
 
-def _decompress_zstd(file: BufferedReader) -> Iterator[bytes]:
-    # zstandard's own reader stops after the first frame and takes a cut file for a whole one.
-    import zstandard
+def _open_zstd(path: Path) -> Any:
+    # Arrow's reader continues with the next frame, and refuses a cut file and windows of over 128 MiB.
+    import pyarrow
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-    try:
-        while file.peek(1):
-            frame = decompressor.decompressobj()
-            while not frame.eof:
-                packed = file.read(4096)  # a megabyte at once may hold gigabytes
-                if not packed:
-                    raise EOFError("the file ends inside a zstd frame")
-                if block := frame.decompress(packed):
-                    yield block
-            file.seek(-len(frame.unused_data), os.SEEK_CUR)
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from None
+    return pyarrow.input_stream(path, compression="zstd")
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zstd": _open_zstd}
+_ARROW_CUT = "Truncated compressed stream"
 
 
 class ReadAhead:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from smolforge.errors import DataError, SourceChanged, SourceUnavailable
+from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
 
 if TYPE_CHECKING:
     import httpx
@@ -81,8 +81,13 @@ class Network:
         self._warned: dict[tuple[str, str], float] = {}
         self._client: httpx.Client | None = None
 
-    def attempt(self, place: str, what: str, action: Callable[[], T]) -> T:
+    def attempt(
+        self, place: str, what: str, action: Callable[[], T], explain: Callable[[Exception], Exception] = lambda e: e
+    ) -> T:
         """Run `action` until it raises no `Trouble`; messages name the host `place` and the file or question `what`.
+
+        Args:
+            explain: from an error of a library to the one to raise: a `Trouble` where it may pass.
 
         Raises:
             SourceUnavailable: it raised nothing but `Trouble` for longer than the patience.
@@ -91,25 +96,30 @@ class Network:
         while True:
             try:
                 return action()
-            except Trouble as trouble:
-                now = self.clock()
-                if trouble.progress or not tries:
-                    tries, since = 0, now
-                left = since + self.patience - now
-                wait = min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * (0.5 + 0.5 * self.jitter())
-                wait = max(wait, trouble.wait) if trouble.wait is not None else wait
-                if left <= 0 or (trouble.wait or 0) > left:
-                    asked = f" and asks to wait {trouble.wait:.0f} s" if trouble.wait else ""
-                    raise SourceUnavailable(
-                        f"could not reach {place} for {now - since:.0f} s while reading {what}: {trouble.what}{asked}",
-                        field="data.sources",
-                        hint=f"Run the same command again later; data.patience is {self.patience:.0f} s.",
-                    ) from None
-                self._warn(place, what, trouble.what, min(wait, left))
-                self._sleep(min(wait, left))
-                if self._closed.is_set():
-                    raise SourceUnavailable(f"stopped while {place} did not answer about {what}") from None
-                tries += 1
+            except (SmolforgeError, NoRanges):
+                raise
+            except Exception as error:
+                trouble = error if isinstance(error, Trouble) else explain(error)
+                if not isinstance(trouble, Trouble):
+                    raise trouble from None
+            now = self.clock()
+            if trouble.progress or not tries:
+                tries, since = 0, now
+            left = since + self.patience - now
+            wait = min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * (0.5 + 0.5 * self.jitter())
+            wait = max(wait, trouble.wait) if trouble.wait is not None else wait
+            if left <= 0 or (trouble.wait or 0) > left:
+                asked = f" and asks to wait {trouble.wait:.0f} s" if trouble.wait else ""
+                raise SourceUnavailable(
+                    f"could not reach {place} for {now - since:.0f} s while reading {what}: {trouble.what}{asked}",
+                    field="data.sources",
+                    hint=f"Run the same command again later; data.patience is {self.patience:.0f} s.",
+                )
+            self._warn(place, what, trouble.what, min(wait, left))
+            self._sleep(min(wait, left))
+            if self._closed.is_set():
+                raise SourceUnavailable(f"stopped while {place} did not answer about {what}")
+            tries += 1
 
     def client(self) -> httpx.Client:
         """The one HTTP client; it keeps connections open."""
@@ -173,13 +183,20 @@ class RemoteFile(ABC):
     def __init__(self, network: Network, url: str, name: str, host: str, size: int | None) -> None:
         self.network, self.url, self.name, self.host, self.size = network, url, name, host, size
 
-    @abstractmethod
     def look(self) -> dict[str, Any]:
         """Learn the size; return what identifies the content (`etag`, `modified`), as far as the store tells."""
+        return self.network.attempt(self.host, self.name, self._look, self._explain)
+
+    @abstractmethod
+    def _look(self) -> dict[str, Any]:
+        """One try to look."""
 
     @abstractmethod
     def _read(self, start: int, length: int, got: bytearray) -> None:
         """One try to extend `got` to the bytes [start, start + length); raises `Trouble` for what may pass."""
+
+    def _explain(self, error: Exception) -> Exception:
+        return error
 
     def read(self, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`.
@@ -200,7 +217,7 @@ class RemoteFile(ABC):
                 trouble.progress = trouble.progress or len(got) > before
                 raise
 
-        self.network.attempt(self.host, self.name, rest)
+        self.network.attempt(self.host, self.name, rest, self._explain)
         return bytes(got)
 
     def blocks(self) -> Iterator[bytes]:
@@ -240,9 +257,6 @@ class HttpFile(RemoteFile):
         self.headers = headers
         self._location: str | None = None  # where the last redirect led
         self._refusals = 0
-
-    def look(self) -> dict[str, Any]:
-        return self.network.attempt(self.host, self.name, self._look)
 
     def _look(self) -> dict[str, Any]:
         with self._answer({"Range": "bytes=0-0"}) as response:

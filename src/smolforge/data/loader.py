@@ -8,7 +8,6 @@ ahead.
 from __future__ import annotations
 
 import hashlib
-import queue
 import threading
 import time
 from collections import Counter, deque
@@ -216,15 +215,12 @@ class _Prefetch:
 
     def __init__(self, makers: Mapping[int, Callable[[], Window]], *, threads: int, depth: int) -> None:
         self._makers = makers
-        self._ready: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}  # made or to be made
-        self._unmade: dict[int, deque[Future[Window]]] = {lane: deque() for lane in makers}
+        self._ready: dict[int, deque[Window]] = {lane: deque() for lane in makers}
+        self._wanted = deque(list(makers) * depth)  # a lane for each window that is to be made
+        self._busy: set[int] = set()  # lanes that a thread is advancing
         self.failed: dict[int, BaseException] = {}
-        self._busy: set[int] = set()  # lanes that are queued or in a thread
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        for _ in range(depth):
-            for lane in makers:
-                self._request(lane)
+        self._closed = False
+        self._changed = threading.Condition()
         names = [f"smolforge-data-{i}" for i in range(threads)]
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         for thread in self._threads:
@@ -232,57 +228,59 @@ class _Prefetch:
 
     def take(self, lane: int) -> Window:
         """The next window of a lane, waited for; raises what its maker raised, and the lane stays at its error."""
-        window = self._ready[lane][0].result()
-        self._ready[lane].popleft()
-        self._request(lane)
-        return window
+        ready = self._ready[lane]
+        with self._changed:
+            self._changed.wait_for(lambda: ready or lane in self.failed)
+            if not ready:
+                raise self.failed[lane]
+            self._wanted.append(lane)
+            self._changed.notify_all()
+            return ready.popleft()
 
     def wait(self, needed: Mapping[int, int], timeout: float) -> bool:
         """Wait until each lane has as many windows as needed (or an error), or for `timeout` seconds."""
-        wanted = []
-        for lane, count in needed.items():
-            while len(self._ready[lane]) < count:
-                self._request(lane)
-            wanted += list(self._ready[lane])[:count]
-        return not wait(wanted, timeout).not_done
+        with self._changed:
+            for lane, count in needed.items():
+                coming = len(self._ready[lane]) + self._wanted.count(lane) + (lane in self._busy)
+                self._wanted.extend([lane] * (count - coming))
+            self._changed.notify_all()
+            return self._changed.wait_for(
+                lambda: all(len(self._ready[lane]) >= n or lane in self.failed for lane, n in needed.items()), timeout
+            )
 
     def close(self, timeout: float = 2.0) -> None:
         """Stop; threads in the middle of something have `timeout` seconds to finish."""
-        with self._lock:
-            for unmade in self._unmade.values():
-                unmade.clear()
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(end - time.monotonic(), 0))
 
-    def _request(self, lane: int) -> None:
-        with self._lock:
-            future: Future[Window] = Future()
-            self._ready[lane].append(future)
-            self._unmade[lane].append(future)
-            self._enqueue(lane)
-
-    def _enqueue(self, lane: int) -> None:
-        if self._unmade[lane] and lane not in self._busy:
-            self._busy.add(lane)
-            self._queue.put(lane)
+    def _free(self) -> int | None:
+        """The lane that is wanted first of those that no thread is advancing."""
+        return next((lane for lane in self._wanted if lane not in self._busy and lane not in self.failed), None)
 
     def _work(self) -> None:
-        # Lanes come out of the queue in the order in which they run dry: each goes to its end after every window.
-        while (lane := self._queue.get()) is not None:
-            with self._lock:
-                future = self._unmade[lane].popleft() if self._unmade[lane] else Future()
-            if lane in self.failed:
-                future.set_exception(self.failed[lane])
-            else:
-                _fulfil(future, self._makers[lane])
-            with self._lock:
-                if error := future.exception():
-                    self.failed[lane] = error
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._free() is not None)
+                lane = self._free()
+                if self._closed or lane is None:
+                    return
+                self._wanted.remove(lane)
+                self._busy.add(lane)
+            try:
+                made: Window | BaseException = self._makers[lane]()
+            except BaseException as error:
+                made = error
+            with self._changed:
+                if isinstance(made, BaseException):
+                    self.failed[lane] = made
+                else:
+                    self._ready[lane].append(made)
                 self._busy.discard(lane)
-                self._enqueue(lane)
+                self._changed.notify_all()
 
 
 def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:

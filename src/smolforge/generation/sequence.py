@@ -102,7 +102,7 @@ class Sequence:
         self.drafts: Any = None
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
-        self.detokenizer = Detokenizer(tokenizer.stream(), request.params.stop)
+        self.detokenizer = Detokenizer(StreamDecoder(tokenizer), request.params.stop)
         if not request.params.echo:
             self.detokenizer.skip(request.prompt)
         self._echoed = 0

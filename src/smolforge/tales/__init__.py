@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.tales.grammar import Draft, Grammar
+    from smolforge.tales.grammar import Grammar
 
 COLUMNS = ("prompt", "text", "token_length", "audience", "format", "seed_data")
 """Cosmopedia v2's columns, in its order."""
@@ -67,11 +67,15 @@ class TalesDocument:
 
     prompt: str  # the request that the text answers
     text: str  # paragraphs separated by an empty line
-    token_length: int  # words and punctuation marks in the text
     audience: str
     format: str
     seed_data: str
     bits: float  # -log2 P(text), the information in it, its end included
+
+    @property
+    def token_length(self) -> int:
+        """Words and punctuation marks in the text."""
+        return len(_PIECES.findall(self.text))
 
     def row(self) -> dict[str, Any]:
         """The columns of Cosmopedia v2."""
@@ -88,28 +92,16 @@ def language() -> Grammar:
 
 def document(i: int, seed: int = 0) -> TalesDocument:
     """Document `i` (from 0) of the corpus `seed`; the same on every machine and in every order."""
-    genre, draft = _draft(i, seed)
-    text = "".join(draft.out)
-    names = {variable: entry[""] for variable, entry in draft.bound.items()}
-    prompt, length = genre.request.format_map(names), len(_PIECES.findall(text))
-    return TalesDocument(prompt, text, length, genre.audience, genre.format, genre.seed_data, draft.bits)
-
-
-def text_and_bits(i: int, seed: int = 0) -> tuple[str, float]:
-    """The text of document `i` and the information in it in bits, without the other columns."""
-    _, draft = _draft(i, seed)
-    return "".join(draft.out), draft.bits
-
-
-def _draft(i: int, seed: int) -> tuple[Genre, Draft]:
     if i < 0:
         raise ValueError(f"i: {i} is not the index of a document")
     # Seeding with a text goes through SHA-512 and is fixed by Python's documentation.
     uniform = random.Random(f"tales/{seed}/{i}").random
     index = bisect.bisect_right(_BOUNDS, int(uniform() * _BOUNDS[-1]))
-    draft = language().write(GENRES[index].rule, uniform)
-    draft.bits += _GENRE_BITS[index]
-    return GENRES[index], draft
+    genre = GENRES[index]
+    draft = language().write(genre.rule, uniform)
+    prompt = genre.request.format_map({variable: entry[""] for variable, entry in draft.bound.items()})
+    bits = draft.bits + _GENRE_BITS[index]
+    return TalesDocument(prompt, "".join(draft.out), genre.audience, genre.format, genre.seed_data, bits)
 
 
 def entropy_bits_per_byte(documents: int = 4096, seed: int = 0) -> float:
@@ -119,7 +111,7 @@ def entropy_bits_per_byte(documents: int = 4096, seed: int = 0) -> float:
     """
     bits = size = 0.0
     for i in range(documents):
-        text, information = text_and_bits(i, seed)
-        bits += information
-        size += len(text.encode())
+        made = document(i, seed)
+        bits += made.bits
+        size += len(made.text.encode())
     return bits / size

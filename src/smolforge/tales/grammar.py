@@ -77,12 +77,7 @@ class Draft:
     def pick(self, source: Words | Rule) -> int:
         """An index into `source`, uniform over what it has not given yet in this document."""
         size = source.size
-        taken = self.taken.get(source)
-        if taken is None:
-            index = int(self.random() * size)
-            self.taken[source] = [index]
-            self.bits += _LOG2[size]
-            return index
+        taken = self.taken.setdefault(source, [])
         if len(taken) >= size:
             taken.clear()
         index = int(self.random() * size)

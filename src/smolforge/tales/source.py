@@ -18,7 +18,6 @@ from typing import Any
 from smolforge import tales
 from smolforge.data.readers import Reader, Row, Rows
 from smolforge.data.sources import Context, Shard, Source
-from smolforge.errors import DataError
 
 DOCUMENTS = 2**20
 GROUP = 512
@@ -31,12 +30,6 @@ class TalesShard(Shard):
     """The generator as one shard."""
 
     name, format, size = "tales", "tales", 0
-
-    def read(self, start: int, length: int) -> bytes:
-        raise DataError("the embedded corpus has no bytes to read")
-
-    def whole(self) -> Path:
-        raise DataError("the embedded corpus is not a file", hint="`smolforge data write` makes files of it.")
 
     def identity(self) -> dict[str, Any]:
         probe = "\0".join(tales.document(i * (DOCUMENTS // PROBE)).text for i in range(PROBE))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from smolforge.data.cache import LRUCache
 from smolforge.data.readers import Reader, Row, Rows
@@ -57,9 +57,9 @@ class ParquetReader(Reader):
             end = start + length
             if rows and (start < 4 or length <= 0 or end > self.shard.size - 8):
                 self._damaged(f"row group {g} claims bytes {start:,} to {end:,} of {self.shard.size:,}")
-        if (total := sum(chunk.rows for chunk in chunks)) > MAX_ROWS:
+        if (total := sum(rows for rows, *_ in chunks)) > MAX_ROWS:
             self._damaged(f"it claims {total:,} rows")
-        return [list(chunk) for chunk in chunks]
+        return chunks
 
     def _tail(self) -> bytes:
         """The footer, its length and the magic bytes."""
@@ -248,15 +248,6 @@ class BadFooter(ValueError):
     """The bytes are not a footer, or one that contradicts itself."""
 
 
-class Chunk(NamedTuple):
-    """One row group of the column: rows, bytes of the unpacked pages, and where the packed ones are."""
-
-    rows: int
-    unpacked: int
-    start: int
-    length: int
-
-
 class CompactDecoder:
     """Decodes Thrift compact bytes into dicts by field number; what is not wanted is passed over."""
 
@@ -336,8 +327,11 @@ class CompactDecoder:
         return self.data[self.at - length : self.at]
 
 
-def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[Chunk]:
-    """The chunks of column `leaf` of `leaves` in all row groups; `footer` is the serialized FileMetaData alone.
+def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[list[int]]:
+    """[rows, bytes unpacked, first byte, bytes packed] of column `leaf` of `leaves` in each row group.
+
+    Args:
+        footer: the serialized FileMetaData alone.
 
     Raises:
         BadFooter: it is damaged.
@@ -351,7 +345,7 @@ def column_chunks(footer: bytes, leaf: int, leaves: int) -> list[Chunk]:
             meta = found[0][3]
             data, dictionary = meta[9], meta.get(11, 0)
             start = dictionary if 0 < dictionary < data else data
-            chunks.append(Chunk(group[3], meta[6], start, meta[7]))
+            chunks.append([group[3], meta[6], start, meta[7]])
             if not all(isinstance(number, int) for number in chunks[-1]):
                 raise TypeError(str(chunks[-1]))
     except (TypeError, LookupError, ValueError, AttributeError) as error:

@@ -70,13 +70,13 @@ class Shard(ABC):
     remote: bool = False  # whether reading it uses the network
     notes: Mapping[str, Any] = MappingProxyType({})  # what may change without harm; kept next to the identity
 
-    @abstractmethod
     def read(self, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`; raises as `resolve_source`."""
+        raise NotImplementedError(f"{self.name} has no bytes")
 
-    @abstractmethod
     def whole(self) -> Path:
         """A local file with all its bytes; a remote one is fetched into the cache once."""
+        raise NotImplementedError(f"{self.name} is not a file")
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

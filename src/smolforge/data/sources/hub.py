@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from glob import has_magic
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from smolforge.data.fetch import HttpFile, Trouble, may_pass, retry_after
 from smolforge.data.sources import Context, Source, check_ending, format_of, no_known_file
 from smolforge.data.sources.url import RemoteShard
-from smolforge.errors import DataError, SmolforgeError, SourceChanged
+from smolforge.errors import DataError, SourceChanged
 
 T = TypeVar("T")
 File = tuple[str, int, str]  # path, bytes, oid
@@ -74,7 +75,7 @@ class _Dataset:
     def of_path(self, revision: str, path: str) -> list[File]:
         """The file, the folder's files, or the files that match a pattern."""
         if has_magic(path):
-            return self._matching(revision, [path])
+            return _known(self._matching(revision, [path]))
         if path:
             place: dict[str, Any] = {"revision": revision, "repo_type": "dataset"}
             found = self._ask(lambda: self.api.get_paths_info(self.repo, [path], **place), revision)
@@ -170,17 +171,9 @@ class _Dataset:
     def _ask(self, question: Callable[[], T], revision: str | None) -> T:
         """Ask the Hub; what may pass is tried again, other errors are explained."""
 
-        def once() -> T:
-            try:
-                return question()
-            except SmolforgeError:
-                raise
-            except Exception as error:
-                raise self._explain(error, revision) from None
+        return self.context.network.attempt("the Hub", self.spec, question, partial(self._explain, revision))
 
-        return self.context.network.attempt("the Hub", self.spec, once)
-
-    def _explain(self, error: Exception, revision: str | None) -> Exception:
+    def _explain(self, revision: str | None, error: Exception) -> Exception:
         from huggingface_hub import errors
 
         def refused(message: str, hint: str | None = None) -> DataError:

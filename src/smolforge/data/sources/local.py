@@ -7,6 +7,7 @@ or touched corpus is still the same; an unchanged size and modification time sav
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import logging
@@ -46,7 +47,6 @@ class LocalShard(Shard):
         self.size, self.notes = stat.st_size, {"changed": stat.st_mtime_ns}
         if not self.size:
             raise DataError(f"{path} is empty", field="data.sources", hint="Remove it or fill it.")
-        self._hash: str | None = None
 
     def read(self, start: int, length: int) -> bytes:
         data = read_file(self.path, start, length)
@@ -60,15 +60,15 @@ class LocalShard(Shard):
         return self.path
 
     def identity(self) -> dict[str, Any]:
-        self._hash = self._hash or self._fingerprint()
         return {"hash": self._hash}
 
     def difference(self, recorded: dict[str, Any]) -> str | None:
         if recorded["size"] == self.size and recorded.get("changed") == self.notes["changed"]:
-            self._hash = recorded["identity"].get("hash")
+            self._hash = str(recorded["identity"].get("hash"))
         return super().difference(recorded)
 
-    def _fingerprint(self) -> str:
+    @functools.cached_property
+    def _hash(self) -> str:
         digest = hashlib.blake2b(str(self.size).encode(), digest_size=16)
         if self.format == "parquet" and self.size > WHOLE_HASH:
             starts = [(self.size - SAMPLE) * i // (SAMPLES - 1) for i in range(SAMPLES)]
@@ -117,8 +117,7 @@ def _walk(root: Path) -> list[Path]:
     """Files of known formats below a folder; linked folders are followed, each folder once."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        status = Path(folder).stat()
-        place = (status.st_dev, status.st_ino)
+        place = Path(folder).resolve()
         if place in seen:
             folders.clear()
             continue

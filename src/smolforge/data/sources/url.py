@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
 from glob import has_magic
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from smolforge.data.fetch import HttpFile, Network, NoRanges, RemoteFile, Trouble, may_pass
 from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError
-
-T = TypeVar("T")
 
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
@@ -94,8 +91,8 @@ class FsspecFile(RemoteFile):
         super().__init__(network, filesystem.unstrip_protocol(path), path, host_of(filesystem), size)
         self.filesystem, self.path = filesystem, path
 
-    def look(self) -> dict[str, Any]:
-        info = ask(self.network, self.host, self.url, lambda: self.filesystem.info(self.path))
+    def _look(self) -> dict[str, Any]:
+        info = self.filesystem.info(self.path)
         if not isinstance(info.get("size"), int):
             raise DataError(f"{self.host} does not tell the length of {self.name}", field="data.sources")
         self.size = info["size"]
@@ -103,11 +100,13 @@ class FsspecFile(RemoteFile):
         return {key.lower(): str(info[key])} if key else {}
 
     def _read(self, start: int, length: int, got: bytearray) -> None:
-        with troubles(self.host, self.url):
-            got += self.filesystem.cat_file(self.path, start=start + len(got), end=start + length)
+        got += self.filesystem.cat_file(self.path, start=start + len(got), end=start + length)
         if len(got) != length:
             del got[length:]
             raise Trouble("a range of another length than the one asked for")
+
+    def _explain(self, error: Exception) -> Exception:
+        return explain(error, self.host, self.url)
 
 
 def matches(spec: str) -> bool:
@@ -154,7 +153,8 @@ def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) 
         check_ending(path, spec)
         return [path]
 
-    paths = sorted(ask(context.network, host_of(filesystem), spec, find))
+    host = host_of(filesystem)
+    paths = sorted(context.network.attempt(host, spec, find, lambda error: explain(error, host, spec)))
     if not paths:
         raise no_known_file(f"{spec} matches no file of a known format")
     files = [FsspecFile(context.network, filesystem, found) for found in paths]
@@ -183,34 +183,18 @@ def host_of(filesystem: Any) -> str:
     return f"{protocol if isinstance(protocol, str) else protocol[0]}://"
 
 
-def ask(network: Network, host: str, what: str, question: Callable[[], T]) -> T:
-    """Ask a filesystem; what may pass is tried again."""
-
-    def once() -> T:
-        with troubles(host, what):
-            return question()
-
-    return network.attempt(host, what, once)
-
-
-@contextlib.contextmanager
-def troubles(host: str, what: str) -> Any:
-    """Turn a filesystem's errors into `Trouble` where they may pass, else into `DataError`."""
-    try:
-        yield
-    except (DataError, Trouble):
-        raise
-    except FileNotFoundError:
-        raise DataError(f"no such file: {what}", field="data.sources", hint="Check the address.") from None
-    except PermissionError as error:
+def explain(error: Exception, host: str, what: str) -> Exception:
+    """The error for what a filesystem raised: `Trouble` where it may pass, else `DataError`."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"no such file: {what}", field="data.sources", hint="Check the address.")
+    if isinstance(error, PermissionError):
         hint = "Check the credentials of this filesystem."
-        raise DataError(f"{host} refuses {what}: {error}", field="data.sources", hint=hint) from None
-    except Exception as error:
-        # Each filesystem has errors of its own; those of a connection are OSErrors or say so in their name.
-        status = getattr(error, "status", getattr(error, "code", getattr(error, "status_code", None)))
-        name = type(error).__name__
-        if isinstance(status, int) and may_pass(status):
-            raise Trouble(f"{status} {name}") from None
-        if isinstance(error, OSError) or re.search("Timeout|Connect|Incomplete|Throttl", name):
-            raise Trouble(f"a broken connection ({name}: {str(error)[:100]})") from None
-        raise DataError(f"cannot read {what}: {name}: {error}", field="data.sources") from None
+        return DataError(f"{host} refuses {what}: {error}", field="data.sources", hint=hint)
+    # Each filesystem has errors of its own; those of a connection are OSErrors or say so in their name.
+    status = getattr(error, "status", getattr(error, "code", getattr(error, "status_code", None)))
+    name = type(error).__name__
+    if isinstance(status, int) and may_pass(status):
+        return Trouble(f"{status} {name}")
+    if isinstance(error, OSError) or re.search("Timeout|Connect|Incomplete|Throttl", name):
+        return Trouble(f"a broken connection ({name}: {str(error)[:100]})")
+    return DataError(f"cannot read {what}: {name}: {error}", field="data.sources")
