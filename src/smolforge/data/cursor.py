@@ -70,8 +70,6 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         CheckpointError: the cursors are of different steps or streams, or two of them hold the same lane.
     """
-    if not cursors:
-        raise CheckpointError("no cursors to merge")
     first = cursors[0]
     lanes: dict[str, Any] = {}
     for cursor in cursors:

@@ -20,8 +20,9 @@ import numpy as np
 
 from smolforge.data.corpus import Address, Corpus
 from smolforge.data.cursor import VERSION, Position, read_cursor, to_json
-from smolforge.data.packing import Encoder, Lane, Window
+from smolforge.data.packing import Lane, Window
 from smolforge.errors import BadInput
+from smolforge.tokenizer import Tokenizer
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Loader(Iterator[Batch]):
     def __init__(
         self,
         corpus: Corpus,
-        tokenizer: Encoder,
+        tokenizer: Tokenizer,
         *,
         sequences_per_step: int,
         rank: int = 0,
@@ -292,7 +293,7 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
 
 def documents_of_step(
     corpus: Corpus,
-    tokenizer: Encoder,
+    tokenizer: Tokenizer,
     cursor: dict[str, Any] | None,
     step: int,
     *,

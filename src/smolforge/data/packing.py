@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -20,18 +19,11 @@ from smolforge.data.cursor import Position, to_json
 from smolforge.data.order import RowRange, permutation
 from smolforge.data.readers import Rows
 from smolforge.errors import CheckpointError
+from smolforge.tokenizer import Tokenizer
 
 ENCODE_BYTES = 256 << 10
 MAX_ENCODE_ROWS = 512
 MAX_TEXT = 1 << 20  # characters; a tokenizer needs some 240 times as many bytes of memory, so longer texts are cut
-
-
-class Encoder(Protocol):
-    """What a lane needs of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int: ...
-    def encode_batch(self, texts: list[str], /) -> list[list[int]]: ...
 
 
 @dataclass
@@ -48,7 +40,7 @@ class LaneSource:
     """The stream of one source in one lane, from a position on."""
 
     def __init__(
-        self, corpus: Corpus, encoder: Encoder, source: int, lane: int, position: Position, read_ahead: bool
+        self, corpus: Corpus, encoder: Tokenizer, source: int, lane: int, position: Position, read_ahead: bool
     ) -> None:
         self.corpus, self.encoder, self.read_ahead = corpus, encoder, read_ahead
         self.source, self.lane, self.position = source, lane, position
@@ -157,7 +149,7 @@ class Lane:
     """A lane of the mixture from a cursor on; with `read_ahead` it fetches ranges before it needs them."""
 
     def __init__(
-        self, corpus: Corpus, encoder: Encoder, lane: int, positions: list[Position], *, read_ahead: bool = False
+        self, corpus: Corpus, encoder: Tokenizer, lane: int, positions: list[Position], *, read_ahead: bool = False
     ) -> None:
         config = corpus.config
         self.length = config.sequence_length + 1

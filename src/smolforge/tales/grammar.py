@@ -48,7 +48,6 @@ class GrammarError(ValueError):
 class Words:
     """A list of words that is drawn from without replacement."""
 
-    name: str
     entries: list[Entry]
     size: int
 
@@ -144,7 +143,7 @@ class Grammar:
         for name, kind in kinds.items():
             if kind:
                 words = entries(kind, lines[name])
-                self.words[name] = Words(name, words, len(words))
+                self.words[name] = Words(words, len(words))
                 self._distinct(name, [entry[""] for entry in words])
             else:
                 self.rules[name] = Rule(name)
