@@ -65,6 +65,29 @@ def test_json_outputs_parse(run: Path, capsys) -> None:
     assert documents and {"source", "file", "row_group", "row"} == set(documents[0])
 
 
+def test_eval_scores_the_mixture_by_weight_and_each_source_by_itself(run: Path, tmp_path: Path, capsys) -> None:
+    words = {"a.jsonl": "the cat sat on the mat. ", "b.jsonl": "§¶ 0123456789 ¤¥ "}
+    a, b = (tmp_path / name for name in words)
+    for path, text in zip((a, b), words.values(), strict=True):
+        path.write_text("".join(json.dumps({"text": text * 3 + str(number)}) + "\n" for number in range(300)))
+
+    def score(*sources: str) -> dict:
+        capsys.readouterr()
+        assert cli.run(["eval", str(run), "--data", *sources, "--tokens", "3k", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    alone = {str(path): score(str(path)) for path in (a, b)}
+    both = score(f"{a}=0.9", f"{b}=0.1")
+    for source, one in both["sources"].items():
+        assert one == {key: alone[source][key] for key in one}, "as evaluated alone"
+    low, high = sorted(one["bits_per_byte"] for one in alone.values())
+    mixed = score(f"{a}=0.1", f"{b}=0.9")["bits_per_byte"]
+    assert low < both["bits_per_byte"] < high and low < mixed < high and mixed != both["bits_per_byte"]
+    assert "sources" not in alone[str(a)]
+    assert cli.run(["eval", str(run), "--data", str(a), str(b), "--tokens", "3k"]) == 0
+    assert f"of {b}: {alone[str(b)]['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+
+
 def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
     assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
     first = capsys.readouterr().out
@@ -112,6 +135,8 @@ def test_verify_names_the_damaged_file(run: Path, capsys) -> None:
 def test_compare(run: Path, capsys, tmp_path) -> None:
     assert cli.run(["compare", str(run), str(run), "--html", str(tmp_path / "page.html")]) == 0
     assert "loss" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 1000
+    assert cli.run(["compare", str(run), str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same_held_out_text"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

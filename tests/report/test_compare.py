@@ -62,6 +62,41 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert comparison(same).names == ["a/run", "b/run"]
 
 
+@pytest.mark.parametrize(
+    ("override", "incomparable"),
+    [
+        ("data.sources={other.txt: 1}", ("held-out bits per byte", "held-out loss", "training loss")),
+        ("data.holdout=0.2", ("held-out bits per byte", "held-out loss")),
+        ("evaluation.tokens=1000", ("held-out bits per byte", "held-out loss")),
+        ("tokenizer=elsewhere", ("held-out loss", "training loss")),
+    ],
+)
+def test_scores_on_different_texts_or_tokens_have_no_winner(
+    runs: list[Path], tmp_path: Path, override: str, incomparable: tuple[str, ...]
+) -> None:
+    other = make_run(tmp_path / "other", rows=60, seed=3, overrides=[override])
+    lines = {line.split("│")[0].strip(): line for line in compare([runs[0], other]).splitlines()}
+    for label in incomparable:
+        assert "*" not in lines[label], label
+    told = "held-out texts differ" in compare([runs[0], other])
+    assert told is ("held-out bits per byte" in incomparable)
+    assert ("*" in lines["held-out bits per byte"]) is not told
+    assert comparison([runs[0], other]).as_dict()["same_held_out_text"] is not told
+    page = check_page(write_comparison([runs[0], other], tmp_path / "page.html"))
+    assert ("predicts held-out text best" in page.text) is not told
+
+
+def test_the_same_text_at_another_place_is_the_same(tmp_path: Path) -> None:
+    paths = []
+    for number, content in enumerate(["one", "one", "two"]):
+        path = make_run(
+            tmp_path / str(number), rows=9, seed=number, overrides=[f"data.sources={{place{number}.txt: 1}}"]
+        )
+        (path / "data_index.json").write_text(json.dumps({"version": 1, "hash": content}))
+        paths.append(path)
+    assert comparison(paths[:2]).same_text and not comparison(paths[1:]).same_text
+
+
 def test_a_run_that_has_nothing_yet_stands_beside_one_that_has(runs: list[Path], tmp_path: Path) -> None:
     assert "–" in compare([runs[0], tmp_path])
     check_page(write_comparison([runs[0], tmp_path], tmp_path / "page.html"))

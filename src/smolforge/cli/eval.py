@@ -14,6 +14,7 @@ EXAMPLES = """\
 examples:
   smolforge eval runs/pocket --data tales                 next to the source's own entropy
   smolforge eval runs/pocket --data my_texts/*.txt --tokens 200k
+  smolforge eval runs/pocket --data A.jsonl=0.7 B.txt=0.3     the mixture by weight, and each source by itself
   smolforge eval HuggingFaceTB/SmolLM2-135M --data wiki.jsonl --json
   smolforge eval runs/pocket --data tales --quantize int8 int4       what fewer bits cost
   smolforge eval HuggingFaceTB/SmolLM2-135M --tasks hellaswag,arc_easy
@@ -35,8 +36,9 @@ def add(verbs: Any) -> None:
     what.add_argument("--data", nargs="+", action="extend", metavar="SRC[=WEIGHT]", help="sources of text")
     what.add_argument("--tasks", metavar="A,B,...", help="tasks of lm-eval (pip install 'smolforge[eval]')")
     parser.add_argument(
-        "--tokens", default="100k", metavar="N", help="maximum number of tokens to score (default 100k)"
-    )
+        "--tokens", default="100k", metavar="N",
+        help="maximum number of tokens to score, of the mixture and of each source (default 100k)",
+    )  # fmt: skip
     parser.add_argument(
         "--length", type=int, metavar="N", help="context in tokens (default: the model's, at most 2,048)"
     )
@@ -66,7 +68,7 @@ def _score_text(args: argparse.Namespace) -> int:
     from smolforge.checkpoint.locate import load_model
     from smolforge.config import DataConfig
     from smolforge.data import Corpus
-    from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
+    from smolforge.evaluation import EvalSlice, evaluate, evaluate_runner, tokenize_eval_set
     from smolforge.generation.runners import select_runner
 
     tokens = parse_positive(args.tokens, "--tokens")
@@ -75,21 +77,26 @@ def _score_text(args: argparse.Namespace) -> int:
     length = args.length or min(positions, 2048)
     if not 1 <= length <= positions:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="--length")
-    corpus = Corpus.open(DataConfig(sources=parse_sources(args.data), text_column=args.text_column))
-    texts = corpus.texts(held_out=True if args.held_out else None)
-    piece = tokenize_eval_set(texts, tokenizer, tokens)
-    length = min(length, len(piece.tokens) - 1)
-    windows = -(-(len(piece.tokens) - 1) // length)
-    score = evaluate(model, piece, length=length, batch=min(4, windows))
-    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **asdict(score)}
-    if corpus.entropy_bits_per_byte:
-        outcome["entropy_bits_per_byte"] = corpus.entropy_bits_per_byte
+
+    def score(sources: dict[str, float]) -> tuple[EvalSlice, dict[str, Any]]:
+        with Corpus.open(DataConfig(sources=sources, text_column=args.text_column)) as corpus:
+            texts = corpus.texts(held_out=True if args.held_out else None)
+            piece, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
+        windows = -(-(len(piece.tokens) - 1) // length)
+        found = asdict(evaluate(model, piece, length=min(length, len(piece.tokens) - 1), batch=min(4, windows)))
+        return piece, found | ({"entropy_bits_per_byte": entropy} if entropy else {})
+
+    sources = parse_sources(args.data)
+    piece, found = score(sources)
+    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **found}
+    if len(sources) > 1:
+        outcome["sources"] = {source: score({source: 1.0})[1] for source in sources}
     if args.quantize:
         outcome["precisions"] = {}
         for precision in dict.fromkeys(args.quantize):
             runner, _ = select_runner(model, precision)
-            served = evaluate_runner(runner, piece, length=length)
-            price = served.bits_per_byte / score.bits_per_byte - 1
+            served = evaluate_runner(runner, piece, length=min(length, len(piece.tokens) - 1))
+            price = served.bits_per_byte / found["bits_per_byte"] - 1
             outcome["precisions"][precision] = {**asdict(served), "price": price, "runner": runner.name}
     print_result(args, outcome, _score_table(outcome))
     return 0
@@ -108,6 +115,9 @@ def _score_table(outcome: dict[str, Any]) -> str:
     lines.append(
         f"text           {outcome['tokens']:,} tokens, {outcome['n_bytes']:,} bytes, {outcome['documents']:,} documents"
     )
+    for source, one in outcome.get("sources", {}).items():
+        size = f"{one['tokens']:,} tokens, {one['documents']:,} documents"
+        lines.append(f"of {source}: {one['bits_per_byte']:.4f} bits per byte, loss {one['loss']:.4f} ({size})")
     for precision, served in outcome.get("precisions", {}).items():
         price, runner = served["price"], served["runner"]
         lines.append(f"{precision:<14} {served['bits_per_byte']:.4f} bits per byte, {price:+.2%} ({runner})")

@@ -40,8 +40,8 @@ def add(verbs: Any) -> None:
     )
     verify.add_argument("path", metavar="RUN|CHECKPOINT", help="directory to check")
     verify.set_defaults(run=_verify)
-    add_json(summary)
-    add_json(verify)
+    for parser in (summary, compare, verify):
+        add_json(parser)
 
 
 def _summary(args: argparse.Namespace) -> int:
@@ -69,9 +69,12 @@ def _model_config(word: str) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from smolforge.report import compare, write_comparison
+    from smolforge.report import compare, comparison, write_comparison
 
-    print(compare(args.runs))
+    if args.json:
+        print_result(args, comparison(args.runs).as_dict(), "")
+    else:
+        print(compare(args.runs))
     if args.html:
         write_comparison(args.runs, args.html)
         print(f"page: {args.html}", file=sys.stderr)

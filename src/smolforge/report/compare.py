@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import BadInput
+from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import write_atomically
 from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, size, whole
 from smolforge.report.charts import BUCKETS, Chart, ChartPage, Columns, Level, Series, smooth, smooth_ratio, thin
@@ -21,8 +21,12 @@ from smolforge.report.page import continuation, group_samples, render
 from smolforge.run import Run
 
 MAX_RUNS = 32
+DIFFERENT_TEXTS = "the held-out texts differ, so no score is called the best"
 _MAX_PROMPTS = 6
 
+# Values that depend on the text that was scored, and those that depend on the tokenizer as well.
+_OF_TEXT = ("bits_per_byte", "gap", "validation_loss", "loss")
+_OF_TOKENS = ("validation_loss", "loss")
 # Of each run: the label, the value, its format, and whether it is better where small (-1) or large (+1).
 _ROWS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
     ("held-out bits per byte", "bits_per_byte", number, -1),
@@ -47,6 +51,7 @@ class Comparison:
     Attributes:
         rows: (label, the value of each run as text, the index of the best or None).
         differences: (key of the configuration, its value in each run), for keys that differ.
+        same_text: whether all runs were scored on the same held-out text; else no score is called the best.
     """
 
     names: list[str]
@@ -54,11 +59,13 @@ class Comparison:
     summaries: list[RunSummary]
     rows: list[tuple[str, list[str], int | None]]
     differences: list[tuple[str, list[str]]]
+    same_text: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the numbers of each run, and the keys that differ."""
         return {
             "runs": [asdict(summary) for summary in self.summaries],
+            "same_held_out_text": self.same_text,
             "differences": {key: dict(zip(self.names, values, strict=True)) for key, values in self.differences},
         }
 
@@ -73,7 +80,14 @@ def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
         raise BadInput(f"{len(runs)} runs cannot be compared", field="RUN", hint=f"Give 1 to {MAX_RUNS} of them.")
     histories = [read_history(run) for run in runs]
     summaries = [summarize(history) for history in histories]
-    rows = [_row(summaries, *entry) for entry in _ROWS]
+    scored = [history for history in histories if len(history.validation["step"])]
+    same_text = len({_scored_text(history) for history in scored}) <= 1
+    same_tokens = same_text and len({_tokens(history) for history in scored}) <= 1
+    incomparable = (() if same_text else _OF_TEXT) + (() if same_tokens else _OF_TOKENS)
+    rows = [
+        _row(summaries, label, field, say, 0 if field in incomparable else better)
+        for label, field, say, better in _ROWS
+    ]
     settings = [flatten(history.config) for history in histories]
     keys = list(dict.fromkeys(key for flat in settings for key in flat))
     table = [(key, [flat.get(key, MISSING) for flat in settings]) for key in keys]
@@ -83,7 +97,27 @@ def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
         summaries=summaries,
         rows=[row for row in rows if any(value != MISSING for value in row[1])],
         differences=[(key, values) for key, values in table if len(set(values)) > 1],
+        same_text=same_text,
     )
+
+
+def _scored_text(history: History) -> Hashable:
+    """What decides the text that a run is scored on: equal where the scores of two runs can be compared.
+
+    The hash of the data index says what the sources hold, wherever they are; their names count where there is none.
+    """
+    sources = history.setting("data.sources")
+    sources = sources if isinstance(sources, dict) else {}
+    try:
+        index = history.run.read_index() or {}
+    except CheckpointError:
+        index = {}
+    keys = ("data.holdout", "data.text_column", "evaluation.tokens")
+    return repr([index.get("hash") or list(sources), list(sources.values()), *map(history.setting, keys)])
+
+
+def _tokens(history: History) -> Hashable:
+    return repr([history.setting("tokenizer"), history.setting("model.vocab_size")])
 
 
 def compare(runs: Sequence[str | Path | Run], *, width: int | None = None) -> str:
@@ -108,6 +142,8 @@ def compare(runs: Sequence[str | Path | Run], *, width: int | None = None) -> st
     columns = width or max(shutil.get_terminal_size((100, 24)).columns, 60)
     Console(file=output, width=columns, color_system=None, legacy_windows=False).print(table)
     notes = ["* the best"] if any(best is not None for _, _, best in found.rows) else []
+    if not found.same_text:
+        notes.append(DIFFERENT_TEXTS)
     if len(found.names) > 1 and not found.differences:
         notes.append("the configurations are the same")
     return output.getvalue() + "".join(f"{note}\n" for note in notes)
@@ -159,6 +195,8 @@ def _line(text: str) -> str:
 def _headline(found: Comparison) -> str:
     if len(found.names) == 1:
         return describe(found.summaries[0], found.histories[0])
+    if not found.same_text:
+        return f"{DIFFERENT_TEXTS[0].upper()}{DIFFERENT_TEXTS[1:]}."
     best = next((best for label, _, best in found.rows if label == "held-out bits per byte"), None)
     if best is None:
         return ""
