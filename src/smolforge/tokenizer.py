@@ -21,6 +21,8 @@ from smolforge import hub
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json
 from smolforge.formatting import replace_lone_surrogates
+from smolforge.gguf_file import is_gguf, open_gguf
+from smolforge.gguf_tokenizer import gguf_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -63,11 +65,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Tokenizer:
-        """Load a tokenizer from a directory or a Hub id (`OWNER/NAME[@REVISION]`).
+        """Load a tokenizer from a directory, a GGUF file, or a Hub id (`OWNER/NAME[@REVISION]`).
 
         Raises:
             CheckpointError: the directory has no tokenizer.json, or it cannot be read.
         """
+        if hub.GGUF_ADDRESS.match(str(source)):
+            source = hub.fetch_gguf(str(source))
+        if is_gguf(source):
+            return cls(*gguf_tokenizer(open_gguf(source)))
         directory = Path(source)
         if not directory.is_dir():
             if not hub.is_model_id(str(source)):

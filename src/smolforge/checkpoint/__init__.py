@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face model directories that exist completely or not at all. In the order to read them:
 
 format.py       the directory: config, weights, tokenizer, card
+gguf.py         the same from a GGUF file: config, generation defaults, weights
 weights.py      read untrusted safetensors files; write them
 state.py        what only training needs, in safetensors and JSON
 commit.py       write, fsync, rename; verify, find, prune

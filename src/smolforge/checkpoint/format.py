@@ -1,8 +1,8 @@
 """A checkpoint is a model: the Hugging Face directory, written so that transformers 4 and 5 both read it.
 
 `write_model` writes config.json, generation_config.json, model.safetensors, the tokenizer and the card.
-`read_config` reads any Llama directory, and refuses by name and value what smolforge does not have, because a model
-that computes something else would load silently and write nonsense.
+`read_config` reads any Llama directory or GGUF file, and refuses by name and value what smolforge does not have,
+because a model that computes something else would load silently and write nonsense.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolforge.checkpoint.gguf import gguf_config, gguf_generation_defaults
 from smolforge.checkpoint.weights import WEIGHTS, write_safetensors
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json
+from smolforge.gguf_file import is_gguf, open_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -128,18 +130,20 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face directory.
+    """The shape of the model in a Hugging Face directory or a GGUF file.
 
     Raises:
         CheckpointError: there is no config.json, it is damaged, or it describes what smolforge does not have.
     """
-    path = directory / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no {CONFIG}", hint="A model directory needs one.")
     from smolforge.model.architecture import config_from_hf
 
+    path = directory if is_gguf(directory) else directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {CONFIG}", hint="A model directory needs one.")
     try:
-        return config_from_hf(read_json(path, limit=1 << 20))
+        return config_from_hf(gguf_config(open_gguf(path)) if path == directory else read_json(path, limit=1 << 20))
+    except CheckpointError:
+        raise
     except BadInput as error:
         field = f"{path}: {error.field}" if error.field else str(path)
         raise CheckpointError(error.message, field=field, hint=error.hint) from None
@@ -163,6 +167,8 @@ def read_generation_defaults(directory: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, or a value is out of its range.
     """
     path = directory / GENERATION_CONFIG
+    if is_gguf(directory):
+        return gguf_generation_defaults(open_gguf(directory))
     if not path.is_file():
         return {}
     values, found = read_json(path, limit=1 << 20), {}

@@ -1,4 +1,4 @@
-"""Find, load and verify what a user names: a run, a checkpoint, a Hugging Face directory, a Hub id."""
+"""Find, load and verify what a user names: a run, a checkpoint, a Hugging Face directory, a GGUF file, a Hub id."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
 from smolforge.errors import CheckpointError, SourceUnavailable
+from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -22,25 +23,29 @@ if TYPE_CHECKING:
 # What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
 HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *TOKENIZER_FILES]
 _FORMS = (
-    "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, "
-    "or a Hub id such as HuggingFaceTB/SmolLM2-135M."
+    "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, a .gguf file, "
+    "a Hub id such as HuggingFaceTB/SmolLM2-135M, or hf://OWNER/REPO/FILE.gguf."
 )
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The model directory that `model` names.
+    """The model directory or GGUF file that `model` names.
 
     A run means its newest whole checkpoint; damaged ones are logged. A checkpoint directory is verified, without what
-    only training reads. Any other directory with a config.json is used as it is. A name that is not a directory is
-    fetched from the Hub by its id.
+    only training reads. Any other directory with a config.json is used as it is, and so is a GGUF file. A name that is
+    not a directory is fetched from the Hub by its id, or by hf://OWNER/REPO/FILE.gguf.
 
     Raises:
         CheckpointError: nothing usable is there; says what was looked for.
         SourceUnavailable: the Hub cannot be reached.
     """
+    if hub.GGUF_ADDRESS.match(str(model)):
+        return hub.fetch_gguf(str(model))
     path = Path(model).expanduser()
     if path.is_dir():
         return _resolve_directory(path)
+    if is_gguf(path):
+        return path
     if path.exists():
         hint = "Import it with examples/seed/import_lightning.py." if path.suffix == ".ckpt" else _FORMS
         raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=hint)
@@ -94,7 +99,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[CausalLM, Tokenizer, Path]:
-    """The model in evaluation mode, its tokenizer, and the directory they came from.
+    """The model in evaluation mode, its tokenizer, and the directory or GGUF file they came from.
 
     Weights are mapped from the file and assigned, not copied; only another `dtype` or `device` makes a copy, one
     tensor at a time.

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from smolforge.checkpoint.gguf import read_gguf_weights
 from smolforge.errors import CheckpointError
 from smolforge.files import read_json
+from smolforge.gguf_file import is_gguf, open_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,11 +77,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files with the weights of a model directory: one, or the shards that its index names.
+    """The safetensors files with the weights of a model directory: one, or the shards that its index names. A GGUF file
+    is its own.
 
     Raises:
         CheckpointError: there are none, only pickles, or the index names a file that it must not.
     """
+    if is_gguf(directory):
+        return [directory]
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     index = directory / SHARD_INDEX
@@ -119,12 +124,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory by name, mapped, from one file or from shards.
+    """All tensors of a model directory by name, mapped, from one file or from shards; those of a GGUF file, decoded.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the shards do not hold what the index says.
     """
     files = weight_files(directory)
+    if files[0] == directory:
+        return read_gguf_weights(open_gguf(directory))
     if files[0].name == WEIGHTS:
         return read_safetensors(files[0])
     mapping = _weight_map(directory / SHARD_INDEX)

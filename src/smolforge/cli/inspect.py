@@ -60,9 +60,9 @@ def _summary(args: argparse.Namespace) -> int:
 def _model_config(word: str) -> Any:
     from smolforge.checkpoint import format, locate
     from smolforge.config import build_config, preset_names
-    from smolforge.hub import is_model_id
+    from smolforge.hub import GGUF_ADDRESS, is_model_id
 
-    is_model = Path(word).exists() or is_model_id(word)
+    is_model = Path(word).exists() or is_model_id(word) or GGUF_ADDRESS.match(word)
     if word.endswith((".yaml", ".yml")) or word in preset_names() or not is_model:
         return build_config(word).model  # for an unknown word its error lists the presets
     return format.read_config(locate.resolve_model(word))

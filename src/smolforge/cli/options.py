@@ -14,7 +14,7 @@ from smolforge.errors import BadInput, nearest
 if TYPE_CHECKING:
     from smolforge.generation import SamplingParams
 
-MODEL_HELP = "a run, a checkpoint, a model directory or a Hub id"
+MODEL_HELP = "a run, a checkpoint, a model directory, a .gguf file, a Hub id or hf://OWNER/REPO/FILE.gguf"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 

@@ -34,6 +34,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from smolforge.checkpoint.format import read_config
 from smolforge.checkpoint.locate import load_model
 from smolforge.errors import BadInput, SmolforgeError, SourceUnavailable, nearest
+from smolforge.gguf_file import is_gguf
 from smolforge.model.architecture import architecture_of
 
 
@@ -80,7 +81,7 @@ def run_tasks(
     """Metrics of a model on tasks: {task: {metric: value}}, as lm-eval names them.
 
     Args:
-        directory: a model directory.
+        directory: a model directory or a GGUF file.
         tasks: names of lm-eval's tasks or of those in `task_files`.
         task_files: a folder of task files (YAML), which take precedence over lm-eval's own.
         shots: examples before each question; the task's own number unless given.
@@ -97,7 +98,10 @@ def run_tasks(
     manager = _task_manager(tasks, task_files)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if architecture_of(read_config(directory)).in_transformers:
-        model = HFLM(str(directory), dtype="auto", batch_size=batch, device=device)
+        where: dict[str, Any] = {"pretrained": str(directory)}
+        if is_gguf(directory):
+            where = {"pretrained": str(directory.parent), "gguf_file": directory.name}
+        model = HFLM(**where, dtype="auto", batch_size=batch, device=device)
     else:
         model = wrap_model(directory, batch=batch, device=device)
     # `HFLM` warns of each request that is longer than the context, and cuts its beginning.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolforge.checkpoint.format import check_vocabulary, check_weights, read_config
+from smolforge.checkpoint.gguf import gguf_names, permute
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
@@ -91,7 +92,7 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     full = "Nothing was changed. Free some room, or export a smaller kind."
     with replacing_file(out, needed=sum(item.bytes for item in plan), hint=full) as temporary:
         writer = gguf.GGUFWriter(temporary, llama_cpp_name)
-        _write_header(gguf, writer, config, kind, name or directory.resolve().name)
+        _write_header(gguf, writer, config, kind, name or directory.resolve().name.removesuffix(".gguf"))
         write_vocabulary(gguf, writer, directory, tokenizer, config.vocab_size)
         _write_tensors(gguf, writer, config, weights, plan)
     kept = [item.name for item in plan if item.type == "F16" and kind.startswith("q")]
@@ -111,19 +112,17 @@ class _Item:
 
 
 def _plan(gguf: Any, config: ModelConfig, weights: dict[str, Tensor], kind: str) -> list[_Item]:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf_names(config)
     head_name = EMBEDDING if config.tie_word_embeddings else HEAD
     plan = []
     for source, tensor in weights.items():
-        name = names.get_name(source, try_suffixes=(".weight",))
-        assert name is not None, source
         kind_of_it = "F32" if tensor.ndim == 1 else kind.upper()
         if kind_of_it == "Q4_0" and source == head_name:
             kind_of_it = "Q8_0"  # every token depends on the head, and it costs little
         if kind_of_it.startswith("Q") and tensor.shape[-1] % _BLOCK:
             kind_of_it = "F16"
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind_of_it]]
-        plan.append(_Item(name, source, kind_of_it, tensor.numel() // block * size))
+        plan.append(_Item(names[source], source, kind_of_it, tensor.numel() // block * size))
     return plan
 
 
@@ -162,16 +161,6 @@ def _converted(config: ModelConfig, item: _Item, tensor: Tensor) -> np.ndarray:
             hint="Export bf16 or f32.",
         )
     return np.ascontiguousarray(array)
-
-
-def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection from halves to neighbouring pairs: in each head, row i and row i + d/2 come together.
-
-    Args:
-        array: (heads * d, width), half-rotation layout.
-    """
-    rows, width = array.shape
-    return array.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: str) -> None:

@@ -6,6 +6,7 @@ The upload uses `huggingface_hub`, so `HF_TOKEN`, `HF_ENDPOINT`, its login and i
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,12 +16,23 @@ from pathlib import Path
 
 import yaml
 
-from smolforge.checkpoint.format import CARD, CONFIG, GENERATION_CONFIG, check_vocabulary, check_weights, read_config
+from smolforge.checkpoint.format import (
+    CARD,
+    CONFIG,
+    GENERATION_CONFIG,
+    check_vocabulary,
+    check_weights,
+    read_config,
+    read_generation_defaults,
+    write_model,
+)
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import SHARD_INDEX, read_weights, weight_files
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.files import replacing_directory
+from smolforge.gguf_file import is_gguf
 from smolforge.model.architecture import architecture_of
+from smolforge.model.summary import count_parameters
 from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
 
 # The Hub refuses names that begin or end in a dot or dash, and two of these in a row.
@@ -43,7 +55,16 @@ def model_files(directory: Path) -> list[Path]:
 
 
 def copy_model(directory: Path, out: Path) -> None:
-    """Copy the model in `directory` to the new directory `out`; raises what `model_files` and `new_directory` do."""
+    """Copy the model in `directory` to the new directory `out`; raises what `model_files` and `new_directory` do.
+
+    A GGUF file becomes a directory with its decoded weights.
+    """
+    if is_gguf(directory):
+        config, defaults = read_config(directory), read_generation_defaults(directory)
+        with new_directory(Path(out), needed=4 * count_parameters(config)) as temporary:
+            write_model(temporary, config, read_weights(directory), Tokenizer.from_pretrained(directory))
+            (temporary / GENERATION_CONFIG).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+        return
     files = model_files(directory)
     with new_directory(Path(out), needed=sum(path.stat().st_size for path in files)) as temporary:
         for path in files:
@@ -118,6 +139,9 @@ def push(model: str | Path, repo: str, *, private: bool = False, dry_run: bool =
     if not _REPO.match(repo) or len(repo) > 96:
         raise BadInput(f"{repo!r} is not a name of a repository", field="out", hint="Write OWNER/NAME.")
     directory = resolve_model(model)
+    if is_gguf(directory):
+        hint = "Make a directory of it first: smolforge export ... --to checkpoint --out DIR"
+        raise BadInput(f"{directory} is a GGUF file, and --to hub uploads model directories", field="model", hint=hint)
     paths = model_files(directory)
     files, notes = [(path.name, path.stat().st_size) for path in paths], _notes(directory)
     return Pushed(repo, files, notes, None if dry_run else _upload(paths, repo, private))

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from smolforge import hub
 from smolforge.checkpoint import commit, locate
 from smolforge.errors import CheckpointError
+from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.serving.engine_thread import EngineThread, LoadedModel, ServerRequest
 from smolforge.serving.errors import ApiError, busy, not_ready, refused
@@ -46,15 +47,15 @@ class ModelSource:
         self.follows = False
         if not path.exists():
             if not hub.is_model_id(model):
-                locate.resolve_model(model)  # raises the error that explains what is wrong
-            self.name = name or model
+                locate.resolve_model(model)  # fetches hf://.../FILE.gguf, else raises the error that explains it
+            self.name = name or (Path(model).stem if hub.GGUF_ADDRESS.match(model) else model)
             return
         path = path.resolve()
         if commit.step_of(path) is not None and Run(path.parent.parent).exists:
             self.run = Run(path.parent.parent)
         elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints_path.is_dir()):
             self.run, self.follows = Run(path), True
-        self.name = name or path.name
+        self.name = name or (path.stem if is_gguf(path) else path.name)
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; empty for a model outside a run."""
@@ -77,7 +78,8 @@ class ModelSource:
         draft = settings.draft if step is None else None
         engine = Engine.from_pretrained(model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft)
         assert engine.directory is not None
-        weights = engine.directory / "model.safetensors"
+        directory = engine.directory
+        weights = directory if is_gguf(directory) else directory / "model.safetensors"
         created = int(weights.stat().st_mtime if weights.is_file() else time.time())
         return LoadedModel(engine, commit.step_of(engine.directory.resolve()), created)
 

@@ -1,0 +1,137 @@
+"""A GGUF file as a model: what its config.json, generation_config.json and model.safetensors would hold.
+
+Tensors have GGUF's names there, and the rows of q and k are in llama.cpp's order (neighbouring pairs are rotated where
+Hugging Face rotates halves); both are undone here. The file itself is read by `gguf_file`, its tokenizer by
+`gguf_tokenizer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from smolforge.errors import CheckpointError
+from smolforge.gguf_file import GgufFile
+from smolforge.gguf_tokenizer import end_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from smolforge.config import ModelConfig
+
+# Keys behind the architecture's name, and Hugging Face's names for them.
+_KEYS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta",
+}  # fmt: skip
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+def gguf_config(file: GgufFile) -> dict[str, Any]:
+    """The values of config.json that a file's metadata mean; `config_from_hf` checks them.
+
+    Raises:
+        CheckpointError: it is not a model smolforge has; its architecture is named.
+    """
+    from smolforge.model.architecture import architectures
+
+    metadata, where = file.metadata, str(file.path)
+    name = metadata.get("general.architecture")
+    known = {each.gguf: each for each in architectures().values() if each.gguf}
+    if name not in known:
+        raise CheckpointError(
+            f"the architecture {name!r} is not supported", field=f"{where}: general.architecture",
+            hint=f"Supported: {', '.join(known)}.",
+        )  # fmt: skip
+    if metadata.get("split.count", 1) != 1:
+        raise CheckpointError(
+            f"is one of {metadata['split.count']} parts", field=where, hint="Join them with llama-gguf-split --merge."
+        )
+    if _EMBEDDING not in file.tensors:
+        raise CheckpointError(f"has no tensor {_EMBEDDING}: it is not a whole model", field=where)
+    values = {ours: metadata.get(f"{name}.{key}") for key, ours in _KEYS.items()}
+    kind, experts = metadata.get(f"{name}.rope.scaling.type", "none"), metadata.get(f"{name}.expert_count", 0)
+    for what, found, right in (("rope.scaling.type", kind, "none"), ("expert_count", experts, 0)):
+        if found != right:
+            raise CheckpointError(f"{found!r} is not supported", field=f"{where}: {name}.{what}")
+    return {
+        **values,
+        "model_type": known[name].model_type,
+        "vocab_size": file.tensors[_EMBEDDING].shape[0],
+        "head_dim": metadata.get(f"{name}.attention.key_length", metadata.get(f"{name}.rope.dimension_count")),
+        "tie_word_embeddings": _HEAD not in file.tensors,
+    }
+
+
+def gguf_generation_defaults(file: GgufFile) -> dict[str, Any]:
+    """What generation_config.json would hold: the special ids."""
+    ids = {
+        name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))
+    }
+    found: dict[str, Any] = {f"{name}_token_id": value for name, value in ids.items() if type(value) is int}
+    if ends := end_ids(file.metadata):
+        found["eos_token_id"] = ends
+    return found
+
+
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """GGUF's name of every tensor of a model, by ours."""
+    import gguf
+
+    from smolforge.model.architecture import architecture_of, build_model
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture_of(config).gguf or ""], config.num_hidden_layers)
+    found = {}
+    for ours in build_model(config, device="meta", seed=None).state_dict():
+        stem, _, end = ours.rpartition(".")
+        name = names.get_name(stem)
+        assert name is not None, ours
+        found[ours] = f"{name}.{end}"
+    return found
+
+
+def read_gguf_weights(file: GgufFile) -> dict[str, Tensor]:
+    """All tensors under Hugging Face's names: bfloat16 where that keeps all numbers of the file, else fp32.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of a type that cannot be decoded.
+    """
+    import torch
+
+    from smolforge.model.architecture import config_from_hf
+
+    config = config_from_hf(gguf_config(file))
+    names = {theirs: ours for ours, theirs in gguf_names(config).items()}
+    weights = {}
+    for name in file.tensors:
+        if name not in names:
+            raise CheckpointError(f"has the tensor {name!r}, which this kind of model has not", field=str(file.path))
+        array, ours = file.dequantized(name), names[name]
+        for part, heads in (("q_proj.", config.num_attention_heads), ("k_proj.", config.num_key_value_heads)):
+            if part in ours and array.shape[0] == heads * config.head_dim:
+                array = unpermute(array, heads)
+        weights[ours] = torch.from_numpy(array)
+    # Files of bfloat16 models keep the norms in fp32; they are numbers of bfloat16 all the same.
+    matrices = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
+    vectors = [tensor for tensor in weights.values() if tensor.ndim == 1]
+    half = all(file.type_name(name) == "BF16" for name in matrices)
+    if half and all(torch.equal(vector.bfloat16().float(), vector) for vector in vectors):
+        weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    return weights
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection from halves to neighbouring pairs: in each head, row i and row i + d/2 come together.
+
+    Args:
+        array: (heads * d, ...), half-rotation layout.
+    """
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """The opposite of `permute`: from neighbouring pairs to halves."""
+    return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
