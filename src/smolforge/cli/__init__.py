@@ -7,6 +7,7 @@ JSON object.
     options.py       the parser, options that verbs share, and how their values are read
     train.py         start a run, or resume one
     generate.py      continue prompts
+    chat.py          a conversation in the terminal
     serve.py         a page and an OpenAI-compatible API
     eval.py          loss on a source, or lm-eval's tasks
     export.py        a model for other programs
@@ -25,7 +26,7 @@ from importlib import import_module
 
 # Each verb and its module.
 VERBS = {
-    **{verb: verb for verb in ("train", "generate", "serve", "eval", "export")},
+    **{verb: verb for verb in ("train", "generate", "chat", "serve", "eval", "export")},
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
     "data": "data",
     **dict.fromkeys(("bench", "build-native"), "bench"),
@@ -36,6 +37,7 @@ Pretrain, resume, sample and serve your own SmolLM2-class language model.
 
   smolforge train                          a pocket model on the embedded corpus, in minutes on a laptop
   smolforge generate runs/pocket           generate with it
+  smolforge chat smollm2                   talk to SmolLM2-135M-Instruct
   smolforge serve runs/pocket              a page and an OpenAI-compatible API
   smolforge train smollm2-135m             SmolLM2-135M on Cosmopedia-v2, streamed
 

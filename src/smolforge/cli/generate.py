@@ -10,6 +10,7 @@ from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampl
 
 if TYPE_CHECKING:
     from smolforge.generation import Engine, SamplingParams
+    from smolforge.generation.sequence import Prompt
 
 EXAMPLES = """\
 examples:
@@ -34,6 +35,11 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to continue; - reads one from stdin")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    parser.add_argument(
+        "--special-tokens", action="store_true",
+        help="read special tokens that a prompt writes out, such as <|im_start|>, as such and not as text",
+    )  # fmt: skip
     add_sampling(parser)
     add_inference(parser)
     add_json(parser)
@@ -50,14 +56,24 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
+    if engine.tokenizer.chat_template is not None and not (args.chat or args.special_tokens):
+        print(f"note: continues the text as it is; `smolforge chat {args.model}` talks to this model", file=sys.stderr)
+    given = [_given(engine, prompt, args) for prompt in prompts]
     if args.json:
-        print_result(args, _all_at_once(engine, prompts, params), "")
+        print_result(args, _all_at_once(engine, prompts, given, params), "")
     else:
-        _stream(engine, prompts, params)
+        _stream(engine, prompts, given, params)
     return 0
 
 
-def _stream(engine: Engine, prompts: list[str], params: SamplingParams) -> None:
+def _given(engine: Engine, prompt: str, args: argparse.Namespace) -> Prompt:
+    """What the engine gets for a prompt."""
+    if args.chat:
+        return engine.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return engine.tokenizer.encode_with_special_tokens(prompt) if args.special_tokens else prompt
+
+
+def _stream(engine: Engine, prompts: list[str], given: list[Prompt], params: SamplingParams) -> None:
     """Write one continuation after the other, so that the output reads like text being written."""
     from dataclasses import replace
 
@@ -68,7 +84,7 @@ def _stream(engine: Engine, prompts: list[str], params: SamplingParams) -> None:
             print(prompt, end="", flush=True)
             seed = None if params.seed is None else params.seed + index
             reason = None
-            for step in engine.stream([prompt], replace(params, n=1, seed=seed)):
+            for step in engine.stream([given[number]], replace(params, n=1, seed=seed)):
                 print(step.text, end="", flush=True)
                 reason = step.finish_reason or reason
             print(flush=True)
@@ -78,9 +94,9 @@ def _stream(engine: Engine, prompts: list[str], params: SamplingParams) -> None:
 _REASONS = {"stop": "end of text", "length": "maximum length reached"}
 
 
-def _all_at_once(engine: Engine, prompts: list[str], params: SamplingParams) -> dict[str, Any]:
+def _all_at_once(engine: Engine, prompts: list[str], given: list[Prompt], params: SamplingParams) -> dict[str, Any]:
     texts: dict[tuple[int, int], dict[str, Any]] = {}
-    for step in engine.stream(prompts, params):
+    for step in engine.stream(given, params):
         entry = texts.setdefault(
             (step.request, step.index),
             {"prompt": prompts[step.request], "choice": step.index, "text": "", "tokens": 0, "finish_reason": None},

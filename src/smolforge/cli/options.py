@@ -78,12 +78,12 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the sampling options."""
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 100, several: bool = True) -> None:
+    """Add the sampling options; `several`: whether a prompt may have more than one continuation."""
     integer = (
-        ("--max-tokens", 100, "maximum number of new tokens"),
+        ("--max-tokens", max_tokens, "maximum number of new tokens"),
         ("--top-k", 0, "choose only among the K likeliest tokens; 0 for all"),
-        ("--n", 1, "continuations of each prompt"),
+        *([("--n", 1, "continuations of each prompt")] if several else []),
         ("--seed", None, "equal seeds give equal texts (default: random)"),
     )
     real = (
@@ -104,7 +104,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     from smolforge.generation import SamplingParams
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "n")
-    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in names})
+    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in names if name in args})
 
 
 def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -> None:

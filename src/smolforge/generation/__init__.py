@@ -18,6 +18,7 @@ In the order to read them:
     sampler.py            penalties, filters, and the draw of a token
     speculative.py        n-gram and model drafts, and when they pay
     draft_model.py        a small model that drafts, and its cache
+    conversation.py       Conversation: turns and answers of a model with a chat template
     bench.py              smolforge bench generate
 """
 
@@ -28,10 +29,17 @@ from typing import TYPE_CHECKING
 from smolforge.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from smolforge.generation.conversation import Conversation as Conversation
     from smolforge.generation.engine import Engine as Engine
     from smolforge.generation.sampling_params import SamplingParams as SamplingParams
     from smolforge.generation.sequence import Request as Request
     from smolforge.generation.sequence import StepOutput as StepOutput
 
-_HOMES = {"Engine": "engine", "Request": "sequence", "StepOutput": "sequence", "SamplingParams": "sampling_params"}
+_HOMES = {
+    "Conversation": "conversation",
+    "Engine": "engine",
+    "Request": "sequence",
+    "SamplingParams": "sampling_params",
+    "StepOutput": "sequence",
+}
 __getattr__ = lazy_attributes(__name__, _HOMES)
