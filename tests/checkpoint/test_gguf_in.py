@@ -225,3 +225,49 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         hub.fetch_gguf("hf://a/b/x.gguf")
     with pytest.raises(CheckpointError, match=r"FILE\.gguf"):
         resolve_model("hf://a/b/x.bin")
+
+
+def test_verbs_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from smolforge import cli
+
+    def output(*words: str) -> Any:
+        capsys.readouterr()
+        assert cli.run([words[0], str(path), *words[1:]]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    path = write_gguf(tmp_path / "cat.gguf", "F16", keys={"llama.context_length": 64})
+    assert output("summary", "--json")["parameters"] > 0
+    assert len(output("generate", "the cat", "--max-tokens", "3", "--json")["completions"]) == 1
+    (tmp_path / "x.txt").write_text("the cat sat on the mat")
+    assert output("eval", "--data", str(tmp_path / "x.txt"), "--json")["loss"] > 0
+    assert (
+        output("export", "--to", "gguf", "--quantize", "f32", "--out", str(tmp_path / "y.gguf"), "--json")["tensors"]
+        == 11
+    )
+    assert output("export", "--to", "checkpoint", "--out", str(tmp_path / "m"), "--json")["to"] == "checkpoint"
+    first = load_model(path)
+    for other in (tmp_path / "y.gguf", tmp_path / "m"):
+        module, tokenizer, _ = load_model(other)
+        assert module.config == first[0].config, other
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), first[0].parameters(), strict=True))
+        assert tokenizer.encode("the cat <|im_end|>") == first[1].encode("the cat <|im_end|>")
+        assert tokenizer.eos_id == first[1].eos_id and read_generation_defaults(other)["eos_token_id"] == [0, 2]
+    assert cli.run(["export", str(path), "--to", "hub", "--out", "a/b", "--dry-run"]) == 2
+    assert "is a GGUF file" in capsys.readouterr().err
+    run = ["train", "pocket", "--init", str(path), "--data", str(tmp_path / "x.txt"), "--out", str(tmp_path / "run"), "--steps",
+           "1", "--set", "data.sequence_length=32", "--set", "data.holdout=0", "--set", "training.tokens_per_step=64"]  # fmt: skip
+    assert cli.run(run) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "last").encode("cat") == first[1].encode("cat")
+
+
+def test_a_server_calls_a_file_by_its_stem(tmp_path: Path) -> None:
+    from smolforge.serving.settings import ServeSettings
+    from smolforge.serving.state import ModelSource
+
+    path = write_gguf(tmp_path / "cat.gguf")
+    source = ModelSource(str(path))
+    assert (source.name, source.run, source.follows) == ("cat", None, False)
+    loaded = source.open(ServeSettings(str(path)))
+    assert loaded.created == int(path.stat().st_mtime) and loaded.step is None

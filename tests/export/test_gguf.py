@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from smolforge.errors import BadInput, RunFailed
 from smolforge.export.gguf import KINDS, export_gguf, permute, split_rule, write_vocabulary
 from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
-
-gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
 TEXTS = ["the cat sat on the mat and saw 12 other cats, naïvely 🙂 " * 20]
 

@@ -78,8 +78,10 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 100, several: bool = True) -> None:
-    """Add the sampling options; `several`: whether a prompt may have more than one continuation."""
+def add_sampling(
+    parser: argparse.ArgumentParser, *, max_tokens: int = 100, temperature: float = 0.8, several: bool = True
+) -> None:
+    """Add the sampling options with these defaults; `several`: whether a prompt may have several continuations."""
     integer = (
         ("--max-tokens", max_tokens, "maximum number of new tokens"),
         ("--top-k", 0, "choose only among the K likeliest tokens; 0 for all"),
@@ -87,7 +89,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 100, seve
         ("--seed", None, "equal seeds give equal texts (default: random)"),
     )
     real = (
-        ("--temperature", 0.8, "randomness; 0 always takes the likeliest token"),
+        ("--temperature", temperature, "randomness; 0 always takes the likeliest token"),
         ("--top-p", 0.9, "choose only among the likeliest tokens that add up to this probability"),
         ("--min-p", 0.0, "drop tokens less likely than this share of the likeliest one"),
         ("--repetition-penalty", 1.0, "above 1 makes repetition less likely"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, unknown
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
+from smolforge.gguf_file import is_gguf
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -67,11 +69,8 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     """
     if kind not in KINDS:
         raise unknown("kind of GGUF", kind, KINDS, field="quantize")
-    try:
-        import gguf
-    except ImportError:
-        hint = "Install it with: pip install 'smolforge[gguf]'"
-        raise BadInput("the package gguf is not installed", field="to", hint=hint) from None
+    import gguf
+
     directory = resolve_model(model)
     config = read_config(directory)
     llama_cpp_name = architecture_of(config).gguf
@@ -198,7 +197,11 @@ def write_vocabulary(gguf: Any, writer: Any, directory: Path, tokenizer: Tokeniz
     writer.add_token_list([token or f"[PAD{i}]" for i, token in enumerate(tokens)])
     writer.add_token_types([int(gguf.TokenType[name]) for name in names])
     writer.add_add_space_prefix(False)
-    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+    with tempfile.TemporaryDirectory() as place:
+        if is_gguf(directory):  # what gguf reads are the files of a directory
+            tokenizer.save(Path(place))
+            directory = Path(place)
+        special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
     special.special_token_ids["eos"] = tokenizer.eos_id
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
