@@ -74,7 +74,7 @@ class Conversation:
                 if (first := next(outputs, None)) is None:
                     return
         finally:
-            outputs.close()
+            outputs.close()  # type: ignore[attr-defined]
             self.messages.append({"role": "assistant", "content": answer.text})
 
     def undo(self) -> str:
