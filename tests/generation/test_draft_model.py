@@ -18,8 +18,9 @@ from smolforge.generation import Engine, SamplingParams
 from smolforge.generation.draft_model import PairedCache
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.sampler import Sampler
+from smolforge.generation.scheduler import MOST_DRAFTED as MOST
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.generation.speculative import ENOUGH, FORGET, MOST, DraftCost, fastest, speed
+from smolforge.generation.speculative import ENOUGH, FORGET, DraftCost, fastest, speed
 from smolforge.tokenizer import Tokenizer
 
 CHANCE = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=60, seed=3, ignore_eos=True)

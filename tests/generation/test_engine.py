@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import pytest
@@ -199,6 +200,34 @@ def test_waiting_for_memory_is_no_error(tokenizer):
     engine = Engine.from_model(model, tokenizer, cache_bytes=2 * need)
     out = collect(engine.stream([[3]] * 7, SamplingParams(max_tokens=40, ignore_eos=True, seed=1)))
     assert len(out) == 7 and all(len(ids) == 40 for ids, _, _ in out.values())
+
+
+@pytest.mark.parametrize("quantize", ["fp32", None])
+@pytest.mark.parametrize("more", [{"temperature": 1.0}, {"temperature": 0, "echo": True, "logprobs": 2, "n": 2}])
+def test_texts_without_a_limit_share_the_memory_that_they_use(quantize, more, tokenizer, monkeypatch):
+    """Four texts that might fill the context, and memory for two such: all run at once, and none changes."""
+    model = make_model(context=256)
+    params = SamplingParams(max_tokens=200, ignore_eos=True, seed=1, **more)
+    prompts = [[5 + i, *range(1, 40)] for i in range(4)]
+    alone = [collect(Engine.from_model(model, tokenizer, quantize=quantize).stream([p], params)) for p in prompts]
+    need = Engine.from_model(model, tokenizer, quantize=quantize).scheduler.pool.bytes_for(256)
+    monkeypatch.setattr("smolforge.generation.scheduler.HEADROOM", 0)
+    engine = Engine.from_model(model, tokenizer, quantize=quantize, cache_bytes=2 * need)
+    pauses, pause = [], engine.scheduler._pause
+    monkeypatch.setattr(engine.scheduler, "_pause", lambda one: pauses.append(one) or pause(one))
+    requests, seen = [engine.add(prompt, params) for prompt in prompts], collections.defaultdict(list)
+    most = 0
+    while engine.busy:
+        for step in engine.step():
+            seen[step.request, step.index].append(step)
+        most = max(most, len(engine.scheduler.running))
+    assert pauses and most >= 4, "sequences join as long as there is memory for what is written"
+    for request, expected in zip(requests, alone, strict=True):
+        for index in range(params.n):
+            steps = seen[request.id, index]
+            assert [s.token_id for s in steps if s.token_id is not None and not s.prompt] == expected[0, index][0]
+            assert sum(s.prompt for s in steps) == (40 if params.echo else 0)
+            assert None not in [s.logprob for s in steps[1:]] or not params.echo
 
 
 def test_logits_that_are_no_numbers_are_said(tokenizer):

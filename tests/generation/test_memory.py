@@ -41,6 +41,24 @@ print(json.dumps({"weights": engine.memory()["weights"], "grown": loaded - start
 """
 
 
+MANY = """
+import gc, json, sys
+from smolforge.generation import Engine, SamplingParams
+from smolforge.generation.bench import resident_bytes
+
+engine = Engine.from_pretrained(sys.argv[1], quantize="int8")
+list(engine.stream([[5] * 300], SamplingParams(max_tokens=2, ignore_eos=True)))  # threads and buffers
+gc.collect()
+start, kept = resident_bytes(), engine.memory()["cache_kept"]
+requests = [engine.add([6 + i] * 20, SamplingParams(max_tokens=engine.room(20), ignore_eos=True)) for i in range(16)]
+while any(request.written < 3 for request in requests):
+    engine.step()
+memory = engine.memory()
+print(json.dumps({"running": len(engine.scheduler.running), "used": memory["cache_reserved"],
+                  "grown": resident_bytes() - start, "whole": engine.scheduler.pool.bytes_for(engine.context)}))
+"""
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> tuple[Path, Path]:
     tokenizer = Tokenizer.train(["once upon a time"] * 3, 300)
@@ -63,3 +81,11 @@ def test_the_process_grows_by_what_the_engine_says(directories, precision) -> No
     assert said["grown"] == pytest.approx(said["weights"], rel=0.1, abs=4e6)
     # The activations of a chunk of prompt come on top, once for the process.
     assert said["grown_by_cache"] == pytest.approx(said["cache"], rel=0.1, abs=12e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the kernel does not say what a process holds")
+def test_texts_without_a_limit_hold_what_they_use(directories) -> None:
+    done = subprocess.run([sys.executable, "-c", MANY, str(directories[1])], capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["running"] == 16 and said["used"] < said["whole"], "sixteen texts take less than one whole context"
+    assert said["grown"] < said["used"] + 16e6

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tiny_llama import make_model
 
-from smolforge.generation import Engine, SamplingParams
+from smolforge.generation import Engine, SamplingParams, scheduler
 from smolforge.tokenizer import Tokenizer
 
 MODEL = make_model(context=64)
@@ -25,9 +25,13 @@ class Requests(RuleBasedStateMachine):
     alone: ClassVar[dict] = {}
     added: ClassVar[int] = 0  # requests of all examples
 
-    @initialize(quantize=st.sampled_from(["fp32", None]), draft=st.sampled_from([None, MODEL, DRAFT]))
-    def start(self, quantize, draft):
+    @initialize(
+        quantize=st.sampled_from(["fp32", None]), draft=st.sampled_from([None, MODEL, DRAFT]), tight=st.booleans()
+    )
+    def start(self, quantize, draft, tight):
         self.quantize = quantize
+        # Memory that is counted late runs out, and sequences are read again.
+        scheduler.GROWTH, scheduler.HEADROOM = (8, 0) if tight else (64, 256)
         self.engine = Engine.from_model(
             MODEL, TOKENIZER, quantize=quantize, max_batch=MAX_BATCH, cache_bytes=1 << 40, draft=draft
         )
@@ -70,8 +74,8 @@ class Requests(RuleBasedStateMachine):
             return
         scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
         assert len(scheduler.running) <= MAX_BATCH
-        assert pool.reserved == sum(choice.cache.nbytes for choice in scheduler.running)
-        assert pool.kept == sum(cache.nbytes for _, cache in pool.old)
+        assert pool.reserved == sum(choice.cache.used for choice in scheduler.running)
+        assert pool.kept == sum(cache.used for _, cache in pool.old)
         assert pool.reserved + pool.kept <= pool.budget
         live = {id(choice) for r in self.requests.values() if not r.finished for choice in r.sequences}
         assert {id(choice) for choice in [*scheduler.running, *scheduler.waiting]} <= live

@@ -165,7 +165,7 @@ def test_a_copied_prefix_continues_as_the_original(runner_of):
 def test_caches_take_what_was_said(shape, capacity):
     model = make_model(shape)
     for runner in (CpuRunner(model, "int8"), CudaRunner(model, "bf16"), ModuleRunner(model)):
-        assert runner.new_cache(capacity).nbytes == runner.cache_bytes(capacity)
+        assert runner.new_cache(capacity).memory.nbytes == runner.cache_bytes(capacity)
 
 
 def test_weights_are_held_once():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny_llama import drop_kept, make_model
 
 from smolforge.generation import Engine, SamplingParams
-from smolforge.generation.speculative import MOST, NgramDraft, worthwhile
+from smolforge.generation.speculative import MOST_DRAFTED as MOST
+from smolforge.generation.speculative import NgramDraft, worthwhile
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,7 @@ class PairedCache:
 
     def __init__(self, model: KVCache, draft: KVCache) -> None:
         self.model, self.draft = model, draft
-        self.capacity, self.nbytes = model.capacity, model.nbytes + draft.nbytes
-        self.read = 0
+        self.capacity, self.used, self.read = model.capacity, 0, 0
         self.drafted: list[int] = []
 
     def accept(self, tokens: list[int]) -> None:

@@ -247,8 +247,16 @@ class Engine:
             self.speculation.took(work, time.perf_counter() - began)
         return outputs
 
+    def room(self, prompt: int) -> int:
+        """Maximum number of tokens that can follow a prompt of so many: to the end of the context or of the memory."""
+        pool, low, high = self.scheduler.pool, prompt, self.context
+        while low < high:  # by bisection, since the pool only says what a number of positions needs
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if pool.bytes_for(middle) <= pool.budget else (low, middle - 1)
+        return max(0, low - prompt)
+
     def memory(self) -> dict[str, int]:
-        """Bytes: of the runners' own weights, of caches reserved by what runs, and of caches kept for reuse.
+        """Bytes: of the runners' own weights, of caches used by what runs, and of caches kept for reuse.
 
         A draft model's are part of all of them; "draft_weights" are those of "weights" that are its own.
         """
@@ -290,7 +298,7 @@ class Engine:
         prompt, end = len(sequence.request.prompt), row + chunk.logits
         if chunk.start < prompt:
             described = logits[row:end] if sequence.wants_prompt_logits else None
-            outputs += sequence.echo(min(sequence.computed, prompt), described)
+            outputs += sequence.echo(min(sequence.computed, prompt), described, chunk.start)
         if sequence.pending or not chunk.logits:
             return
         if sequence.params.max_tokens == 0:

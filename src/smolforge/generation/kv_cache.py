@@ -1,7 +1,8 @@
-"""Memory of keys and values: reserved as a whole when a sequence starts, counted in bytes, freed at its end.
+"""Memory of keys and values: addresses for all that a sequence may write, memory for what it has written.
 
-A sequence reserves memory for its prompt and all tokens it may write, so nothing that runs can run out of memory later.
-The operating system provides pages only when they are written, so reserved memory is not yet resident.
+A cache has addresses for the prompt and all tokens that may follow, and the operating system provides pages when they
+are written. So the pool counts the positions in use, and a text without a limit costs no more than its length. Where
+the budget is used up, the youngest sequence waits and is read again later (`scheduler.py`).
 
 Finished caches are kept while there is memory: a new prompt that begins like an old one copies the common positions
 (prefix reuse). Kept caches are dropped first when memory is needed.
@@ -19,10 +20,14 @@ from smolforge.config import ModelConfig
 
 
 class KVCache(Protocol):
-    """Keys and values of one sequence; only the runner that made it knows its layout."""
+    """Keys and values of one sequence; only the runner that made it knows its layout.
+
+    Attributes:
+        used: bytes that the pool counts for it.
+    """
 
     capacity: int
-    nbytes: int
+    used: int
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
         """Copy the first `length` positions of another cache of the same runner."""
@@ -37,12 +42,12 @@ class TensorCache:
     """
 
     mask: Tensor | None = None  # a token may see itself and everything before it
+    used = 0
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, 2 * config.num_key_value_heads, capacity, config.head_dim)
         self.memory = torch.empty(shape, dtype=dtype, device=device)
         self.capacity, self.length = capacity, 0
-        self.nbytes = self.memory.nbytes
 
     @staticmethod
     def bytes_for(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
@@ -63,15 +68,15 @@ class TensorCache:
 
 
 class CachePool:
-    """Allocates caches within a budget.
+    """Allocates caches, and counts their memory within a budget.
 
     Args:
-        new_cache: makes a cache for a number of positions; `bytes_for` gives its bytes.
+        new_cache: makes a cache for at most so many positions; `bytes_for` gives the bytes of those in use.
         budget: maximum number of bytes of all caches together.
         keep: maximum number of finished caches kept for prefix reuse.
 
     Attributes:
-        reserved: bytes of all caches allocated and not freed.
+        reserved: bytes in use by all caches allocated and not freed.
         kept: bytes of finished caches kept for reuse; `reserved + kept <= budget` always.
         old: these caches, the oldest first, each with the tokens whose positions it has.
     """
@@ -83,32 +88,38 @@ class CachePool:
         self.reserved = self.kept = 0
         self.old: list[tuple[list[int], KVCache]] = []
 
-    def has_room(self, capacity: int) -> bool:
-        """Whether a cache can be allocated now, after dropping kept ones if necessary."""
-        return self.reserved + self.bytes_for(capacity) <= self.budget
+    def has_room(self, positions: int) -> bool:
+        """Whether so many positions more can be used now, after dropping kept caches if necessary."""
+        return self.reserved + self.bytes_for(positions) <= self.budget
 
-    def allocate(self, capacity: int) -> KVCache:
-        """A new cache; `has_room` must be true."""
-        need = self.bytes_for(capacity)
-        assert self.reserved + need <= self.budget, "a cache was allocated without room"
-        while self.old and self.reserved + self.kept + need > self.budget:
+    def grow(self, cache: KVCache, positions: int) -> bool:
+        """Count so many positions of a cache as used; False where the budget has no room for them."""
+        more = self.bytes_for(positions) - cache.used
+        if self.reserved + more > self.budget:
+            return False
+        while self.old and self.reserved + self.kept + more > self.budget:
             self._drop_oldest()
+        cache.used += more
+        self.reserved += more
+        return True
+
+    def allocate(self, capacity: int, positions: int) -> KVCache:
+        """A new cache, of which so many positions are counted as used; `has_room` must be true for them."""
         cache = self._new_cache(capacity)
-        assert cache.nbytes == need, "the runner's accounting differs from its caches"
-        self.reserved += need
+        assert self.grow(cache, positions), "a cache was allocated without room"
         return cache
 
     def free(self, cache: KVCache, tokens: Sequence[int]) -> None:
-        """Return a cache whose first positions belong to `tokens`."""
-        self.reserved -= cache.nbytes
+        """Return a cache whose first positions belong to `tokens`; without tokens it is not kept."""
+        self.reserved -= cache.used
         if self._keep and tokens:
             self.old.append((list(tokens), cache))
-            self.kept += cache.nbytes
+            self.kept += cache.used
             while len(self.old) > self._keep:
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        self.kept -= self.old.pop(0)[1].nbytes
+        self.kept -= self.old.pop(0)[1].used
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

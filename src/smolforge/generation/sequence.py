@@ -87,7 +87,7 @@ class Sequence:
     Attributes:
         tokens: prompt and written tokens.
         computed: how many of them have keys and values in the cache.
-        cache: the runner's, while the sequence runs.
+        cache: the runner's, while the sequence runs; `counted` positions of it are counted as used.
         drafts: what `Speculation` keeps of it.
     """
 
@@ -99,6 +99,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.computed = 0
         self.cache: Any = None
+        self.counted = 0
         self.drafts: Any = None
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
@@ -140,24 +141,24 @@ class Sequence:
         """End the sequence without another token."""
         return self._output(None, "", self.detokenizer.decoded, reason)
 
-    def echo(self, upto: int, logits: Tensor | None = None) -> list[StepOutput]:
-        """Outputs for the prompt's tokens up to position `upto`; the first has no log-probability.
+    def echo(self, upto: int, logits: Tensor | None = None, start: int = 0) -> list[StepOutput]:
+        """Outputs for the prompt's tokens up to position `upto`, once each; the first has no log-probability.
 
         Args:
-            logits: (upto - tokens echoed, V), row i after the i-th of these tokens; None without logprobs.
+            logits: (tokens, V), row i after the token at position `start` + i; None without logprobs.
         """
         if not self.params.echo:
             return []
-        outputs, first = [], self._echoed
-        for at in range(first, upto):
+        outputs = []
+        for at in range(self._echoed, upto):
             token = SampledToken(self.request.prompt[at])
             if logits is not None and self.params.logprobs is not None:
                 if self._follows is not None:
                     token = describe(self._follows, token.token_id, self.params.logprobs)
-                self._follows = logits[at - first]
+                self._follows = logits[at - start]
             offset, text = self.detokenizer.decoded, self.detokenizer.push_prompt(token.token_id)
             outputs.append(self._output(token, text, offset, None, prompt=True))
-        self._echoed = upto
+        self._echoed = max(self._echoed, upto)
         return outputs
 
     def _output(

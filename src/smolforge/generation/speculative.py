@@ -17,11 +17,11 @@ from typing import Any
 from smolforge.errors import BadInput
 from smolforge.generation.draft_model import DraftModel
 from smolforge.generation.runners import Runner, select_runner
+from smolforge.generation.scheduler import MOST_DRAFTED
 from smolforge.generation.sequence import Sequence, Work
 from smolforge.tokenizer import Tokenizer
 
 LONGEST, SHORTEST = 4, 2  # tokens that must agree; a longer agreement is tried first
-MOST = 8  # drafted tokens in one step
 ROW_COST = 0.25  # of one more row, in steps of one row (benchmarks/generation: 0.12 in fp32 to 0.35 in int4)
 MEMORY = 0.15  # weight of the newest draft in the running rate
 RECOVERY = 0.004  # by which the rate rises in a step without drafts, so that they are tried again
@@ -58,7 +58,7 @@ def worthwhile(rate: float, running: int) -> int:
     share = row_share(running)
     if rate <= share:
         return 0
-    return MOST if rate >= 1 else min(MOST, int(math.log(share) / math.log(rate)))
+    return MOST_DRAFTED if rate >= 1 else min(MOST_DRAFTED, int(math.log(share) / math.log(rate)))
 
 
 def speed(rate: float, count: int, share: float) -> float:
@@ -67,8 +67,8 @@ def speed(rate: float, count: int, share: float) -> float:
 
 
 def fastest(rate: float, share: float) -> int:
-    """The number of drafts, 0 to MOST, with the greatest `speed`; the fewest of equals."""
-    return max(range(MOST + 1), key=lambda count: speed(rate, count, share))
+    """The number of drafts, 0 to MOST_DRAFTED, with the greatest `speed`; the fewest of equals."""
+    return max(range(MOST_DRAFTED + 1), key=lambda count: speed(rate, count, share))
 
 
 class NgramDraft:
@@ -270,7 +270,7 @@ def select_draft(
     draft = DraftModel(mine, _weight_bytes(mine) / _weight_bytes(runner))
     what = f"draft: {name}, {mine.name}; its weights have {draft.bytes_ratio:.2f} of the bytes of the model's"
     if not fastest(1.0, row_share(1) + draft.bytes_ratio):
-        what += f"; disabled: not faster even if all {MOST} drafted tokens are accepted"
+        what += f"; disabled: not faster even if all {MOST_DRAFTED} drafted tokens are accepted"
     else:
         what += "; used while it is faster, and the text stays the same"
     if draft.context < runner.config.max_position_embeddings:

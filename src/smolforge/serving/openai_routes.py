@@ -67,7 +67,7 @@ def router(state: ServerState) -> APIRouter:
             text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
             raise ApiError(400, text, param="messages", code="no_chat_template")
         ids = await state.compute(lambda: engine.tokenizer.encode_chat(body.conversation()))
-        params = body.sampling(state.settings.max_n, max(1, engine.context - len(ids)))
+        params = body.sampling(state.settings.max_n, max(1, engine.room(len(ids))))
         return await answer(ChatAnswer, body, request, [ids], params)
 
     @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])

@@ -65,11 +65,13 @@ class CpuCache:
         self.capacity = _up(capacity, UNIT)
         columns = _up(config.head_dim, UNIT)
         keys = heads[0] * heads[1] * self.capacity * config.head_dim
-        # Zeros: rows that were never written are multiplied by 0, which must not meet an infinity.
-        self.memory = torch.zeros(keys + heads[0] * heads[1] * self.capacity * columns, dtype=dtype)
+        size = keys + heads[0] * heads[1] * self.capacity * columns
+        # Zeros: rows that were never written are multiplied by 0, which must not meet an infinity. Small pages: a short
+        # text writes to the beginning of each head's part, and a large page there would hold much that is not used.
+        self.memory = _mapped(size * dtype.itemsize, large=False)[: size * dtype.itemsize].view(dtype)
         self.keys = self.memory[:keys].view(*heads, self.capacity // UNIT, config.head_dim * UNIT)
         self.values = self.memory[keys:].view(*heads, columns // UNIT, self.capacity // 2, 2 * UNIT)
-        self.nbytes = self.memory.nbytes
+        self.used = 0
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
         """Take over the first `length` positions of another cache; whole units, the surplus is overwritten later."""
@@ -232,20 +234,20 @@ class Arena:
     def allocate(self, nbytes: int) -> Tensor:
         """Zeroed memory, (nbytes,) uint8."""
         if nbytes > self._free.numel():
-            self._free = _mapped(max(ARENA_CHUNK, nbytes))
+            self._free = _mapped(max(ARENA_CHUNK, nbytes), large=True)
         piece, self._free = self._free[:nbytes], self._free[-(-nbytes // 64) * 64 :]
         return piece
 
 
-def _mapped(nbytes: int) -> Tensor:
-    """Zeroed memory, from the first border of a large page on."""
+def _mapped(nbytes: int, *, large: bool) -> Tensor:
+    """At least so many bytes of zeros, from the border of a large page on; a page gets memory when it is written."""
     nbytes = -(-nbytes // LARGE_PAGE) * LARGE_PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(nbytes, dtype=torch.uint8)
     # Private: Python's own default is shared, which Linux keeps on small pages.
     mapping = mmap.mmap(-1, nbytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a wish, which a kernel without large pages does not know
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping.madvise(mmap.MADV_HUGEPAGE if large else mmap.MADV_NOHUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
     return whole[start : start + nbytes]

@@ -38,7 +38,7 @@ class SlotCache(TensorCache):
 
     def __init__(self, runner: CudaRunner, slot: int) -> None:
         self._runner, self.slot, self.length, self.counted = runner, slot, 0, 0
-        self.capacity, self.nbytes = runner.positions, runner.cache_bytes(0)
+        self.capacity = runner.positions
 
     @property
     def memory(self) -> Tensor:  # type: ignore[override]
