@@ -15,6 +15,7 @@ In the order to read them:
     kv_cache.py           memory of keys and values, and the pool that allocates it
     runners/__init__.py   Runner, and the choice of one and of a precision; names the files next to it
     sampling_params.py    SamplingParams: the settings of a request
+    grammar.py            constrained decoding: JSON of a schema, and other grammars
     sampler.py            penalties, filters, and the draw of a token
     speculative.py        n-gram and model drafts, and when they pay
     draft_model.py        a small model that drafts, and its cache

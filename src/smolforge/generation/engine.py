@@ -11,6 +11,7 @@ thread owns an engine; nothing here blocks but the arithmetic of one step.
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from smolforge.errors import BadInput, RunFailed, SmolforgeError
 from smolforge.generation.draft_model import DraftModel, PairedRunner
+from smolforge.generation.grammar import GrammarCompiler
 from smolforge.generation.kv_cache import CachePool
 from smolforge.generation.runners import DeviceSampler, Runner, select_runner
 from smolforge.generation.runners.module import ModuleRunner
@@ -159,6 +161,11 @@ class Engine:
         engine = cls.from_model(module, tokenizer, quantize=quantize, **settings)
         engine.directory = directory
         return engine
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what `SamplingParams.grammar` takes, for example the JSON of a schema."""
+        return GrammarCompiler(self.tokenizer, self.vocab_size, self.eos_ids)
 
     @property
     def busy(self) -> bool:

@@ -70,12 +70,15 @@ class Sampler:
         self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self._forbidden = torch.tensor(list(stop_token_ids), dtype=torch.long)
+        self._matcher = params.grammar.matcher() if params.grammar is not None else None
 
     def observe(self, token_id: int) -> None:
         """Count a token that was written."""
         self._written[token_id] += 1
         if self.params.repetition_penalty != 1:
             self._seen.add(token_id)
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
 
     def fork(self) -> Sampler:
         """A sampler that draws the same, and may observe drafted tokens without changing this one."""
@@ -83,6 +86,7 @@ class Sampler:
         # Counts grow with the text, so they are copied only where a penalty uses them.
         other._written = self._written.copy() if p.frequency_penalty or p.presence_penalty else Counter()
         other._seen = self._seen.copy()
+        other._matcher = self._matcher.fork() if self._matcher is not None else None
         return other
 
     def uniform(self, position: int) -> float:
@@ -104,10 +108,10 @@ class Sampler:
         return describe(logits, token_id, self.params.logprobs)
 
     def penalize(self, logits: Tensor, position: int) -> Tensor:
-        """Logits (V,) after penalties, bias and forbidden tokens; a copy where any of them applies."""
+        """Logits (V,) after penalties, bias, forbidden tokens and the grammar; a copy where any of them applies."""
         p, forbids = self.params, position < self.params.min_tokens and len(self._forbidden)
         penalizes = self._written and (p.frequency_penalty or p.presence_penalty)
-        if not (self._seen or penalizes or p.logit_bias or forbids):
+        if not (self._seen or penalizes or p.logit_bias or forbids or self._matcher is not None):
             return logits
         scores = logits.clone()
         if self._seen:
@@ -121,6 +125,8 @@ class Sampler:
             scores[self._biased] += self._bias
         if forbids:
             scores[self._forbidden] = IMPOSSIBLE
+        if self._matcher is not None:
+            scores[torch.from_numpy(~self._matcher.allowed())] = IMPOSSIBLE
         return scores
 
     def weights(self, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    InstanceOf,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -17,6 +18,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from smolforge.errors import BadInput, first_problem
+from smolforge.generation.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -60,6 +62,7 @@ class SamplingParams:
         echo: report the prompt's tokens first.
         n: how many independent continuations.
         ignore_eos: write on past the end-of-text token.
+        grammar: what the text must be, from `Engine.grammars`; the text ends where the grammar does.
 
     Raises:
         BadInput: a value is of the wrong type or out of range; the field is named.
@@ -83,6 +86,7 @@ class SamplingParams:
     echo: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     ignore_eos: bool = False
+    grammar: InstanceOf[Grammar] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -98,6 +102,13 @@ class SamplingParams:
         most = info.data.get("max_tokens", value)
         if value > most:
             raise ValueError(f"{value} is more than max_tokens {most}")
+        return value
+
+    @field_validator("grammar")
+    @classmethod
+    def _can_end(cls, value: Grammar | None, info: ValidationInfo) -> Grammar | None:
+        if value is not None and (info.data.get("ignore_eos") or info.data.get("min_tokens")):
+            raise ValueError("says itself where the text ends: leave out ignore_eos and min_tokens")
         return value
 
     @property

@@ -116,10 +116,10 @@ class CudaRunner(ModuleRunner):
         return cache
 
     def can_sample(self, sequence: Sequence) -> bool:
-        """Whether the next token can be drawn on the device: no log-probabilities, bias or typical sampling."""
+        """Whether the next token can be drawn on the device: no log-probabilities, bias, grammar, typical sampling."""
         p = sequence.params
         forbids = sequence.stop_token_ids and sequence.written < p.min_tokens
-        plain = p.logprobs is None and not p.logit_bias and p.typical_p == 1 and not forbids
+        plain = p.logprobs is None and not p.logit_bias and p.typical_p == 1 and p.grammar is None and not forbids
         return plain and sequence.pending == 1 and sequence.written > 0
 
     @torch.no_grad()
