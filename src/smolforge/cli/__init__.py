@@ -66,6 +66,8 @@ def run(argv: Sequence[str]) -> int:
     logging.show()
     args = parser(verb=argv[0] if argv else None).parse_args(argv)
     args.words = list(argv)
+    if getattr(args, "device", None):
+        os.environ["SMOLFORGE_DEVICE"] = args.device
     if args.verb is None:
         print(DESCRIPTION + "\nsmolforge --help lists all verbs.")
         return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import PRECISIONS, add_json, print_result
+from smolforge.cli.options import PRECISIONS, add_device, add_json, print_result
 
 EXAMPLES = """\
 examples:
@@ -42,11 +42,13 @@ def add(verbs: Any) -> None:
     train.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step (default 4)")
     train.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default 5)")
     train.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
+    add_device(train)
     train.set_defaults(run=_train)
     generate = parts.add_parser("generate", help="tokens/s, first token, memory", description=_generate.__doc__)
     generate.add_argument("model", nargs="?", metavar="MODEL", help="what writes (default: 135M random weights)")
     generate.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     generate.add_argument("--quantize", nargs="+", choices=PRECISIONS, help="default: all four, on a GPU bf16")
+    add_device(generate)
     generate.set_defaults(run=_generate)
     serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")

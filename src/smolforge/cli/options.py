@@ -61,13 +61,18 @@ def add_numbers(parser: Any, kind: type, metavar: str, *options: tuple[str, Any,
         parser.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `cli.run` hands on as SMOLFORGE_DEVICE."""
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU where one works)")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a model that generates: precision and draft model."""
+    """Add the options of a model that generates: precision, draft model and device."""
     parser.add_argument(
         "--quantize", default="auto", choices=("auto", "none", *PRECISIONS),
         help="precision of the weights (default: the fastest that keeps the quality)",
@@ -76,6 +81,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
         "--draft", metavar="DRAFT_MODEL",
         help="a smaller model with the same tokenizer for speculative decoding; the output stays the same",
     )  # fmt: skip
+    add_device(parser)
 
 
 def add_sampling(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import add_json, parse_positive, parse_seconds, parse_sources, parse_step_range
+from smolforge.cli.options import add_device, add_json, parse_positive, parse_seconds, parse_sources, parse_step_range
 
 EXAMPLES = """\
 examples:
@@ -62,6 +62,7 @@ def add(verbs: Any) -> None:
         "--serve", nargs="?", type=int, const=8000, metavar="PORT",
         help="while it trains, serve the newest checkpoint on 127.0.0.1 (default port 8000)",
     )  # fmt: skip
+    add_device(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -33,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from smolforge.checkpoint.format import read_config
 from smolforge.checkpoint.locate import load_model
+from smolforge.devices import choose_device
 from smolforge.errors import BadInput, SmolforgeError, SourceUnavailable, nearest
 from smolforge.gguf_file import is_gguf
 from smolforge.model.architecture import architecture_of
@@ -96,7 +96,7 @@ def run_tasks(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, task_files)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(choose_device())
     if architecture_of(read_config(directory)).in_transformers:
         where: dict[str, Any] = {"pretrained": str(directory)}
         if is_gguf(directory):

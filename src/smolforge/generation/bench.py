@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from smolforge.config import ModelConfig
+from smolforge.devices import choose_device
 from smolforge.generation.runners import DeviceSampler, Runner, select_runner
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.generation.scheduler import CHUNK
@@ -52,8 +53,9 @@ def measure(
     if module is None:
         logger.info("making a model of SmolLM2-135M's shape with random weights")
         module = build_model(ModelConfig(), seed=0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    module.to(device)
+    place = choose_device()
+    device = place.type
+    module.to(place)
     precisions, batches = precisions or PRECISIONS[device], batches or BATCHES[device]
     read = bandwidth(device)
     result: dict[str, Any] = {"read_bytes_per_second": read, "threads": torch.get_num_threads(), "precisions": {}}

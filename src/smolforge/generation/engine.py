@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolforge.devices import choose_device
 from smolforge.errors import BadInput, RunFailed, SmolforgeError
 from smolforge.generation.draft_model import DraftModel, PairedRunner
 from smolforge.generation.grammar import GrammarCompiler
@@ -133,7 +134,7 @@ class Engine:
 
         Args:
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
-            device: "cpu", "cuda", or "auto" for a GPU where there is one.
+            device: as of `devices.choose_device`.
             draft: a smaller model of the same tokenizer, named as `model` is, that drafts the next tokens.
             settings: as of `from_model`.
 
@@ -145,14 +146,14 @@ class Engine:
         from smolforge.checkpoint.format import read_generation_defaults
         from smolforge.checkpoint.locate import load_model
 
-        device = _device(device)
-        module, tokenizer, directory = load_model(model, device=device)
+        place = choose_device(device)
+        module, tokenizer, directory = load_model(model, device=place)
         if "eos_ids" not in settings:
             eos = read_generation_defaults(directory).get("eos_token_id")
             settings["eos_ids"] = None if eos is None else eos if isinstance(eos, list) else [eos]
         if draft is not None:
             try:
-                settings["draft"], settings["draft_tokenizer"], where = load_model(draft, device=device)
+                settings["draft"], settings["draft_tokenizer"], where = load_model(draft, device=place)
             except SmolforgeError as error:
                 error.field = "draft" if error.field in (None, "model") else f"draft: {error.field}"
                 raise
@@ -340,13 +341,3 @@ class Engine:
 
 def _nan() -> RunFailed:
     return RunFailed("the model's logits are NaN", hint="Its weights are damaged, or training diverged.")
-
-
-def _device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.partition(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"{wanted!r} is not a device", field="device", hint="Give cpu, cuda or auto.")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput("there is no CUDA device, or torch was installed without CUDA", field="device")
-    return wanted

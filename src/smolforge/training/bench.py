@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from smolforge.config import RunConfig, build_config
+from smolforge.devices import choose_device, known_peak_flops
 from smolforge.distributed import DistributedContext
 from smolforge.formatting import size
 from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token
 from smolforge.training.metrics import memory_in_use
 from smolforge.training.optim import build_optimizer
-from smolforge.training.plan import Plan, choose_device, known_peak_flops, make_plan
+from smolforge.training.plan import Plan, make_plan
 from smolforge.training.setup import apply_plan, compiled_graphs
 from smolforge.training.train import train_step
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from smolforge.data import Batch, data_digest
+from smolforge.devices import known_peak_flops
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
 from smolforge.formatting import size
@@ -26,7 +27,6 @@ from smolforge.generation.sampling_params import SamplingParams
 from smolforge.logging import console
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
-from smolforge.training.plan import known_peak_flops
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
 from smolforge.training.trackers import Trackers

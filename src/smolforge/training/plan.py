@@ -25,6 +25,7 @@ import torch
 
 from smolforge import kernels
 from smolforge.config import RunConfig
+from smolforge.devices import device_name, has_bf16
 from smolforge.errors import BadInput
 from smolforge.kernels.variants import cpu_flags
 from smolforge.model import attention as attentions
@@ -41,11 +42,6 @@ SHORT = 1024
 COMPILE_SECONDS = {"cpu": 40.0, "cuda": 90.0}
 COMPILE_GAIN = 1.25
 ASSUMED_FLOPS = {"cpu": 2e11, "cuda": 2e14}
-# Dense peak of the makers' data sheets in bf16 (T4, V100: fp16), FLOP/s, without sparsity.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "T4": 65e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,15 +111,6 @@ class Plan:
         }
 
 
-def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU. The environment variable SMOLFORGE_DEVICE overrides."""
-    if asked := os.environ.get("SMOLFORGE_DEVICE"):
-        return torch.device(asked)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
     """Fill in the global batch where the configuration leaves it open; it is fixed with the run."""
     if config.training.tokens_per_step is not None:
@@ -142,7 +129,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     """Decide all that the configuration leaves to the machine; BadInput where the machine cannot do what was asked."""
     _check_shares(config, world_size)
     processes = _plural(world_size, "process", "es")
-    reasons = [f"device: {_device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
+    reasons = [f"device: {device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
     precision, reason = choose_precision(config.training.precision, device)
     reasons.append(f"precision: {precision.name} ({reason})")
     sequences = config.sequences_per_step // world_size
@@ -215,7 +202,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
 def _best_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bf16(device):
             return "bf16", f"{name} has bf16"
         return "fp16", f"{name} has no bf16; gradients are scaled"
     if device.type == "cpu":
@@ -356,20 +343,6 @@ def _choose_compile(config: RunConfig, device: torch.device, world_size: int) ->
     if saved > 1.5 * cost:
         return True, f"saves about {saved:,.0f} s of this run for {cost:.0f} s of compiling"
     return False, f"would save about {saved:,.0f} s of this run and cost {cost:.0f} s"
-
-
-def known_peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a known GPU, for MFU; None for others."""
-    if device.type != "cuda":
-        return None
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in torch.cuda.get_device_name(device)), None)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
 
 
 def _physical_cores(world_size: int) -> int:

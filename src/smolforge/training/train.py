@@ -27,6 +27,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
 from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
+from smolforge.devices import choose_device
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.files import write_atomically
@@ -38,7 +39,7 @@ from smolforge.training import checkpointing, setup
 from smolforge.training.checkpointing import Position
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
 from smolforge.training.optim import optimizer_step, schedule_factor
-from smolforge.training.plan import Plan, choose_device, resolve_batch
+from smolforge.training.plan import Plan, resolve_batch
 from smolforge.training.profiling import build_profiler
 from smolforge.training.setup import TrainContext, TrainRequest, compiled_graphs, run_first_step
 from smolforge.training.shutdown import GracefulShutdown, StopRequested

@@ -1,0 +1,133 @@
+"""Devices: which one a process uses, and what a GPU can do. Nothing here allocates memory on one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import warnings
+
+import torch
+
+from smolforge.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+# Dense peaks of the makers' data sheets in bf16 with sums in fp32 (T4 and V100: fp16), TFLOP/s, without sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "GH200": 989, "H200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "A100": 312,
+    "A40": 150, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "V100": 125, "RTX A6000": 155,
+    "RTX 5090": 210, "RTX 5080": 113, "RTX 5070 Ti": 88, "RTX 5070": 62, "RTX 5060 Ti": 47, "RTX 5060": 38,
+    "RTX 4090": 165, "RTX 4090 D": 147, "RTX 4080 SUPER": 104, "RTX 4080": 97, "RTX 4070 Ti SUPER": 88,
+    "RTX 4070 Ti": 80, "RTX 4070 SUPER": 71, "RTX 4070": 58, "RTX 4060 Ti": 44, "RTX 4060": 30,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68, "RTX 3080": 60, "RTX 3070 Ti": 43, "RTX 3070": 41,
+    "RTX 3060 Ti": 32, "RTX 3060": 25, "MI300X": 1307, "MI300A": 981, "MI325X": 1307,
+}  # fmt: skip
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """The device of a name: cpu, cuda, cuda:N, another of torch's, or auto for CUDA where it works, else the CPU.
+
+    The environment variable SMOLFORGE_DEVICE, which `--device` sets, says what `auto` is. Of several processes on a
+    machine each takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        BadInput: there is no such device, or it cannot be used.
+    """
+    asked = os.environ.get("SMOLFORGE_DEVICE", "auto") if wanted == "auto" else wanted
+    if asked == "auto":
+        missing = _cuda_unavailable()
+        if missing and "too old" in missing[0]:
+            logger.warning(f"device: cpu, although there is a GPU: {missing[0]}. {missing[1]}")
+        asked = "cpu" if missing else "cuda"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise BadInput(f"{asked!r} is not a device", field="device", hint="Give cpu, cuda, cuda:N or auto.") from None
+    if device.type != "cuda":
+        return device
+    if missing := _cuda_unavailable():
+        raise BadInput(missing[0], field="device", hint=missing[1])
+    index, count = (
+        int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index,
+        torch.cuda.device_count(),
+    )
+    if index >= count:
+        names = ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count))
+        mig = " CUDA shows a process one MIG instance: name another in CUDA_VISIBLE_DEVICES." if "MIG" in names else ""
+        raise BadInput(f"there is no cuda:{index}", field="device", hint=f"Found: {names}.{mig}")
+    device = torch.device("cuda", index)
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [int(arch.rpartition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built and 10 * major + minor < min(built):
+        raise BadInput(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is too old for torch {torch.__version__}, "
+            f"which was built for sm_{min(built)} and newer",
+            field="device",
+            hint="Use --device cpu, or an older torch.",
+        )
+    return device
+
+
+def _cuda_unavailable() -> tuple[str, str] | None:
+    """Why this process has no CUDA device, and what helps; None where it has one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: the reason is told below
+        if torch.cuda.is_available():
+            return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        hint = "Install a build with CUDA, as https://pytorch.org/get-started says, or use --device cpu."
+        return f"torch {torch.__version__} was built without CUDA", hint
+    try:
+        torch.cuda.init()
+        reason = "torch does not say why"
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+    if "too old" in reason:
+        found = re.search(r"found version (\d+)", reason)
+        runs = f", which runs CUDA up to {int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else ""
+        return (
+            f"the NVIDIA driver is too old for torch {torch.__version__}, built for CUDA {torch.version.cuda}{runs}",
+            "Update the driver, or install a torch built for an older CUDA.",
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all GPUs", "Unset it, or use --device cpu."
+    if "driver" in reason.lower():
+        return "there is no NVIDIA driver on this machine", "Install the driver, or use --device cpu."
+    hint = "A GPU divided by MIG needs an instance (nvidia-smi mig -lci). Or use --device cpu."
+    return f"there is no CUDA device ({reason.partition('. ')[0]})", hint
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies bf16 (Ampere, sm80, and newer); the same ones have the flash kernel for attention."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) and torch.cuda.get_device_capability(device) >= (
+        8,
+        0,
+    )
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """The precision of 16 bits that a device computes fast in: bf16, or fp16 on a GPU without it."""
+    return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+
+
+def device_name(device: torch.device) -> str:
+    """For people, with the memory of a GPU."""
+    if device.type != "cuda":
+        return device.type
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
+
+
+def known_peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of a known GPU, for MFU; None for others, for laptops' versions and for a part of one (MIG)."""
+    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@functools.cache
+def _peak_of(name: str) -> float | None:
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
+        return None
+    found = [known for known in PEAK_TFLOPS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
+    return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
