@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from cards import Card, insert_cards
 from smolforge import devices
 from smolforge.cli import run
 from smolforge.devices import choose_device, half_precision, known_peak_flops
@@ -21,26 +20,12 @@ NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have a
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A build with CUDA: `cuda(names=...)` with these GPUs, `cuda(error=...)` with none that works."""
-    monkeypatch.delenv("SMOLFORGE_DEVICE", raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    """A build with CUDA: `cuda(names)` with these GPUs, `cuda(error=...)` with none that works."""
+    for name in ("SMOLFORGE_DEVICE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
 
-    def insert(names=(), error=None, capability=(9, 0), archs=("sm_75", "sm_80", "sm_90a")):
-        def init():
-            if error:
-                raise RuntimeError(error)
-
-        monkeypatch.setattr(torch.version, "cuda", "12.8")
-        fakes = {
-            "is_available": lambda: bool(names), "device_count": lambda: len(names), "init": init,
-            "get_device_name": lambda device=None: names[getattr(device, "index", device) or 0],
-            "get_device_capability": lambda device=None: capability, "get_arch_list": lambda: list(archs),
-            "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
-            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=1 << 34),
-        }  # fmt: skip
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
+    def insert(names=(), error="", capability=(9, 0)):
+        insert_cards([Card(name, 1 << 34, capability) for name in names], error=error, put=monkeypatch.setattr)
 
     return insert
 

@@ -9,6 +9,7 @@ import re
 import warnings
 
 import torch
+from torch import Tensor
 
 from smolforge.errors import BadInput
 
@@ -97,6 +98,13 @@ def _cuda_unavailable() -> tuple[str, str] | None:
         return "there is no NVIDIA driver on this machine", "Install the driver, or use --device cpu."
     hint = "A GPU divided by MIG needs an instance (nvidia-smi mig -lci). Or use --device cpu."
     return f"there is no CUDA device ({reason.partition('. ')[0]})", hint
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the copy to a GPU is queued from page-locked memory, and the host goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def has_bf16(device: torch.device) -> bool:

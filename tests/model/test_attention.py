@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolforge.config import ModelConfig
 from smolforge.model import attention
+from smolforge.model.architecture import build_model
 from smolforge.model.attention import blocked, causal_mask, sdpa, sdpa_fp32
 
 
@@ -72,6 +74,53 @@ def test_document_borders_are_kept(documents: list[list[int]], shared: bool) -> 
     tensors = inputs(len(documents), 4, 2, length, 8, torch.float64)
     for ours, theirs in zip(both(blocked, tensors, mask), both(sdpa, tensors, mask), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=9), min_size=1, max_size=3), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_packed_documents_without_a_mask_equal_the_masked_module(documents: list[list[int]], seed: int) -> None:
+    """A whole model, its losses and all its gradients, for random packings: `varlen` and `expanded` against a mask."""
+    length = min(sum(lengths) for lengths in documents)
+    ids = torch.stack(
+        [torch.arange(9).repeat_interleave(torch.tensor(n + [0] * (9 - len(n))))[:length] for n in documents]
+    )
+    config = ModelConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = torch.randint(50, (2, *ids.shape), generator=generator)
+    found = []
+    for way in ("sdpa", "varlen", "expanded"):
+        model = build_model(config, dtype=torch.float64, seed=seed, attention=way)
+        loss, _ = model.loss(inputs, targets, document_ids=ids)
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-12, rtol=1e-9)
+
+
+def test_document_borders_are_a_power_of_two_and_end_with_empty_documents() -> None:
+    ids = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 2]])
+    borders = attention.document_borders(ids)
+    assert borders.dtype == torch.int32 and borders.tolist() == [0, 3, 4, 6] + [8] * 13
+    many = attention.document_borders(torch.arange(40).view(1, 40))
+    assert len(many) == 64 + 1 and many.tolist()[:41] == list(range(41))
+
+
+def test_expanded_heads_keep_no_scores_on_a_kernel_without_groups() -> None:
+    q, k, v = inputs(2, 6, 2, 20, 8, torch.float64)
+    for mask in (None, causal_mask(torch.arange(20).view(1, 20) // 7)):
+        for ours, theirs in zip(both(attention.expanded, [q, k, v], mask), both(sdpa, [q, k, v], mask), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_varlen_needs_a_kernel_that_knows_groups(monkeypatch) -> None:
+    from torch.nn.attention import varlen
+
+    assert attention.varlen_unavailable() is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal=False: None)
+    assert "knows no groups" in str(attention.varlen_unavailable())
 
 
 def test_caches_go_to_sdpa() -> None:

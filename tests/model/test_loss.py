@@ -44,6 +44,40 @@ def test_gradients_equal_autograd(way, dtype, tolerance, chunk, z_weight) -> Non
         assert (ours - theirs).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("tokens_per_step", [4096, 524_288])
+def test_fp16_gradients_are_made_unscaled(tokens_per_step) -> None:
+    """1 / tokens is below what fp16 holds: scaled in fp16, 99% of the head's rows would be 0, and then 65,536 overflows."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 64, generator=g).half()
+    weight, targets = torch.randn(16_384, 64, generator=g) * 0.02, torch.randint(16_384, (256,), generator=g)
+
+    def gradients(x, w, compute):
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        (compute(x, w, targets, scale=1 / tokens_per_step)[0] * 65_536).backward()  # the gradient scaler's first factor
+        return x.grad.double(), w.grad.double()
+
+    exact = gradients(hidden.double(), weight.half().double(), full_loss)
+    for ours, theirs in zip(gradients(hidden, weight, chunked_loss), exact, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+        assert ours.any(dim=1).float().mean() > 0.999
+
+
+def test_the_gradient_of_a_bf16_head_is_summed_in_fp32() -> None:
+    """Over 64 chunks it is as near to the truth as over one; summed in bf16 it would be three times as far."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4096, 32, generator=g).bfloat16(), (torch.randn(256, 32, generator=g) / 6).bfloat16()
+    targets = torch.randint(256, (4096,), generator=g)
+
+    def gradient(w, x, compute, **options):
+        w = w.clone().requires_grad_()
+        compute(x, w, targets, scale=1 / 4096, **options)[0].backward()
+        return w.grad
+
+    exact = gradient(weight.double(), hidden.double(), full_loss)
+    far = [float((gradient(weight, hidden, chunked_loss, chunk=n) - exact).norm() / exact.norm()) for n in (4096, 64)]
+    assert far[1] < 1.5 * far[0] < 0.005, far
+
+
 def test_gradcheck() -> None:
     hidden, weight, targets = inputs(torch.float64)
     assert torch.autograd.gradcheck(

@@ -12,6 +12,7 @@ from smolforge.config import ModelConfig, OptimizerConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import build_model
 from smolforge.training import optim
+from smolforge.training.optim import muon
 from smolforge.training.optim.muon import Muon, orthogonalize
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -30,6 +31,16 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
     inner = u.T @ found @ v
     assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all()
     torch.testing.assert_close((u * inner.diagonal()) @ v.T, found, atol=2e-3, rtol=0)
+
+
+def test_fp16_holds_small_gradients(monkeypatch) -> None:
+    """A T4 has no bf16, and a gradient of 1e-9 is 0 in fp16 unless it is scaled to size 1 before."""
+    matrices = 1e-9 * torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrices)
+    monkeypatch.setattr(muon, "_precision", lambda device: torch.float16)
+    found = orthogonalize(matrices)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0)
 
 
 def model_and_optimizer(config: OptimizerConfig = CONFIG) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -1,12 +1,12 @@
 """Decisions before the first step: each has an effect, a reason, and a refusal where it cannot be kept."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import TINY
 
+from cards import CARDS, Card, insert_cards
 from smolforge import config as configuration
 from smolforge import kernels
 from smolforge.config import RunConfig
@@ -125,16 +125,48 @@ def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
 
 
 def test_a_gpu_gets_the_largest_micro_batch_that_the_estimate_puts_in_half_of_its_memory(monkeypatch) -> None:
-    gpu, precision = torch.device("cuda"), choose_precision("bf16", CPU)[0]
+    gpu = torch.device("cuda")
+    insert_cards([CARDS["4090"]], put=monkeypatch.setattr)
+    precision = choose_precision("bf16", gpu)[0]
     for micro in (1, 2, 4, 8):
         memory = memory_of(configured(), gpu, precision, micro, recompute=False)
         half = memory.total - memory.process
         for short, expected in ((0, micro), (1, max(1, micro // 2))):
-            properties = SimpleNamespace(total_memory=2 * (half - short))
-            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+            insert_cards([Card("NVIDIA L4", 2 * (half - short), (8, 9))], put=monkeypatch.setattr)
             assert plan._micro_batch(configured(), gpu, precision, 8) == expected
     with pytest.raises(BadInput, match=r"(?s)3 does not divide the 8 sequences.*1, 2, 4, 8"):
         plan._micro_batch(configured(micro_batch=3), gpu, precision, 8)
+
+
+def on_card(monkeypatch, card: str, preset: str = "smollm2-135m", *overrides: str) -> plan.Plan:
+    """The plan of a preset on a GPU."""
+    gpu = torch.device("cuda", 0)
+    insert_cards([CARDS[card]], put=monkeypatch.setattr)
+    return make_plan(plan.resolve_batch(configuration.build_config(preset, list(overrides)), gpu), gpu, 1)
+
+
+@pytest.mark.parametrize(("card", "overrides", "attention", "reason"), [
+    ("H100", [], "sdpa", "flash kernel"),
+    ("H100", ["data.mask_documents=true"], "varlen", "documents end to end"),
+    ("4090", ["training.precision=bf16-pure"], "sdpa", "flash kernel"),
+    ("4090", ["training.precision=fp32"], "expanded", "needs 16 bits"),
+    ("T4", [], "expanded", "Tesla T4 has no flash kernel"),
+    ("T4", ["data.mask_documents=true"], "expanded", "Tesla T4 has no flash kernel"),
+    ("T4", ["training.attention=sdpa"], "sdpa", "as asked"),
+])  # fmt: skip
+def test_attention_on_every_card(monkeypatch, card, overrides, attention, reason) -> None:
+    chosen = on_card(monkeypatch, card, "smollm2-135m", *overrides)
+    (line,) = (line for line in chosen.reasons if line.startswith("attention: "))
+    assert chosen.attention == attention and line.startswith(f"attention: {attention} (") and reason in line
+
+
+def test_packed_documents_without_the_varlen_kernel(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "varlen_unavailable", lambda: "torch 2.9 has no varlen_attn")
+    chosen = on_card(monkeypatch, "H100", "smollm2-135m", "data.mask_documents=true")
+    assert chosen.attention == "expanded" and any("torch 2.9 has no varlen_attn" in line for line in chosen.reasons)
+    insert_cards([CARDS["T4"]], put=monkeypatch.setattr)
+    with pytest.raises(BadInput, match="varlen attention is not available: Tesla T4 has no flash kernel"):
+        make_plan(configured(attention="varlen", precision="fp16"), torch.device("cuda", 0), 1)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:

@@ -227,7 +227,7 @@ class TrainingConfig(_Section):
     """Memory to stay within, 6GB (10**9 bytes each) or 6GiB (2**30); picks micro_batch and activation checkpointing."""
     loss: Literal["auto", "native", "chunked", "linear", "full"] = "auto"
     """How the loss is computed; auto chooses by device."""
-    attention: Literal["auto", "native", "blocked", "sdpa", "sdpa-fp32", "flex"] = "auto"
+    attention: Literal["auto", "native", "blocked", "sdpa", "sdpa-fp32", "flex", "expanded", "varlen"] = "auto"
     """Exact attention to train with; auto chooses by device and length."""
     rollbacks: int = Field(default=3, ge=0)
     """How often a run may go back to its last checkpoint after three non-finite steps in a row."""

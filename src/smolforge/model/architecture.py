@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from smolforge import model as package
 from smolforge.config import ModelConfig
+from smolforge.devices import to_device
 from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
-from smolforge.model.attention import Attend, causal_mask, positions_in_documents
+from smolforge.model.attention import Attend, document_mask, positions_in_documents
 from smolforge.model.loss import choose_loss, evaluation_loss
 
 
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
 
     def __init__(self, options: ComputeOptions) -> None:
         super().__init__()
-        self.recompute = options.recompute
+        self.recompute, self.attention = options.recompute, options.attention
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, (..., T, width), of positions (..., T)."""
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: (B, T).
             positions: (B, T) or (T,); unless given counted from the start of each document.
-            document_ids: (B, T); where given, attention stops at document borders.
+            document_ids: (B, T), best on the host; where given, attention stops at document borders.
             cache: keys and values of earlier positions.
         """
         x = self.embed_tokens(input_ids)
@@ -96,14 +97,14 @@ class Decoder(nn.Module):
             # Autocast leaves embeddings in fp32, which would keep the whole residual stream there.
             x = x.to(torch.get_autocast_dtype(device))
         if positions is None and document_ids is not None:
-            positions = positions_in_documents(document_ids)
+            positions = positions_in_documents(to_device(document_ids, x.device))
         elif positions is None:
             positions = torch.arange(input_ids.shape[1], device=x.device)
         # (T, d) or (B, T, d) → (1 or B, 1, T, d): one angle for all heads.
         cos, sin = (angle.reshape(-1, 1, *angle.shape[-2:]) for angle in self.rotation(positions))
         mask = None if cache is None else cache.mask
         if document_ids is not None:
-            mask = causal_mask(document_ids)
+            mask = document_mask(self.attention, document_ids, x.device, x.dtype)
         for layer in self.layers:
             x = self._run(layer, x, cos, sin, mask, cache)
         return self.norm(x)
@@ -185,7 +186,8 @@ class CausalLM(nn.Module):
         Args:
             inputs: (B, T) token ids.
             targets: (B, T) ids of the next tokens, `loss.IGNORE` where a position does not count.
-            document_ids: (B, T); where given, attention stops at document borders and positions restart there.
+            document_ids: (B, T), best on the host; where given, attention stops at document borders and positions
+                restart there.
             scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
             z_weight: weight of the z-loss.
 

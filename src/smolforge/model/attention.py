@@ -10,11 +10,17 @@ to S - T + i; where `mask` (B or 1, 1, T, S) is given it replaces that rule.
                computes the scores of a block again. No T x T scores are kept
     native     attention.cpp, in bf16 on a CPU that multiplies bf16: scores stay in the second-level cache
     flex       torch's FlexAttention, for compiled models on CUDA
+    expanded   `sdpa` with a key/value head for each query head, for the kernels of a GPU that know no groups
+    varlen     torch's varlen_attn: documents of any length end to end, without a mask
+
+`document_mask` makes the mask of a batch of documents in the form that each of them reads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolforge import kernels
+from smolforge.devices import to_device
 from smolforge.errors import unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -35,9 +42,14 @@ BLOCK_ROWS = 192
 def positions_in_documents(document_ids: Tensor) -> Tensor:
     """Positions that start anew with each document, (B, T)."""
     place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    return place - torch.where(_starts(document_ids), place, 0).cummax(dim=1).values
+
+
+def _starts(document_ids: Tensor) -> Tensor:
+    """Where a document begins, (B, T)."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return place - torch.where(starts, place, 0).cummax(dim=1).values
+    return starts
 
 
 def causal_mask(document_ids: Tensor) -> Tensor:
@@ -48,6 +60,31 @@ def causal_mask(document_ids: Tensor) -> Tensor:
     return (earlier & same)[:, None]
 
 
+def document_borders(document_ids: Tensor) -> Tensor:
+    """Where each document of (B, T) begins if the rows are laid end to end, and where the last ends: (N + 1,) int32.
+
+    N is a power of two, and at least 8 B: empty documents at the end fill it up, so that compiled code meets few
+    shapes. On a GPU counting would make the host wait, so the ids come from the host.
+    """
+    first = _starts(document_ids).flatten().nonzero()[:, 0]
+    length = max(8 * len(document_ids), 1 << (len(first) - 1).bit_length())
+    return F.pad(first, (0, length + 1 - len(first)), value=document_ids.numel()).int()
+
+
+def document_mask(way: str | Attend, document_ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The mask of documents (B, T) for a key of `ATTENTION`, on a device.
+
+    For varlen `document_borders`; for expanded what is added to the scores, (B, 1, T, T), made once for all layers;
+    otherwise `causal_mask`.
+    """
+    if way == "varlen":
+        return to_device(document_borders(document_ids), device)
+    mask = causal_mask(to_device(document_ids, device))
+    if way == "expanded":
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
+    return mask
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention: flash or cuDNN on CUDA, the flash kernel of ATen on a CPU."""
     t, s = q.shape[2], k.shape[2]
@@ -55,6 +92,51 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     causal, grouped = mask is None and t > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`sdpa` with each key/value head repeated in memory for the query heads that share it.
+
+    Flash is the only kernel of CUDA that knows groups, and it takes neither a mask, nor fp32, nor a GPU before Ampere.
+    Without it torch would keep all scores: 302 MB a layer for a sequence of 2,048 tokens.
+    """
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return sdpa(q, k, v, mask)
+
+
+def varlen_unavailable() -> str | None:
+    """The reason why torch has no kernel for `varlen`; None where it has."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen_attn"
+    if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        return None
+    return f"varlen_attn of torch {torch.__version__} knows no groups"
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Documents end to end: `mask` is that of `document_borders`; anything else goes to `sdpa`. In 16 bits on CUDA."""
+    if mask is None or mask.dim() != 1:
+        return sdpa(q, k, v, mask)
+    batch, heads, length, width = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, width) for x in (q, k, v))  # (B T, heads, d)
+    if q.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            q, k, v, mask, mask, length, length, window_size=(-1, 0), enable_gqa=heads != k.shape[1]
+        )  # fmt: skip
+    else:
+        borders = mask.tolist()
+        documents = [slice(a, b) for a, b in itertools.pairwise(borders) if a < b]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        parts = [sdpa(q[:, :, part], k[:, :, part], v[:, :, part], None) for part in documents]
+        out = torch.cat(parts, 2)[0].transpose(0, 1)
+    assert isinstance(out, Tensor)
+    return out.view(batch, length, heads, width).transpose(1, 2)
 
 
 def sdpa_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -285,7 +367,8 @@ native_rows.register_autograd(_native_gradients, setup_context=_keep_native)
 
 
 ATTENTION: dict[str, Attend] = {
-    "sdpa": sdpa, "sdpa-fp32": sdpa_fp32, "blocked": blocked, "native": native, "flex": flex,
+    "sdpa": sdpa, "sdpa-fp32": sdpa_fp32, "blocked": blocked, "native": native, "flex": flex, "expanded": expanded,
+    "varlen": varlen,
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ loss and the letters of the shapes are in `architecture.py`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +19,19 @@ from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions,
 from smolforge.model.attention import choose_attention
 
 
+def in_own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """For norms: autocast on CUDA would keep an fp32 copy of their input, and make the residual stream fp32."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class LlamaRMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, the mean square in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The weight takes x's precision: under autocast an fp32 weight would lift the whole stream to fp32.
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        with in_own_precision(x):
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}"

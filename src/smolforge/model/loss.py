@@ -21,7 +21,8 @@ from smolforge.errors import BadInput, unknown
 # As `torch_chunk_loss`.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
-CHUNK = 1024  # tokens whose logits exist at a time
+# Tokens whose logits exist at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
+CHUNK, GPU_CHUNK = 1024, 8192
 PIECE = 2048  # rows of the head that are summed at a time
 IGNORE = -100  # targets of this value take no part, as in torch's cross_entropy
 
@@ -79,6 +80,25 @@ def native_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: 
     return cross_entropy.sum().float(), z_loss.sum().float()
 
 
+def chunk_of(device: torch.device) -> int:
+    """Tokens whose logits exist at a time on a device."""
+    return GPU_CHUNK if device.type == "cuda" else CHUNK
+
+
+def _add_product(total: Tensor, gradient: Tensor, rows: Tensor, first: bool) -> None:
+    """Add gradientᵀ rows, (V, D), to `total`, which holds nothing yet where it is the first."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), rows, beta=0 if first else 1)
+    elif total.device.type == "cuda":
+        # The product leaves the GPU's registers in fp32: nothing is rounded between two chunks.
+        product = torch.mm(gradient.t(), rows, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
+    else:
+        # torch widens an operand before it adds it: in pieces, what was widened stays in the cache.
+        for part, piece in zip(total.split(PIECE), (gradient.t() @ rows).split(PIECE), strict=True):
+            part.copy_(piece) if first else part.add_(piece)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -90,9 +110,14 @@ class _ChunkedLoss(torch.autograd.Function):
         used = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.empty_like(weight) if count else torch.zeros_like(weight)
+        # Summed over chunks in fp32, whatever the weight is stored in.
+        summed = torch.promote_types(weight.dtype, torch.float32)
+        weight_gradient = torch.empty_like(weight, dtype=summed) if count else torch.zeros_like(weight, dtype=summed)
         loss, extra = torch.zeros(2, dtype=wide, device=hidden.device)
-        factor = torch.tensor(scale, dtype=wide, device=hidden.device)
+        # 1 / tokens is below what fp16 holds: there the gradients are made unscaled, and scaled in the backward pass,
+        # together with the gradient scaler's factor.
+        made_with = 1.0 if hidden.dtype == torch.float16 else scale
+        factor = torch.full((), made_with, dtype=wide, device=hidden.device)
         # One buffer for all chunks: fresh memory of this size costs as much as a pass through it.
         buffer = hidden.new_empty(min(count, chunk), weight.shape[0])
         for start in range(0, count, chunk):
@@ -101,17 +126,8 @@ class _ChunkedLoss(torch.autograd.Function):
             cross_entropy, z_loss = chunk_loss(gradient, targets[start : start + chunk], factor, z_weight)
             loss, extra = loss + cross_entropy, extra + z_loss
             torch.mm(gradient, used, out=hidden_gradient[start : start + chunk])
-            if weight_gradient.dtype == gradient.dtype:
-                weight_gradient.addmm_(gradient.t(), rows, beta=1 if start else 0)
-            else:
-                # torch widens an operand before it adds it: in pieces, what was widened stays in the cache.
-                narrow = (gradient.t() @ rows).split(PIECE)
-                for total, piece in zip(weight_gradient.split(PIECE), narrow, strict=True):
-                    if start:
-                        total += piece
-                    else:
-                        total.copy_(piece)
-        ctx.gradients = hidden_gradient, weight_gradient
+            _add_product(weight_gradient, gradient, rows, first=start == 0)
+        ctx.gradients, ctx.rest = (hidden_gradient, weight_gradient.to(weight.dtype)), scale / made_with
         ctx.mark_non_differentiable(loss)
         return (loss + extra) * scale, loss
 
@@ -120,17 +136,23 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward through the chunked loss a second time needs retain_graph=True")
         made = ctx.gradients
+        if ctx.rest == 1:
+            factors = [gradient.to(each.dtype) for each in made]
+        else:
+            factors = [
+                (gradient * ctx.rest).reshape(1)
+            ] * 2  # with a dimension, torch multiplies in fp32 and rounds once
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
-            scaled = [each * gradient.to(each.dtype) for each in made]
+            scaled = [(each * factor).to(each.dtype) for each, factor in zip(made, factors, strict=True)]
         else:
             # The gradient of the head is as large as the head: scaled in place, and not kept.
             ctx.gradients = None
-            scaled = [each.mul_(gradient.to(each.dtype)) for each in made]
+            scaled = [each.mul_(factor) for each, factor in zip(made, factors, strict=True)]
         return scaled[0], scaled[1], None, None, None, None, None
 
 
 def chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = CHUNK, z_weight: float = 0.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None, z_weight: float = 0.0,
     chunk_loss: ChunkLoss = torch_chunk_loss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scale` times the sum of cross-entropies and z-losses, (), and the sum of cross-entropies in nats, ().
@@ -140,10 +162,11 @@ def chunked_loss(
         weight: (V, D) of the head, in any precision.
         targets: (N,), `IGNORE` where a position does not count.
         scale: see `CausalLM.loss`.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time; `chunk_of` the device unless given.
         z_weight: weight of the z-loss.
         chunk_loss: as `torch_chunk_loss`.
     """
+    chunk = chunk or chunk_of(hidden.device)
     return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, chunk_loss)  # type: ignore[return-value]
 
 
@@ -178,11 +201,12 @@ def linear_loss(
 
 @torch.no_grad()
 def evaluation_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, z_weight: float = 0.0, chunk: int = CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """As `chunked_loss`, without gradients; sums of chunks are added in fp64."""
     used = weight.to(hidden.dtype)
     loss, nats = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    chunk = chunk_of(hidden.device)
     for rows, words in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         part, part_nats = full_loss(rows, used, words, scale=1.0, z_weight=z_weight)
         loss, nats = loss + part, nats + part_nats

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
-from smolforge.model.llama import LlamaAttention, LlamaMLP, rotary_angles
+from smolforge.model.llama import LlamaAttention, LlamaMLP, in_own_precision, rotary_angles
 
 
 def key_value_width(config: ModelConfig) -> int:
@@ -31,8 +31,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast computes this in fp32 on a GPU; the residual stream and the head keep the precision of the input.
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps).to(x.dtype)
+        with in_own_precision(x):
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, bias=False"

@@ -101,6 +101,9 @@ def estimate_memory(
     optimizer: str = "adamw",
     recompute: bool = False,
     loss: str = "chunked",
+    chunk: int = CHUNK,
+    attention: str | None = None,
+    masked: bool = False,
     save_copy: bool = False,
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
@@ -114,6 +117,9 @@ def estimate_memory(
         optimizer: adamw (two moments), muon (one for the layers' matrices), or adamw8bit (two of one byte).
         recompute: whether only the inputs of layers are kept, and one layer's activations at a time.
         loss: a key of `loss.LOSSES`.
+        chunk: tokens whose logits exist at a time.
+        attention: a key of `attention.ATTENTION`, where it is known; expanded keeps more.
+        masked: whether attention stops at document borders.
         save_copy: whether checkpoints are saved asynchronously from a copy in this memory.
     """
     groups = count_groups(config)
@@ -123,11 +129,13 @@ def estimate_memory(
     tokens, layers = sequences * length, config.num_hidden_layers
     # What autograd keeps for each token and layer of `llama.py`: inputs and outputs of both norms, queries and the
     # output of attention, keys and values, and of the MLP gate, silu(gate), up and their product.
-    heads = config.num_attention_heads + config.num_key_value_heads
+    heads = config.num_attention_heads
+    heads += heads if attention == "expanded" else config.num_key_value_heads
     kept = 4 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
     layer = tokens * kept * inner
+    mask = sequences * length**2 * inner if attention == "expanded" and masked else 0  # the only one that keeps it
     entries = tokens * config.hidden_size * inner
-    rows = tokens if loss in ("full", "linear") else min(tokens, CHUNK)
+    rows = tokens if loss in ("full", "linear") else min(tokens, chunk)
     # The logits take their gradients' place; torch's own operations need them twice more, in fp32.
     per_logit = inner if loss == "native" else inner + 8
     table = config.vocab_size * config.hidden_size * inner if inner != width else 0  # its gradient before it is widened
@@ -136,7 +144,7 @@ def estimate_memory(
         gradients=count * width,
         moments=moments,
         casts=(count - groups["norm"]) * inner if inner != width else 0,
-        activations=layers * entries + layer if recompute else layers * layer,
+        activations=mask + (layers * entries + layer if recompute else layers * layer),
         head=rows * config.vocab_size * per_logit + table + 2 * entries,
         saving=count * width + moments if save_copy else 0,
     )

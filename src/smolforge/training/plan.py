@@ -29,6 +29,7 @@ from smolforge.devices import device_name, has_bf16
 from smolforge.errors import BadInput
 from smolforge.kernels.variants import cpu_flags
 from smolforge.model import attention as attentions
+from smolforge.model.loss import chunk_of
 from smolforge.model.summary import MemoryEstimate, estimate_memory, flops_per_token
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
@@ -133,6 +134,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     precision, reason = choose_precision(config.training.precision, device)
     reasons.append(f"precision: {precision.name} ({reason})")
     sequences = config.sequences_per_step // world_size
+    attention, attention_reason = _choose_attention(config, device, precision)
     micro, recompute, memory = _fit_memory(config, device, precision, sequences)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
@@ -141,8 +143,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     )
     if memory:
         reasons.append(f"memory: {memory}")
-    attention, reason = _choose_attention(config, device, precision)
-    reasons.append(f"attention: {_for_people(attention)} ({reason})")
+    reasons.append(f"attention: {_for_people(attention)} ({attention_reason})")
     loss, reason = _choose_loss(config, device)
     reasons.append(f"loss: {_for_people(loss)} ({reason})")
     compiled, compile_reason = _choose_compile(config, device, world_size)
@@ -247,6 +248,9 @@ def memory_of(
         optimizer=config.optimizer.name,
         recompute=recompute,
         loss=config.training.loss,
+        chunk=chunk_of(device),
+        attention=_choose_gpu_attention(config, device, precision)[0] if device.type == "cuda" else None,
+        masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
     )
 
@@ -265,7 +269,7 @@ def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, 
     if device.type != "cuda":
         most = max(1, CPU_MICRO_TOKENS // config.data.sequence_length)
         return next(d for d in choices if d <= most)
-    # Half: norms, rotations and softmax that are not fused keep more than the estimate of activations has.
+    # Half: what the backward pass holds besides, workspaces and fragments are not in the estimate.
     half = torch.cuda.get_device_properties(device).total_memory / 2
     needed = (memory_of(config, device, precision, d, recompute=False) for d in choices)
     return next((d for d, memory in zip(choices, needed, strict=True) if memory.total - memory.process <= half), 1)
@@ -286,10 +290,12 @@ def _choose_attention(config: RunConfig, device: torch.device, precision: Precis
         missing = attentions.native_unavailable()  # which loads the library, and may compile it
     if asked == "native" and missing:
         raise BadInput(f"native attention is not available: {missing}", field="training.attention", hint="Use auto.")
+    if device.type == "cuda":
+        return _choose_gpu_attention(config, device, precision)
     if asked != "auto":
         return asked, "as asked"
     if device.type != "cpu":
-        return "sdpa", "supports document masks" if config.data.mask_documents else "torch's own kernels"
+        return "sdpa", "torch's own kernels"
     if bf16 and not missing:
         return "native", "scores are never stored in memory"
     why = f"; native: {missing}" if missing else ""
@@ -301,6 +307,26 @@ def _choose_attention(config: RunConfig, device: torch.device, precision: Precis
         where = f"sequences {'of at most' if short else 'beyond'} {SHORT:,} tokens{why}"
         return "blocked" if short else "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; {where}"
     return "sdpa", "torch's own kernels"
+
+
+def _choose_gpu_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
+    """As asked, or what keeps no scores: flash where GPU and precision have it, else the kernel without groups."""
+    asked, missing = config.training.attention, None
+    if not has_bf16(device):
+        missing = f"{torch.cuda.get_device_name(device)} has no flash kernel"
+    elif precision.autocast is None and precision.weights == torch.float32:
+        missing = "the flash kernel needs 16 bits"
+    elif config.data.mask_documents or asked == "varlen":
+        missing = attentions.varlen_unavailable()
+    if asked == "varlen" and missing:
+        raise BadInput(f"varlen attention is not available: {missing}", field="training.attention", hint="Use auto.")
+    if asked != "auto":
+        return asked, "as asked"
+    if missing:
+        return "expanded", f"{missing}; a key/value head for each query head, for the memory-efficient one"
+    if config.data.mask_documents:
+        return "varlen", "flash kernel; documents end to end, without a mask"
+    return "sdpa", "flash kernel"
 
 
 def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:

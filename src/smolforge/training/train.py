@@ -27,7 +27,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
 from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
-from smolforge.devices import choose_device
+from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.files import write_atomically
@@ -227,8 +227,8 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """One update with a batch."""
         step, config, device = self.position.step, self.config, self.plan.device
-        tokens = _to_device(batch.tokens, device).long()
-        document_ids = _to_device(batch.document_ids, device) if config.data.mask_documents else None
+        tokens = to_device(torch.from_numpy(batch.tokens), device).long()
+        document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
         context = self.context
         nats, norm, skipped = train_step(
@@ -337,7 +337,7 @@ def train_step(
 
     Args:
         tokens: (B, T + 1), this rank's share of the batch.
-        document_ids: (B, T + 1) where attention stops at document borders, else None.
+        document_ids: (B, T + 1) on the host where attention stops at document borders, else None.
         span: the context of each part ("forward", "backward", "update"), for profiles and timings.
 
     Returns:
@@ -362,11 +362,6 @@ def train_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
         )
     return nats, norm, skipped
-
-
-def _to_device(array: Any, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 # Finish

@@ -75,10 +75,12 @@ def update_at_once(
 
 
 def update_in_pieces(*args: Any) -> None:
-    """`update_at_once` without a compiler: piece by piece, so that the intermediates stay in the cache."""
+    """`update_at_once` without a compiler: on a CPU piece by piece, so that the intermediates stay in the cache."""
     *tensors, key, skip, rates, beta1, beta2 = args
-    for start in range(0, tensors[0].numel(), _PIECE):
-        w, g, m, v = (t[start : start + _PIECE] for t in tensors)
+    size = tensors[0].numel()
+    length = _PIECE if tensors[0].device.type == "cpu" else max(size, 1)  # elsewhere each piece would start 30 kernels
+    for start in range(0, size, length):
+        w, g, m, v = (t[start : start + length] for t in tensors)
         update_at_once(w, g, m, v, key + start, skip, rates, beta1, beta2)
 
 

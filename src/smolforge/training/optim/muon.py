@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smolforge.config import OptimizerConfig
+from smolforge.devices import half_precision
 from smolforge.errors import BadInput
 from smolforge.model.architecture import CausalLM
 from smolforge.training.optim import parameter_groups, register, skipped
@@ -40,16 +41,22 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         matrices: (N, rows, columns), not zero throughout.
 
     Returns:
-        (N, rows, columns) in fp32 on a CPU and bf16 elsewhere, where matrix products in fp32 are slow.
+        (N, rows, columns) in `_precision`.
     """
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    x = matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # In fp32: fp16 does not hold a small gradient.
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(_precision(x.device))
     for a, b, c in _ITERATIONS:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    """Of the iterations: fp32 on a CPU, 16 bits elsewhere, where matrix products in fp32 are slow."""
+    return torch.float32 if device.type == "cpu" else half_precision(device)
 
 
 @register("muon")
@@ -106,18 +113,17 @@ class Muon(torch.optim.AdamW):
                 alike[parameter.shape, parameter.device].append(parameter)
         for (shape, device), parameters in alike.items():
             skip = skipped(self.found_inf, device)
-            looks_ahead = []
             for parameter in parameters:
-                state, gradient = self.state[parameter], parameter.grad
-                assert gradient is not None
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                mean = torch.lerp(gradient, state["momentum"], self.momentum)
-                looks_ahead.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's
-                state["momentum"].copy_(torch.where(skip, state["momentum"], mean))
-            # Matrices of one shape go through the iteration together: a few large products instead of many small.
-            updates = orthogonalize(torch.stack(looks_ahead))
-            size = group["lr"] * _SIZE * max(shape) ** 0.5
-            for parameter, update in zip(parameters, updates, strict=True):
-                new = parameter * (1 - group["lr"] * group["weight_decay"]) - size * update
-                parameter.copy_(torch.where(skip, parameter, new))
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            # Matrices of one shape go through all of it together: a few large operations instead of many small.
+            gradients, old = torch.stack([p.grad for p in parameters if p.grad is not None]), torch.stack(momenta)
+            means = torch.lerp(gradients, old, self.momentum)
+            torch._foreach_copy_(momenta, torch.where(skip, old, means).unbind())  # pyright: ignore[reportPrivateImportUsage]
+            looks_ahead = torch.lerp(gradients, means, self.momentum)  # Nesterov's
+            del gradients, old, means  # each is as large as all these matrices
+            updates = orthogonalize(looks_ahead).mul(group["lr"] * _SIZE * max(shape) ** 0.5)
+            old = torch.stack(parameters)
+            new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(updates)
+            torch._foreach_copy_(parameters, torch.where(skip, old, new).unbind())  # pyright: ignore[reportPrivateImportUsage]
