@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import codecs
 import functools
-import itertools
 import json
-import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,54 +151,24 @@ class Tokenizer:
         return self._with_special_tokens.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins.
+        """Token ids of a conversation up to where the assistant's answer begins, as `ChatTemplate.encode`."""
+        from smolforge.chat_template import ChatTemplate
 
-        Special tokens of the template become single ids. Those that a message only quotes stay plain text: a mark
-        stands for each of them while the template is filled.
+        return ChatTemplate(self).encode(messages)
 
-        Args:
-            messages: `role` and `content` of each, both text.
-
-        Raises:
-            BadInput: there is no chat template, or it refuses the conversation.
-        """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if self.chat_template is None:
-            raise BadInput("the model has no chat template: it continues text", field="messages")
-        specials = [self.token_text(i) for i in sorted(self.special_ids)]
-        special = re.compile("|".join(map(re.escape, filter(None, specials))) or "(?!)")
-        mark = f"\ue000{secrets.token_hex(16)}\ue001"
-        quoted = [text for message in messages for text in special.findall(message["content"])]
-        protected = [{**message, "content": special.sub(mark, message["content"])} for message in messages]
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        bos, eos = self.token_text(self.bos_id), self.token_text(self.eos_id)
-        try:
-            filled = environment.from_string(self.chat_template).render(
-                messages=protected, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=None
-            )
-        except TemplateError as error:
-            raise BadInput(f"the chat template refuses this conversation: {error}", field="messages") from None
-        first, *parts = filled.split(mark)
-        ids = self.encode_with_special_tokens(first)
-        for text, part in itertools.zip_longest(quoted[: len(parts)], parts, fillvalue=""):
-            ids += [*self.encode(text), *self.encode_with_special_tokens(part)]
-        return ids
+    def encode_with_offsets(self, text: str) -> Any:
+        """As `encode_with_special_tokens`; `ids`, and in `offsets` the characters (first, end) of each."""
+        return self._with_special_tokens.encode(text, add_special_tokens=False)
 
     @functools.cached_property
     def _with_special_tokens(self) -> Backend:
         # A second backend: changing the flag of the first would affect other threads that encode at the same time.
         from tokenizers import Tokenizer as Backend
+        from tokenizers.processors import Sequence
 
         backend = Backend.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
+        backend.post_processor = Sequence([])  # which adds tokens, and may take spaces out of the offsets
         return backend
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

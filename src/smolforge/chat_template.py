@@ -1,0 +1,187 @@
+"""Chat templates: a conversation as text, as tokens, and which of the tokens the assistant writes.
+
+A template is filled in the environment that transformers has (utils/chat_template_utils.py). Which tokens are the
+assistant's is found without markers in the template: the conversation is rendered up to each of its answers, once as a
+prompt for it and once with it, and what the second adds to the first is the answer. Where a template makes that
+impossible, because it renders an early turn otherwise once later ones follow, the turn is named.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from smolforge.errors import BadInput
+from smolforge.formatting import replace_lone_surrogates
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from smolforge.tokenizer import Tokenizer
+
+# ChatML without a default system message, for a model that has no template of its own.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# In training a template that asks for the date gets this one, so that a batch does not depend on the day.
+_TRAINING_DAY = datetime.datetime(2024, 7, 26)  # noqa: DTZ001 (a template asks for no zone)
+Message = Mapping[str, Any]
+
+
+class ChatTokens(NamedTuple):
+    """A conversation as token ids, and for each of them whether the assistant writes it."""
+
+    ids: list[int]
+    answers: list[bool]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Special tokens of the template become single ids. Those that a message only quotes stay plain text: a mark that
+    names the token stands for each of them while the template is filled.
+
+    Raises:
+        BadInput: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.chat_template is None:
+            raise BadInput("the model has no chat template: it continues text", field="messages")
+        self.tokenizer, self.source = tokenizer, tokenizer.chat_template
+        self.specials = [text for i in sorted(tokenizer.special_ids) if (text := tokenizer.token_text(i))]
+        self._special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
+        # Digits alone: no filter for upper or lower case changes a mark.
+        self._nonce = str(secrets.randbits(96))
+        self._mark = re.compile(f"\ue000{self._nonce}_(\\d+)\ue001")
+        named = {key: tokenizer.config.get(key) for key in _SPECIALS}
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        texts |= {"bos_token": tokenizer.token_text(tokenizer.bos_id), "eos_token": tokenizer.token_text(tokenizer.eos_id)}
+        self._texts = {key: text for key, text in texts.items() if isinstance(text, str)}
+
+    def encode(self, messages: Sequence[Message], *, tools: Any = None, generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation; with the generation prompt, up to where the assistant's answer begins.
+
+        Raises:
+            BadInput: the template refuses the conversation.
+        """
+        return self._tokens(self._render(messages, tools, generation_prompt, datetime.datetime.now()))[0]  # noqa: DTZ005
+
+    def encode_answers(self, messages: Sequence[Message], *, tools: Any = None) -> ChatTokens:
+        """Token ids of a whole conversation, and which of them are the assistant's answers, with their end tokens.
+
+        Raises:
+            BadInput: the template refuses the conversation, or a turn makes the answers impossible to find exactly.
+        """
+        if tools and "tools" not in self.source:
+            raise BadInput("the chat template has no place for tools", field="tools")
+        whole = self._render(messages, tools, False)
+        spans = [
+            self._answer(messages, number, whole, tools)
+            for number, message in enumerate(messages)
+            if message.get("role") == "assistant"
+        ]
+        ids, offsets = self._tokens(whole)
+        answers = [any(first < last and end > begin for begin, last in spans) for first, end in offsets]
+        return ChatTokens(ids, answers)
+
+    def _answer(self, messages: Sequence[Message], number: int, whole: str, tools: Any) -> tuple[int, int]:
+        """Where the answer of message `number` is in the text of the whole conversation."""
+
+        def refuse(why: str) -> BadInput:
+            return BadInput(
+                f"the chat template does not tell exactly what the assistant writes in turn {number + 1}: {why}",
+                field="chat_template",
+                hint="Use another template, such as ChatML, or conversations that end with this turn.",
+            )
+
+        before = self._render(messages[:number], tools, True)
+        after = whole if number == len(messages) - 1 else self._render(messages[: number + 1], tools, False)
+        if not after.startswith(before):
+            raise refuse("the prompt for it is not the beginning of the text with it")
+        if not whole.startswith(after):
+            raise refuse("it is rendered otherwise once later turns follow")
+        end = len(after.rstrip())
+        if end <= len(before) or not after[:end].endswith(tuple(self.specials)):
+            raise refuse("no special token ends it, so a model would not learn to stop")
+        return len(before), end
+
+    def _render(
+        self, messages: Sequence[Message], tools: Any, generation_prompt: bool, now: datetime.datetime = _TRAINING_DAY
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return _compiled(self.source).render(
+                messages=self._protect(messages), tools=tools, documents=None,
+                add_generation_prompt=generation_prompt, strftime_now=now.strftime, **self._texts,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError) as error:
+            # A template that adds a text to None, or asks for a key of a text, raises Python's own errors.
+            raise BadInput(f"the chat template refuses this conversation: {error}", field="messages") from None
+
+    def _protect(self, value: Any) -> Any:
+        """`value` with a mark for each special token in its texts."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: f"\ue000{self._nonce}_{self.specials.index(found[0])}\ue001", value)
+        if isinstance(value, Mapping):
+            return {key: inner if key == "role" else self._protect(inner) for key, inner in value.items()}
+        return [self._protect(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters of `text` that each of them stands for."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for mark in [*self._mark.finditer(text), None]:
+            end = mark.start() if mark else len(text)
+            encoded = self.tokenizer.encode_with_offsets(replace_lone_surrogates(text[at:end]))
+            ids += encoded.ids
+            offsets += [(at + first, at + last) for first, last in encoded.offsets]
+            if mark:
+                quoted = self.tokenizer.encode(self.specials[int(mark[1])])
+                ids += quoted
+                offsets += [mark.span()] * len(quoted)
+                at = mark.end()
+        if self._nonce in self._mark.sub("", text):
+            raise BadInput("the chat template changes special tokens that a message quotes", field="messages")
+        return ids, offsets
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Template:
+    """A template, in the environment of transformers."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """{% generation %} marks what the assistant writes, for other programs; here it only groups."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja reads the attribute of the class)
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise BadInput(f"the chat template is not valid: {error}", field="chat_template") from None
