@@ -183,6 +183,7 @@ def test_chat_templates_wherever_they_are_kept(trained: Tokenizer, tmp_path: Pat
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert Tokenizer.from_pretrained(tmp_path).chat_template == "from the file"
+    (tmp_path / "chat_template.jinja").unlink()
     for value, expected in (
         ("inline", "inline"),
         ([{"name": "default", "template": "named"}], "named"),

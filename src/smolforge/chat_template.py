@@ -30,9 +30,10 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what the assistant thought
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # In training a template that asks for the date gets this one, so that a batch does not depend on the day.
-_TRAINING_DAY = datetime.datetime(2024, 7, 26)  # noqa: DTZ001 (a template asks for no zone)
+_TRAINING_DAY = datetime.datetime(2024, 7, 26)
 Message = Mapping[str, Any]
 
 
@@ -59,21 +60,36 @@ class ChatTemplate:
         self.tokenizer, self.source = tokenizer, tokenizer.chat_template
         self.specials = [text for i in sorted(tokenizer.special_ids) if (text := tokenizer.token_text(i))]
         self._special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
-        # Digits alone: no filter for upper or lower case changes a mark.
-        self._nonce = str(secrets.randbits(96))
-        self._mark = re.compile(f"\ue000{self._nonce}_(\\d+)\ue001")
-        named = {key: tokenizer.config.get(key) for key in _SPECIALS}
+        # A mark is one character without a meaning, so no filter can change or cut it; which ones, no message knows.
+        first = 0x100000 + secrets.randbelow(max(1, 0xFFFE - len(self.specials)))
+        self._marks = {text: chr(first + i) for i, text in enumerate(self.specials)}
+        self._quoted = {mark: text for text, mark in self._marks.items()}
+        self._mark = re.compile(f"[{chr(first)}-{chr(first + len(self.specials))}]")
+        # A token that the tokenizer does not name is undefined, as in transformers. One made here ends texts with all.
+        made_here = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.token_text(tokenizer.eos_id))
+        named = tokenizer.config or made_here
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-        texts |= {"bos_token": tokenizer.token_text(tokenizer.bos_id), "eos_token": tokenizer.token_text(tokenizer.eos_id)}
-        self._texts = {key: text for key, text in texts.items() if isinstance(text, str)}
+        self._texts = {key: text for key in _SPECIALS if isinstance(text := texts.get(key), str)}
 
     def encode(self, messages: Sequence[Message], *, tools: Any = None, generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; with the generation prompt, up to where the assistant's answer begins.
 
+        A last message of the assistant is the beginning of its answer: then the ids end where its text ends.
+
         Raises:
             BadInput: the template refuses the conversation.
         """
-        return self._tokens(self._render(messages, tools, generation_prompt, datetime.datetime.now()))[0]  # noqa: DTZ005
+        now = datetime.datetime.now()
+        begun = _begun_answer(messages) if generation_prompt else ""
+        if not begun.strip():
+            messages = messages if not generation_prompt or _role(messages) != "assistant" else messages[:-1]
+            return self._tokens(self._render(messages, tools, generation_prompt, now))[0]
+        text, begun = self._render(messages, tools, False, now), self._protect(begun)
+        at = text.rfind(begun.strip())
+        if at < 0:
+            raise BadInput("the chat template changes the last answer, so it cannot be continued", field="messages")
+        kept = begun.lstrip()  # blanks at its end are continued where the template keeps them
+        return self._tokens(text[: at + len(kept if text.startswith(kept, at) else begun.strip())])[0]
 
     def encode_answers(self, messages: Sequence[Message], *, tools: Any = None) -> ChatTokens:
         """Token ids of a whole conversation, and which of them are the assistant's answers, with their end tokens.
@@ -120,20 +136,25 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return _compiled(self.source).render(
+            text = _compiled(self.source).render(
                 messages=self._protect(messages), tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, strftime_now=now.strftime, **self._texts,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError) as error:
             # A template that adds a text to None, or asks for a key of a text, raises Python's own errors.
             raise BadInput(f"the chat template refuses this conversation: {error}", field="messages") from None
+        if any(json.dumps(mark)[1:-1] in text for mark in self._quoted):
+            raise BadInput("the chat template escapes special tokens that a message quotes", field="messages")
+        return text
 
     def _protect(self, value: Any) -> Any:
-        """`value` with a mark for each special token in its texts."""
+        """`value` with a mark for each special token in its texts, and what was thought under the names of all."""
         if isinstance(value, str):
-            return self._special.sub(lambda found: f"\ue000{self._nonce}_{self.specials.index(found[0])}\ue001", value)
+            return self._special.sub(lambda found: self._marks[found[0]], value)
         if isinstance(value, Mapping):
-            return {key: inner if key == "role" else self._protect(inner) for key, inner in value.items()}
+            value = {key: inner if key == "role" else self._protect(inner) for key, inner in value.items()}
+            reasoning = next((value[key] for key in _REASONING if value.get(key) is not None), None)
+            return value if reasoning is None else {"thinking": reasoning, **value, "reasoning_content": reasoning}
         return [self._protect(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
     def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -147,13 +168,21 @@ class ChatTemplate:
             ids += encoded.ids
             offsets += [(at + first, at + last) for first, last in encoded.offsets]
             if mark:
-                quoted = self.tokenizer.encode(self.specials[int(mark[1])])
+                quoted = self.tokenizer.encode(self._quoted.get(mark[0], mark[0]))
                 ids += quoted
                 offsets += [mark.span()] * len(quoted)
                 at = mark.end()
-        if self._nonce in self._mark.sub("", text):
-            raise BadInput("the chat template changes special tokens that a message quotes", field="messages")
         return ids, offsets
+
+
+def _role(messages: Sequence[Message]) -> Any:
+    return messages[-1].get("role") if messages else None
+
+
+def _begun_answer(messages: Sequence[Message]) -> str:
+    """The text of a last message of the assistant that is not a call; else nothing."""
+    text = messages[-1].get("content") if _role(messages) == "assistant" else None
+    return text if isinstance(text, str) and not messages[-1].get("tool_calls") else ""
 
 
 @functools.lru_cache(maxsize=16)
@@ -176,11 +205,20 @@ def _compiled(source: str) -> Template:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.filters["tojson"] = to_json
     try:
         return environment.from_string(source)
     except TemplateError as error:

@@ -96,8 +96,8 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
         settings = directory / "tokenizer_config.json"
         config = read_json(settings, limit=MAX_FILE_BYTES) if settings.is_file() else {}
-        template = directory / "chat_template.jinja"  # where transformers 5 keeps it
-        if "chat_template" not in config and template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
+        template = directory / "chat_template.jinja"  # where transformers 5 keeps it, before tokenizer_config.json
+        if template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
             config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
         return cls(backend, config)
 

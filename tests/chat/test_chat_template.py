@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smolforge import tales
 from smolforge.chat_template import ChatTemplate
 from smolforge.errors import BadInput
-from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ TEXT = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\ue000\ue001"), max_size=12),
     st.sampled_from(["Hello there", " two  blanks ", "\n\nline", "1234", "🙂é", "{{ x }}", "a\n", "</think>", "  "]),
 )
+TEXT = TEXT.filter(lambda text: not any(special in text for special in (*SPECIALS, *SPECIAL_TOKENS)))
 ANSWER = TEXT.filter(lambda text: bool(text.strip()))
 
 
@@ -102,9 +103,7 @@ def test_special_tokens_that_a_message_quotes_stay_text(trained: Tokenizer) -> N
     ("source", "reason"),
     [(FORGETFUL, "turn 2: it is rendered otherwise once later turns follow"), (ENDLESS, "turn 2: no special token")],
 )
-def test_a_template_that_cannot_be_exact_is_refused_with_its_turn(
-    trained: Tokenizer, source: str, reason: str
-) -> None:
+def test_a_template_that_cannot_be_exact_is_refused_with_its_turn(trained: Tokenizer, source: str, reason: str) -> None:
     template = ChatTemplate(Tokenizer(trained.backend, {"eos_token": "<|im_end|>", "chat_template": source}))
     first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>greet</think>Hello"}]
     with pytest.raises(BadInput, match=reason):

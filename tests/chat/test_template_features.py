@@ -1,0 +1,128 @@
+"""What templates of the Hub use is rendered as transformers renders it: 18 templates, ten conversations each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_templates import CHATML, SPECIALS, TEMPLATES
+
+from smolforge.chat_template import ChatTemplate
+from smolforge.errors import BadInput
+from smolforge.tokenizer import Tokenizer
+
+EACH = "{% for message in messages %}"
+TURN = "{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}"
+FEATURES = {
+    "generation": EACH + "{% generation %}" + TURN + "{% endgeneration %}{% endfor %}",
+    "break": EACH + "{% if loop.index0 > 2 %}{% break %}{% endif %}" + TURN + "{% endfor %}",
+    "continue": EACH + "{% if message.role == 'system' %}{% continue %}{% endif %}" + TURN + "{% endfor %}",
+    "year": "{{ strftime_now('%Y %B') }}" + EACH + TURN + "{% endfor %}",
+    "special tokens": "{{ pad_token }}|{{ unk_token }}|{{ bos_token }}|{{ sep_token }}|" + EACH + TURN + "{% endfor %}",
+    "missing": "{% if sep_token is defined %}defined{% else %}missing{% endif %}" + EACH + TURN + "{% endfor %}",
+    "name": EACH + "{{ message.name if message.name is defined else message['role'] }}{{ message.content }}{% endfor %}",
+    "keys": EACH + "{{ message.get('reasoning_content', '-') }}{{ message.weight }}{{ message.content }}{% endfor %}",
+    "tools": "{% if tools is none %}none{% endif %}{% if not tools %}no tools{% endif %}" + EACH + TURN + "{% endfor %}",
+    "documents": "{% if documents %}some{% else %}no documents{% endif %}" + EACH + TURN + "{% endfor %}",
+    "date": "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+    + EACH + TURN + "{% endfor %}",
+    "namespace": "{% set ns = namespace(found=0) %}" + EACH + "{% set ns.found = ns.found + 1 %}{% endfor %}{{ ns.found }}",
+    "json": EACH + "{{ message | tojson }}{{ message | tojson(indent=2) }}{{ message | tojson(true) }}{% endfor %}",
+    "macro": "{% macro turn(m) %}<{{ m.role | upper }}>{{ m.content | trim }}{% endmacro %}" + EACH
+    + "{{ turn(message) }}{% endfor %}",
+    "blocks": "{%- for message in messages %}\n    {%- if message.content %}\n    {{ message.content }}\n"
+    "    {% endif %}\n{% endfor %}\n",
+    "refusal": EACH + "{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURN + "{% endfor %}",
+    "slices": "{{ messages[0].content[:7] }}{{ messages[-1]['content'].split('a') | join('|') }}{{ messages | length }}",
+    "chatml": CHATML,
+}  # fmt: skip
+USER, ANSWER = {"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "An animal."}
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [USER], [USER, ANSWER, USER], [{"role": "system", "content": "Be brief."}, USER], [{**USER, "name": "Ann"}],
+    [{**USER, "weight": 2, "name": "Bo"}, {**ANSWER, "reasoning_content": "hm"}, USER],
+    [{"role": "user", "content": "  blanks \n\n"}], [{"role": "user", "content": "東京 🙂 \u2028 <b>&amp;</b> \"q\""}],
+    [USER, ANSWER, USER, ANSWER, USER], [{"role": "tool", "content": "{\"a\": [1, 2]}", "tool_call_id": "x"}, USER],
+    [{"role": "user", "content": ""}, {**ANSWER, "content": "a banana"}, USER],
+]  # fmt: skip
+CONFIGS: list[dict[str, Any]] = [
+    {"eos_token": "</s>"},
+    {"eos_token": {"content": "</s>", "special": True}, "bos_token": "<s>", "pad_token": "<|im_end|>", "unk_token": "<s>"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    made = Tokenizer.train(["what is a cat an animal be brief banana user assistant system"] * 5, 400)
+    made.backend.add_special_tokens(SPECIALS)
+    return made
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["few special tokens", "all special tokens"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_templates_are_rendered_as_by_transformers(trained: Tokenizer, tmp_path: Path, name: str, config: Any) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {**config, "chat_template": FEATURES[name]}
+    trained.backend.save(str(tmp_path / "tokenizer.json"))
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in settings.items()}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **texts)
+    ours = ChatTemplate(Tokenizer(trained.backend, settings))
+    for messages in CONVERSATIONS:
+        for prompt in (True, False):
+            try:
+                expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)[
+                    "input_ids"
+                ]
+            except Exception:
+                with pytest.raises(BadInput, match="refuses this conversation"):
+                    ours.encode(messages, generation_prompt=prompt)
+                continue
+            assert ours.encode(messages, generation_prompt=prompt) == expected, (messages, prompt)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "zephyr", "smollm2", "gemma"])
+def test_a_begun_answer_is_continued_as_by_transformers(trained: Tokenizer, tmp_path: Path, name: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": TEMPLATES[name][0]}
+    trained.backend.save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **settings)
+    ours = ChatTemplate(Tokenizer(trained.backend, settings))
+    for text in ("An animal", "An animal ", " An\n", "What is a cat?", "the <b>"):
+        messages = [USER, {"role": "assistant", "content": text}]
+        expected = theirs.apply_chat_template(messages, continue_final_message=True, tokenize=True)["input_ids"]
+        assert ours.encode(messages) == expected, text
+    assert ours.encode([USER, {"role": "assistant", "content": ""}]) == ours.encode([USER])
+
+
+def test_quoted_special_tokens_stay_where_the_template_puts_them(trained: Tokenizer) -> None:
+    """Each has a mark of its own: what a template skips, repeats, reorders or writes in capitals stays right."""
+    texts = ["<s> one </s>", "two <|im_end|>", "three <|user|>"]
+    messages = [{"role": "user", "content": text} for text in texts]
+
+    def filled(source: str) -> str:
+        template = ChatTemplate(Tokenizer(trained.backend, {"eos_token": "</s>", "chat_template": source}))
+        ids = template.encode(messages)
+        assert not set(ids) & trained.special_ids
+        return trained.decode(ids)
+
+    assert filled("{{ messages[2].content }}{{ messages[0].content }}") == texts[2] + texts[0]
+    assert filled("{{ messages[1].content * 2 }}") == texts[1] * 2
+    assert filled("{% for m in messages | reverse %}{{ m.content | upper }}{% endfor %}") == (
+        "THREE <|user|>TWO <|im_end|><s> ONE </s>"
+    )
+    assert filled("{{ messages[1].content[:5] }}") == texts[1] and filled("{{ messages[1].content[5:] }}") == ""
+    assert filled("{{ messages[0].content | reverse }}") == "</s> eno <s>"
+    assert filled("{{ messages[1].content | tojson }}") == '"two <|im_end|>"'
+    with pytest.raises(BadInput, match="escapes special tokens"):
+        filled("{{ messages[1].content | tojson(true) }}")
+
+
+def test_the_file_of_the_template_comes_before_the_configuration(trained: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    Tokenizer(trained.backend, {"eos_token": "</s>", "chat_template": "{{ 'old' }}"}).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'new' }}")
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.chat_template == theirs.chat_template == "{{ 'new' }}"
