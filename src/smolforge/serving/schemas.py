@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from smolforge.errors import nearest
 from smolforge.formatting import replace_lone_surrogates
@@ -186,12 +186,27 @@ class ContentPart(StrictModel):
     text: Text
 
 
-class Message(StrictModel):
-    """One message of a conversation."""
+class Message(StrictModel, extra="allow"):
+    """One message of a conversation. Other keys, such as `name`, go to the chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
     tool_calls: Any = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_parts(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"this model reads text only, not a part of type {kind[:50]!r}")
+        return content
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the message of the {self.role} has no content; give a text")
+        return self
 
     def text(self) -> str:
         """The content as one string."""
@@ -204,6 +219,8 @@ class ChatRequest(SampledRequest):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -211,14 +228,25 @@ class ChatRequest(SampledRequest):
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise refused("top_logprobs", "is only allowed with logprobs: true")
+        begun = self.messages[-1].role == "assistant"
+        for field, asked in (
+            ("continue_final_message", self.continue_final_message),
+            ("add_generation_prompt", self.add_generation_prompt is False),
+        ):
+            if asked and not begun:
+                raise refused(field, "the last message has to be the assistant's, to be continued")
+        if begun and self.continue_final_message is False:
+            raise unsupported("continue_final_message", "a last message of the assistant is always continued")
         if any(message.role == "tool" or message.tool_calls for message in self.messages):
             raise unsupported("messages", "tool calls are not supported")
         return self
 
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """The messages as the chat template reads them."""
         roles = {"developer": "system"}
-        return [{"role": roles.get(m.role, m.role), "content": m.text()} for m in self.messages]
+        return [
+            {**(m.model_extra or {}), "role": roles.get(m.role, m.role), "content": m.text()} for m in self.messages
+        ]
 
     def sampling(self, max_n: int, default_max_tokens: int) -> SamplingParams:
         """The parameters for the engine; BadInput where a value is out of range."""
