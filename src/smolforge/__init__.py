@@ -64,6 +64,7 @@ def generate(model: str | Path, prompt: str, **params: Any) -> str:
         model: a run, a checkpoint, a model directory or a Hub id.
         params: the fields of SamplingParams, such as max_tokens=50 or seed=1.
     """
-    from smolforge.generation import Engine, SamplingParams
+    from smolforge.generation import Engine
 
-    return Engine.from_pretrained(model).generate(prompt, SamplingParams(**params))
+    engine = Engine.from_pretrained(model)
+    return engine.generate(prompt, engine.params(**params))

@@ -168,7 +168,7 @@ class ChatTemplate:
             ids += encoded.ids
             offsets += [(at + first, at + last) for first, last in encoded.offsets]
             if mark:
-                quoted = self.tokenizer.encode(self._quoted.get(mark[0], mark[0]))
+                quoted = self.tokenizer.encode(self._quoted.get(mark.group(), mark.group()))
                 ids += quoted
                 offsets += [mark.span()] * len(quoted)
                 at = mark.end()

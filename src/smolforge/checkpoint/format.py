@@ -152,7 +152,7 @@ def read_config(directory: Path) -> ModelConfig:
 # What generation_config.json may say that generation here can use: the types, and the range of numbers.
 _GENERATION = {
     "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "top_k": (0, 1 << 24), "min_p": (0.0, 1.0),
-    "typical_p": (0.0, 1.0), "repetition_penalty": (0.0, 100.0), "max_new_tokens": (1, 1 << 26),
+    "typical_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0), "max_new_tokens": (1, 1 << 26),
 }  # fmt: skip
 MAX_TOKEN_ID = 1 << 24
 
@@ -190,6 +190,15 @@ def read_generation_defaults(directory: Path) -> dict[str, Any]:
     if type(values.get("do_sample")) is bool:
         found["do_sample"] = values["do_sample"]
     return found
+
+
+def read_end_ids(directory: Path) -> list[int]:
+    """The tokens that end a text, by generation_config.json and config.json; CheckpointError as of the readers."""
+    found = [read_generation_defaults(directory).get("eos_token_id")]
+    if not is_gguf(directory):
+        found.append(read_json(directory / CONFIG, limit=1 << 20).get("eos_token_id"))
+    ids = [i for value in found for i in (value if isinstance(value, list) else [value])]
+    return [i for i in ids if type(i) is int and i >= 0]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and args.question is None:
         raise BadInput("--json needs a QUESTION", field="--json", hint='smolforge chat MODEL "question" --json')
-    params = sampling_params(args)
+    sampling_params(args)  # an error now, not after the model is loaded
     if args.model is None:
         args.model = str(_newest_run(Path("runs")))
         print(f"model: {args.model}, the newest run here", file=sys.stderr)
     engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
-    conversation = Conversation(engine, params, args.system)
+    conversation = Conversation(engine, sampling_params(args, engine), args.system)
     if args.question is None:
         return _talk(conversation)
     question = sys.stdin.read() if args.question == "-" else args.question

@@ -51,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.config import THREE_PROMPTS
     from smolforge.generation import Engine
 
-    params = sampling_params(args)
+    sampling_params(args)  # an error now, not after the model is loaded
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts] or list(THREE_PROMPTS)
     engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     if engine.tokenizer.chat_template is not None and not (args.chat or args.special_tokens):
         print(f"note: continues the text as it is; `smolforge chat {args.model}` talks to this model", file=sys.stderr)
+    params = sampling_params(args, engine)
     given = [_given(engine, prompt, args) for prompt in prompts]
     if args.json:
         print_result(args, _all_at_once(engine, prompts, given, params), "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from smolforge.errors import BadInput, nearest
 
 if TYPE_CHECKING:
-    from smolforge.generation import SamplingParams
+    from smolforge.generation import Engine, SamplingParams
 
 MODEL_HELP = "a run, a checkpoint, a model directory, a .gguf file, a Hub id or hf://OWNER/REPO/FILE.gguf"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -105,14 +105,19 @@ def add_sampling(
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)"
     )
+    # The help names the defaults, but a value that is not given can also come from the model's generation_config.json.
+    names = [name.lstrip("-").replace("-", "_") for name, _, _ in (*integer, *real)]
+    parser.set_defaults(**dict.fromkeys(names), sampling={"max_tokens": max_tokens, "temperature": temperature})
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The parameters that `add_sampling`'s options gave."""
+def sampling_params(args: argparse.Namespace, engine: Engine | None = None) -> SamplingParams:
+    """The parameters of `add_sampling`'s options; those not given are the model's own or the verb's."""
     from smolforge.generation import SamplingParams
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "n")
-    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in names if name in args})
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    own = engine.defaults if engine is not None else {}
+    return SamplingParams(**{**args.sampling, **own, **given}, stop=tuple(args.stop))
 
 
 def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -> None:

@@ -15,14 +15,14 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from smolforge.devices import choose_device
-from smolforge.errors import BadInput, RunFailed, SmolforgeError
+from smolforge.errors import BadInput, CheckpointError, RunFailed, SmolforgeError
 from smolforge.generation.draft_model import DraftModel, PairedRunner
 from smolforge.generation.grammar import GrammarCompiler
 from smolforge.generation.kv_cache import CachePool
@@ -45,6 +45,7 @@ class Engine:
         max_batch: maximum number of sequences that run at once; others wait.
         cache_bytes: maximum memory of keys and values; 2 GiB unless given, on a GPU half of what is free.
         eos_ids: tokens that end a text; the tokenizer's own unless given.
+        defaults: fields of SamplingParams for a request that does not give them (`params`).
         speculate: run drafts of the next tokens along with the last one, where the text stays bitwise the same.
         draft: a small model that drafts too, where the text itself yields no draft or a worse one.
         decisions: sentences to begin `decisions` with.
@@ -63,6 +64,7 @@ class Engine:
         max_batch: int = 16,
         cache_bytes: int | None = None,
         eos_ids: Iterable[int] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         speculate: bool = True,
         draft: DraftModel | None = None,
         decisions: Iterable[str] = (),
@@ -71,6 +73,7 @@ class Engine:
         self.vocab_size = runner.config.vocab_size
         self.context = runner.config.max_position_embeddings
         self.eos_ids = tuple(eos_ids) if eos_ids is not None else (tokenizer.eos_id,)
+        self.defaults = dict(defaults or {})
         self.decisions = list(decisions)
         self.directory: Path | None = None
         reuse = runner.batch_invariant
@@ -131,6 +134,9 @@ class Engine:
     ) -> Engine:  # fmt: skip
         """An engine for a run, a checkpoint, a Hugging Face Llama directory or a Hub id.
 
+        A text ends with the end tokens of the tokenizer, of generation_config.json and of config.json; what
+        generation_config.json says of sampling becomes `defaults`.
+
         Args:
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: as of `devices.choose_device`.
@@ -142,14 +148,15 @@ class Engine:
             BadInput: there is no such precision or device, or the draft has other token ids than the model.
         """
         # The one place where this package imports another of its layer; everything else here takes modules.
-        from smolforge.checkpoint.format import read_generation_defaults
+        from smolforge.checkpoint.format import read_end_ids, read_generation_defaults
         from smolforge.checkpoint.locate import load_model
 
         place = choose_device(device)
         module, tokenizer, directory = load_model(model, device=place)
-        if "eos_ids" not in settings:
-            eos = read_generation_defaults(directory).get("eos_token_id")
-            settings["eos_ids"] = None if eos is None else eos if isinstance(eos, list) else [eos]
+        known = range(module.config.vocab_size)
+        ends = [i for i in (tokenizer.eos_id, *read_end_ids(directory)) if i in known]
+        defaults = _sampling_defaults(read_generation_defaults(directory), directory)
+        settings = {"eos_ids": tuple(dict.fromkeys(ends)), "defaults": defaults, **settings}
         if draft is not None:
             try:
                 settings["draft"], settings["draft_tokenizer"], where = load_model(draft, device=place)
@@ -160,6 +167,9 @@ class Engine:
             settings["draft_name"] = f"{where}{itself}"
         engine = cls.from_model(module, tokenizer, quantize=quantize, **settings)
         engine.directory = directory
+        if defaults:
+            told = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            engine.decisions.append(f"sampling: {told} (generation_config.json), unless given")
         return engine
 
     @functools.cached_property
@@ -171,6 +181,10 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything waits or runs."""
         return bool(self._ready or self.scheduler.waiting or self.scheduler.running)
+
+    def params(self, **given: Any) -> SamplingParams:
+        """The settings of a request: what is given, the model's own `defaults` and those of SamplingParams."""
+        return SamplingParams(**{**self.defaults, **given})
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """The text that continues a prompt (the first of `params.n`); raises as `add` does."""
@@ -201,20 +215,23 @@ class Engine:
 
         Args:
             prompt: text, in which special tokens are only text, or token ids.
-            params: the settings; the defaults if None.
+            params: the settings; those of `params` if None. A stop string that is a special token ends the text too,
+                though that token has no text.
 
         Raises:
             BadInput: the prompt is empty, contains something that is not a token id, or is too long for the context;
                 or the request needs more cache than there is.
         """
-        params = params or SamplingParams()
+        params = params or self.params()
         ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
         params.check_vocabulary(self.vocab_size)
         limit = self._limit(len(ids), params)
         seed = secrets.randbits(53) if params.seed is None else params.seed
         request = Request(self._next_id, ids, params, seed)
         self._next_id += 1
-        stop = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.eos_ids)))
+        named = (self.tokenizer.backend.token_to_id(text) for text in params.stop)
+        special = [i for i in named if i in self.tokenizer.special_ids]
+        stop = frozenset((*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos_ids)))
         request.sequences = [Sequence(request, index, self.tokenizer, limit, stop) for index in range(params.n)]
         if params.max_tokens == 0 and not (params.echo and params.logprobs is not None):
             for sequence in request.sequences:
@@ -336,6 +353,21 @@ class Engine:
             if sequence.finish_reason:
                 self.scheduler.remove(sequence)
         return [(sequence, chunk) for sequence, chunk in work if sequence not in drawn]
+
+
+def _sampling_defaults(found: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What generation_config.json says of sampling, as fields of SamplingParams; CheckpointError where one is wrong."""
+    names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")}
+    names["max_new_tokens"] = "max_tokens"
+    defaults = {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    if found.get("do_sample") is False:
+        defaults = {name: value for name, value in defaults.items() if name in ("repetition_penalty", "max_tokens")}
+        defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except BadInput as error:
+        raise CheckpointError(error.message, field=f"{directory / 'generation_config.json'}: {error.field}") from None
+    return defaults
 
 
 def _nan() -> RunFailed:
