@@ -138,8 +138,25 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added at either end."""
+        """Token ids of `text`; nothing is added at either end. `encode_prompt` begins as the tokenizer does."""
         return self.backend.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the tokenizer puts before a text: BOS with Llama 2 and 3, nothing with most others."""
+        plain, whole = (self.backend.encode("x", add_special_tokens=added).ids for added in (False, True))
+        return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), [])
+
+    def encode_prompt(self, text: str, *, special_tokens: bool = False, prefix: bool = True) -> list[int]:
+        """Token ids of a text to continue, which begin as the tokenizer begins a text.
+
+        Args:
+            special_tokens: read special tokens in the text as such; a prefix that it already begins with is not added.
+            prefix: False leaves `prefix_ids` out.
+        """
+        ids = self.encode_with_special_tokens(text) if special_tokens else self.encode(text)
+        begun = special_tokens and ids[: len(self.prefix_ids)] == self.prefix_ids
+        return ids if begun or not prefix else [*self.prefix_ids, *ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts at once, in parallel threads."""

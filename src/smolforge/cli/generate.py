@@ -71,7 +71,7 @@ def _given(engine: Engine, prompt: str, args: argparse.Namespace) -> Prompt:
     """What the engine gets for a prompt."""
     if args.chat:
         return engine.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    return engine.tokenizer.encode_with_special_tokens(prompt) if args.special_tokens else prompt
+    return engine.tokenizer.encode_prompt(prompt, special_tokens=True) if args.special_tokens else prompt
 
 
 def _stream(engine: Engine, prompts: list[str], given: list[Prompt], params: SamplingParams) -> None:

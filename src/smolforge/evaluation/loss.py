@@ -32,7 +32,8 @@ class EvalSlice:
     """A tokenized evaluation set.
 
     Attributes:
-        tokens: int32 (n,), starting with an EOS that is only context.
+        tokens: int32 (n,). The first is only context, that of every document: what the tokenizer begins a text with
+            (BOS), or an EOS.
         n_bytes: UTF-8 bytes of the text behind the predicted tokens.
         documents: number of documents; the last one may be truncated.
         eos_id: what each document ends with.
@@ -62,7 +63,7 @@ def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: in
     Raises:
         DataError: the texts are empty.
     """
-    pieces: list[list[int]] = [[tokenizer.eos_id]]
+    pieces: list[list[int]] = [[*tokenizer.prefix_ids, tokenizer.eos_id][:1]]
     count = n_bytes = documents = 0
     for text in texts:
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
@@ -153,8 +154,10 @@ def _score(total: float, piece: EvalSlice) -> Score:
 def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, length).
 
-    The EOS before a document is a part of its own, so that the text itself starts at position 0, as a prompt does.
+    A document begins as a prompt does: after the tokenizer's BOS, or where it has none at position 0, and the EOS that
+    its first token is predicted from is a part of its own.
     """
+    begin = piece.tokens[0]
     ends = np.flatnonzero(piece.tokens[1:] == piece.eos_id) + 1
     bounds = [0, *ends.tolist()]
     if bounds[-1] < len(piece.tokens) - 1:
@@ -177,5 +180,6 @@ def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.
         targets[row, place] = piece.tokens[first + 1 : first + count + 1]
         parts[row, place] = 2 * number
         if opens:
-            parts[row, column] -= 1
+            inputs[row, column] = begin
+            parts[row, column] -= begin == piece.eos_id
     return inputs, targets, parts

@@ -262,12 +262,12 @@ Work = list[tuple[Sequence, ScheduledChunk]]  # what one step runs
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """The ids of a prompt, at least one, all below `vocab_size`.
+    """The ids of a prompt, at least one, all below `vocab_size`. A text begins as the tokenizer begins one.
 
     Raises:
         BadInput: the prompt is empty, or contains something that is not a token id of the model.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise BadInput("is empty", field="prompt", hint="Give at least one token to begin with.")
     for token_id in ids:

@@ -92,7 +92,8 @@ def router(state: ServerState) -> APIRouter:
 async def prompt_ids(state: ServerState, prompt: Any) -> list[list[int]]:
     """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it."""
     if prompt is None:
-        return [[state.model.engine.tokenizer.eos_id]]
+        tokenizer = state.model.engine.tokenizer
+        return [tokenizer.prefix_ids or [tokenizer.eos_id]]
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], str):

@@ -179,7 +179,7 @@ async def timelapse_events(
             try:
                 model = await loop.run_in_executor(thread.loader, state.source.open, settings, step)
                 tokenizer = model.engine.tokenizer
-                ids = tokenizer.encode(body.prompt) if body.prompt else [tokenizer.eos_id]
+                ids = tokenizer.encode_prompt(body.prompt) or [tokenizer.eos_id]
                 submitted = await state.submit([ids], body.sampling(None), model)
             except SmolforgeError as error:  # a checkpoint that was deleted or damaged meanwhile
                 yield event({"step": step, "state": "failed", "message": as_api_error(error).message})

@@ -169,8 +169,8 @@ class ServerState:
             raise ApiError(404, text, param="model", code="model_not_found")
 
     async def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; special tokens in it count as plain text."""
-        encode = self.model.engine.tokenizer.encode
+        """Token ids of each text, which begin as the tokenizer begins one; special tokens in it are plain text."""
+        encode = self.model.engine.tokenizer.encode_prompt
         return await self.compute(lambda: [encode(text) for text in texts])
 
     async def compute(self, work: Callable[[], T]) -> T:
