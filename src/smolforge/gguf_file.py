@@ -43,6 +43,27 @@ class GgufTensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix as a GGUF file stores it, which a parameter of a model carries as its attribute `blocks`.
+
+    Attributes:
+        kind: Q8_0, Q4_0 or Q4_1: 32 weights of a row share a scale.
+        rows: (rows, bytes of a row).
+        version: the parameter's `_version` when it was read; with another one, its numbers have changed since.
+    """
+
+    kind: str
+    rows: np.ndarray
+    version: int = 0
+
+
+def blocks_of(parameter: Any) -> Blocks | None:
+    """The blocks whose numbers a parameter has, or None."""
+    blocks = getattr(parameter, "blocks", None)
+    return blocks if blocks is not None and blocks.version == parameter._version else None
+
+
 class GgufFile:
     """An open file.
 

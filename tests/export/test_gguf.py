@@ -100,7 +100,7 @@ def test_the_order_of_rows() -> None:
 
 
 # Largest difference of logits, relative to the largest logit: exact, 11 and 8 bits, 8 and 4 bits per weight.
-TOLERANCE = {"f32": 1e-5, "f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2, "q4_0": 0.6}
+TOLERANCE = {"f32": 1e-5, "f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2, "q4_0": 0.6, "q4_1": 0.6}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from smolforge.errors import CheckpointError
-from smolforge.gguf_file import GgufFile
+from smolforge.gguf_file import Blocks, GgufFile
 from smolforge.gguf_tokenizer import end_ids
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
 }  # fmt: skip
+RUN_AS_THEY_ARE = ("Q8_0", "Q4_0", "Q4_1")  # by the native step, see kernels/layout.h
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -96,9 +97,12 @@ def gguf_names(config: ModelConfig) -> dict[str, str]:
 def read_gguf_weights(file: GgufFile) -> dict[str, Tensor]:
     """All tensors under Hugging Face's names: bfloat16 where that keeps all numbers of the file, else fp32.
 
+    Those that the native step can run as they are have them as an attribute, see `gguf_file.Blocks`.
+
     Raises:
         CheckpointError: a tensor is missing, unknown, or of a type that cannot be decoded.
     """
+    import numpy as np
     import torch
 
     from smolforge.model.architecture import config_from_hf
@@ -109,11 +113,13 @@ def read_gguf_weights(file: GgufFile) -> dict[str, Tensor]:
     for name in file.tensors:
         if name not in names:
             raise CheckpointError(f"has the tensor {name!r}, which this kind of model has not", field=str(file.path))
-        array, ours = file.dequantized(name), names[name]
+        array, ours, rows = file.dequantized(name), names[name], file.blocks(name)
         for part, heads in (("q_proj.", config.num_attention_heads), ("k_proj.", config.num_key_value_heads)):
             if part in ours and array.shape[0] == heads * config.head_dim:
-                array = unpermute(array, heads)
+                array, rows = unpermute(array, heads), unpermute(rows, heads)
         weights[ours] = torch.from_numpy(array)
+        if (kind := file.type_name(name)) in RUN_AS_THEY_ARE:
+            weights[ours].blocks = Blocks(kind, np.ascontiguousarray(rows))  # type: ignore[attr-defined]
     # Files of bfloat16 models keep the norms in fp32; they are numbers of bfloat16 all the same.
     matrices = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
     vectors = [tensor for tensor in weights.values() if tensor.ndim == 1]

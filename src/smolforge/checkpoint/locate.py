@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +137,9 @@ def load_model(
     for name in list(weights):
         weights[name] = weights[name].to(device, dtype)
     module.load_state_dict(weights, strict=True, assign=True)
+    for name, parameter in module.named_parameters():
+        if (blocks := getattr(weights[name], "blocks", None)) is not None:
+            parameter.blocks = replace(blocks, version=parameter._version)  # type: ignore[attr-defined]
     return module.eval(), tokenizer, directory
 
 

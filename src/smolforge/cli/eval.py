@@ -44,8 +44,8 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--held-out", action="store_true", help="only the documents that training never sees")
     parser.add_argument(
-        "--quantize", nargs="+", choices=PRECISIONS, metavar="P",
-        help="also score each of these precisions, as the CPU serves it, and show what it costs",
+        "--quantize", nargs="+", choices=("none", *PRECISIONS), metavar="P",
+        help="also score these precisions (none: that of the file), as the CPU serves them, and show what each costs",
     )  # fmt: skip
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
     tasks = parser.add_argument_group("with --tasks")

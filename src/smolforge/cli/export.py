@@ -17,7 +17,7 @@ examples:
   smolforge export runs/pocket --to checkpoint --out pocket-model              the model without training state
   smolforge export runs/pocket --to hub --out OWNER/NAME --dry-run             what would be uploaded
 """
-KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 # Which options belong to which goal; another one is an error, not ignored.
 _ONLY = {"quantize": "gguf", "name": "gguf", "title": "space", "private": "hub", "dry_run": "hub"}
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-_BLOCK = 32  # weights that share one scale in q8_0 and q4_0
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+_BLOCK = 32  # weights that share one scale in q8_0, q4_0 and q4_1
 _F16_MAX = 65504.0
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -60,7 +60,7 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
 
     Args:
         model: anything that `checkpoint.locate.resolve_model` takes.
-        kind: f32, f16, bf16, q8_0, or q4_0 (whose head is q8_0). Norms are always f32.
+        kind: f32, f16, bf16, q8_0, q4_0 or q4_1 (whose head is q8_0). Norms are always f32.
         name: the name in the file; that of the directory unless given.
 
     Raises:
@@ -116,7 +116,7 @@ def _plan(gguf: Any, config: ModelConfig, weights: dict[str, Tensor], kind: str)
     plan = []
     for source, tensor in weights.items():
         kind_of_it = "F32" if tensor.ndim == 1 else kind.upper()
-        if kind_of_it == "Q4_0" and source == head_name:
+        if kind_of_it.startswith("Q4") and source == head_name:
             kind_of_it = "Q8_0"  # every token depends on the head, and it costs little
         if kind_of_it.startswith("Q") and tensor.shape[-1] % _BLOCK:
             kind_of_it = "F16"

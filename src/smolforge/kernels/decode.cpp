@@ -70,7 +70,7 @@ struct Model {
       for (int i = 0; i < k; i += LANES) put_inputs(w.kind, row, i, value(i));
       return;
     }
-    const int step = w.kind == I4 ? w.group : GROUP, offset = w.kind == I4 ? 8 : I8_OFFSET;
+    const int step = w.kind == I8 ? GROUP : w.group, offset = w.kind == I4 ? 8 : w.kind == B4 ? -1 : I8_OFFSET;
     for (int g = 0; g < k; g += GROUP) {
       F v[GROUP / LANES], most = {};
       for (int j = 0; j < GROUP / LANES; j++) {
@@ -123,7 +123,14 @@ struct Model {
     for (int i = 0; i < w.k; i++) {
       if (w.kind == F32) to[i] = load<float>(p + ((size_t)i * UNIT + lane) * 4);
       else if (w.kind == BF16) to[i] = from_bf16(load<uint16_t>(p + ((size_t)(i / 2) * UNIT + lane) * 4 + i % 2 * 2));
-      else to[i] = (p[((size_t)(i / 4) * UNIT + lane) * 4 + i % 4] - 128) * ((const float*)w.scales)[unit * UNIT + lane];
+      else {  // I8, or blocks of GGUF
+        const size_t word = (size_t)(w.kind == B4 ? i / 8 : i / 4) * UNIT + lane, group = (size_t)unit * (round_up(w.k, GROUP) / UNIT) + i / UNIT;
+        const int byte = p[word * 4 + i % 4];
+        const auto fine = [&](size_t at) { return from_f16(((const uint16_t*)w.scales)[at * UNIT + lane]); };
+        to[i] = w.kind == I8   ? (byte - 128) * ((const float*)w.scales)[unit * UNIT + lane]
+                : w.kind == B8 ? (byte - 128) * fine(group)
+                               : (i % 8 < 4 ? byte & 15 : byte >> 4) * fine(2 * group) + fine(2 * group + 1);
+      }
     }
   }
 

@@ -12,26 +12,30 @@
 //                                                           where the processor does not multiply quads of bytes
 //   I4    [k/8][32][4] bytes of two 4-bit values + 8;       int8 with a scale per 64 inputs
 //         a scale per output and 32 or 64 inputs
+//   B8    as I8, with a scale per output and 32 inputs      as I8; these two hold the blocks of GGUF files, number for
+//   B4    as I4, values from 0; a scale and a minimum       as I4  number: Q8_0, Q4_0 (minimum -8 scales) and Q4_1
+//         per output and 32 inputs
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-enum Kind { F32, BF16, I8, I4 };
+enum Kind { F32, BF16, I8, I4, B8, B4 };
 constexpr int UNIT = 32;   // outputs of one unit
 constexpr int GROUP = 64;  // inputs that share one activation scale
 
 extern "C" struct Matrix {  // as packed by pack.cpp
   int32_t kind, n, k;       // outputs and inputs, before padding
-  int32_t group;            // I4: inputs that share a weight scale
+  int32_t group;            // I4, B8, B4: inputs that share a weight scale
   const uint8_t* data;
-  const void* scales;       // I8: float [units][32]; I4: bfloat16 [units][k / group][32]
+  const void* scales;       // I8: float [units][32]; I4: bfloat16 [units][k / group][32]; B8: the same in half precision;
+                            // B4: [units][k / group][2][32], scales and minima
 };
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4: half of it
+inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4, B4: half of it
 inline size_t unit_bytes(const Matrix& w) {
   const size_t k = round_up(w.k, GROUP);
-  return w.kind == I4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
+  return w.kind == I4 || w.kind == B4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
 }

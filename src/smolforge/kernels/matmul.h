@@ -96,15 +96,15 @@ inline I widen(Small acc) { return acc; }
 #endif
 
 constexpr int input_bytes(int kind) {
-  return kind == F32 ? 4 : kind == BF16 ? (BF16_PAIRS ? 2 : 4) : kind == I8 && !QUADS ? 2 : 1;
+  return kind == F32 ? 4 : kind == BF16 ? (BF16_PAIRS ? 2 : 4) : (kind == I8 || kind == B8) && !QUADS ? 2 : 1;
 }
 
 // Rows of inputs in the form that a kind of matrix needs (input_bytes each). `stride` counts inputs.
 struct Inputs {
   void* data;
   int stride;
-  float* scales;         // I8, I4: [row][stride / GROUP]
-  int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs)
+  float* scales;         // of 8 and 4 bits: [row][stride / GROUP]
+  int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs); B4: the sum itself
 };
 
 // Prefetch weights of 8 and 4 bits 1 KiB ahead. The processor's own prefetcher is faster with wider ones, but does not
@@ -145,14 +145,16 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
       });
     each<M>([&](int m, int v) { out[m][v] = acc[m][v]; });
   } else {
-    const int groups = in.stride / GROUP, step = KIND == I4 ? w.group : GROUP;
-    const uint16_t* fine = KIND == I4 ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * UNIT : nullptr;
+    constexpr int FINE = KIND == I8 ? 0 : KIND == B4 ? 2 : 1;  // scales and minima of an output and a group
+    const int groups = in.stride / GROUP, step = FINE ? w.group : GROUP;
+    const uint16_t* fine = FINE ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * FINE * UNIT : nullptr;
     F total[M][V] = {};
     for (int g = 0; g < k; g += step) {
       I acc[M][V];
-      each<M>([&](int m, int v) { acc[m][v] = splat(in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]); });
-      if constexpr (KIND == I8) {
-        for (int i = g; i < g + GROUP; i += 4, p += 4 * UNIT) {
+      const auto correction = [&](int m) { return in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]; };
+      each<M>([&](int m, int v) { acc[m][v] = splat(KIND == B4 ? 0 : correction(m)); });
+      if constexpr (KIND == I8 || KIND == B8) {
+        for (int i = g; i < g + step; i += 4, p += 4 * UNIT) {
           prefetch(p);
           each<M>([&](int m, int v) { acc[m][v] = dot_quads(acc[m][v], i8_quads(word(v)), input(m, i)); });
         }
@@ -174,12 +176,15 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
       }
       const auto scale = [&](int v) {
         if constexpr (KIND == I4) return from_bf16(load<Halves>(fine + v * LANES));
+        else if constexpr (FINE > 0) return from_f16(load<Halves>(fine + v * LANES));
         else return splat(1.f);
       };
       each<M>([&](int m, int v) {
-        total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale(v) * in.scales[(size_t)(row + m) * groups + g / GROUP]);
+        const float size = in.scales[(size_t)(row + m) * groups + g / GROUP];
+        total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale(v) * size);
+        if constexpr (KIND == B4) total[m][v] += from_f16(load<Halves>(fine + UNIT + v * LANES)) * (size * (float)correction(m));
       });
-      fine += KIND == I4 ? UNIT : 0;
+      fine += FINE * UNIT;
     }
     each<M>([&](int m, int v) {
       out[m][v] = KIND == I8 ? total[m][v] * load<F>((const float*)w.scales + (size_t)unit * UNIT + v * LANES) : total[m][v];
@@ -195,14 +200,15 @@ template <int KIND, int... M> Tile pick(int rows, std::integer_sequence<int, M..
 Tile pick(int kind, int rows) {
   constexpr auto all = std::make_integer_sequence<int, TILE>();
   return kind == F32 ? pick<F32>(rows, all) : kind == BF16 ? pick<BF16>(rows, all)
-       : kind == I8  ? pick<I8>(rows, all)  : pick<I4>(rows, all);
+       : kind == I8  ? pick<I8>(rows, all)  : kind == I4   ? pick<I4>(rows, all)
+       : kind == B8  ? pick<B8>(rows, all)  : pick<B4>(rows, all);
 }
 
 // rows x w for the units first..last; each tile goes to done(unit, row, rows, out).
 template <class Done>
 void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, int first, int last, Done done) {
   alignas(64) F out[TILE][V];
-  const int most = w.kind == I8 || w.kind == I4 ? SCALED_TILE : TILE;
+  const int most = w.kind == F32 || w.kind == BF16 ? TILE : SCALED_TILE;
   for (int unit = first; unit < last; unit++)
     for (int row = 0; row < rows; row += most) {
       const int n = std::min(most, rows - row);

@@ -69,7 +69,48 @@ void pack_unit(int kind, int group, int k, int padded, int words, const void* co
       for (int j = w; j < std::min(words, w + 16); j++) out[(size_t)j * UNIT + lane] = packed[(size_t)lane * words + j];
 }
 
+// Half precision of a number that it holds exactly.
+inline uint16_t to_f16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const int exponent = (int)(u >> 23 & 255) - 112;
+  const uint32_t small = (uint32_t)(std::fabs(x) * 0x1p24f);  // below the smallest normal one
+  return (uint16_t)(u >> 16 & 0x8000) | (uint16_t)(exponent > 0 ? exponent << 10 | (u >> 13 & 0x3ff) : small);
+}
+
+// 32 rows of GGUF's blocks (32 weights each; docs: ggml-common.h) into a unit. `bits` is 8 for Q8_0, else 4: of Q4_0, or of
+// Q4_1 where `minima`.
+void pack_blocks(int bits, bool minima, int k, int padded, const uint8_t* const* rows, uint32_t* out, uint16_t* scales) {
+  const int bytes = bits == 8 ? 34 : minima ? 20 : 18, each = bits == 8 ? 1 : 2;
+  for (int lane = 0; lane < UNIT; lane++)
+    for (int b = 0; rows[lane] && b < k / 32; b++) {
+      const uint8_t* block = rows[lane] + (size_t)b * bytes;
+      uint16_t* scale = scales + (size_t)b * each * UNIT + lane;
+      memcpy(scale, block, 2);
+      if (minima) memcpy(scale + UNIT, block + 2, 2);
+      else if (bits == 4) scale[UNIT] = to_f16(-8 * from_f16(*scale));
+      const uint8_t* q = block + (minima ? 4 : 2);
+      uint8_t values[32];
+      for (int i = 0; i < 32; i++) values[i] = bits == 8 ? q[i] + 128 : i < 16 ? q[i] & 15 : q[i - 16] >> 4;
+      for (int w = 0; w < bits; w++) {  // words of this block
+        uint8_t word[4];
+        for (int j = 0; j < 4; j++) word[j] = bits == 8 ? values[4 * w + j] : values[8 * w + j] | values[8 * w + 4 + j] << 4;
+        memcpy(out + ((size_t)b * bits + w) * UNIT + lane, word, 4);
+      }
+    }
+}
+
 }  // namespace
+
+// As smolforge_pack, of rows of GGUF's blocks; the numbers stay those of the file. k is a multiple of 32; data and scales are
+// zeros before.
+EXPORT void smolforge_pack_blocks(int bits, int minima, int units, int k, int padded, const uint8_t* const* rows, uint8_t* data,
+                                  uint8_t* scales, int threads) {
+  const size_t words = (size_t)padded * bits / 32 * UNIT, each = (size_t)padded / 32 * UNIT * (bits == 8 ? 1 : 2);
+  parallel_for(units, threads, [&](int unit) {
+    pack_blocks(bits, minima, k, padded, rows + (size_t)unit * UNIT, (uint32_t*)data + words * unit, (uint16_t*)scales + each * unit);
+  });
+}
 
 // rows: `units * 32` pointers to k floats or bfloat16s, null for padding; `padded` is k rounded up to 64.
 EXPORT void smolforge_pack(int kind, int group, int units, int k, int padded, const void* const* rows, int is_bf16,

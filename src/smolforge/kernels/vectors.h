@@ -34,6 +34,17 @@ inline float greatest(F v) { float s[LANES]; store(s, v); for (int i = 1; i < LA
 
 inline Halves to_bf16(F v) { const U u = (U)v; return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves); }  // nearest even
 inline F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); }
+// Half precision, finite: exponents of bias 15 are read as those of bias 127, and the difference is multiplied in.
+inline F from_f16(Halves h) {
+  const U u = __builtin_convertvector(h, U);
+  return (F)((U)((F)((u & 0x7fff) << 13) * 0x1p112f) | (u & 0x8000) << 16);
+}
+inline float from_f16(uint16_t h) {
+  const uint32_t u = (uint32_t)(h & 0x7fff) << 13;
+  float x;
+  memcpy(&x, &u, 4);
+  return h & 0x8000 ? -x * 0x1p112f : x * 0x1p112f;
+}
 inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
 inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
 

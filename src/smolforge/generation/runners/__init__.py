@@ -23,6 +23,7 @@ from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner, Precision
 from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sequence import ScheduledChunk, Sequence
+from smolforge.gguf_file import blocks_of
 from smolforge.kernels import NativeUnavailable, description
 
 SMALL = 32 << 20  # bytes of fp32 weights that stay in a CPU's cache: fewer bits would save no time
@@ -80,7 +81,8 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
 
     Args:
         module: a model of `smolforge.model`.
-        quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision the weights have.
+        quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision the weights have; of a GGUF file with
+            blocks that the native step runs, both are those blocks.
         threads: of the native step; torch's own number unless given.
 
     Raises:
@@ -90,11 +92,16 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     weight = next(module.parameters())
     stored = _STORED.get(weight.dtype, "bf16")
     parameters = sum(p.numel() for p in module.parameters())
-    precision, reason = _choose_precision(stored if quantize == "none" else quantize, parameters, weight.device.type)
+    blocks = {found.kind for parameter in module.parameters() if (found := blocks_of(parameter))}
+    if blocks and quantize in ("auto", "none"):
+        precision, reason = "file", f"as in the file ({', '.join(sorted(blocks))}; number for number)"
+    else:
+        wanted = stored if quantize == "none" else quantize
+        precision, reason = _choose_precision(wanted, parameters, weight.device.type)
     if weight.device.type == "cuda":
         runner = CudaRunner(module, precision)
         return runner, [f"precision: {reason}", f"engine: {runner.name}"]
-    if precision in ("int8", "int4"):
+    if precision in ("int8", "int4", "file"):
         _check_finite(module)
     try:
         runner = CpuRunner(module, precision, threads=threads)

@@ -5,7 +5,7 @@ behind the other, since looking up the addresses of small pages takes a good par
 
 int8: one scale per output row, symmetric, rounding to nearest. int4: one scale per row and group of 32 inputs, chosen
 among a few for the least squared error; the head and the embeddings stay int8, since every token passes through them
-and no other layer can correct them. Norms stay in fp32 everywhere.
+and no other layer can correct them. "file": the blocks of a GGUF file, number for number. Norms are fp32 everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +22,16 @@ from torch import Tensor
 from smolforge.config import ModelConfig
 from smolforge.generation.kv_cache import KVCache
 from smolforge.generation.sequence import ScheduledChunk
+from smolforge.gguf_file import blocks_of
 from smolforge.kernels import NativeUnavailable, library
 from smolforge.model.architecture import architecture_of
 from smolforge.model.llama import rotary_angles
 
-Precision = Literal["fp32", "bf16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Precision = Literal["fp32", "bf16", "int8", "int4", "file"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")  # to ask for
 UNIT, GROUP, INT4_GROUP = 32, 64, 32  # as in decode.cpp
-F32, BF16, I8, I4 = range(4)
-_BITS = {F32: 32, BF16: 16, I8: 8, I4: 4}
+F32, BF16, I8, I4, B8, B4 = range(6)
+_BITS = {F32: 32, BF16: 16, I8: 8, I4: 4, B8: 8, B4: 4}
 LARGE_PAGE = 2 << 20  # bytes, on x86-64, and on ARM with small pages of 4 KiB
 ARENA_CHUNK = 32 << 20
 
@@ -86,7 +87,8 @@ class CpuRunner:
 
     Args:
         module: a Llama of `model/llama.py` on the CPU; its weights are packed and not kept.
-        precision: of the weights. Keys and values are fp32 with fp32 weights, bf16 otherwise.
+        precision: of the weights. Keys and values are fp32 with fp32 weights, bf16 otherwise. "file" takes the
+            matrices that have blocks of a GGUF file (`gguf_file.Blocks`) as they are, and the others as int8.
         threads: of one step; torch's own number unless given.
 
     Raises:
@@ -109,10 +111,9 @@ class CpuRunner:
         self._arena = Arena()
         self._handle = None
         layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer, precision) for layer in module.model.layers))
-        head = embedding = self._matrix(self._rows(module.output_weight), module.output_weight, precision, head=True)
+        head = embedding = self._matrix([module.output_weight], precision, head=True)
         if not config.tie_word_embeddings:
-            table = module.model.embed_tokens.weight
-            embedding = self._matrix(self._rows(table), table, precision, head=True)
+            embedding = self._matrix([module.model.embed_tokens.weight], precision, head=True)
         positions = torch.arange(config.max_position_embeddings)
         cos, sin = (
             self._hold(angle[:, : config.head_dim // 2].contiguous())
@@ -171,40 +172,49 @@ class CpuRunner:
 
     def _layer(self, layer: Any, precision: Precision) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [row for p in (attention.q_proj, attention.k_proj, attention.v_proj) for row in self._rows(p.weight)]
-        # 16 gates and their 16 ups share a unit, so that SwiGLU is taken where the product leaves it.
-        gates, ups = self._rows(mlp.gate_proj.weight, 16), self._rows(mlp.up_proj.weight, 16)
-        gate_up = [row for i in range(0, len(gates), 16) for row in (*gates[i : i + 16], *ups[i : i + 16])]
+        qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         matrices = (
-            self._matrix(rows, like, precision)
-            for rows, like in (
-                (qkv, attention.q_proj.weight), (self._rows(attention.o_proj.weight), attention.o_proj.weight),
-                (gate_up, mlp.gate_proj.weight), (self._rows(mlp.down_proj.weight), mlp.down_proj.weight),
-            )
-        )  # fmt: skip
+            self._matrix(qkv, precision),
+            self._matrix([attention.o_proj.weight], precision),
+            # 16 gates and their 16 ups share a unit, so that SwiGLU is taken where the product leaves it.
+            self._matrix([mlp.gate_proj.weight, mlp.up_proj.weight], precision, interleave=16),
+            self._matrix([mlp.down_proj.weight], precision),
+        )
         norms = self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight)
         return _Layer(*matrices, *norms)
 
-    def _rows(self, weight: Tensor, multiple: int = 1) -> list[int | None]:
-        """Addresses of the rows of a matrix, with nothing (None) up to a multiple."""
-        if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
-            raise NativeUnavailable(f"the native step packs contiguous fp32 or bf16 weights, not {weight.dtype}")
-        start, stride, n = weight.data_ptr(), weight.stride(0) * weight.itemsize, weight.shape[0]
-        return [start + i * stride for i in range(n)] + [None] * (-n % multiple)
-
-    def _matrix(self, rows: list[int | None], like: Tensor, precision: Precision, *, head: bool = False) -> _Matrix:
-        """Pack rows of the width and type of `like`."""
-        kind = {"fp32": F32, "bf16": BF16, "int8": I8, "int4": I8 if head else I4}[precision]
-        n, k = len(rows), like.shape[1]
-        units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), INT4_GROUP if kind == I4 else 0
+    def _matrix(
+        self, weights: list[Tensor], precision: Precision, *, head: bool = False, interleave: int = 0
+    ) -> _Matrix:
+        """Pack matrices of one width as one: below each other, or by turns so many rows of each."""
+        blocks = [blocks_of(weight) for weight in weights] if precision == "file" else []
+        stored = blocks[0].kind if blocks and len({b and b.kind for b in blocks}) == 1 and blocks[0] else None
+        if stored:
+            rows = [_rows(b.rows.ctypes.data, *b.rows.strides[:1], len(b.rows), interleave) for b in blocks if b]
+            kind = B8 if stored == "Q8_0" else B4
+        else:
+            for weight in weights:
+                if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+                    raise NativeUnavailable(
+                        f"the native step packs contiguous fp32 or bf16 weights, not {weight.dtype}"
+                    )
+            rows = [_rows(w.data_ptr(), w.stride(0) * w.itemsize, len(w), interleave) for w in weights]
+            kind = {"fp32": F32, "bf16": BF16, "int4": I8 if head else I4}.get(precision, I8)
+        turns = range(0, len(rows[0]), interleave) if interleave else range(1)
+        order = [row for i in turns for each in rows for row in each[i : i + interleave or None]]
+        n, k = len(order), weights[0].shape[1]
+        units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), 0 if kind in (F32, BF16, I8) else INT4_GROUP
         data = self._hold(self._arena.allocate(units * UNIT * padded * _BITS[kind] // 8))
-        scale_bytes = units * UNIT * {I8: 4, I4: 2 * (padded // INT4_GROUP)}.get(kind, 0)
-        scales = self._hold(self._arena.allocate(scale_bytes))
-        addresses = (ctypes.c_void_p * (units * UNIT))(*rows)
-        self._library.smolforge_pack(
-            kind, group, units, k, padded, addresses, int(like.dtype == torch.bfloat16),
-            ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(scales.data_ptr()), self.threads,
-        )  # fmt: skip
+        scale_bytes = {I8: 4, I4: padded // 16, B8: padded // 16, B4: padded // 8}.get(kind, 0)  # of a row
+        scales = self._hold(self._arena.allocate(units * UNIT * scale_bytes))
+        addresses = (ctypes.c_void_p * (units * UNIT))(*order)
+        to = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(scales.data_ptr()), self.threads
+        if stored:
+            minima = int(stored == "Q4_1")
+            self._library.smolforge_pack_blocks(_BITS[kind], minima, units, k, padded, addresses, *to)
+        else:
+            is_bf16 = int(weights[0].dtype == torch.bfloat16)
+            self._library.smolforge_pack(kind, group, units, k, padded, addresses, is_bf16, *to)
         return _Matrix(kind, n, k, group, data.data_ptr(), scales.data_ptr())
 
     def _vector(self, weight: Tensor) -> ctypes.c_void_p:
@@ -215,6 +225,11 @@ class CpuRunner:
     def _hold(self, tensor: Tensor) -> Tensor:
         self._held.append(tensor)
         return tensor
+
+
+def _rows(start: int, stride: int, count: int, multiple: int = 0) -> list[int | None]:
+    """Addresses of the rows of a matrix, with nothing (None) up to a multiple."""
+    return [start + i * stride for i in range(count)] + [None] * (-count % (multiple or 1))
 
 
 def _up(n: int, to: int) -> int:
