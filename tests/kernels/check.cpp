@@ -20,7 +20,7 @@ namespace {
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
-struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2; };
+struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2, *q_norm, *k_norm; int32_t rotates; };
 struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, cache_kind; float eps; };
 
 // Widths that are whole units and widths that are not.
@@ -195,7 +195,7 @@ void check_decode(const char* name, int kind, double pack_limit, double limit) {
       cos.push_back((float)std::cos(angle)), sin.push_back((float)std::sin(angle));
     }
   std::vector<Layer> layers;
-  for (const Block& b : blocks) layers.push_back({b.qkv.m, b.o.m, b.gate_up.m, b.down.m, b.norm1.data(), b.norm2.data()});
+  for (const Block& b : blocks) layers.push_back({b.qkv.m, b.o.m, b.gate_up.m, b.down.m, b.norm1.data(), b.norm2.data(), nullptr, nullptr, 1});
   const Shape shape{LAYERS, WIDTH, HEADS, KV, D, INNER, VOCAB, cache_kind, 1e-5f};
   void* model = find<void*(const Shape*, const Layer*, const Matrix*, const Matrix*, const float*, const float*, const float*, int)>("smolforge_open")(
       &shape, layers.data(), &embedding.m, &embedding.m, norm.data(), cos.data(), sin.data(), THREADS);

@@ -46,6 +46,16 @@ def _embedding_std(data: dict[str, int]) -> float:
     return 1 / math.sqrt(data["hidden_size"])
 
 
+class RopeScaling(_Section):
+    """Llama 3's scaling of the rotary frequencies, under Hugging Face's names: low ones are divided by `factor`."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: Count = Field(ge=1)
+
+
 class ModelConfig(_Section):
     """The shape of the model, under Hugging Face's names. Defaults are SmolLM2-135M as released.
 
@@ -54,7 +64,7 @@ class ModelConfig(_Section):
     """
 
     architecture: str = "llama"
-    """`llama` is transformers' LlamaForCausalLM; `recreation` is the seed's own variant."""
+    """`llama`, `qwen2`, `qwen3` and `smollm3` are transformers' models; `recreation` is the seed's own variant."""
     vocab_size: Count = Field(default=49152, ge=1)
     """Rows of the embedding; at least the tokenizer's vocabulary."""
     hidden_size: int = Field(default=576, ge=1)
@@ -73,6 +83,14 @@ class ModelConfig(_Section):
     """Longest context in tokens."""
     rope_theta: float = Field(default=100_000.0, gt=0)
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's scaling of these frequencies: its keys in a config.json."""
+    no_rope_layer_interval: int = Field(default=0, ge=0)
+    """Every so manieth layer has no rotation (`smollm3`); 0 for none."""
+    attention_bias: bool = False
+    """Whether the projections of attention have biases."""
+    mlp_bias: bool = False
+    """Whether the projections of the MLP have biases."""
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square before its root."""
     tie_word_embeddings: bool = True

@@ -12,7 +12,8 @@
 #include "threads.h"
 
 extern "C" {
-struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2; };
+// q_norm, k_norm: weights of the norms of query and key heads, or null. rotates: 0 where the layer sees no positions.
+struct Layer { Matrix qkv, o, gate_up, down; const float *norm1, *norm2, *q_norm, *k_norm; int32_t rotates; };
 struct Shape { int32_t layers, width, heads, kv_heads, head_dim, inner, vocab, cache_kind; float eps; };
 }
 
@@ -48,11 +49,14 @@ struct Model {
   std::vector<Buffer> scores, weights;  // of attention, one per thread
   std::atomic<int> next{0};
   int width_, q_, inner_;               // row strides, padded
+  std::vector<float> still;             // cosines and sines of no rotation
 
   Model(const Shape& s, int threads) : s(s), team(threads), own(threads), scores(threads), weights(threads) {
     width_ = round_up(s.width, GROUP);
     q_ = round_up((s.heads + 2 * s.kv_heads) * s.head_dim, GROUP);
     inner_ = round_up(s.inner, GROUP);
+    still.assign(s.head_dim, 0.f);
+    std::fill(still.begin(), still.begin() + s.head_dim / 2, 1.f);
   }
 
   // Bring row `r` of `from` (k floats) into the form that `w` needs, normed where `norm` is given.
@@ -113,7 +117,11 @@ struct Model {
 
   template <class Done> void rows_times(const Matrix& w, const Inputs& in, int id, int rows, Done done) {
     const Span mine = share((w.n + UNIT - 1) / UNIT, id, team.size);
-    product(w, unit_bytes(w), in.stride, in, rows, mine.first, mine.last, done);
+    product(w, unit_bytes(w), in.stride, in, rows, mine.first, mine.last, [&](int unit, int m, int n, F(*out)[V]) {
+      for (int i = 0; w.bias && i < n; i++)
+        for (int v = 0; v < V; v++) out[i][v] += load<F>(w.bias + unit * UNIT + v * LANES);
+      done(unit, m, n, out);
+    });
   }
 
   void embed(int token, float* to) const {
@@ -137,12 +145,12 @@ struct Model {
   // A layer's keys [unit of 32 positions] and values [unit of 32 columns] in the cache of a sequence.
   Matrix keys(uint8_t* cache, int capacity, int layer, int kv) const {
     const size_t e = bytes_per_input(s.cache_kind), per = e * capacity * s.head_dim;
-    return {s.cache_kind, capacity, s.head_dim, 0, cache + per * ((size_t)layer * s.kv_heads + kv), nullptr};
+    return {s.cache_kind, capacity, s.head_dim, 0, cache + per * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
   }
   Matrix values(uint8_t* cache, int capacity, int layer, int kv) const {
     const size_t e = bytes_per_input(s.cache_kind), columns = round_up(s.head_dim, UNIT);
     uint8_t* base = cache + e * capacity * s.head_dim * s.layers * s.kv_heads;
-    return {s.cache_kind, s.head_dim, capacity, 0, base + e * capacity * columns * ((size_t)layer * s.kv_heads + kv), nullptr};
+    return {s.cache_kind, s.head_dim, capacity, 0, base + e * capacity * columns * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
   }
   void put(const Matrix& m, size_t bytes, int output, int input, float value) const {
     uint8_t* p = (uint8_t*)m.data + bytes * (output / UNIT);
@@ -153,8 +161,16 @@ struct Model {
   // Rotate a query head of row r, or a key head, which is written to the cache with its value; half-rotation layout.
   void rotate(int r, int head, int position, uint8_t* cache, int capacity, int layer) {
     const int d = s.head_dim, half = d / 2;
-    const float* from = (const float*)qkv.p + (size_t)r * q_ + (size_t)head * d;
+    float* from = (float*)qkv.p + (size_t)r * q_ + (size_t)head * d;
     const float *c = cos + (size_t)position * half, *n = sin + (size_t)position * half;
+    const float* norm = head < s.heads ? layers[layer].q_norm : layers[layer].k_norm;
+    if (norm) {
+      float squares = 0;
+      for (int i = 0; i < d; i++) squares += from[i] * from[i];
+      const float scale = 1.f / std::sqrt(squares / d + s.eps);
+      for (int i = 0; i < d; i++) from[i] *= scale * norm[i];
+    }
+    if (!layers[layer].rotates) c = still.data(), n = still.data() + half;
     if (head < s.heads) {
       const float scale = LOG2E / std::sqrt((float)d);  // softmax uses powers of two
       const int at = (r * s.heads + head) * d;

@@ -31,6 +31,7 @@ extern "C" struct Matrix {  // as packed by pack.cpp
   const uint8_t* data;
   const void* scales;       // I8: float [units][32]; I4: bfloat16 [units][k / group][32]; B8: the same in half precision;
                             // B4: [units][k / group][2][32], scales and minima
+  const float* bias;        // [units][32] added to the outputs, or null
 };
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }

@@ -11,6 +11,8 @@ In the order to read them:
 
     architecture.py  Decoder, CausalLM, the record Architecture, new weights, build_model
     llama.py         SmolLM2's architecture, block by block
+    qwen.py          Qwen2 and Qwen3
+    smollm3.py       SmolLM3
     attention.py     exact causal attention: torch's, in blocks, in C++
     loss.py          the loss of the next token, without storing the logits as a whole
     recreation.py    the seed's own architecture

@@ -20,7 +20,7 @@ _REQUIRED = {
     "num_attention_heads": 4096,
 }
 _OPTIONAL = {"num_key_value_heads": 4096, "head_dim": 1 << 14, "max_position_embeddings": 1 << 26}
-_SWITCHES = ("attention_bias", "mlp_bias", "rope_interleaved", "is_encoder_decoder", "add_cross_attention")
+_SWITCHES = ("rope_interleaved", "is_encoder_decoder", "add_cross_attention")
 # Keys that must be absent, null or have one of these values for the model to be what smolforge computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -29,6 +29,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "sliding_window": (),
     **dict.fromkeys(_SWITCHES, (False,)),
 }
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WHY = {
     "attention_dropout": "smolforge has no dropout; set it to 0 to continue this model without",
     "quantization_config": "give the unquantized weights; smolforge quantizes when it loads",
@@ -37,15 +38,14 @@ _WHY = {
 
 def llama_keys(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json that follow from the shape; rope in both spellings (transformers 4: rope_theta)."""
+    scaling = config.rope_scaling.model_dump() if config.rope_scaling else {"rope_type": "default"}
     return {
-        **config.model_dump(exclude={"architecture"}),  # its fields have Hugging Face's names
-        "attention_bias": False,
+        # Its fields have Hugging Face's names.
+        **config.model_dump(exclude={"architecture", "no_rope_layer_interval"}),
         "attention_dropout": 0.0,
         "hidden_act": "silu",
-        "mlp_bias": False,
         "pretraining_tp": 1,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
         "use_cache": True,
     }
 
@@ -61,7 +61,7 @@ def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
         if value is not None and not any(value == option and type(value) is type(option) for option in allowed):
             right = " or ".join(map(json.dumps, allowed))
             raise unsupported(key, value, _WHY.get(key) or f"Supported: {right or 'none'}.")
-    fields: dict[str, Any] = {"rope_theta": _rope_theta(values)}
+    fields: dict[str, Any] = _rope(values)
     for key, limit in (_REQUIRED | _OPTIONAL).items():
         value = values.get(key)
         if value is None and key in _OPTIONAL:
@@ -75,15 +75,17 @@ def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
     fields.setdefault("max_position_embeddings", 2048)
     for key, default in (("rms_norm_eps", 1e-6), ("initializer_range", 0.02)):
         fields[key] = default if values.get(key) is None else _positive(values[key], key)
-    tied = values.get("tie_word_embeddings")
-    if tied is not None and type(tied) is not bool:
-        raise BadInput(f"{_shown(tied)} is neither true nor false", field="tie_word_embeddings")
-    fields["tie_word_embeddings"] = bool(tied)
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        value = values.get(key)
+        if value is not None and type(value) is not bool:
+            raise BadInput(f"{_shown(value)} is neither true nor false", field=key)
+        fields[key] = bool(value)
     return fields
 
 
-def _rope_theta(values: dict[str, Any]) -> float:
-    """The base of the rotation, from either spelling; any scaling of it is refused."""
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    """The base of the rotation and its scaling, from either spelling; a scaling other than Llama 3's is refused."""
+    scalings: list[dict[str, Any]] = []
     thetas = {} if values.get("rope_theta") is None else {"rope_theta": values["rope_theta"]}
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
@@ -92,13 +94,19 @@ def _rope_theta(values: dict[str, Any]) -> float:
         if not isinstance(rope, dict):
             raise BadInput(f"{_shown(rope)} is neither null nor an object", field=key)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in ("default", "llama3"):
             message = f"scaling of type {_shown(kind)} is not supported"
-            raise BadInput(message, field=key, hint="Only unscaled rotation is.")
+            raise BadInput(message, field=key, hint="Supported: default (none) and llama3.")
         if rope.get("rope_theta") is not None:
             thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+        if kind == "llama3":
+            scalings.append({"rope_type": kind, **{name: rope.get(name) for name in _LLAMA3}})
+            for name in _LLAMA3:
+                _positive(rope.get(name), f"{key}.{name}")
         neutral = {"factor": 1, "partial_rotary_factor": 1}
         for inner, value in rope.items():
+            if kind == "llama3" and inner in _LLAMA3:
+                continue
             if inner not in ("rope_type", "type", "rope_theta") and value is not None and value != neutral.get(inner):
                 raise unsupported(f"{key}.{inner}", value, "Only unscaled rotation is.")
     if values.get("partial_rotary_factor") not in (None, 1):
@@ -106,7 +114,10 @@ def _rope_theta(values: dict[str, Any]) -> float:
     checked = {key: _positive(value, key) for key, value in thetas.items()}
     if len(set(checked.values())) > 1:
         raise BadInput(f"is given twice with different values: {checked}", field="rope_theta")
-    return next(iter(checked.values()), 10_000.0)
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise BadInput(f"is given twice with different values: {scalings}", field="rope_scaling")
+    theta = next(iter(checked.values()), 10_000.0)
+    return {"rope_theta": theta, "rope_scaling": scalings[0] if scalings else None}
 
 
 def _positive(value: Any, key: str) -> float:

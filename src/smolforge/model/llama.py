@@ -7,6 +7,7 @@ loss and the letters of the shapes are in `architecture.py`.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
+from smolforge.config.sections import RopeScaling
 from smolforge.errors import BadInput
 from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
 from smolforge.model.attention import choose_attention
@@ -37,15 +39,31 @@ class LlamaRMSNorm(nn.RMSNorm):
         return f"{self.normalized_shape}, eps={self.eps}"
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary embedding (Su et al. 2021, arXiv:2104.09864) at positions (..., T).
 
     Two fp32 tensors (..., T, d), half-rotation layout: frequency i of d/2 stands at columns i and i + d/2.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, scaling)
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's longer context: low frequencies are divided by the factor, high ones kept, those between mixed.
+
+    As transformers' `rope_type` "llama3" (modeling_rope_utils.py).
+    """
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # within the first context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,14 +75,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H / K query heads share one key/value head."""
 
+    input_bias = False  # whether queries, keys and values have biases where the output has none
+
     def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.kv_dim = layer, config.head_dim, self.key_value_width(config)
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+        bias = config.attention_bias or self.input_bias
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * self.kv_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=config.attention_bias)
         self.attend = choose_attention(options.attention)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
@@ -93,9 +114,9 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -104,9 +125,11 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """One block of the residual stream. All layers share this code, so compiling one compiles all."""
 
+    attention: type[LlamaAttention] = LlamaAttention
+
     def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, options, layer)
+        self.self_attn = self.attention(config, options, layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -121,17 +144,19 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(Decoder):
     """Tokens to the last hidden states."""
 
+    block: type[LlamaDecoderLayer] = LlamaDecoderLayer
+
     def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
         super().__init__(options)
         sparse = options.sparse_embedding and config.tie_word_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, sparse=sparse)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, options, layer) for layer in layers)
+        self.layers = nn.ModuleList(self.block(config, options, layer) for layer in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.rope = config.head_dim, config.rope_theta, config.rope_scaling
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_angles(positions, self.head_dim, self.rope_theta)
+        return rotary_angles(positions, *self.rope)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -140,9 +165,16 @@ class LlamaForCausalLM(CausalLM):
     decoder_class, decoder_name = LlamaModel, "model"
 
 
-def _check(config: ModelConfig) -> None:
+def check_rotation(config: ModelConfig) -> None:
+    """Refuse a width of heads that cannot be rotated."""
     if config.head_dim % 2:
         raise BadInput(f"rotary embedding turns pairs, so {config.head_dim} must be even", field="model.head_dim")
+
+
+def _check(config: ModelConfig) -> None:
+    check_rotation(config)
+    if config.no_rope_layer_interval:
+        raise BadInput("every layer of a Llama is rotated", field="model.no_rope_layer_interval")
 
 
 register(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smolforge.config import ModelConfig
@@ -39,14 +40,14 @@ ARENA_CHUNK = 32 << 20
 class _Matrix(ctypes.Structure):
     _fields_ = [
         ("kind", ctypes.c_int32), ("n", ctypes.c_int32), ("k", ctypes.c_int32), ("group", ctypes.c_int32),
-        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
     ]  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("qkv", _Matrix), ("o", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
-        ("norm1", ctypes.c_void_p), ("norm2", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")), ("rotates", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -111,13 +112,13 @@ class CpuRunner:
         self._arena = Arena()
         self._handle = None
         layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer, precision) for layer in module.model.layers))
-        head = embedding = self._matrix([module.output_weight], precision, head=True)
-        if not config.tie_word_embeddings:
-            embedding = self._matrix([module.model.embed_tokens.weight], precision, head=True)
+        table = module.model.embed_tokens
+        head = self._matrix([table if config.tie_word_embeddings else module.lm_head], precision, head=True)
+        embedding = head if config.tie_word_embeddings else self._matrix([table], precision, head=True)
         positions = torch.arange(config.max_position_embeddings)
         cos, sin = (
             self._hold(angle[:, : config.head_dim // 2].contiguous())
-            for angle in rotary_angles(positions, config.head_dim, config.rope_theta)
+            for angle in rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         )
         norm = self._vector(module.model.norm.weight)
         self.weight_bytes = sum(tensor.nbytes for tensor in self._held)
@@ -172,21 +173,24 @@ class CpuRunner:
 
     def _layer(self, layer: Any, precision: Precision) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         matrices = (
-            self._matrix(qkv, precision),
-            self._matrix([attention.o_proj.weight], precision),
+            self._matrix([attention.q_proj, attention.k_proj, attention.v_proj], precision),
+            self._matrix([attention.o_proj], precision),
             # 16 gates and their 16 ups share a unit, so that SwiGLU is taken where the product leaves it.
-            self._matrix([mlp.gate_proj.weight, mlp.up_proj.weight], precision, interleave=16),
-            self._matrix([mlp.down_proj.weight], precision),
+            self._matrix([mlp.gate_proj, mlp.up_proj], precision, interleave=16),
+            self._matrix([mlp.down_proj], precision),
         )
-        norms = self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight)
-        return _Layer(*matrices, *norms)
+        norms = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            *(getattr(attention, name, None) for name in ("q_norm", "k_norm")),
+        )
+        vectors = (self._vector(norm.weight) if norm is not None else None for norm in norms)
+        return _Layer(*matrices, *vectors, int(getattr(attention, "rotates", True)))
 
-    def _matrix(
-        self, weights: list[Tensor], precision: Precision, *, head: bool = False, interleave: int = 0
-    ) -> _Matrix:
-        """Pack matrices of one width as one: below each other, or by turns so many rows of each."""
+    def _matrix(self, modules: list[Any], precision: Precision, *, head: bool = False, interleave: int = 0) -> _Matrix:
+        """Pack the matrices of modules as one: below each other, or by turns so many rows of each."""
+        weights = [module.weight for module in modules]
         blocks = [blocks_of(weight) for weight in weights] if precision == "file" else []
         stored = blocks[0].kind if blocks and len({b and b.kind for b in blocks}) == 1 and blocks[0] else None
         if stored:
@@ -200,8 +204,7 @@ class CpuRunner:
                     )
             rows = [_rows(w.data_ptr(), w.stride(0) * w.itemsize, len(w), interleave) for w in weights]
             kind = {"fp32": F32, "bf16": BF16, "int4": I8 if head else I4}.get(precision, I8)
-        turns = range(0, len(rows[0]), interleave) if interleave else range(1)
-        order = [row for i in turns for each in rows for row in each[i : i + interleave or None]]
+        order = _by_turns(rows, interleave)
         n, k = len(order), weights[0].shape[1]
         units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), 0 if kind in (F32, BF16, I8) else INT4_GROUP
         data = self._hold(self._arena.allocate(units * UNIT * padded * _BITS[kind] // 8))
@@ -215,11 +218,15 @@ class CpuRunner:
         else:
             is_bf16 = int(weights[0].dtype == torch.bfloat16)
             self._library.smolforge_pack(kind, group, units, k, padded, addresses, is_bf16, *to)
-        return _Matrix(kind, n, k, group, data.data_ptr(), scales.data_ptr())
+        bias = None
+        if getattr(modules[0], "bias", None) is not None:
+            parts = [F.pad(m.bias.detach().float(), (0, -len(m.bias) % (interleave or 1))).tolist() for m in modules]
+            bias = self._vector(torch.tensor(_by_turns(parts, interleave)))
+        return _Matrix(kind, n, k, group, data.data_ptr(), scales.data_ptr(), bias)
 
     def _vector(self, weight: Tensor) -> ctypes.c_void_p:
         vector = weight.detach().float()
-        padded = torch.nn.functional.pad(vector, (0, -len(vector) % GROUP)).clone()
+        padded = F.pad(vector, (0, -len(vector) % GROUP)).clone()
         return ctypes.c_void_p(self._hold(padded).data_ptr())
 
     def _hold(self, tensor: Tensor) -> Tensor:
@@ -230,6 +237,12 @@ class CpuRunner:
 def _rows(start: int, stride: int, count: int, multiple: int = 0) -> list[int | None]:
     """Addresses of the rows of a matrix, with nothing (None) up to a multiple."""
     return [start + i * stride for i in range(count)] + [None] * (-count % (multiple or 1))
+
+
+def _by_turns(parts: list[list[Any]], turn: int) -> list[Any]:
+    """`turn` entries of each part and again, or all of each where it is 0."""
+    starts = range(0, len(parts[0]), turn) if turn else range(1)
+    return [entry for i in starts for part in parts for entry in part[i : i + turn or None]]
 
 
 def _up(n: int, to: int) -> int:
