@@ -23,8 +23,8 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The patterns of those tokenizers whose own is not GPT-2's.
-_PATTERNS = {"llama-bpe": _WORDS.replace("{DIGITS}", "{1,3}"), "qwen2": _WORDS.replace("{DIGITS}", "")}
-SPLITS = ("smollm", "gpt-2", *_PATTERNS)
+PATTERNS = {"llama-bpe": _WORDS.replace("{DIGITS}", "{1,3}"), "qwen2": _WORDS.replace("{DIGITS}", "")}
+SPLITS = ("smollm", "gpt-2", *PATTERNS)
 # Tokens that end a turn, where the file does not name one (as llama.cpp looks for them).
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
@@ -106,7 +106,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], where: str) -> tupl
         backend = Backend(models.BPE(vocabulary, pairs, ignore_merges=split == "llama-bpe"))  # type: ignore[arg-type]
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(f"the merges do not belong to the tokens: {error}", field=where) from None
-    pattern = _PATTERNS.get(split)
+    pattern = PATTERNS.get(split)
     first = pre_tokenizers.Digits(individual_digits=True) if split == "smollm" else None
     if pattern:
         first = pre_tokenizers.Split(Regex(pattern), "isolated")

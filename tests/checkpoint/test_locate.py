@@ -126,3 +126,20 @@ def test_a_plain_copy_of_a_checkpoint_is_still_verified(checkpoints: Path, tmp_p
         file.write(" ")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         load_model(tmp_path / "my-model")
+
+
+def test_half_precision_runs_in_fp32_on_a_cpu(tmp_path: Path, model_dir: Path) -> None:
+    """Files of float16, as TinyLlama's kind has them: all numbers are kept, and the native step takes them."""
+    from smolforge.generation import Engine
+
+    module, tokenizer, _ = load_model(model_dir)
+    write_model(tmp_path / "half", module.config, module.half().state_dict(), tokenizer, dtype=torch.float16)
+    found, _, _ = load_model(tmp_path / "half")
+    for name, tensor in module.state_dict().items():
+        assert found.state_dict()[name].dtype == torch.float32 and torch.equal(
+            found.state_dict()[name], tensor.float()
+        ), name
+    assert (
+        load_model(tmp_path / "half", dtype=torch.float16)[0].state_dict()["model.norm.weight"].dtype == torch.float16
+    )
+    assert "native" in Engine.from_pretrained(tmp_path / "half").runner.name

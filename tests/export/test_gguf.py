@@ -164,7 +164,7 @@ def test_refusals(tmp_path: Path) -> None:
     make(tmp_path / "m")
     (tmp_path / "d").mkdir()
     with pytest.raises(BadInput, match="q4_0"):
-        export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="q4_1")
+        export_gguf(tmp_path / "m", tmp_path / "x.gguf", kind="q5_9")
     with pytest.raises(BadInput, match="is a directory"):
         export_gguf(tmp_path / "m", tmp_path / "d")
     with pytest.raises(BadInput, match="cannot make"):

@@ -177,3 +177,38 @@ def test_the_window_that_qwen_names_and_does_not_use_is_ignored() -> None:
         "tie_word_embeddings": True, "hidden_act": "silu", "attention_dropout": 0.0, "use_mrope": False,
     }  # fmt: skip
     assert config_from_hf(values).head_dim == 64, "Qwen2.5-0.5B"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gguf_file_is_read_back_and_as_transformers_reads_it(family: str, tmp_path: Path) -> None:
+    from smolforge.export.gguf import export_gguf
+
+    tokenizer = Tokenizer.train(["the cat sat on the mat " * 20], 290)
+    for seed in range(6):
+        changes = {"vocab_size": 300, "attention_bias": False} if family == "qwen3" else {"vocab_size": 300}
+        if family == "smollm3":
+            changes["no_rope_layer_interval"] = 4
+        config = shape(family, seed).model_copy(update=changes)
+        module = make(config)
+        write_model(tmp_path / "m", config, module.state_dict(), tokenizer)
+        path = export_gguf(tmp_path / "m", tmp_path / "m.gguf", kind="f32").path
+        found, _, _ = load_model(path)
+        assert found.config.model_copy(update={"rms_norm_eps": config.rms_norm_eps}) == config
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), module.parameters(), strict=True))
+        if family.startswith("qwen"):
+            from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+            read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs(config, module))["tensors"]
+            state = module.state_dict()
+            assert set(read) == set(state) and all(torch.equal(tensor, state[name]) for name, tensor in read.items())
+
+
+def test_what_llama_cpp_does_not_have_is_not_exported(tmp_path: Path) -> None:
+    from smolforge.export.gguf import export_gguf
+
+    tokenizer = Tokenizer.train(["the cat sat on the mat " * 20], 290)
+    for family, changes in (("qwen3", {"attention_bias": True}), ("smollm3", {"no_rope_layer_interval": 2})):
+        config = shape(family, 0).model_copy(update={"vocab_size": 300, **changes})
+        write_model(tmp_path / family, config, make(config).state_dict(), tokenizer)
+        with pytest.raises(BadInput, match="has no such biases or rotation"):
+            export_gguf(tmp_path / family, tmp_path / "x.gguf", kind="f32")

@@ -28,6 +28,8 @@ _KEYS = {
 }  # fmt: skip
 RUN_AS_THEY_ARE = ("Q8_0", "Q4_0", "Q4_1")  # by the native step, see kernels/layout.h
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's scaling divides each frequency by
+_PERMUTED = ("llama", "smollm3")  # llama.cpp's other architectures rotate halves, as Hugging Face does
 
 
 def gguf_config(file: GgufFile) -> dict[str, Any]:
@@ -61,9 +63,43 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
         **values,
         "model_type": known[name].model_type,
         "vocab_size": file.tensors[_EMBEDDING].shape[0],
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "rope_scaling": _scaling(file) if ROPE_FACTORS in file.tensors else None,
         "head_dim": metadata.get(f"{name}.attention.key_length", metadata.get(f"{name}.rope.dimension_count")),
         "tie_word_embeddings": _HEAD not in file.tensors,
     }
+
+
+def rope_factors(config: ModelConfig) -> Tensor:
+    """What Llama 3's scaling divides the rotary frequencies by, (d / 2,)."""
+    import torch
+
+    from smolforge.model.llama import scale_frequencies
+
+    assert config.rope_scaling is not None
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return frequencies / scale_frequencies(frequencies, config.rope_scaling)
+
+
+def _scaling(file: GgufFile) -> dict[str, Any]:
+    """Llama 3's scaling from the factors of a file, which holds no other trace of it."""
+    import numpy as np
+
+    from smolforge.config import ModelConfig
+
+    name, factors = file.metadata["general.architecture"], file.dequantized(ROPE_FACTORS)
+    theta = float(file.metadata.get(f"{name}.rope.freq_base", 10_000.0))
+    for context in (8192, 4096, 2048, 1024, 32):
+        scaling = {
+            "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": context,
+        }  # fmt: skip
+        guess = ModelConfig(head_dim=2 * len(factors), rope_theta=theta, rope_scaling=scaling)  # type: ignore[arg-type]
+        if np.allclose(rope_factors(guess).numpy(), factors, rtol=1e-3):
+            return scaling
+    raise CheckpointError(f"scales the rotation ({ROPE_FACTORS}) otherwise than Llama 3", field=str(file.path))
 
 
 def gguf_generation_defaults(file: GgufFile) -> dict[str, Any]:
@@ -111,12 +147,13 @@ def read_gguf_weights(file: GgufFile) -> dict[str, Tensor]:
     names = {theirs: ours for ours, theirs in gguf_names(config).items()}
     weights = {}
     for name in file.tensors:
+        if name == ROPE_FACTORS:
+            continue
         if name not in names:
             raise CheckpointError(f"has the tensor {name!r}, which this kind of model has not", field=str(file.path))
         array, ours, rows = file.dequantized(name), names[name], file.blocks(name)
-        for part, heads in (("q_proj.", config.num_attention_heads), ("k_proj.", config.num_key_value_heads)):
-            if part in ours and array.shape[0] == heads * config.head_dim:
-                array, rows = unpermute(array, heads), unpermute(rows, heads)
+        if (heads := permuted_heads(config, ours)) and array.shape[0] == heads * config.head_dim:
+            array, rows = unpermute(array, heads), unpermute(rows, heads)
         weights[ours] = torch.from_numpy(array)
         if (kind := file.type_name(name)) in RUN_AS_THEY_ARE:
             weights[ours].blocks = Blocks(kind, np.ascontiguousarray(rows))  # type: ignore[attr-defined]
@@ -127,6 +164,14 @@ def read_gguf_weights(file: GgufFile) -> dict[str, Tensor]:
     if half and all(torch.equal(vector.bfloat16().float(), vector) for vector in vectors):
         weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
     return weights
+
+
+def permuted_heads(config: ModelConfig, name: str) -> int:
+    """The heads whose rows have another order in a GGUF file, for a tensor of ours; 0 for most."""
+    if config.architecture not in _PERMUTED:
+        return 0
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(name.split(".")[-2], 0)
 
 
 def permute(array: np.ndarray, heads: int) -> np.ndarray:

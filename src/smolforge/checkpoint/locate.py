@@ -123,6 +123,8 @@ def load_model(
     Raises:
         CheckpointError: the directory cannot be used; the file, key or tensor is named.
     """
+    import torch
+
     from smolforge.model.architecture import build_model
 
     directory = resolve_model(model)
@@ -131,8 +133,10 @@ def load_model(
     check_vocabulary(config, tokenizer)
     where = str(weight_files(directory)[0])
     weights = check_weights(config, read_weights(directory), where)
-    # Some files mix types (norms in float32); a model has one, that of its embedding.
-    dtype = dtype or next(iter(weights.values())).dtype
+    # Some files mix types (norms in float32); a model has one, that of its embedding. float16 becomes float32 on a CPU,
+    # which has all its numbers, and kernels for it.
+    stored = next(iter(weights.values())).dtype
+    dtype = dtype or (torch.float32 if stored == torch.float16 and torch.device(device).type == "cpu" else stored)
     module = build_model(config, dtype=dtype, device="meta", seed=None)
     for name in list(weights):
         weights[name] = weights[name].to(device, dtype)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolforge.checkpoint.format import check_vocabulary, check_weights, read_config
-from smolforge.checkpoint.gguf import gguf_names, permute
+from smolforge.checkpoint.gguf import ROPE_FACTORS, gguf_names, permute, permuted_heads, rope_factors
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
@@ -29,6 +29,7 @@ from smolforge.errors import BadInput, unknown
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
 from smolforge.gguf_file import is_gguf
+from smolforge.gguf_tokenizer import PATTERNS
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -80,9 +81,13 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
             field="model",
             hint="Only architectures that llama.cpp has can be exported to GGUF.",
         )
+    if (config.architecture == "qwen3" and config.attention_bias) or config.no_rope_layer_interval not in (0, 4):
+        raise BadInput(f"llama.cpp's {llama_cpp_name} has no such biases or rotation", field="model")
     tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
     weights = check_weights(config, read_weights(directory), str(directory))
+    if config.rope_scaling:
+        weights[ROPE_FACTORS] = rope_factors(config)
     out = Path(out)
     if out.is_dir():
         raise BadInput(f"{out} is a directory", field="out", hint="Give a file name such as model.gguf.")
@@ -121,7 +126,7 @@ def _plan(gguf: Any, config: ModelConfig, weights: dict[str, Tensor], kind: str)
         if kind_of_it.startswith("Q") and tensor.shape[-1] % _BLOCK:
             kind_of_it = "F16"
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind_of_it]]
-        plan.append(_Item(names[source], source, kind_of_it, tensor.numel() // block * size))
+        plan.append(_Item(names.get(source, source), source, kind_of_it, tensor.numel() // block * size))
     return plan
 
 
@@ -147,10 +152,8 @@ def _converted(config: ModelConfig, item: _Item, tensor: Tensor) -> np.ndarray:
     import numpy as np
 
     array = tensor.float().numpy()
-    if item.source.endswith("q_proj.weight"):
-        array = permute(array, config.num_attention_heads)
-    elif item.source.endswith("k_proj.weight"):
-        array = permute(array, config.num_key_value_heads)
+    if heads := permuted_heads(config, item.source):
+        array = permute(array, heads)
     if not np.isfinite(array).all():
         raise BadInput(f"tensor {item.source!r} holds values that are not finite", field="model")
     if item.type == "F16" and np.abs(array).max(initial=0.0) > _F16_MAX:
@@ -223,21 +226,28 @@ def split_rule(file: dict[str, Any]) -> str:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise BadInput(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not", field="tokenizer")
-    if (normalizer := file.get("normalizer")) is not None:
+    steps = file.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    shapes = [_shape(step) for step in steps]
+    normalizer = file.get("normalizer")
+    if normalizer is not None and not (normalizer.get("type") == "NFC" and shapes == ["qwen2", "bytes alone"]):
         changed = f"changes text by {normalizer.get('type')} first"
         raise BadInput(f"the tokenizer {changed}, which llama.cpp does not", field="tokenizer")
-    splitter = file.get("pre_tokenizer") or {}
-    steps: list[dict[str, Any]] = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-    shapes = [_shape(step) for step in steps]
     if shapes == ["digits", "bytes"]:
         return "smollm"
     if shapes == ["bytes"]:
         return "gpt-2"
+    if (
+        shapes[0] in PATTERNS
+        and shapes[1:] == ["bytes alone"]
+        and bool(model.get("ignore_merges")) is (shapes[0] == "llama-bpe")
+    ):
+        return shapes[0] or ""
     kinds = " then ".join(str(step.get("type")) for step in steps)
     raise BadInput(
         f"the tokenizer splits text by {kinds}, for which no rule of llama.cpp is known here",
         field="tokenizer",
-        hint="Known: single digits then GPT-2's pattern (SmolLM2's and ours), and GPT-2's pattern alone.",
+        hint="Known: single digits then GPT-2's pattern (SmolLM2's and ours), GPT-2's alone, Llama 3's and Qwen2's.",
     )
 
 
@@ -246,4 +256,8 @@ def _shape(step: dict[str, Any]) -> str | None:
         return "digits"
     if step.get("type") == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
         return "bytes"
+    if step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+        return "bytes alone"
+    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return next((name for name, pattern in PATTERNS.items() if step["pattern"].get("Regex") == pattern), None)
     return None
