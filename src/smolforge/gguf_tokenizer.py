@@ -26,7 +26,7 @@ _WORDS = (
 PATTERNS = {"llama-bpe": _WORDS.replace("{DIGITS}", "{1,3}"), "qwen2": _WORDS.replace("{DIGITS}", "")}
 SPLITS = ("smollm", "gpt-2", *PATTERNS)
 # Tokens that end a turn, where the file does not name one (as llama.cpp looks for them).
-_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def gguf_tokenizer(file: GgufFile) -> tuple[Backend, dict[str, Any]]:
@@ -73,7 +73,7 @@ def end_ids(metadata: dict[str, Any]) -> list[int]:
     if "tokenizer.ggml.eot_token_id" not in metadata:
         tokens, kinds = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", [])
         ends = [
-            i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL and t in _ENDS_OF_TURN
+            i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL and t in ENDS_OF_TURN
         ]
         found += ends[:1]
     return list(dict.fromkeys(found))

@@ -13,28 +13,32 @@ EXAMPLES = """\
 examples:
   smolforge export runs/pocket --to gguf --out pocket.gguf                     for llama.cpp, in f16
   smolforge export runs/pocket --to gguf --out pocket.gguf --quantize q8_0
+  smolforge export smollm2 --to ollama --out talker                            ollama create talker -f talker/Modelfile
   smolforge export runs/pocket --to space --out pocket-space                   python pocket-space/app.py
   smolforge export runs/pocket --to checkpoint --out pocket-model              the model without training state
   smolforge export runs/pocket --to hub --out OWNER/NAME --dry-run             what would be uploaded
 """
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 # Which options belong to which goal; another one is an error, not ignored.
-_ONLY = {"quantize": "gguf", "name": "gguf", "title": "space", "private": "hub", "dry_run": "hub"}
+_FILES = ("gguf", "ollama")
+_ONLY = {"quantize": _FILES, "name": _FILES, "title": ("space",), "private": ("hub",), "dry_run": ("hub",)}
 
 
 def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
         "export",
-        help="a model for other programs: GGUF, a Space, the Hub",
-        description="Write a model as one GGUF file, a Hugging Face Space or a plain model directory, or upload it.",
+        help="a model for other programs: GGUF, Ollama, a Space, the Hub",
+        description="Write a model as GGUF, for Ollama, as a Hugging Face Space or a plain directory, or upload it.",
         epilog=EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--to", required=True, choices=("gguf", "space", "checkpoint", "hub"), help="what to make")
+    parser.add_argument(
+        "--to", required=True, choices=("gguf", "ollama", "space", "checkpoint", "hub"), help="what to make"
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="the new file or directory; OWNER/NAME of the Hub")
-    parser.add_argument("--quantize", choices=KINDS, help="gguf: type of the weights (default f16)")
-    parser.add_argument("--name", help="gguf: the name in the file (default: the directory's name)")
+    parser.add_argument("--quantize", choices=KINDS, help="gguf, ollama: type of the weights (default f16, q8_0)")
+    parser.add_argument("--name", help="gguf, ollama: the name in the file (default: the directory's)")
     parser.add_argument("--title", help="space: its title (default: the model's name)")
     parser.add_argument("--private", action="store_true", default=None, help="hub: a new repository is private")
     parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only list what would be uploaded")
@@ -44,10 +48,15 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
-    for option, goal in _ONLY.items():
-        if getattr(args, option) is not None and args.to != goal:
-            raise BadInput(f"is an option of --to {goal}, not of --to {args.to}", field=f"--{option.replace('_', '-')}")
-    outcome, lines = {"gguf": _gguf, "space": _space, "checkpoint": _checkpoint, "hub": _hub}[args.to](args)
+    for option, goals in _ONLY.items():
+        if getattr(args, option) is not None and args.to not in goals:
+            raise BadInput(
+                f"is an option of --to {' and '.join(goals)}, not of --to {args.to}",
+                field=f"--{option.replace('_', '-')}",
+            )
+    outcome, lines = {"gguf": _gguf, "ollama": _ollama, "space": _space, "checkpoint": _checkpoint, "hub": _hub}[
+        args.to
+    ](args)
     print_result(args, outcome, "\n".join(lines))
     return 0
 
@@ -65,6 +74,17 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     return outcome, [
         f"{done.path}: {done.kind}, {done.tensors} tensors, {done.bytes:,} bytes",
         f"run it:  llama-cli -m {done.path} -p 'Once upon a time' -n 100 -no-cnv",
+    ]
+
+
+def _ollama(args: argparse.Namespace) -> Outcome:
+    from smolforge.export.ollama import export_ollama
+
+    done = export_ollama(args.model, Path(args.out), kind=args.quantize or "q8_0", name=args.name)
+    outcome = {"to": "ollama", "path": str(done.path), "bytes": done.bytes, "kind": done.kind}
+    return outcome, [
+        f"{done.path}: model.gguf ({done.kind}, {done.bytes:,} bytes) and Modelfile",
+        f"run it:  ollama create {done.path.name} -f {done.path / 'Modelfile'} && ollama run {done.path.name}",
     ]
 
 

@@ -9,6 +9,7 @@ Read in this order:
     push.py    a model without its training state: copied to a directory, or uploaded to the Hub
     space.py   a Hugging Face Space: a Gradio app with the model and this package
     gguf.py    one GGUF file for llama.cpp, with its tokenizer
+    ollama.py  the same in a directory for Ollama, with its chat template
 
 templates/ holds the files of a Space.
 """

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge.checkpoint.format import check_vocabulary, check_weights, read_config
+from smolforge.checkpoint.format import check_vocabulary, check_weights, read_config, read_generation_defaults
 from smolforge.checkpoint.gguf import ROPE_FACTORS, gguf_names, permute, permuted_heads, rope_factors
 from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
@@ -29,7 +29,7 @@ from smolforge.errors import BadInput, unknown
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
 from smolforge.gguf_file import is_gguf
-from smolforge.gguf_tokenizer import PATTERNS
+from smolforge.gguf_tokenizer import ENDS_OF_TURN, PATTERNS
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -184,7 +184,7 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
     writer.add_vocab_size(config.vocab_size)
 
 
-def write_vocabulary(gguf: Any, writer: Any, directory: Path, tokenizer: Tokenizer, size: int) -> None:
+def write_vocabulary(gguf: Any, writer: Any, source: Path, tokenizer: Tokenizer, size: int) -> None:
     """Add a byte-level BPE to the header: every one of `size` ids has a token and a type; the merges keep their order.
 
     Raises:
@@ -201,11 +201,14 @@ def write_vocabulary(gguf: Any, writer: Any, directory: Path, tokenizer: Tokeniz
     writer.add_token_types([int(gguf.TokenType[name]) for name in names])
     writer.add_add_space_prefix(False)
     with tempfile.TemporaryDirectory() as place:
-        if is_gguf(directory):  # what gguf reads are the files of a directory
+        if is_gguf(source):  # what gguf reads are the files of a directory
             tokenizer.save(Path(place))
-            directory = Path(place)
-        special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+        special = gguf.SpecialVocab(place if is_gguf(source) else source, load_merges=True, n_vocab=size)
     special.special_token_ids["eos"] = tokenizer.eos_id
+    ends = read_generation_defaults(source).get("eos_token_id", [])
+    for token_id in [tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])]:
+        if tokenizer.token_text(token_id) in ENDS_OF_TURN:
+            special.special_token_ids.setdefault("eot", token_id)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
