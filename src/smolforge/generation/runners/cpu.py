@@ -194,7 +194,7 @@ class CpuRunner:
         blocks = [blocks_of(weight) for weight in weights] if precision == "file" else []
         stored = blocks[0].kind if blocks and len({b and b.kind for b in blocks}) == 1 and blocks[0] else None
         if stored:
-            rows = [_rows(b.rows.ctypes.data, *b.rows.strides[:1], len(b.rows), interleave) for b in blocks if b]
+            rows = [_rows(b.rows.ctypes.data, b.rows.strides[0], len(b.rows), interleave) for b in blocks if b]
             kind = B8 if stored == "Q8_0" else B4
         else:
             for weight in weights:
