@@ -126,14 +126,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: Sequence[
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError("has no tokenizer.ggml.scores for its tokens", field=where)
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    plain = [i for i, kind in enumerate(kinds) if kind not in (_UNKNOWN, _CONTROL, _UNUSED)]
-    merges = []
-    for i in plain:
-        token = tokens[i]
-        parts = [(token[:at], token[at:]) for at in range(1, len(token))]
-        found = [(left, right) for left, right in parts if left in vocabulary and right in vocabulary]
-        merges += [(-scores[i], vocabulary[left], vocabulary[right], left, right) for left, right in found]
-    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    pairs = merges_of_scores(tokens, kinds, scores)
     unknown = next((tokens[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
     backend = Backend(models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces: list[Any] = [normalizers.Replace(" ", "\u2581")]
@@ -144,6 +137,19 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: Sequence[
     backend.normalizer = normalizers.Sequence(spaces)  # type: ignore[assignment]
     backend.decoder = decoders.Sequence(words)  # type: ignore[assignment]
     return backend
+
+
+def merges_of_scores(tokens: list[str], kinds: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges of a sentencepiece vocabulary, best first: every pair of tokens that makes a token, by its score."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token, kind, score in zip(tokens, kinds, scores, strict=True):
+        if kind in (_UNKNOWN, _CONTROL, _UNUSED):
+            continue
+        parts = [(token[:at], token[at:]) for at in range(1, len(token))]
+        found = [(left, right) for left, right in parts if left in vocabulary and right in vocabulary]
+        merges += [(-score, vocabulary[left], vocabulary[right], left, right) for left, right in found]
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _add_tokens(backend: Backend, tokens: list[str], kinds: Sequence[int], named: set[int]) -> None:

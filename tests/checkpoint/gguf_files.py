@@ -22,7 +22,7 @@ SIZES = {
 
 def write_gguf(
     path: Path, kind: str = "F32", *, architecture: str = "llama", keys: dict[str, Any] | None = None,
-    tokenizer: dict[str, Any] | None = None, drop: str = "", extra: dict[str, np.ndarray] | None = None, seed: int = 0,
+    tokenizer: dict[str, Any] | None = None, drop: str = "", extra: dict[str, np.ndarray] | None = None, seed: int = 0, rows: int = 320,
 ) -> Path:  # fmt: skip
     """A Llama of one layer whose matrices are random bytes of the type `kind`."""
     draw = np.random.default_rng(seed)
@@ -36,6 +36,8 @@ def write_gguf(
     for name, shape in SIZES.items():
         if name == drop:
             continue
+        if name == "token_embd":
+            shape = (rows, shape[1])
         if len(shape) == 1 or kind == "F32":
             numbers = draw.normal(size=shape).astype(np.float32)
             if kind == "BF16":  # norms are fp32 in such files, with numbers of bfloat16

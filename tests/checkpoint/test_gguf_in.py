@@ -19,7 +19,7 @@ from smolforge.checkpoint.format import read_generation_defaults, write_model
 from smolforge.checkpoint.gguf import permute, unpermute
 from smolforge.checkpoint.locate import load_model, resolve_model
 from smolforge.config import ModelConfig
-from smolforge.errors import CheckpointError
+from smolforge.errors import BadInput, CheckpointError
 from smolforge.export.gguf import export_gguf
 from smolforge.gguf_file import open_gguf
 from smolforge.model.architecture import build_model
@@ -153,6 +153,27 @@ def test_a_sentencepiece_tokenizer_is_the_one_it_was_made_from(tmp_path: Path) -
     keys |= {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": False}
     plain = Tokenizer.from_pretrained(write_gguf(tmp_path / "y.gguf", tokenizer=keys))
     assert plain.backend.encode("cat").ids == plain.encode("cat") and plain.decode(plain.encode(" cat")) == " cat"
+
+
+def test_a_sentencepiece_tokenizer_is_exported_and_read_back(tmp_path: Path) -> None:
+    _, keys = _sentencepiece()
+    tokens, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
+    # Sentencepiece's own scores differ for all tokens; equal ones have no order.
+    keys["tokenizer.ggml.scores"] = [score - i / 1000 for i, score in enumerate(scores)]
+    path = write_gguf(tmp_path / "x.gguf", "F32", tokenizer=keys, rows=len(tokens))
+    first = Tokenizer.from_pretrained(path)
+    second = Tokenizer.from_pretrained(export_gguf(path, tmp_path / "y.gguf", kind="f32").path)
+    for text in [*TEXTS, "a <tool> b", "the the cat cats on onthemat"]:
+        assert second.encode(text) == first.encode(text), text
+        assert second.decode(first.encode(text)) == first.decode(first.encode(text))
+    assert (
+        second.backend.encode("cat").ids == first.backend.encode("cat").ids and second.special_ids == first.special_ids
+    )
+    module, _, _ = load_model(path)
+    other, _ = _sentencepiece()  # trained by pairs: not every pair that makes a token is merged
+    write_model(tmp_path / "m", module.config, module.state_dict(), Tokenizer(other, {"eos_token": "</s>"}))
+    with pytest.raises(BadInput, match="sentencepiece vocabulary"):
+        export_gguf(tmp_path / "m", tmp_path / "z.gguf")
 
 
 REFUSED = [

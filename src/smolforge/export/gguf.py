@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from smolforge.errors import BadInput, unknown
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
 from smolforge.gguf_file import is_gguf
-from smolforge.gguf_tokenizer import ENDS_OF_TURN, PATTERNS
+from smolforge.gguf_tokenizer import ENDS_OF_TURN, PATTERNS, merges_of_scores
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -185,7 +186,7 @@ def _write_header(gguf: Any, writer: Any, config: ModelConfig, kind: str, name: 
 
 
 def write_vocabulary(gguf: Any, writer: Any, source: Path, tokenizer: Tokenizer, size: int) -> None:
-    """Add a byte-level BPE to the header: every one of `size` ids has a token and a type; the merges keep their order.
+    """Add the tokenizer to the header: every one of `size` ids has a token and a type; the merges keep their order.
 
     Raises:
         BadInput: llama.cpp has no equal tokenizer; names the part that it lacks.
@@ -195,15 +196,20 @@ def write_vocabulary(gguf: Any, writer: Any, source: Path, tokenizer: Tokenizer,
     types = {entry["id"]: "CONTROL" if entry["special"] else "USER_DEFINED" for entry in added}
     tokens = [tokenizer.token_text(i) for i in range(size)]
     names = [types.get(i, "NORMAL" if token else "UNUSED") for i, token in enumerate(tokens)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_rule(file))
-    writer.add_token_list([token or f"[PAD{i}]" for i, token in enumerate(tokens)])
+    tokens = [token or f"[PAD{i}]" for i, token in enumerate(tokens)]
+    if sentencepiece := bool(file["model"].get("byte_fallback")):
+        _write_sentencepiece(gguf, writer, file, tokens, names)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_rule(file))
+        writer.add_add_space_prefix(False)
+    writer.add_token_list(tokens)
     writer.add_token_types([int(gguf.TokenType[name]) for name in names])
-    writer.add_add_space_prefix(False)
     with tempfile.TemporaryDirectory() as place:
         if is_gguf(source):  # what gguf reads are the files of a directory
             tokenizer.save(Path(place))
-        special = gguf.SpecialVocab(place if is_gguf(source) else source, load_merges=True, n_vocab=size)
+        files = place if is_gguf(source) else source
+        special = gguf.SpecialVocab(files, load_merges=not sentencepiece, n_vocab=size)
     special.special_token_ids["eos"] = tokenizer.eos_id
     ends = read_generation_defaults(source).get("eos_token_id", [])
     for token_id in [tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])]:
@@ -211,6 +217,35 @@ def write_vocabulary(gguf: Any, writer: Any, source: Path, tokenizer: Tokenizer,
             special.special_token_ids.setdefault("eot", token_id)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _write_sentencepiece(gguf: Any, writer: Any, file: dict[str, Any], tokens: list[str], names: list[str]) -> None:
+    """The keys of a tokenizer of Llama 2's kind, whose merges llama.cpp finds by scores; `names` become its types."""
+    merges = [tuple(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in file["model"]["merges"]]
+    for i, token in enumerate(tokens):
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            names[i] = "BYTE"
+        elif token == file["model"].get("unk_token"):
+            names[i] = "UNKNOWN"
+    scores = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges, 1)))}
+    lowest = -float(len(merges) + 1)  # of characters, which nothing is merged into
+    values = [
+        0.0 if name in ("CONTROL", "UNKNOWN") else scores.get(t, lowest) for t, name in zip(tokens, names, strict=True)
+    ]
+    kinds = [int(gguf.TokenType[name]) for name in names]
+    normalizer = file.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    spaces = [(step.get("type"), step.get("prepend") or step.get("content")) for step in steps]
+    known = spaces in ([("Prepend", "\u2581"), ("Replace", "\u2581")], [("Replace", "\u2581")])
+    if not known or file.get("pre_tokenizer") or set(merges_of_scores(tokens, kinds, values)) != set(merges):
+        raise BadInput(
+            "the tokenizer's merges or spaces are not those of a sentencepiece vocabulary", field="tokenizer",
+            hint="Llama 2's kind can be exported: spaces become \u2581, and every pair that makes a token is merged.",
+        )  # fmt: skip
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores(values)
+    writer.add_add_space_prefix(len(spaces) == 2)
 
 
 def split_rule(file: dict[str, Any]) -> str:
@@ -224,7 +259,7 @@ def split_rule(file: dict[str, Any]) -> str:
         raise BadInput(
             f"the tokenizer is a {model.get('type')} with the decoder {decoder}",
             field="tokenizer",
-            hint="Only byte-level BPE tokenizers can be exported to GGUF.",
+            hint="Byte-level BPE and sentencepiece's BPE can be exported to GGUF.",
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
