@@ -112,7 +112,7 @@ def test_a_config_reads_back_equal(
     config = ModelConfig(
         architecture=architecture, vocab_size=300, hidden_size=heads[0] * 8, intermediate_size=24, rope_theta=theta,
         num_hidden_layers=layers, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim,
-        rms_norm_eps=eps, tie_word_embeddings=tied,
+        rms_norm_eps=eps, tie_word_embeddings=tied, no_rope_layer_interval=2 if architecture == "smollm3" else 0,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("config")
     (directory / "config.json").write_text(json.dumps(describe(config, "float32", {"eos_token_id": 0})))
@@ -152,6 +152,10 @@ def test_shards_are_read_and_equal_the_single_file(tiny: Any, tmp_path: Path) ->
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
 def test_absent_keys_have_the_defaults_of_transformers(model_dir: Path) -> None:
     edit(model_dir, rope_theta=..., rope_parameters=..., rope_scaling=..., rms_norm_eps=..., head_dim=...,
          tie_word_embeddings=..., num_key_value_heads=..., hidden_act=..., initializer_range=...)  # fmt: skip
@@ -167,7 +171,8 @@ def test_absent_keys_have_the_defaults_of_transformers(model_dir: Path) -> None:
         ({"model_type": ...}, "model_type"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": LLAMA3}, "different values"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"factor": 2.0}}, "factor"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e5}}, "yarn"),
@@ -177,8 +182,8 @@ def test_absent_keys_have_the_defaults_of_transformers(model_dir: Path) -> None:
         ({"rope_theta": "100000", "rope_parameters": ...}, "rope_theta"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"mlp_bias": 1}, "mlp_bias"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"num_key_value_heads": 3}, "4 query heads"),

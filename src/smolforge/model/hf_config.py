@@ -85,7 +85,7 @@ def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
     """The base of the rotation and its scaling, from either spelling; a scaling other than Llama 3's is refused."""
-    scalings: list[dict[str, Any]] = []
+    scalings: list[dict[str, Any] | None] = []
     thetas = {} if values.get("rope_theta") is None else {"rope_theta": values["rope_theta"]}
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
@@ -99,10 +99,11 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
             raise BadInput(message, field=key, hint="Supported: default (none) and llama3.")
         if rope.get("rope_theta") is not None:
             thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+        scalings.append({"rope_type": kind, **{name: rope.get(name) for name in _LLAMA3}} if kind == "llama3" else None)
         if kind == "llama3":
-            scalings.append({"rope_type": kind, **{name: rope.get(name) for name in _LLAMA3}})
-            for name in _LLAMA3:
-                _positive(rope.get(name), f"{key}.{name}")
+            given = {name: _positive(rope.get(name), f"{key}.{name}") for name in _LLAMA3}
+            if given["high_freq_factor"] <= given["low_freq_factor"]:
+                raise BadInput("must be larger than low_freq_factor", field=f"{key}.high_freq_factor")
         neutral = {"factor": 1, "partial_rotary_factor": 1}
         for inner, value in rope.items():
             if kind == "llama3" and inner in _LLAMA3:
