@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -55,6 +56,16 @@ class Run:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.config_path.is_file()
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"smolforge train --out {shlex.quote(str(self.path))}"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run lies here, even one that was killed before its configuration was written."""
+        return self.checkpoints_path.is_dir() and (self.exists or self.lock_path.is_file())
 
     def prepare(self) -> None:
         """Make the run's directories, after checking that the place is free or a run already.

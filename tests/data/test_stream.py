@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.conftest import Bytes, batches, configured, digests, jsonl, named, parquet, resumed
-from smolforge.data import Corpus, Loader, documents_of_step
+from smolforge.data import Corpus, Loader, batch_of_step
 from smolforge.data.corpus import is_held_out
 from smolforge.errors import BadInput, CheckpointError, DataError
 
@@ -221,13 +221,13 @@ def test_which_names_the_documents_that_fed_a_step(opened: Any, tmp_path: Path) 
     made = batches(corpus, 12)
     texts = {d.address: d.text for d in corpus.documents()}
     for cursor, step in ((None, 0), (None, 9), (made[3].cursor, 4), (made[3].cursor, 11)):
-        named_documents = documents_of_step(corpus, Bytes(), cursor, step, sequences_per_step=4)
+        named_documents = batch_of_step(corpus, Bytes(), cursor, step, sequences_per_step=4).documents
         assert named_documents == made[step].documents
         for row in made[step].tokens:
             text = bytes(t - 1 if t else 10 for t in row.tolist()).decode()
             assert any(text.split("\n")[0] in texts[address] for address in named_documents)
     with pytest.raises(BadInput, match="before the cursor"):
-        documents_of_step(corpus, Bytes(), made[3].cursor, 3, sequences_per_step=4)
+        batch_of_step(corpus, Bytes(), made[3].cursor, 3, sequences_per_step=4)
 
 
 def test_a_corpus_smaller_than_its_lanes_feeds_every_lane(opened: Any, tmp_path: Path) -> None:

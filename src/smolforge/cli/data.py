@@ -35,7 +35,8 @@ def _which(args: argparse.Namespace) -> int:
     from smolforge import config as configuration
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
-    from smolforge.data import Corpus, documents_of_step
+    from smolforge.data import Corpus, batch_of_step
+    from smolforge.data.cursor import accepted_cursor
     from smolforge.errors import BadInput
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
@@ -48,7 +49,15 @@ def _which(args: argparse.Namespace) -> int:
     config = configuration.build_config(str(run.config_path))
     newest = commit.newest_whole(run.checkpoints_path)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
-    corpus = Corpus.open(config.data, index=run.read_index(), cache_dir=run.path / "cache")
+    index = run.read_index()
+    for change in (index or {}).get("accepted", []):
+        if args.step <= change["step"]:
+            raise BadInput(
+                f"the data of step {args.step} is not here any more: it changed after step {change['step']} "
+                f"({change['problem']})",
+                field="--step",
+            )
+    corpus = Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
     # The nearest cursor at or before the step saves replaying the run from its beginning.
     cursor, skip, done = None, [], 0
     for step in commit.steps(run.checkpoints_path):
@@ -58,17 +67,19 @@ def _which(args: argparse.Namespace) -> int:
         saved = load_state(directory / "training")
         skip = [(a, b) for a, b in saved["skip"]]
         if step < args.step:
-            cursor, done = saved["cursor"], step
+            cursor, done = accepted_cursor(saved["cursor"], corpus.index), step
     address = (cursor["step"] if cursor else 0) + args.step - 1 - done
     for a, b in sorted(skip):
         if (cursor["step"] if cursor else 0) <= a <= address:
             address += b - a
-    documents = documents_of_step(
+    batch = batch_of_step(
         corpus, Tokenizer.from_pretrained(source), cursor, address,
         sequences_per_step=config.sequences_per_step, skip_steps=skip,
     )  # fmt: skip
-    lines = [f"{found.source}  {found.file}  row group {found.row_group}  row {found.row}" for found in documents]
-    outcome = {"step": args.step, "documents": [found._asdict() for found in documents]}
+    lines = [f"{found.source}  {found.file}  row group {found.row_group}  row {found.row}" for found in batch.documents]
+    lines += [f"left out: {found.problem}" for found in batch.left_out]
+    left_out = [{**found.address._asdict(), "problem": found.problem} for found in batch.left_out]
+    outcome = {"step": args.step, "documents": [found._asdict() for found in batch.documents], "left_out": left_out}
     print_result(args, outcome, "\n".join(lines))
     return 0
 

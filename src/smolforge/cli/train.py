@@ -56,6 +56,9 @@ def add(verbs: Any) -> None:
         "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
     )
     parser.add_argument(
+        "--accept-changed-data", action="store_true", help="continue a run although its data changed; it is recorded"
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="write a trace of a few steps to RUN/profile, for ui.perfetto.dev"
     )
     parser.add_argument(
@@ -96,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         more_steps=more_steps,
         time_limit=time_limit,
         skip=skip,
+        accept_changed_data=args.accept_changed_data,
         profile=args.profile,
         command=shlex.join(["smolforge", *args.words]),
     )

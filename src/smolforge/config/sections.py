@@ -144,6 +144,8 @@ class DataConfig(_Section):
     """Column of a parquet or jsonl source that holds the text."""
     separator: str | None = "<|endoftext|>"
     """Where a .txt file is split into documents; a file without it is one document."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A row that cannot be read: `fail` saves the run and stops, `skip` leaves the row out and counts it."""
     sequence_length: Count = Field(default=2048, ge=2)
     """Tokens that one sequence predicts; the context in training."""
     lanes: int = Field(default=16, ge=1)

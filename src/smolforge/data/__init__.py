@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from smolforge.data.fetch import Network as Network
     from smolforge.data.loader import Batch as Batch
     from smolforge.data.loader import Loader as Loader
+    from smolforge.data.loader import batch_of_step as batch_of_step
     from smolforge.data.loader import data_digest as data_digest
-    from smolforge.data.loader import documents_of_step as documents_of_step
 
-_IN_LOADER = dict.fromkeys(("Batch", "Loader", "data_digest", "documents_of_step"), "loader")
+_IN_LOADER = dict.fromkeys(("Batch", "Loader", "data_digest", "batch_of_step"), "loader")
 _HOMES = {"Corpus": "corpus", "Network": "fetch", "merge_cursors": "cursor", **_IN_LOADER}
 __getattr__ = lazy_attributes(__name__, _HOMES)

@@ -25,10 +25,10 @@ READ_AHEAD_THREADS = 4
 BLOCK = 1 << 20
 
 
-def default_directory() -> Path:
-    """`$SMOLFORGE_CACHE`, or smolforge's folder in the user's cache."""
+def cache_directory(given: Path | None) -> Path:
+    """`$SMOLFORGE_CACHE`, else the `given` folder, else smolforge's folder in the user's cache."""
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SMOLFORGE_CACHE") or Path(user, "smolforge"))
+    return Path(os.environ.get("SMOLFORGE_CACHE") or given or Path(user, "smolforge"))
 
 
 class Cache:
@@ -40,7 +40,7 @@ class Cache:
     """
 
     def __init__(self, directory: Path | None, limit: int) -> None:
-        self.directory = (directory or default_directory()) / "data"
+        self.directory = cache_directory(directory) / "data"
         self.limit = limit
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._in_use: set[Path] = set()  # whole files that this process reads

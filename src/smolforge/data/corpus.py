@@ -17,7 +17,7 @@ from smolforge.data import index as indexing
 from smolforge.data.cache import Cache, ReadAhead
 from smolforge.data.fetch import Network
 from smolforge.data.order import Order, RowRange, split_into_ranges
-from smolforge.data.readers import Reader, Rows
+from smolforge.data.readers import BadRow, Reader, Row, Rows
 from smolforge.data.sources import Context, Source
 from smolforge.errors import DataError
 
@@ -85,7 +85,7 @@ class Corpus:
 
         Args:
             index: an earlier `data_index.json`; sources are checked against it and not scanned again.
-            cache_dir: folder of the cache; `$SMOLFORGE_CACHE` or the user's cache folder unless given.
+            cache_dir: folder of the cache where `$SMOLFORGE_CACHE` names none; the user's cache folder unless given.
             offline: use only what is on this machine (also where HF_HUB_OFFLINE is set).
 
         Raises:
@@ -97,6 +97,7 @@ class Corpus:
         context = Context(
             column=config.text_column,
             separator=config.separator or None,
+            on_error=config.on_error,
             read_ahead=ReadAhead(config.read_ahead),
             offline=offline or no_hub,
             cache=Cache(cache_dir, config.cache),
@@ -148,9 +149,18 @@ class Corpus:
                     yield Document(self.address(source, part, number), text)
 
     def read(self, source: int, part: RowRange) -> Rows:
-        """The rows of a range, numbered from 0."""
+        """The rows of a range, numbered from 0. One that cannot be used is an error, or empty with its `problem`."""
         rows = self._readers[source][part.shard].rows(part.group, part.start, part.rows)
-        return lambda number: rows(part.start + number)
+
+        def row(number: int) -> Row:
+            try:
+                return rows(part.start + number)
+            except BadRow as error:
+                if self.config.on_error == "fail":
+                    raise
+                return Row("", problem=error.message)
+
+        return row
 
     def read_ahead(self, source: int, lane: int, k: int) -> None:
         """Start to fetch a lane's k-th range, where the bound on read-ahead leaves room."""

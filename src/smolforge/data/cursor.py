@@ -2,7 +2,7 @@
 
 A lane's stream of one source is a concatenation of documents, cut into windows; between two windows at most one
 document is open. A cursor is kept as JSON: version, step, index, seed, lane_count, and of each lane its positions in
-the sources as [k, row, offset, drawn].
+the sources as [k, row, offset, drawn]. Where rows were left out, `bad_rows` has their number for each lane.
 """
 
 from __future__ import annotations
@@ -64,6 +64,29 @@ def read_cursor(
     return step, lanes
 
 
+def bad_rows(cursor: dict[str, Any] | None) -> dict[int, int]:
+    """How many rows each lane has left out so far, because they could not be used; lanes without any are missing."""
+    found = (cursor or {}).get("bad_rows", {})
+    try:
+        return {int(lane): _count(rows) for lane, rows in found.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the data cursor is damaged: {error!r}") from None
+
+
+def accepted_cursor(cursor: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
+    """The cursor for this index.
+
+    Where it belongs to data before a change that the user accepted, it is the same place of the new data; documents
+    that were begun are read from their start.
+    """
+    if cursor["index"] == index["hash"] or cursor["index"] not in [
+        change["was"] for change in index.get("accepted", [])
+    ]:
+        return cursor
+    lanes = {lane: [[k, row, 0, drawn] for k, row, _, drawn in state] for lane, state in cursor["lanes"].items()}
+    return {**cursor, "index": index["hash"], "lanes": lanes}
+
+
 def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The run's one cursor from those of all ranks at the same step.
 
@@ -72,6 +95,7 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     first = cursors[0]
     lanes: dict[str, Any] = {}
+    bad: dict[str, int] = {}
     for cursor in cursors:
         for key in ("version", "step", "index", "seed", "lane_count"):
             if cursor.get(key) != first.get(key):
@@ -79,7 +103,9 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if twice := set(lanes) & set(cursor["lanes"]):
             raise CheckpointError(f"two ranks hold the same lanes: {sorted(twice, key=int)}")
         lanes |= cursor["lanes"]
-    return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+        bad |= cursor.get("bad_rows", {})
+    merged = {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+    return {**merged, "bad_rows": bad} if bad else merged
 
 
 def _count(value: Any) -> int:

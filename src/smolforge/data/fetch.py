@@ -46,7 +46,7 @@ _EXPIRED = {400, 401, 403, 404, 410}
 
 def changed(message: str) -> SourceChanged:
     """The error for a source that differs from the one a run started with."""
-    hint = "A run continues with the data it started with: restore it, or start a new run."
+    hint = "Restore it, start a new run, or continue with the changed data: --accept-changed-data."
     return SourceChanged(message, field="data.sources", hint=hint)
 
 

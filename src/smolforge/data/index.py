@@ -32,6 +32,7 @@ def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any],
         source = resolve_source(spec, context)
         readers = [open_reader(shard, context) for shard in source.shards]
         described = _scan(source, readers)
+        _tell_bad_rows(source, readers)
         rows = sum(rows for shard in described for rows, *_ in shard["groups"])
         if not rows:
             raise DataError(f"{spec} holds no documents", field="data.sources")
@@ -72,7 +73,8 @@ def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
         reader.use(groups)
         shard = reader.shard
         head = {"file": shard.name, "size": shard.size, "identity": shard.identity()}
-        return {**head, **shard.notes, "groups": groups}
+        bad = {"bad_rows": reader.bad_rows} if reader.bad_rows else {}
+        return {**head, **shard.notes, **bad, "groups": groups}
 
     described = []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
@@ -82,6 +84,13 @@ def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
             if done % LOG_EVERY == 0:
                 logger.info("%s: %d of %d shards indexed", source.spec, done, count)
     return described
+
+
+def _tell_bad_rows(source: Source, readers: list[Reader]) -> None:
+    first = next((reader.first_bad for reader in readers if reader.first_bad), None)
+    if first:
+        rows = sum(reader.bad_rows for reader in readers)
+        logger.warning("%s: %d rows cannot be used and are left out: %s", source.spec, rows, first.message)
 
 
 def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: Context) -> list[Reader]:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from smolforge.data.corpus import Address, Corpus
-from smolforge.data.cursor import VERSION, Position, read_cursor, to_json
-from smolforge.data.packing import Lane, Window
+from smolforge.data.cursor import VERSION, Position, bad_rows, read_cursor, to_json
+from smolforge.data.packing import Lane, LeftOut, Window
 from smolforge.errors import BadInput
 from smolforge.tokenizer import Tokenizer
 
@@ -36,7 +36,13 @@ class Batch:
         tuple[int, bytes]
     ]  # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32)
     documents: list[Address]  # of the documents with tokens in the batch, in the order of the sequences
+    left_out: list[LeftOut]  # rows that could not be used, which the lanes passed on the way
     cursor: dict[str, Any]  # this rank's after this batch; JSON-able
+
+    @property
+    def bad_rows(self) -> int:
+        """How many rows this rank's lanes have left out from the beginning on."""
+        return sum(bad_rows(self.cursor).values())
 
 
 def data_digest(digests: Sequence[tuple[int, bytes]]) -> str:
@@ -91,6 +97,7 @@ class Loader(Iterator[Batch]):
                 raise BadInput(f"the data cursor lacks lanes {missing}; merge the cursors of all ranks first")
         threads = config.workers if workers is None else workers
         self._cursors = {lane: to_json(start[lane]) for lane in owned}
+        self._bad_rows = {lane: rows for lane, rows in bad_rows(cursor).items() if lane in owned}
         self._lanes = {lane: Lane(corpus, tokenizer, lane, start[lane], read_ahead=threads > 0) for lane in owned}
         self._prefetch: _Prefetch | None = None
         self._future: Future[Batch] | None = None
@@ -163,6 +170,8 @@ class Loader(Iterator[Batch]):
     def _window(self, lane: int) -> Window:
         window = self._prefetch.take(lane) if self._prefetch is not None else self._lanes[lane].next()
         self._cursors[lane] = window.cursor
+        if window.left_out:
+            self._bad_rows[lane] = self._bad_rows.get(lane, 0) + len(window.left_out)
         return window
 
     def _make(self) -> Batch:
@@ -183,12 +192,15 @@ class Loader(Iterator[Batch]):
             "lane_count": config.lanes,
             "lanes": {str(lane): positions for lane, positions in sorted(self._cursors.items())},
         }
+        if self._bad_rows:
+            cursor["bad_rows"] = {str(lane): rows for lane, rows in sorted(self._bad_rows.items())}
         return Batch(
             step=wanted,
             tokens=np.stack([window.tokens for window in windows]),
             document_ids=np.stack([window.document_ids for window in windows]),
             digests=[(i, digest) for (i, _), digest in zip(mine, hashes, strict=True)],
             documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
+            left_out=[row for window in windows for row in window.left_out],
             cursor=cursor,
         )
 
@@ -291,7 +303,7 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
         future.set_exception(error)
 
 
-def documents_of_step(
+def batch_of_step(
     corpus: Corpus,
     tokenizer: Tokenizer,
     cursor: dict[str, Any] | None,
@@ -299,8 +311,8 @@ def documents_of_step(
     *,
     sequences_per_step: int,
     skip_steps: Sequence[tuple[int, int]] = (),
-) -> list[Address]:
-    """Addresses of the documents whose tokens fed a step (from 0), in the order of its sequences.
+) -> Batch:
+    """The batch of a step (from 0), with the documents that fed it.
 
     Everything is the run's: its `cursor`, (merged) at or before the step, None for the beginning, and its `skip_steps`.
 
@@ -317,4 +329,4 @@ def documents_of_step(
     with Loader(
         corpus, tokenizer, sequences_per_step=sequences_per_step, cursor=cursor, skip_steps=passed, workers=0
     ) as loader:
-        return next(loader).documents
+        return next(loader)

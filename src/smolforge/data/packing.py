@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from smolforge.data.corpus import Address, Corpus, is_held_out
 from smolforge.data.cursor import Position, to_json
 from smolforge.data.order import RowRange, permutation
-from smolforge.data.readers import Rows
+from smolforge.data.readers import BadRow, Rows
 from smolforge.errors import CheckpointError
 from smolforge.tokenizer import Tokenizer
 
@@ -26,13 +27,24 @@ MAX_ENCODE_ROWS = 512
 MAX_TEXT = 1 << 20  # characters; a tokenizer needs some 240 times as many bytes of memory, so longer texts are cut
 
 
+class LeftOut(NamedTuple):
+    """A row that could not be used: where it is, and why."""
+
+    address: Address
+    problem: str
+
+
 @dataclass
 class Window:
-    """L+1 tokens of a lane, int32, the number of the document of each, and the lane's cursor after them."""
+    """L+1 tokens of a lane, int32, the number of the document of each, and the lane's cursor after them.
+
+    `left_out` are the rows that the lane came past since its window before, in `data.on_error=skip`.
+    """
 
     tokens: np.ndarray
     document_ids: np.ndarray
     documents: list[Address]
+    left_out: list[LeftOut]
     cursor: list[list[int]]
 
 
@@ -46,6 +58,8 @@ class LaneSource:
         self.source, self.lane, self.position = source, lane, position
         self._range: tuple[RowRange, Rows, np.ndarray] | None = None  # what is read, and the order of its rows
         self._encoded: deque[tuple[int, np.ndarray]] = deque()  # (row in order, tokens), ascending
+        self._bad: deque[tuple[int, LeftOut]] = deque()  # (row in order, why), ascending, not yet passed
+        self.left_out: list[LeftOut] = []  # passed, until the lane takes them
         self._until = 0  # rows before this one are tokenized or passed over
         self._requested = 0  # ranges before this one were requested ahead
         self._document: tuple[np.ndarray, Address] | None = None  # the one that the position is in
@@ -85,18 +99,24 @@ class LaneSource:
                     self._encoded.popleft()
                 if self._encoded:
                     self.position.row, tokens = self._encoded.popleft()
+                    self._pass_bad(self.position.row)
                     if self.read_ahead and self._requested <= self.position.k and self.position.row > len(order) // 2:
                         # Not earlier: a lane that was just resumed first reads what it needs, and no more.
                         self._requested = self.position.k + 1
                         self.corpus.read_ahead(self.source, self.lane, self._requested)
                     return tokens, self.corpus.address(self.source, part, int(order[self.position.row]))
                 self.position.row = self._until
+                self._pass_bad(self._until)
             self.position.k, self.position.row = self.position.k + 1, 0
             self._range = None
             empty_ranges += 1
             if empty_ranges > len(self.corpus.orders[self.source].ranges) + 64:
                 self.corpus.check_trainable(self.source)
                 empty_ranges = 0
+
+    def _pass_bad(self, row: int) -> None:
+        while self._bad and self._bad[0][0] < row:
+            self.left_out.append(self._bad.popleft()[1])
 
     def _open(self) -> tuple[RowRange, Rows, np.ndarray]:
         if self._range is None:
@@ -114,7 +134,19 @@ class LaneSource:
         count = min(max(ENCODE_BYTES // typical, 1), MAX_ENCODE_ROWS)
         first, last = self.position.row, min(self.position.row + count, len(order))
         share = self.corpus.config.holdout
-        taken = [(at, rows(int(order[at]))) for at in range(first, last)]
+        taken = []
+        for at in range(first, last):
+            try:
+                taken.append((at, rows(int(order[at]))))
+            except BadRow:
+                if at == first:
+                    raise
+                last = at  # the rows before it are used first
+                break
+        for at, row in taken:
+            if row.problem:
+                address = self.corpus.address(self.source, part, int(order[at]))
+                self._bad.append((at, LeftOut(address, row.problem)))
         used = [
             (at, row) for at, row in taken if row.text and not row.text.isspace() and not is_held_out(row.text, share)
         ]
@@ -167,9 +199,11 @@ class Lane:
 
     def next(self) -> Window:
         """The lane's next window."""
-        parts, addresses = self.sources[self._most_behind()].take(self.length)
+        source = self.sources[self._most_behind()]
+        parts, addresses = source.take(self.length)
+        left_out, source.left_out = source.left_out, []
         ids = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        return Window(np.concatenate(parts), ids, addresses, to_json(self.positions))
+        return Window(np.concatenate(parts), ids, addresses, left_out, to_json(self.positions))
 
     def _most_behind(self) -> int:
         """The source whose next window is due first: window n of weight w and lane phase p is due at (n + p) / w."""

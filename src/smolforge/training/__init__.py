@@ -10,12 +10,13 @@ the constructors of model and optimizer; nothing is changed afterwards.
 
 In the order to read them:
 
-    train.py           open, step, save, evaluate, finish; `train_step` is the step itself
+    train.py           open, step, save, evaluate; `train_step` is the step itself
     setup.py           from a request to configuration, data, tokenizer, model and optimizer; threads, compiling
+    run_data.py        where the data of a run lies, and what happens where it moved or changed
     plan.py            device, precision, batch, memory and kernels, each with its reason
     optim/             optimizers, parameter groups, learning-rate schedules
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
-    metrics.py         metrics of steps, validations, samples, progress bar
+    metrics.py         metrics of steps, validations, samples, progress bar, outcome
     trackers.py        TensorBoard, wandb, trackio
     shutdown.py        signals and the time limit
     profiling.py       a trace of a few steps

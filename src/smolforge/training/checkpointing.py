@@ -22,6 +22,7 @@ from smolforge.checkpoint import commit, format
 from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
+from smolforge.data.cursor import accepted_cursor
 from smolforge.errors import CheckpointError
 from smolforge.files import read_json_lines
 from smolforge.training.setup import TrainContext, load_weights
@@ -86,7 +87,8 @@ def restore(context: TrainContext, directory: Path) -> Position:
     set_random_state(states[context.ranks.rank % len(states)], context.plan.device)
     if context.scaler and tree["scaler"]:
         context.scaler.load_state_dict(tree["scaler"])
-    return Position(tree["step"], tree["cursor"], [(a, b) for a, b in tree["skip"]], tree["rollbacks"])
+    cursor = accepted_cursor(tree["cursor"], context.corpus.index)
+    return Position(tree["step"], cursor, [(a, b) for a, b in tree["skip"]], tree["rollbacks"])
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import shlex
 import sys
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from smolforge.checkpoint import commit
 from smolforge.data import Batch, data_digest
 from smolforge.devices import known_peak_flops
 from smolforge.evaluation import evaluate
@@ -27,6 +29,7 @@ from smolforge.generation.sampling_params import SamplingParams
 from smolforge.logging import console
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
+from smolforge.report import write_report
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
 from smolforge.training.trackers import Trackers
@@ -64,6 +67,7 @@ class MetricsLogger:
         self.total = self.config.total_steps
         self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
         self.throughput = Throughput(self.config.tokens_per_step)
+        self.left_out: str | None = None  # the newest row that could not be used, since the last logged step
         self.data_seconds = 0.0  # spent waiting for data since the last logged step
         self.progress = ProgressBar(self.total)
         self.metrics: MetricsLog | None = None
@@ -82,6 +86,10 @@ class MetricsLogger:
         extended = [row["length"] for row in read_json_lines(run.metrics_path) if row.get("event") == "extend"]
         if more_steps and self.total not in extended:
             self.event(step, "extend", more=more_steps, length=self.total)
+        told = {row["was"] for row in read_json_lines(run.metrics_path) if row.get("event") == "data_changed"}
+        for change in self.context.corpus.index.get("accepted", []):
+            if change["was"] not in told:
+                self.event(step, "data_changed", was=change["was"], problem=change["problem"])
         self.trackers = Trackers(config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None)
         self.progress.start(step)
 
@@ -113,10 +121,17 @@ class MetricsLogger:
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a step where `logging.every` wants it. Called by all ranks together."""
+        if metrics.batch.left_out:
+            self.left_out = metrics.batch.left_out[-1].problem
         if metrics.step % self.config.logging.every == 0 or metrics.step in (1, self.total):
-            digests = [pair for part in self.ranks.all_gather(metrics.batch.digests) for pair in part]
+            parts = self.ranks.all_gather((metrics.batch.digests, metrics.batch.bad_rows, self.left_out))
+            self.left_out = None
             if self.metrics and self.trackers:
-                row = self._row(metrics, digests)
+                row = self._row(metrics, [pair for digests, _, _ in parts for pair in digests])
+                if bad_rows := sum(rows for _, rows, _ in parts):
+                    row["bad_rows"] = bad_rows
+                if problem := next((problem for *_, problem in parts if problem), None):
+                    logger.warning(f"step {metrics.step:,}: {bad_rows:,} rows were left out so far, such as {problem}")
                 self.metrics.append(row)
                 self.trackers.scalars(metrics.step, {f"train/{k}": row[k] for k in TRACKED if k in row})
                 self.progress.show(row, self.throughput.seconds_per_step)
@@ -328,3 +343,16 @@ def clock(seconds: float) -> str:
     whole = round(max(0.0, seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def tell_outcome(context: TrainContext) -> None:
+    """Write the report of a complete run, and tell what to do with it."""
+    run = context.run
+    scores = [row for row in read_json_lines(run.metrics_path) if "validation" in row]
+    if scores:
+        bits, entropy = scores[-1]["validation"]["bits_per_byte"], scores[-1].get("entropy_bits_per_byte")
+        above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
+        logger.info(f"held-out bits per byte: {bits:.4f}{above}")
+    logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
+    logger.info(f"report:     {write_report(run.path)}")
+    logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")

@@ -37,6 +37,7 @@ from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training.optim import build_optimizer, check_optimizer
 from smolforge.training.plan import Plan, make_plan, with_training
+from smolforge.training.run_data import check_weights, keep_places, open_corpus
 from smolforge.training.shutdown import StopRequested
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 # What a run is. Changing one of these makes another run, whose checkpoints do not fit.
 IDENTITY = (
     "model", "tokenizer", "init", "training.tokens_per_step", "training.seed",
-    "data.sources", "data.text_column", "data.separator", "data.sequence_length", "data.lanes", "data.holdout",
+    "data.text_column", "data.separator", "data.sequence_length", "data.lanes", "data.holdout",
     "data.seed", "data.mask_documents",
 )  # fmt: skip
 
@@ -63,6 +64,7 @@ class TrainRequest:
         more_steps: train so many steps beyond where the run stood when this was first requested.
         time_limit: seconds after which to save and stop.
         skip: ranges of steps whose data is left out.
+        accept_changed_data: continue although the data changed.
         command: the command line, for the report.
     """
 
@@ -75,6 +77,7 @@ class TrainRequest:
     more_steps: int | None = None
     time_limit: float | None = None
     skip: Sequence[tuple[int, int]] = ()
+    accept_changed_data: bool = False
     profile: bool = False
     command: str | None = None
 
@@ -136,9 +139,9 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if not run.exists:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
-        new = build_config(request.base or "pocket", list(request.overrides), **request.layers)
+        new = keep_places(build_config(request.base or "pocket", list(request.overrides), **request.layers))
         return new if request.more_steps is None else with_training(new, steps=request.more_steps, tokens=None)
-    saved = build_config(str(run.config_path))
+    saved = keep_places(build_config(str(run.config_path)))
     base = request.base or ""
     name = Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
     if base and name != saved.preset and Path(base) != run.config_path:
@@ -147,8 +150,9 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
             field="out",
             hint="Give another directory with --out, or --fresh to start over (the existing run is moved aside).",
         )
-    changed = build_config(str(run.config_path), list(request.overrides), **request.layers)
+    changed = keep_places(build_config(str(run.config_path), list(request.overrides), **request.layers))
     if newest is not None:
+        changed = check_weights(run, saved, changed)
         _check_identity(run, saved, changed)
     if request.more_steps is not None:
         length = _extended_length(run, newest, request.more_steps)
@@ -177,11 +181,6 @@ def _check_identity(run: Run, saved: RunConfig, changed: RunConfig) -> None:
             continue
         was, wanted = before.get(key), after.get(key)
         message = f"{run.path} was started with {was}, not {wanted}"
-        if key.startswith("data.sources."):
-            was, wanted = (", ".join(str(s) for s in c.data.sources) for c in (saved, changed))
-            message = f"{run.path} was started on other data ({was}), not {wanted}"
-            if was == wanted:
-                message = f"{run.path} was started with other weights of its sources"
         raise BadInput(message, field=key, hint="Give another directory with --out, or --fresh to start over.")
 
 
@@ -220,13 +219,14 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def build_context(
-    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device
-) -> TrainContext:
+    request: TrainRequest, run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext,
+    device: torch.device,
+) -> TrainContext:  # fmt: skip
     """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory."""
     try:
         check_optimizer(config.optimizer.name)
         plan = make_plan(config, device, ranks.world_size)
-        corpus = _open_corpus(run, config, ranks)
+        corpus = open_corpus(run, config, newest, ranks, accept_changes=request.accept_changed_data)
         tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
         apply_plan(plan)
         model = _build_model(config, plan, newest)
@@ -240,18 +240,6 @@ def build_context(
         raise
     scaler = torch.amp.GradScaler(device.type) if plan.precision.scaler else None
     return TrainContext(run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler)
-
-
-def _open_corpus(run: Run, config: RunConfig, ranks: DistributedContext) -> Corpus:
-    """The data of the run. Rank 0 makes the index of a new run; the others open the same index."""
-    index = ranks.broadcast(run.read_index() if ranks.is_main else None)
-    corpus = None
-    if ranks.is_main:
-        corpus = Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
-        if index is None:
-            run.write_index(corpus.index)
-    index = ranks.broadcast(corpus.index if corpus else None)
-    return corpus or Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
 
 
 def _open_tokenizer(

@@ -1,4 +1,4 @@
-"""`smolforge train` from top to bottom: open, step, save, evaluate, finish.
+"""`smolforge train` from top to bottom: open, step, save, evaluate.
 
 Order within a step: wait for the batch, agree with the other ranks whether to stop, run the micro-batches, update, log.
 Then, where due: save, validate, sample. Saving comes first, so that a crash in evaluation loses nothing. On a GPU
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,13 +30,11 @@ from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
 from smolforge.files import write_atomically
-from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
-from smolforge.report import write_report
 from smolforge.run import Run, lock_run
 from smolforge.training import checkpointing, setup
 from smolforge.training.checkpointing import Position
-from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due
+from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due, tell_outcome
 from smolforge.training.optim import optimizer_step, schedule_factor
 from smolforge.training.plan import Plan, resolve_batch
 from smolforge.training.profiling import build_profiler
@@ -74,9 +71,9 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
                     trainer.profiler = build_profiler(run.path / "profile", position.step, remaining, device)
                 trainer.run(request.more_steps)
                 if ranks.is_main:
-                    finish(context)
+                    tell_outcome(context)
         except StopRequested:
-            saved = f"saved. Continue with: {_resume_command(run)}" if run.exists else "nothing was written yet"
+            saved = f"saved. Continue with: {run.resume_command}" if run.exists else "nothing was written yet"
             logger.info(f"{shutdown.reason}: {saved}")
     return run, shutdown
 
@@ -100,7 +97,7 @@ def open_run(
         stack.enter_context(lock_run(run))
         commit.sweep(run.checkpoints_path)
     ranks.barrier()
-    context = setup.build_context(run, config, newest, ranks, device)
+    context = setup.build_context(request, run, config, newest, ranks, device)
     stack.callback(context.corpus.close)  # a thread that waits for a network would keep the process alive
     position = Position()
     if newest is not None:
@@ -130,6 +127,7 @@ class Trainer:
         self.bad: list[StepMetrics] = []  # the last steps, as far as not finite
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
+        self.updating = False  # the weights are between two steps
         self.profiler: profile | None = None
         self.committer = Committer(
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
@@ -143,7 +141,7 @@ class Trainer:
         asked = f"; you asked for {self.total:,}" if step > self.total else ""
         logger.info(
             f"{run.path} already has {step:,} steps{asked}. "
-            f"`{_resume_command(run)} --steps +50` trains fifty more, `--fresh` starts over."
+            f"`{run.resume_command} --steps +50` trains fifty more, `--fresh` starts over."
         )
         return True
 
@@ -166,6 +164,9 @@ class Trainer:
                         self._roll_back()
             except StopRequested:
                 self._save()
+                raise
+            except Exception as error:
+                self._save_before(error)
                 raise
 
     def _steps(self) -> None:
@@ -221,6 +222,7 @@ class Trainer:
         if status == STOP:
             raise StopRequested
         self._save()
+        logger.info(f"the run was saved at step {self.position.step:,}")
         other = SourceUnavailable if status == SOURCE_UNAVAILABLE else RunFailed
         raise error or other("another process could not read its data; the run was saved")
 
@@ -233,10 +235,15 @@ class Trainer:
         context = self.context
         nats, norm, skipped = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
-            lr=lr, ranks=self.ranks, scaler=context.scaler,
+            lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
         )  # fmt: skip
+        self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor
         self.pending.append(StepMetrics(batch, step + 1, nats, norm, skipped, lr))
+
+    def _span(self, name: str) -> AbstractContextManager[Any]:
+        self.updating = name == "update"
+        return record_function(name)
 
     def _flush_metrics(self, keep: int) -> None:
         """Read and record the metrics of all but the newest `keep` steps; RollBack after three not finite in a row."""
@@ -321,6 +328,16 @@ class Trainer:
         self.saved_step = step
         self.ranks.barrier()
 
+    def _save_before(self, error: Exception) -> None:
+        """Save what an error would lose, in one process and between two updates; a RunFailed has saved or must not."""
+        step = self.position.step
+        if isinstance(error, RunFailed) or self.updating or self.ranks.world_size > 1 or step in (0, self.saved_step):
+            return
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            self._save()
+            self.committer.wait()
+            logger.info(f"step {step:,} was saved before the error. Continue with: {self.context.run.resume_command}")
+
     def _after_save(self, directory: Path) -> None:
         """A checkpoint was committed. Called in the thread that saves."""
         self.save_seconds = max(self.save_seconds, time.perf_counter() - self.save_began)
@@ -362,23 +379,3 @@ def train_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
         )
     return nats, norm, skipped
-
-
-# Finish
-
-
-def finish(context: TrainContext) -> None:
-    """Write the report of a complete run, and tell what to do with it."""
-    run = context.run
-    scores = [row for row in read_metrics(run) if "validation" in row]
-    if scores:
-        bits, entropy = scores[-1]["validation"]["bits_per_byte"], scores[-1].get("entropy_bits_per_byte")
-        above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
-        logger.info(f"held-out bits per byte: {bits:.4f}{above}")
-    logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
-    logger.info(f"report:     {write_report(run.path)}")
-    logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")
-
-
-def _resume_command(run: Run) -> str:
-    return f"smolforge train --out {shlex.quote(str(run.path))}"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from smolforge.data.sources import Context, Shard
+from smolforge.errors import DataError
 
 READERS = {
     "parquet": "smolforge.data.readers.parquet:ParquetReader",
@@ -23,11 +24,22 @@ READERS = {
 }
 
 
+SKIP_HINT = "`--set data.on_error=skip` leaves such rows out."
+
+
+class BadRow(DataError):
+    """A row that cannot be used, where others of its shard can; `data.on_error` decides whether it is left out."""
+
+
 class Row(NamedTuple):
-    """One row of a shard. `ends` is False where its document continues in the next row."""
+    """One row of a shard.
+
+    `ends` is False where its document continues in the next row; `problem` says why a row without text is left out.
+    """
 
     text: str
     ends: bool = True
+    problem: str | None = None
 
 
 Rows = Callable[[int], Row]
@@ -39,10 +51,12 @@ class Reader(ABC):
 
     def __init__(self, shard: Shard, context: Context) -> None:
         self.shard, self.context = shard, context
+        self.bad_rows = 0  # that `scan` found, as far as it looks at rows
+        self.first_bad: BadRow | None = None
 
     @abstractmethod
     def scan(self) -> list[list[int]]:
-        """The row groups; DataError where the shard is damaged or lacks the text column."""
+        """The row groups; DataError where the shard is damaged or lacks the text column, BadRow as the context says."""
 
     def use(self, groups: list[list[int]]) -> None:
         """Take the row groups from `scan` or an index."""
@@ -50,7 +64,7 @@ class Reader(ABC):
 
     @abstractmethod
     def rows(self, group: int, start: int, count: int) -> Rows:
-        """Rows [start, start + count) of a row group; its other rows may be missing from the answer."""
+        """Rows [start, start + count) of a row group, each read when asked for; BadRow where it cannot be used."""
 
     def read_ahead(self, group: int) -> None:
         """Start to fetch what `rows` of this group will need, where there is room."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from smolforge.data.cache import LRUCache
-from smolforge.data.readers import Reader, Row, Rows
+from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
 from smolforge.data.sources import Context, Shard
 from smolforge.errors import DataError, SmolforgeError
 
@@ -125,7 +125,7 @@ class ParquetReader(Reader):
             except UnicodeDecodeError as error:
                 place = f"{self.shard.name}, row group {group}, row {number}"
                 problem = f"{place} is not UTF-8: {error.reason} at byte {error.start:,}"
-                raise DataError(problem, field="data.sources") from None
+                raise BadRow(problem, field="data.sources", hint=SKIP_HINT) from None
 
         return row
 

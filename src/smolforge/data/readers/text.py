@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from smolforge.data.cache import decompress
-from smolforge.data.readers import Reader, Row, Rows
+from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
 from smolforge.data.sources import COMPRESSIONS, Context, Shard
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError, SourceChanged
@@ -44,25 +44,53 @@ class TextReader(Reader):
         """The rows in the bytes of a row group."""
 
     @abstractmethod
+    def text(self, raw: bytes) -> str:
+        """The text of a row; UnicodeDecodeError or BadRow, which does not say where the row is."""
+
+    @abstractmethod
     def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
         """A row from its bytes; `last` is true for the last row of the file."""
 
+    def place(self, number: int) -> str:
+        """What errors call the `number`-th of the raw rows, from 1."""
+        return self.shard.name
+
+    def checked(self, raw: bytes, place: Callable[[], str], offset: int = 0) -> str:
+        """The text of a row; BadRow names the `place`, or the byte after `offset`, that is wrong."""
+        try:
+            return self.text(raw)
+        except UnicodeDecodeError as error:
+            raise not_utf8(place(), error, offset) from None
+        except BadRow as error:
+            hint = f"{error.hint or ''} {SKIP_HINT}".strip()
+            raise BadRow(f"{place()} {error.message}", field=error.field, hint=hint) from None
+
     def scan(self) -> list[list[int]]:
         groups: list[list[int]] = []
-        rows = size = offset = 0
+        rows = size = offset = total = 0
         try:
-            for raw, count in self.raw_rows(self._plain()):
-                try:
-                    raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise not_utf8(self.shard.name, error, offset) from None
-                rows, size, offset = rows + count, size + len(raw), offset + len(raw)
+            for number, (raw, count) in enumerate(self.raw_rows(self._plain()), 1):
+                if count:
+                    self._look(raw, number, offset)
+                rows, size, offset, total = rows + count, size + len(raw), offset + len(raw), total + count
                 if size >= GROUP_BYTES:
                     groups.append([rows, size])
                     rows = size = 0
         except OSError as error:
             raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
+        if self.first_bad and self.bad_rows == total:
+            raise self.first_bad
         return [*groups, [rows, size]] if size else groups
+
+    def _look(self, raw: bytes, number: int, offset: int) -> None:
+        """Look at a row while the index is made: one that cannot be used is an error, or counted."""
+        try:
+            self.checked(raw, lambda: self.place(number), offset)
+        except BadRow as error:
+            if self.context.on_error == "fail":
+                raise
+            self.bad_rows += 1
+            self.first_bad = self.first_bad or error
 
     def use(self, groups: list[list[int]]) -> None:
         super().use(groups)
@@ -106,26 +134,21 @@ class JsonLinesReader(TextReader):
     """Lines that are JSON objects with the text column."""
 
     def raw_rows(self, path: Path) -> Iterator[tuple[bytes, int]]:
-        first = True
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
                     where = f"at offset {file.tell() - len(line):,}"
                     raise DataError(f"{self.shard.name} has a line longer than {MAX_LINE >> 20} MiB {where}")
-                filled = bool(line.strip())
-                yield line, int(filled)
-                if filled and first:  # a wrong column or format is found before anything trains
-                    self._text(line, f"{self.shard.name}, first line")
-                    first = False
+                yield line, int(bool(line.strip()))
 
     def split(self, data: bytes) -> list[bytes]:
         return [line for line in data.split(b"\n") if line.strip()]
 
     def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
-        try:
-            return Row(self._text(raw, self.shard.name))
-        except DataError:
-            return Row(self._text(raw, f"{self.shard.name}, line {self._line(group, number)}"))  # raises
+        return Row(self.checked(raw, lambda: self.place(self._line(group, number))))
+
+    def place(self, number: int) -> str:
+        return f"{self.shard.name}, {'first line' if number == 1 else f'line {number}'}"
 
     def _line(self, group: int, number: int) -> int:
         """The number of the line, from 1, that a row is; counted only for an error."""
@@ -134,21 +157,22 @@ class JsonLinesReader(TextReader):
         filled = (i for i, line in enumerate(lines, 1) if line.strip())
         return before + next(islice(filled, number, None))
 
-    def _text(self, line: bytes, place: str) -> str:
+    def text(self, raw: bytes) -> str:
         column = self.context.column
+        raw.decode("utf-8")
         try:
-            value: Any = json.loads(line)
+            value: Any = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place} is not valid JSON: {error}", field="data.sources") from None
+            raise BadRow(f"is not valid JSON: {error}", field="data.sources") from None
         if not isinstance(value, dict):
-            kind, hint = type(value).__name__, f'Each line must look like {{"{column}": "..."}}.'
-            raise DataError(f"{place} is not a JSON object but {kind}", field="data.sources", hint=hint)
+            kind, hint = type(value).__name__, f'It must look like {{"{column}": "..."}}.'
+            raise BadRow(f"is not a JSON object but {kind}", field="data.sources", hint=hint)
         if column not in value:
             hint = f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}."
-            raise DataError(f"{place} has no column {column!r}", field="data.text_column", hint=hint)
+            raise BadRow(f"has no column {column!r}", field="data.text_column", hint=hint)
         text = value[column] if value[column] is not None else ""
         if not isinstance(text, str):
-            raise DataError(f"{place}: column {column!r} is not text but {type(text).__name__}")
+            raise BadRow(f"has in column {column!r} not text but {type(text).__name__}", field="data.text_column")
         return replace_lone_surrogates(text)
 
 
@@ -166,23 +190,24 @@ class PlainTextReader(TextReader):
         return list(pieces(data, self.separator))
 
     def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
+        text = self.checked(raw, lambda: f"{self.shard.name}, row group {group}, row {number}")
+        ends = last or bool(self.separator and self.separator in raw)
+        return Row(text if group or number else text.removeprefix("\ufeff"), ends)
+
+    def text(self, raw: bytes) -> str:
         # A row holds at most one separator, with nothing but line ends after it.
         found = raw.find(self.separator) if self.separator else -1
-        try:
-            text = (raw if found < 0 else raw[:found].rstrip(b"\r\n")).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{self.shard.name}, row group {group}, row {number}", error, 0) from None
-        return Row(text if group or number else text.removeprefix("\ufeff"), last or found >= 0)
+        return (raw if found < 0 else raw[:found].rstrip(b"\r\n")).decode("utf-8")
 
 
-def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> DataError:
+def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> BadRow:
     """The error for bytes that are not UTF-8; `offset` is the place of the decoded bytes in the file."""
     at = offset + error.start
     encoding = "utf-16" if not at and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-    return DataError(
+    return BadRow(
         f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,}",
         field="data.sources",
-        hint=f"Convert it, for example with `iconv -f {encoding} -t utf-8`.",
+        hint=f"Convert it, for example with `iconv -f {encoding} -t utf-8`. {SKIP_HINT}",
     )
 
 

@@ -11,7 +11,9 @@ context, recorded)`, as `resolve_source`. Adding one is a file and a line. The e
 
 from __future__ import annotations
 
+import glob
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,10 +53,11 @@ def no_known_file(problem: str) -> DataError:
 
 @dataclass
 class Context:
-    """What sources and readers share: the configuration's `text_column` and `separator`, the caches, the network."""
+    """What sources and readers share: keys of the configuration, the caches, the network."""
 
     column: str
     separator: str | None
+    on_error: str
     read_ahead: ReadAhead
     offline: bool
     cache: Cache
@@ -115,6 +118,23 @@ SOURCES = {
 }
 
 
+def absolute(spec: str) -> str:
+    """SRC with an absolute path, where it is a file, folder or glob on this machine; any other is unchanged."""
+    if _module_of(spec).__name__ != SOURCES["local"]:
+        return spec
+    path = Path(spec).expanduser()
+    if path.exists():
+        return os.path.abspath(path)  # noqa: PTH100 (links stay: they may point elsewhere later)
+    if not glob.has_magic(spec) or path.is_absolute():
+        return str(path)
+    return os.path.normpath(f"{glob.escape(str(Path.cwd()))}/{path}")
+
+
+def _module_of(spec: str) -> Any:
+    modules = (importlib.import_module(name) for name in SOURCES.values())
+    return next(module for module in modules if module.matches(spec))
+
+
 def resolve_source(spec: str, context: Context, recorded: dict[str, Any] | None = None) -> Source:
     """Find the shards that SRC names; `recorded` is its entry in an earlier index.
 
@@ -122,8 +142,4 @@ def resolve_source(spec: str, context: Context, recorded: dict[str, Any] | None 
         DataError: there is no such source, or it cannot be read; SourceChanged, where it is not the recorded one.
         SourceUnavailable: the network did not answer.
     """
-    for name in SOURCES.values():
-        module = importlib.import_module(name)
-        if module.matches(spec):
-            return module.resolve(spec, context, recorded)
-    raise AssertionError("local matches everything")
+    return _module_of(spec).resolve(spec, context, recorded)

@@ -17,6 +17,7 @@ from typing import Any
 
 from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.errors import DataError, SourceChanged
+from smolforge.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,12 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     elif glob.has_magic(spec):
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (a pattern with its own root)
         named = sorted(p for p in found if p.is_file())
+        named = [p for p in named if not any(map(_is_run, p.parents))] or named
         root = Path(os.path.commonpath([p.parent for p in named])) if named else path
         problem = f"no file matches {spec}"
     else:
-        raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=_hint(spec))
+        hint = "If it moved, name its new place: --data PATH." if recorded else _hint(spec)
+        raise DataError(f"no such file or folder: {spec}", field="data.sources", hint=hint)
     if not named:
         raise no_known_file(problem)
     filled = [file for file in named if file.stat().st_size]
@@ -114,7 +117,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
 
 
 def _walk(root: Path) -> list[Path]:
-    """Files of known formats below a folder; linked folders are followed, each folder once."""
+    """Files of known formats below a folder; linked folders are followed, each folder once, and runs left out."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         place = Path(folder).resolve()
@@ -122,9 +125,14 @@ def _walk(root: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        # A run lies often among its data, and its logs and tokenizer are no text to train on.
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_run(Path(folder, f)))
         found += [Path(folder, f) for f in files if not f.startswith(".") and format_of(f)]
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    return Run(folder).begun
 
 
 def _hint(spec: str) -> str:

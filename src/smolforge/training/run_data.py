@@ -1,0 +1,107 @@
+"""The data of a run: where its sources lie, and what happens where they moved or changed.
+
+What counts is what the data is, which the hash of the index says, and not where it lies or how its path is spelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from smolforge.checkpoint import commit
+from smolforge.config import RunConfig
+from smolforge.data import Corpus
+from smolforge.data.sources import absolute
+from smolforge.distributed import DistributedContext
+from smolforge.errors import BadInput, SourceChanged
+from smolforge.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def keep_places(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths of local sources, so that the run can be resumed from any directory."""
+    sources: dict[str, float] = {}
+    for source, weight in config.data.sources.items():
+        sources[absolute(source)] = sources.get(absolute(source), 0.0) + weight
+    return _with_sources(config, sources)
+
+
+def check_weights(run: Run, saved: RunConfig, changed: RunConfig) -> RunConfig:
+    """`changed` with its sources in the order of the run, which its stream depends on.
+
+    Raises:
+        BadInput: it has more or fewer sources than the run, or other weights.
+    """
+    was, now = saved.data.sources, changed.data.sources
+    if was.keys() == now.keys():
+        now = {source: now[source] for source in was}
+    different = [b for (a, weight), b in zip(was.items(), now, strict=False) if weight != now[b]]
+    if len(was) != len(now) or different:
+        message = f"{run.path} was started with other weights of its sources"
+        if was.keys() != now.keys():
+            message = _other_data(run, list(was), list(now))
+        hint = "Give another directory with --out, or --fresh to start over."
+        raise BadInput(message, field=f"data.sources.{[*different, *now][0]}", hint=hint)
+    return _with_sources(changed, now)
+
+
+def _with_sources(config: RunConfig, sources: dict[str, float]) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _other_data(run: Run, was: list[str], now: list[str]) -> str:
+    return f"{run.path} was started on other data ({', '.join(was)}), not {', '.join(now)}"
+
+
+def open_corpus(
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, *, accept_changes: bool
+) -> Corpus:
+    """The data of the run. Rank 0 makes the index of a new run; the others open the same index.
+
+    Args:
+        newest: the checkpoint that the run continues from.
+        accept_changes: continue with data that changed, and record from which step on.
+
+    Raises:
+        SourceChanged: the data is not what the run was started on.
+    """
+    index = ranks.broadcast(run.read_index() if ranks.is_main else None)
+    corpus = _open_on_main(run, config, index, newest, accept_changes) if ranks.is_main else None
+    index = ranks.broadcast(corpus.index if corpus else None)
+    return corpus or Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
+
+
+def _open_on_main(
+    run: Run, config: RunConfig, index: dict[str, Any] | None, newest: Path | None, accept_changes: bool
+) -> Corpus:
+    cache, specs = run.path / "cache", list(config.data.sources)
+    if index is None:
+        corpus = Corpus.open(config.data, cache_dir=cache)
+        run.write_index(corpus.index)
+        return corpus
+    was = [entry["source"] for entry in index["sources"]]
+    try:
+        corpus = Corpus.open(config.data, index=index, cache_dir=cache)
+    except SourceChanged as error:
+        if newest is not None and not accept_changes:
+            problem = error.message if was == specs else f"{_other_data(run, was, specs)}: {error.message}"
+            raise SourceChanged(problem, field=error.field, hint=error.hint) from None
+        corpus = Corpus.open(config.data, cache_dir=cache)
+        if newest is None:  # nothing was trained on it
+            shutil.rmtree(run.path / "tokenizer", ignore_errors=True)
+        else:
+            step = commit.step_of(newest) or 0
+            logger.warning(f"{error.message}. Accepted: the run has the new data from step {step:,} on")
+            change = {"step": step, "was": index["hash"], "problem": error.message}
+            corpus.index["accepted"] = [*index.get("accepted", []), change]
+    else:
+        for old, new in zip(was, specs, strict=True):
+            if old != new:
+                logger.info(f"data: {old} is now read from {new}, with the same content")
+        for entry, spec in zip(corpus.index["sources"], specs, strict=True):
+            entry["source"] = spec
+    run.write_index(corpus.index)
+    return corpus
