@@ -250,3 +250,14 @@ def test_the_token_that_begins_a_text(trained: Tokenizer) -> None:
     assert Tokenizer(trained.backend, {"bos_token": "<|im_start|>"}).bos_id == 1
     assert Tokenizer(trained.backend, {"bos_token": {"content": "<|im_end|>"}}).bos_id == 2
     assert Tokenizer(trained.backend, {"bos_token": "<s>"}).bos_id == 0, "not in the vocabulary"
+
+
+def test_special_tokens_named_only_in_their_map(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    names = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>", "lstrip": False}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id) == (2, 1)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert Tokenizer.from_pretrained(tmp_path).eos_id == 0, "tokenizer_config.json wins"

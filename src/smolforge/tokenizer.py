@@ -94,8 +94,13 @@ class Tokenizer:
             raise
         except BaseException as error:  # PanicException of the library is not an Exception
             raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
-        settings = directory / "tokenizer_config.json"
-        config = read_json(settings, limit=MAX_FILE_BYTES) if settings.is_file() else {}
+        config, specials = (
+            read_json(file, limit=MAX_FILE_BYTES) if (file := directory / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):  # some files name them only in the map
+            if not config.get(key) and specials.get(key):
+                config[key] = specials[key]
         template = directory / "chat_template.jinja"  # where transformers 5 keeps it, before tokenizer_config.json
         if template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
             config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")

@@ -182,13 +182,7 @@ def test_nothing_named(opened: Any, tmp_path: Path) -> None:
         opened("owner/data")
 
 
-def test_all_documents_held_out_or_blank(opened: Any, tmp_path: Path) -> None:
-    from smolforge.data.corpus import is_held_out
-
-    held = [t for t in named(100) if is_held_out(t, 0.4)]
-    for workers in (0, 2):
-        with pytest.raises(DataError, match="all are held out"):
-            batches(opened(jsonl(tmp_path / "h.jsonl", held), holdout=0.4, workers=workers), 1)
+def test_all_documents_blank(opened: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all are blank"):
         batches(opened(jsonl(tmp_path / "b.jsonl", [" "])), 1)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data.conftest import Bytes, batches, configured, digests, jsonl, named, parquet, resumed
 from smolforge.data import Corpus, Loader, batch_of_step
-from smolforge.data.corpus import is_held_out
+from smolforge.data.holdout import is_held_out
 from smolforge.errors import BadInput, CheckpointError, DataError
 
 

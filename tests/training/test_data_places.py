@@ -148,3 +148,15 @@ def test_the_cache_lies_where_the_environment_says(make_run, here, monkeypatch) 
     monkeypatch.setenv("SMOLFORGE_CACHE", str(here / "scratch"))
     run = make_run("run", data=data_of("a.jsonl.gz"), training={"steps": 2})
     assert list((here / "scratch" / "data").iterdir()) and not (run.path / "cache").exists()
+
+
+def test_a_tokenizer_and_a_first_model_by_another_spelling(make_run, here) -> None:
+    make_run("here/first", data=data_of("docs.jsonl"), training={"steps": 2})
+    sections = {"tokenizer": "first/tokenizer", "data": data_of("docs.jsonl")}
+    run = make_run("run", training={"steps": 2}, **sections)
+    make_run("run", training={"steps": 3}, **{**sections, "tokenizer": "./first/tokenizer"})
+    assert steps_of(run)[-1][0] == 3
+    run = make_run("grown", init="first", training={"steps": 2}, data=data_of("docs.jsonl"))
+    os.chdir(here.parent)
+    make_run("grown", init="here/first", training={"steps": 3})
+    assert steps_of(run)[-1][0] == 3

@@ -79,8 +79,9 @@ def _score_text(args: argparse.Namespace) -> int:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="--length")
 
     def score(sources: dict[str, float]) -> tuple[EvalSlice, dict[str, Any]]:
-        with Corpus.open(DataConfig(sources=sources, text_column=args.text_column)) as corpus:
-            texts = corpus.texts(held_out=True if args.held_out else None)
+        config = DataConfig(sources=sources, text_column=args.text_column, on_error="skip")  # told, not scored
+        with Corpus.open(config) as corpus:
+            texts = corpus.parts(held_out=True if args.held_out else None)
             piece, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
         windows = -(-(len(piece.tokens) - 1) // length)
         found = asdict(evaluate(model, piece, length=min(length, len(piece.tokens) - 1), batch=min(4, windows)))

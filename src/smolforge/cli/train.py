@@ -24,7 +24,7 @@ examples:
 
 An existing run is continued: weights, moments, schedule and the position in the data are exactly
 those of a run that was never interrupted. A data source is a file, folder or glob (.parquet,
-.jsonl[.gz|.zst], .txt), a URL, hf://datasets/OWNER/NAME[@REV]/PATH, OWNER/NAME:CONFIG, or `tales`.
+.jsonl or .json[.gz|.zst], .txt), a URL, hf://datasets/OWNER/NAME[@REV]/PATH, OWNER/NAME:CONFIG, or `tales`.
 Presets and all keys of --set: docs/configuration.md, or `smolforge summary PRESET`.
 """
 

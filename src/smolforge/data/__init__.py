@@ -6,9 +6,10 @@ documents, joins them with EOS and cuts windows of L+1 tokens; a batch takes the
 is. So the batch of step N depends on the sources, the tokenizer, the seed and the cursor alone: threads, prefetch and
 the number of ranks decide when something is read, never what is read. To resume is to seek to a cursor.
 
-    corpus.py     the sources of a configuration, opened and readable by address; which documents are held out
+    corpus.py     the sources of a configuration, opened and readable by address
+    holdout.py    which documents training never sees
     sources/      from SRC to shards: local files, URLs, the Hub
-    readers/      from a shard to rows of text: parquet, jsonl, txt
+    readers/      from a shard to rows of text: parquet, jsonl, json, txt
     index.py      every shard and row group, with a hash of the whole
     order.py      which rows each lane reads, epoch by epoch
     packing.py    one lane: tokenize, join, cut windows

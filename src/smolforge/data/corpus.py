@@ -1,12 +1,8 @@
-"""A corpus: the sources of a configuration, resolved, indexed and readable; and which documents training never sees.
-
-A hash of the text alone decides that: it is the same in any order, on any rank and for any seed, and identical texts
-are on the same side, so a held-out document cannot leak into training through a duplicate.
-"""
+"""A corpus: the sources of a configuration, resolved, indexed and readable."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +12,7 @@ from smolforge.config import DataConfig
 from smolforge.data import index as indexing
 from smolforge.data.cache import Cache, ReadAhead
 from smolforge.data.fetch import Network
+from smolforge.data.holdout import Holdout, decide_holdout
 from smolforge.data.order import Order, RowRange, split_into_ranges
 from smolforge.data.readers import BadRow, Reader, Row, Rows
 from smolforge.data.sources import Context, Source
@@ -32,18 +29,11 @@ class Address(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document (of a very long text: one piece of it) and where it is."""
+    """One document, or a piece of a very long one, and where it is; `ends` is False where the next continues it."""
 
     address: Address
     text: str
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether `text` belongs to the `share` of all texts that training never sees (uniform hash below share)."""
-    if share <= 0:
-        return False
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, person=b"held-out").digest()
-    return int.from_bytes(digest, "little") < share * 2.0**64
+    ends: bool = True
 
 
 class Corpus:
@@ -120,33 +110,52 @@ class Corpus:
         known = self._entropies[0]
         return known() if known is not None and len(self._entropies) == 1 else None
 
+    @functools.cached_property
+    def holdout(self) -> Holdout:
+        """Which documents training never sees; of a small corpus as many are read as it takes to know."""
+        sources = [
+            (spec, sum(part.rows for part in self.orders[s].ranges), (d.text for d in self.documents_of(s)))
+            for s, spec in enumerate(self.specs)
+        ]
+        return decide_holdout(sources, self.config.holdout)
+
     def documents(self, *, held_out: bool | None = None) -> Iterator[Document]:
         """All documents in canonical order: those that training never sees (True), those it sees (False), or both."""
         for source in range(len(self.specs)):
             yield from self.documents_of(source, held_out=held_out)
 
     def texts(self, *, held_out: bool | None = None) -> Iterator[str]:
-        """The texts of `documents`, sources alternating by weight in characters: the first represent the mixture."""
+        """The texts of `parts`, of which long documents are several."""
+        return (text for text, _ in self.parts(held_out=held_out))
+
+    def parts(self, *, held_out: bool | None = None) -> Iterator[tuple[str, bool]]:
+        """Texts, and whether each ends its document, in pieces where a document is long.
+
+        Sources alternate by weight in characters after each document, so that the first represent the mixture.
+        """
         streams = {s: self.documents_of(s, held_out=held_out) for s in range(len(self.specs))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
             source = min(streams, key=lambda s: (drawn[s] / self.weights[s], s))
             document = next(streams[source], None)
-            if document is None:
+            while document is not None:
+                drawn[source] += len(document.text)
+                yield document.text, document.ends
+                if document.ends:
+                    break
+                document = next(streams[source], None)
+            else:
                 del streams[source]
-                continue
-            drawn[source] += len(document.text)
-            yield document.text
 
     def documents_of(self, source: int, *, held_out: bool | None = None) -> Iterator[Document]:
-        """The documents of one source in canonical order."""
-        share = self.config.holdout
+        """The documents of one source in canonical order; of both sides together, pieces tell what they belong to."""
         for part in self.orders[source].ranges:
             rows = self.read(source, part)
             for number in range(part.rows):
-                text = rows(number).text
-                if text and not text.isspace() and (held_out is None or is_held_out(text, share) == held_out):
-                    yield Document(self.address(source, part, number), text)
+                row = rows(number)
+                text = row.text if held_out is None else self.holdout.part(row.text, held_out)
+                if text and not text.isspace():
+                    yield Document(self.address(source, part, number), text, row.ends or held_out is not None)
 
     def read(self, source: int, part: RowRange) -> Rows:
         """The rows of a range, numbered from 0. One that cannot be used is an error, or empty with its `problem`."""

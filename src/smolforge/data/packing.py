@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smolforge.data.corpus import Address, Corpus, is_held_out
+from smolforge.data.corpus import Address, Corpus
 from smolforge.data.cursor import Position, to_json
 from smolforge.data.order import RowRange, permutation
 from smolforge.data.readers import BadRow, Rows
@@ -133,7 +133,6 @@ class LaneSource:
         typical = part.bytes // part.rows or 4096
         count = min(max(ENCODE_BYTES // typical, 1), MAX_ENCODE_ROWS)
         first, last = self.position.row, min(self.position.row + count, len(order))
-        share = self.corpus.config.holdout
         taken = []
         for at in range(first, last):
             try:
@@ -147,9 +146,12 @@ class LaneSource:
             if row.problem:
                 address = self.corpus.address(self.source, part, int(order[at]))
                 self._bad.append((at, LeftOut(address, row.problem)))
-        used = [
-            (at, row) for at, row in taken if row.text and not row.text.isspace() and not is_held_out(row.text, share)
-        ]
+        used = []
+        for at, row in taken:
+            if row.text and not row.text.isspace():
+                text = self.corpus.holdout.part(row.text, held_out=False)
+                if text:
+                    used.append((at, row._replace(text=text)))
         short = [row.text for _, row in used if len(row.text) <= MAX_TEXT]
         ids = iter(self.encoder.encode_batch(short) if short else [])
         for at, row in used:

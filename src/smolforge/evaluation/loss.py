@@ -57,22 +57,29 @@ class Score:
     documents: int
 
 
-def tokenize_eval_set(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> EvalSlice:
+def tokenize_eval_set(
+    texts: Iterable[str | tuple[str, bool]], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> EvalSlice:
     """Tokenize texts until `max_tokens` are reached; the last document is truncated there.
+
+    Args:
+        texts: documents, or pieces of them, each with whether it ends its document.
 
     Raises:
         DataError: the texts are empty.
     """
     pieces: list[list[int]] = [[*tokenizer.prefix_ids, tokenizer.eos_id][:1]]
     count = n_bytes = documents = 0
-    for text in texts:
-        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    inside = False  # a document
+    for item in texts:
+        text, ends = (item, True) if isinstance(item, str) else item
+        ids = [*tokenizer.encode(text), *([tokenizer.eos_id] if ends else [])]
         whole = max_tokens is None or count + len(ids) <= max_tokens
         if not whole:
             ids = ids[: max_tokens - count]  # type: ignore[operator]
         pieces.append(ids)
         count += len(ids)
-        documents += 1
+        documents, inside = documents + (not inside), not ends
         n_bytes += len(text.encode()) if whole else sum(len(tokenizer.token_bytes(i)) for i in ids)
         if max_tokens is not None and count >= max_tokens:
             break

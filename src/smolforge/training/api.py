@@ -23,6 +23,7 @@ def train(
     tokens: int | None = None,
     init: str | None = None,
     fresh: bool = False,
+    accept_changed_data: bool = False,
     time_limit: float | None = None,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -37,6 +38,7 @@ def train(
         tokens: length of the run in tokens.
         init: start from the weights of a model directory or Hub id.
         fresh: start over; an existing run is moved aside.
+        accept_changed_data: continue a run although its data changed; the step is recorded.
         time_limit: seconds after which to save and return.
         config: more settings by section, such as {"optimizer": {"lr": 1e-3}}.
         quiet: leave Python's logging as it is, instead of showing messages and progress on stderr.
@@ -65,6 +67,7 @@ def train(
         layers=layers,
         out=None if out is None else Path(out),
         fresh=fresh,
+        accept_changed_data=accept_changed_data,
         time_limit=time_limit,
     )
     run, shutdown = run_training(request)

@@ -6,6 +6,7 @@ What counts is what the data is, which the hash of the index says, and not where
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def keep_places(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths of local sources, so that the run can be resumed from any directory."""
+    """The configuration with absolute paths, of sources, tokenizer and `init`: a run is resumed from any directory."""
     sources: dict[str, float] = {}
     for source, weight in config.data.sources.items():
         sources[absolute(source)] = sources.get(absolute(source), 0.0) + weight
-    return _with_sources(config, sources)
+    places = {
+        key: os.path.abspath(path)  # noqa: PTH100 (links stay: `last` of a run may point elsewhere later)
+        for key in ("tokenizer", "init")
+        if isinstance(name := getattr(config, key), str) and (path := Path(name).expanduser()).exists()
+    }
+    return _with_sources(config.model_copy(update=places), sources)
 
 
 def check_weights(run: Run, saved: RunConfig, changed: RunConfig) -> RunConfig:

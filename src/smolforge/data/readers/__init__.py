@@ -1,7 +1,8 @@
 """Readers: from a shard to rows of text. A reader counts the rows of each row group once, then reads any of them.
 
-    parquet.py   the text column of a parquet file, by row group
-    text.py      jsonl and txt, in row groups of about a megabyte
+    parquet.py     the text column of a parquet file, by row group
+    text.py        jsonl and txt, in row groups of about a megabyte
+    json_array.py  json, as jsonl
 
 Adding a format is a file here, a line in `READERS`, and its ending in `sources.ENDINGS`.
 """
@@ -19,6 +20,7 @@ from smolforge.errors import DataError
 READERS = {
     "parquet": "smolforge.data.readers.parquet:ParquetReader",
     "jsonl": "smolforge.data.readers.text:JsonLinesReader",
+    "json": "smolforge.data.readers.json_array:JsonReader",
     "txt": "smolforge.data.readers.text:PlainTextReader",
     "tales": "smolforge.tales.source:TalesReader",
 }

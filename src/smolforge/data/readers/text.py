@@ -11,6 +11,7 @@ corpus may have more files than a process may have open.
 
 from __future__ import annotations
 
+import functools
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -79,7 +80,8 @@ class TextReader(Reader):
         except OSError as error:
             raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
         if self.first_bad and self.bad_rows == total:
-            raise self.first_bad
+            hint = (self.first_bad.hint or "").removesuffix(SKIP_HINT).strip() or None
+            raise DataError(self.first_bad.message, field=self.first_bad.field, hint=hint)
         return [*groups, [rows, size]] if size else groups
 
     def _look(self, raw: bytes, number: int, offset: int) -> None:
@@ -112,22 +114,39 @@ class TextReader(Reader):
             raise SourceChanged(f"{self.shard.name} ends at byte {start + len(data):,}, inside an indexed row group")
         return data
 
+    @functools.cached_property
+    def _compression(self) -> str | None:
+        return COMPRESSIONS.get(Path(self.shard.name.lower()).suffix)
+
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes of the file without compression."""
+        path = self.shard.whole()
+        try:
+            if self._compression:
+                yield from decompress(path, self._compression)
+            else:
+                with path.open("rb") as file:
+                    while block := file.read(BLOCK):
+                        yield block
+        except EOFError as error:
+            hint = "Fetch or write the file again."
+            raise DataError(f"{self.shard.name} is damaged: {error}", field="data.sources", hint=hint) from None
+
+    def is_copied(self) -> bool:
+        """Whether the file is read from a copy in the cache: decompressed, or converted."""
+        return self._compression is not None
+
+    def convert(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """What the copy holds."""
+        return blocks
+
     def _plain(self) -> Path:
-        """The local file without compression."""
+        """The local file, or the copy of it that is read."""
         shard = self.shard
-        compression = COMPRESSIONS.get(Path(shard.name.lower()).suffix)
-        if compression is None:
+        if not self.is_copied():
             return shard.whole()
-
-        def blocks() -> Iterator[bytes]:
-            try:
-                yield from decompress(shard.whole(), compression)
-            except EOFError as error:
-                hint = "Fetch or write the file again."
-                raise DataError(f"{shard.name} is damaged: {error}", field="data.sources", hint=hint) from None
-
         key = f"plain {shard.name} {shard.size} {sorted(shard.identity().items())}"
-        return self.context.cache.file(key, blocks(), what=f"{shard.name} (decompressed)")
+        return self.context.cache.file(key, self.convert(self.blocks()), what=f"{shard.name} (as plain text)")
 
 
 class JsonLinesReader(TextReader):

@@ -15,19 +15,21 @@ import glob
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from smolforge.data.cache import Cache, ReadAhead
 from smolforge.data.fetch import Network
 from smolforge.errors import DataError
 
-ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
+T = TypeVar("T")
+
+ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".txt": "txt"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # may follow the ending of a text format
-KNOWN_ENDINGS = ".parquet, .jsonl and .txt; the last two also with .gz, .zst, .bz2 or .xz"
+KNOWN_ENDINGS = ".parquet, .jsonl, .json and .txt; all but the first also with .gz, .zst, .bz2 or .xz"
 
 
 def format_of(name: str) -> str | None:
@@ -36,6 +38,12 @@ def format_of(name: str) -> str | None:
     stem = next((lower.removesuffix(c) for c in COMPRESSIONS if lower.endswith(c)), lower)
     found = next((format for ending, format in ENDINGS.items() if stem.endswith(ending)), None)
     return None if found == "parquet" and stem != lower else found
+
+
+def of_known_format(files: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """The files of a folder that readers know; .json only where there are no others, which it describes."""
+    known = [(file, format) for file in files if (format := format_of(name(file)))]
+    return [file for file, format in known if format != "json"] or [file for file, _ in known]
 
 
 def check_ending(name: str, named: str) -> str:

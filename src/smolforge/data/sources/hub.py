@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smolforge.data.fetch import HttpFile, Trouble, may_pass, retry_after
-from smolforge.data.sources import Context, Source, check_ending, format_of, no_known_file
+from smolforge.data.sources import Context, Source, check_ending, no_known_file, of_known_format
 from smolforge.data.sources.url import RemoteShard
 from smolforge.errors import DataError, SourceChanged
 
@@ -268,7 +268,7 @@ def _described(entry: Any) -> File:
 
 
 def _known(files: list[File]) -> list[File]:
-    return [file for file in files if format_of(file[0])]
+    return of_known_format(files, lambda file: file[0])
 
 
 def _training(files: list[File]) -> list[File]:

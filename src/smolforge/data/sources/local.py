@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
+from smolforge.data.sources import Context, Shard, Source, check_ending, no_known_file, of_known_format
 from smolforge.errors import DataError, SourceChanged
 from smolforge.run import Run
 
@@ -127,8 +127,8 @@ def _walk(root: Path) -> list[Path]:
         seen.add(place)
         # A run lies often among its data, and its logs and tokenizer are no text to train on.
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_run(Path(folder, f)))
-        found += [Path(folder, f) for f in files if not f.startswith(".") and format_of(f)]
-    return found
+        found += [Path(folder, f) for f in files if not f.startswith(".")]
+    return of_known_format(found, lambda path: path.name)
 
 
 def _is_run(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from smolforge.data.fetch import HttpFile, Network, NoRanges, RemoteFile, Trouble, may_pass
-from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file, of_known_format
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError
 
@@ -147,9 +147,9 @@ def _fsspec_shards(spec: str, context: Context, recorded: list[dict[str, Any]]) 
     def find() -> list[str]:
         filesystem.invalidate_cache()
         if has_magic(path):
-            return [found for found in filesystem.glob(path) if format_of(found)]
+            return of_known_format(filesystem.glob(path))
         if filesystem.isdir(path):
-            return [found for found in filesystem.find(path) if format_of(found)]
+            return of_known_format(filesystem.find(path))
         check_ending(path, spec)
         return [path]
 
