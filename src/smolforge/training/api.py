@@ -50,16 +50,7 @@ def train(
         SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM arrived; the state was saved.
     """
-    layers: dict[str, Any] = copy.deepcopy(dict(config or {}))
-    for name, length in (("steps", steps), ("tokens", tokens)):
-        if length is not None:
-            layers.setdefault("training", {})[name] = length
-    if data is not None:
-        sources = [data] if isinstance(data, str) else data
-        weights = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
-        layers.setdefault("data", {})["sources"] = dict(weights)
-    if init is not None:
-        layers["init"] = init
+    layers = _layers(config, steps=steps, tokens=tokens, data=data, init=init)
     if not quiet:
         show()
     request = TrainRequest(
@@ -76,3 +67,25 @@ def train(
     if shutdown.signal is not None:
         raise SystemExit(shutdown.exit_code)
     return run
+
+
+def _layers(
+    config: Mapping[str, Any] | None,
+    *,
+    steps: int | None,
+    tokens: int | None,
+    data: str | Sequence[str] | dict[str, float] | None,
+    init: str | None,
+) -> dict[str, Any]:
+    """The settings by section: those of `config`, and the arguments that have a key."""
+    layers: dict[str, Any] = copy.deepcopy(dict(config or {}))
+    for name, length in (("steps", steps), ("tokens", tokens)):
+        if length is not None:
+            layers.setdefault("training", {})[name] = length
+    if data is not None:
+        sources = [data] if isinstance(data, str) else data
+        weights = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
+        layers.setdefault("data", {})["sources"] = dict(weights)
+    if init is not None:
+        layers["init"] = init
+    return layers
