@@ -53,7 +53,7 @@ def events(response) -> list[dict]:
     ("settings", "field"),
     [
         ({"host": "0.0.0.0"}, "host"), ({"host": "192.168.1.5"}, "host"), ({"port": 70000}, "port"), ({"api_key": " "}, "api-key"),
-        ({"cors_origins": ("*",)}, "cors-origin"), ({"max_queue": 0}, "max_queue"), ({"request_seconds": 0}, "request_seconds"),
+        ({"root_path": "llm/"}, "root-path"), ({"cors_origins": ("*",)}, "cors-origin"), ({"max_queue": 0}, "max_queue"), ({"request_seconds": 0}, "request_seconds"),
     ],
 )  # fmt: skip
 def test_unsafe_or_senseless_settings_are_refused(settings, field):

@@ -36,6 +36,9 @@ def add(verbs: Any) -> None:
         "--cors-origin", dest="cors_origins", action="append", default=[], metavar="URL",
         help="let this web origin call the API",
     )  # fmt: skip
+    parser.add_argument(
+        "--root-path", default="", metavar="PATH", help="prefix under which a reverse proxy serves this, such as /llm"
+    )
     parser.add_argument("--name", default=None, help="id of the model in the API (default: its directory's name)")
     add_inference(parser)
     limits = parser.add_argument_group("limits")

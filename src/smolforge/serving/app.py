@@ -66,7 +66,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
 
     app = FastAPI(
         title="smolforge", summary=f"{state.source.name} on an OpenAI API", description=DESCRIPTION, lifespan=lifespan,
-        docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS,
+        docs_url=None, redoc_url=None, redirect_slashes=False, root_path=settings.root_path, responses=ERRORS,
         exception_handlers={
             **dict.fromkeys((ApiError, SmolforgeError, Exception), _answer), RequestValidationError: _invalid,
             HTTPException: _http,

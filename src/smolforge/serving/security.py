@@ -34,6 +34,8 @@ COOKIE_SECONDS = 30 * 86400
 WRONG_KEY_SECONDS = 0.5  # slows guessing down; other requests are not delayed
 OPEN_PATHS = ("/health", "/login")  # need no key, like the files below OPEN_FILES
 OPEN_FILES = "/page/static/"
+# Sent by the page. A script of another web page cannot send it without being asked for by CORS first.
+OWN_HEADER = "x-requested-with"
 DRAIN_BYTES = 8 << 20  # of a body that is too large, read so that the client can read the answer
 CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer
 HEADERS = {
@@ -91,6 +93,9 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        root, path = scope.get("root_path", ""), scope["path"]
+        if path != root and not path.startswith(f"{root}/"):
+            scope = {**scope, "path": root + path}  # a reverse proxy took the prefix off; routes expect it
         head_only = scope["method"] == "HEAD"
         if head_only:  # answered as a GET without its body
             scope = {**scope, "method": "GET"}
@@ -105,24 +110,31 @@ class SecurityMiddleware:
             await send(message)
 
         try:
-            self._check_origin(Headers(scope=scope))
+            self._check_origin(scope)
             answer = self._check_key(scope)
         except ApiError as error:
             self.metrics.requests.labels("refused", str(error.status)).inc()
             answer = error.response()
         await (answer or self.app)(scope, receive, secured)
 
-    def _check_origin(self, headers: Headers) -> None:
+    def _check_origin(self, scope: Scope) -> None:
+        """Refuse foreign host names and web pages. Behind a reverse proxy `host` can be another than the browser's."""
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self.hosts is not None and _hostname(host) not in self.hosts:
             raise ApiError(403, "this server only answers under its own address; serve it with a key for others")
         origin, allowed = headers.get("origin"), self.settings.cors_origins
-        if origin is not None and urlsplit(origin).netloc != host and origin not in allowed and "*" not in allowed:
+        if origin is None or urlsplit(origin).netloc == host or origin in allowed or "*" in allowed:
+            return
+        harmless = _path(scope) == "/login" or _path(scope).startswith(OPEN_FILES)  # Chrome names an origin for modules
+        if not harmless and headers.get("sec-fetch-site") != "same-origin" and OWN_HEADER not in headers:
             raise ApiError(403, "requests from other web pages are not allowed; see --cors-origin")
 
     def _check_key(self, scope: Scope) -> Response | None:
         """None for a request that is allowed; a redirect to the login for a visitor of the page."""
-        request, path = HTTPConnection(scope), scope["path"]
+        request, path = HTTPConnection(scope), _path(scope)
+        if not path:  # the prefix of a reverse proxy; the page's addresses are relative to what lies below it
+            return RedirectResponse(scope["path"] + "/", 307)
         if path in OPEN_PATHS or path.startswith(OPEN_FILES) or self.keys.allows(request):
             return None
         if path == "/" and scope["method"] == "GET":
@@ -130,6 +142,11 @@ class SecurityMiddleware:
         problem = "wrong API key" if request.headers.get("authorization") else "no API key"
         text = f"{problem}: send it as 'Authorization: Bearer KEY'"
         raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _path(scope: Scope) -> str:
+    """The path without the prefix of a reverse proxy."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 def _hostname(host: str) -> str | None:

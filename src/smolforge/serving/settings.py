@@ -22,6 +22,8 @@ class ServeSettings:
         port: 0 takes a free one.
         api_key: key that clients must send; the page asks for it.
         allow_public: serve a public address without a key.
+        root_path: prefix under which a reverse proxy serves this server, such as /llm; with or without it in the
+            requests that arrive.
         cors_origins: other web origins whose scripts may call the API; none unless given.
         name: id of the model in the API; the name of the directory or Hub repository unless given.
         quantize: as in `Engine.from_pretrained`.
@@ -44,6 +46,7 @@ class ServeSettings:
     port: int = 8000
     api_key: str | None = None
     allow_public: bool = False
+    root_path: str = ""
     cors_origins: tuple[str, ...] = ()
     name: str | None = None
     quantize: str = "auto"
@@ -69,6 +72,9 @@ class ServeSettings:
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise BadInput(f"must be above 0, not {getattr(self, name)}", field=name)
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            hint = "Give a path such as /llm, with / only at its beginning."
+            raise BadInput(f"{self.root_path!r} is not a prefix", field="root-path", hint=hint)
         if self.api_key is not None and not self.api_key.strip():
             raise BadInput("is empty", field="api-key", hint=f"Give a key, in {KEY_VARIABLE} or with --api-key.")
         if "*" in self.cors_origins and self.api_key is None:

@@ -35,7 +35,9 @@ export async function copy(text, button) {
 // Reads server-sent events of a POST and hands each one on. Throws an Error with the server's own words.
 export async function events(path, body, signal, take) {
   const answer = await fetch(path, {
-    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+    method: "POST", signal, body: JSON.stringify(body),
+    // Behind a proxy the server may not know its own name; this header tells that no other web page asks.
+    headers: { "Content-Type": "application/json", "X-Requested-With": "smolforge" },
   });
   if (!answer.ok) {
     if (answer.status === 401) window.location = "login";
