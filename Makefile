@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 # torch is pinned in constraints.txt: the newest on the index would bring gigabytes of CUDA to a laptop.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
@@ -38,7 +39,7 @@ lint: $(VENV)/installed-dev      ## ruff, pyright, and the layers of the code
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-soak: $(VENV)/installed-dev      ## long checks: random kills, faults and corruption (about 20 minutes)
+soak: $(VENV)/installed-dev $(CLIENTS)/installed  ## long checks: random kills, faults and corruption (about 20 minutes)
 	$(PIP) -e '.[native]'
 	$(BIN)/python -m pytest -m slow
 
@@ -74,6 +75,14 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e '.[$(EXTRAS),eval,dev]'
 	touch $@
 
+# Clients of other people, which tests/serving/test_clients.py runs, apart from our own packages.
+$(CLIENTS)/installed: tests/serving/clients/requirements.txt tests/serving/clients/package.json
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/serving/clients/requirements.txt
+	cp tests/serving/clients/package.json $(CLIENTS)
+	if command -v npm; then npm install --no-audit --no-fund --prefix $(CLIENTS); fi
+	touch $@
+
 # llama.cpp: its library compiled from the source package, for this machine, and its server ready-built.
 $(VENV)/installed-peers: $(VENV)/installed-dev
 	@echo "compiling llama.cpp (a quarter of an hour the first time)"
@@ -81,4 +90,4 @@ $(VENV)/installed-peers: $(VENV)/installed-dev
 	touch $@
 
 clean:           ## remove what can be made again; runs stay
-	rm -rf $(VENV) build dist src/smolforge/kernels/prebuilt .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist src/smolforge/kernels/prebuilt .pytest_cache .ruff_cache .hypothesis

@@ -185,7 +185,7 @@ def test_12_no_field_is_ignored_silently(server, client):
     }  # fmt: skip
     assert raw(server, prompt=ONCE, max_tokens=2, **harmless, **neutral).status_code == 200
     for field, value in {
-        "best_of": 2, "suffix": "end", "tools": [{"type": "function"}], "response_format": {"type": "json_object"},
+        "best_of": 2, "suffix": "end", "tools": [{"type": "function"}], "response_format": {"type": "yaml"},
         "store": True, "grammar": "root ::= x", "reasoning_effort": "high", "guided_json": {"type": "object"},
         "chat_template": "x", "chat_template_kwargs": {"a": 1}, "add_generation_prompt": False, "repeat_penalty": 1.1,
         "include_stop_str_in_output": True, "no_repeat_ngram_size": 3, "some_new_field": None, "temprature": 0.5,

@@ -12,7 +12,9 @@ the served model while running requests finish on the old one. The files, in the
     security.py        middleware: host, origin, API key, body limits; the login of the page
     errors.py          every error in OpenAI's shape
     schemas.py         what clients can send
+    structured.py      response_format and tools: the grammar of an answer, and the calls in it
     openai_routes.py   completions, chat, tokenize: all answers
+    responses_routes.py  /v1/responses: a chat as items and events
     state.py           what routes share: model source, metrics, limits
     engine_thread.py   the thread that owns the engines; a request as the event loop sees it
     streaming.py       transcripts and server-sent events

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from smolforge.errors import SmolforgeError
-from smolforge.serving import openai_routes, security
+from smolforge.serving import openai_routes, responses_routes, security
 from smolforge.serving.errors import STATUSES, ApiError, as_api_error, not_ready
 from smolforge.serving.settings import ServeSettings
 from smolforge.serving.state import ServerState
@@ -74,6 +74,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     )  # fmt: skip
     app.state.server = state
     app.include_router(openai_routes.router(state))
+    app.include_router(responses_routes.router(state))
     app.include_router(about(state))
     app.include_router(security.login_router(state.source.name, keys))
     if settings.page:

@@ -7,6 +7,7 @@ Both ways of asking for text share `Answer`: it submits the prompts and sends th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -17,9 +18,10 @@ from starlette.responses import JSONResponse, Response
 
 from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import ApiError, refused
-from smolforge.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, SampledRequest, TokenizeRequest
+from smolforge.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from smolforge.serving.state import ServerState
 from smolforge.serving.streaming import DONE, EventStream, Transcript, cancel_on_exit, event
+from smolforge.serving.structured import CallReader, Demand
 from smolforge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,35 +42,18 @@ def router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    async def answer(
-        kind: type[Answer], body: SampledRequest, request: Request, prompts: list[list[int]], params: SamplingParams
-    ) -> Response:
-        """Submit prompts; the response, as events where the body asks for a stream."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(state.client(request))
-            submitted = await state.submit(prompts, params)
-            stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
-            found = kind(submitted, body, state.source.name)
-            if body.stream:
-                return EventStream(found.stream(), stack.pop_all())
-            return JSONResponse(await found.whole())
-
     @routes.post("/v1/completions", summary="Continue prompts", responses=EITHER, tags=["OpenAI"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         prompts = await prompt_ids(state, body.prompt)
-        return await answer(CompletionAnswer, body, request, prompts, body.sampling(state.settings.max_n))
+        return await answer(state, CompletionAnswer, body, request, prompts, body.sampling(state.settings.max_n))
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         state.check_model(body.model)
-        engine = state.model.engine
-        if engine.tokenizer.chat_template is None:
-            text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
-            raise ApiError(400, text, param="messages", code="no_chat_template")
-        ids = await state.compute(lambda: engine.tokenizer.encode_chat(body.conversation()))
-        params = body.sampling(state.settings.max_n, max(1, engine.room(len(ids))))
-        return await answer(ChatAnswer, body, request, [ids], params)
+        ids = await chat_ids(state, body.conversation())
+        params = body.sampling(state.settings.max_n, max(1, state.model.engine.room(len(ids))))
+        return await answer(state, ChatAnswer, body, request, [ids], params)
 
     @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -87,6 +72,36 @@ def router(state: ServerState) -> APIRouter:
         return {"prompt": text, "content": text}
 
     return routes
+
+
+async def answer(
+    state: ServerState, kind: type[Any], body: Any, request: Request, prompts: list[list[int]], params: SamplingParams
+) -> Response:
+    """Submit prompts; the response, as events where the body asks for a stream.
+
+    Args:
+        kind: makes of (submitted request, body, name of the model) an object with `stream` and `whole`.
+        body: a request with `demand` and `stream`.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(state.client(request))
+        demand, engine = body.demand(), state.model.engine
+        grammar = await state.compute(lambda: demand.grammar(engine.grammars))
+        submitted = await state.submit(prompts, dataclasses.replace(params, grammar=grammar))
+        stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
+        found = kind(submitted, body, state.source.name)
+        if body.stream:
+            return EventStream(found.stream(), stack.pop_all())
+        return JSONResponse(await found.whole())
+
+
+async def chat_ids(state: ServerState, conversation: list[dict[str, Any]]) -> list[int]:
+    """Token ids of a conversation; ApiError 400 where the model has no chat template."""
+    tokenizer = state.model.engine.tokenizer
+    if tokenizer.chat_template is None:
+        text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
+        raise ApiError(400, text, param="messages", code="no_chat_template")
+    return await state.compute(lambda: tokenizer.encode_chat(conversation))
 
 
 async def prompt_ids(state: ServerState, prompt: Any) -> list[list[int]]:
@@ -127,16 +142,16 @@ class Answer:
         """The tokens with their log-probabilities, or None where they were not asked for."""
         raise NotImplementedError
 
-    def choice(self, text: str) -> dict[str, Any]:
-        """The text of a whole choice."""
+    def choice(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+        """The text of a whole choice, and its finish_reason."""
         raise NotImplementedError
 
     def opening(self) -> dict[str, Any] | None:
         """The first part of a streamed choice, before any text."""
         return None
 
-    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
-        """The parts of a streamed choice that one step brings: (text, logprobs, finish_reason) each."""
+    def parts(self, index: int, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
+        """The parts of streamed choice `index` that one step brings: (text, logprobs, finish_reason) each."""
         raise NotImplementedError
 
     async def whole(self) -> dict[str, Any]:
@@ -146,8 +161,8 @@ class Answer:
                 self.transcripts[prompt, step.index][1].push(step)
         choices = []
         for index, whole in self.transcripts.values():
-            logprobs, reason = self.logprobs(whole.reported), whole.finish_reason
-            choices.append({"index": index, **self.choice(whole.text), "logprobs": logprobs, "finish_reason": reason})
+            logprobs, (text, reason) = self.logprobs(whole.reported), self.choice(whole.text, whole.finish_reason)
+            choices.append({"index": index, **text, "logprobs": logprobs, "finish_reason": reason})
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.request.usage()}
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -167,7 +182,7 @@ class Answer:
             out = bytearray()
             for prompt, step in batch:
                 index, transcript = self.transcripts[prompt, step.index]
-                for part in self.parts(step.text, transcript.push(step), step.finish_reason):
+                for part in self.parts(index, step.text, transcript.push(step), step.finish_reason):
                     out += chunk(index, *part)
             if out:
                 yield bytes(out)
@@ -181,10 +196,10 @@ class CompletionAnswer(Answer):
 
     id_prefix, whole_object, stream_object = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def choice(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+        return {"text": text}, reason
 
-    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
+    def parts(self, index: int, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
         return [({"text": text}, self.logprobs(tokens), reason)] if text or tokens or reason else []
 
     def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
@@ -208,20 +223,38 @@ class ChatAnswer(Answer):
 
     id_prefix, whole_object, stream_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
+        super().__init__(request, body, model_name)
+        self.demand: Demand = body.demand()
+        self.readers = [CallReader(self.demand) for _ in self.transcripts]  # of streamed choices
+
+    def choice(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+        reader = CallReader(self.demand)
+        shown = reader.push(text)[0] + reader.flush()
+        message = {"role": "assistant", "content": shown, "refusal": None}
+        if reader.calls:
+            message |= {"content": shown or None, "tool_calls": [call.to_json() for call in reader.calls]}
+        return {"message": message}, self.reason(reader, reason)
+
+    def reason(self, reader: CallReader, reason: str | None) -> str | None:
+        """The finish_reason: an answer that ended by itself after calls says so."""
+        return "tool_calls" if reason == "stop" and reader.calls else reason
 
     def opening(self) -> dict[str, Any] | None:
         """The role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def parts(self, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
-        """The text, then the end in a part of its own."""
-        found: list[Part] = []
-        if text or tokens:
+    def parts(self, index: int, text: str, tokens: list[StepOutput], reason: str | None) -> list[Part]:
+        """The text or the whole calls, then the end in a part of its own."""
+        reader, found = self.readers[index], list[Part]()
+        text, calls = reader.push(text)
+        text += reader.flush() if reason else ""
+        if text or (tokens and not self.demand.functions):
             found.append(({"delta": {"content": text}}, self.logprobs(tokens), None))
+        for place, call in enumerate(calls, len(reader.calls) - len(calls)):
+            found.append(({"delta": {"tool_calls": [{"index": place, **call.to_json()}]}}, None, None))
         if reason:
-            found.append(({"delta": {}}, None, reason))
+            found.append(({"delta": {}}, None, self.reason(reader, reason)))
         return found
 
     def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from smolforge.errors import nearest
 from smolforge.formatting import replace_lone_surrogates
 from smolforge.generation.sampling_params import Bias, Mass, Penalty, SamplingParams, Share, TokenId
 from smolforge.serving.errors import refused, unsupported
+from smolforge.serving.structured import Demand, NamedTool, ResponseFormat, Tool, ToolCall, ToolChoice, plain_messages
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,13 +28,15 @@ MAX_MESSAGES = 1024
 # Fields about the account, the transport or the cache of another service; the answer does not depend on them.
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "cache_prompt", "id_slot", "priority", "request_id", "cache_salt", "return_progress",
+    "cache_prompt", "id_slot", "priority", "request_id", "cache_salt", "return_progress",
     "spaces_between_special_tokens",
 }  # fmt: skip
 # Known fields with the values that change nothing; unless that is True, the values of `NOTHING` change nothing too.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": (), "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "suffix": (), "functions": (), "function_call": ("none", "auto"), "tools": (), "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,), "truncation": ("disabled",), "background": (), "include": (), "reasoning": (),
+    "previous_response_id": (), "conversation": (), "max_tool_calls": (), "modalities": (["text"],), "audio": (),
+    "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",), "store": (),
     "use_beam_search": (), "length_penalty": (1,), "early_stopping": (), "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "json_schema": (), "grammar": (),
@@ -153,8 +156,8 @@ class SampledRequest(Body):
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
         limits = (self.max_completion_tokens, self.max_tokens, self.max_new_tokens, self.n_predict)
-        names = [field.name for field in dataclasses.fields(SamplingParams)]
-        given = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        names = {field.name for field in dataclasses.fields(SamplingParams)} & set(type(self).model_fields)
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         given["max_tokens"] = next((limit for limit in limits if limit is not None), default_max_tokens)
         given["top_k"] = max(0, self.top_k or 0)
         return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **given, **more})
@@ -167,6 +170,7 @@ class CompletionRequest(SampledRequest):
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -177,6 +181,10 @@ class CompletionRequest(SampledRequest):
     def sampling(self, max_n: int) -> SamplingParams:
         """The parameters for the engine; BadInput where a value is out of range."""
         return self._sampling(max_n, DEFAULT_MAX_TOKENS)
+
+    def demand(self) -> Demand:
+        """What the text has to be."""
+        return Demand.of(self.response_format, [], None, None)
 
 
 class ContentPart(StrictModel):
@@ -191,7 +199,7 @@ class Message(StrictModel, extra="allow"):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -223,6 +231,10 @@ class ChatRequest(SampledRequest):
     add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
@@ -237,16 +249,16 @@ class ChatRequest(SampledRequest):
                 raise refused(field, "the last message has to be the assistant's, to be continued")
         if begun and self.continue_final_message is False:
             raise unsupported("continue_final_message", "a last message of the assistant is always continued")
-        if any(message.role == "tool" or message.tool_calls for message in self.messages):
-            raise unsupported("messages", "tool calls are not supported")
         return self
+
+    def demand(self) -> Demand:
+        """What the answer has to be."""
+        functions = [tool.function for tool in self.tools or ()]
+        return Demand.of(self.response_format, functions, self.tool_choice, self.parallel_tool_calls)
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as the chat template reads them."""
-        roles = {"developer": "system"}
-        return [
-            {**(m.model_extra or {}), "role": roles.get(m.role, m.role), "content": m.text()} for m in self.messages
-        ]
+        return self.demand().instruct(plain_messages(self.messages))
 
     def sampling(self, max_n: int, default_max_tokens: int) -> SamplingParams:
         """The parameters for the engine; BadInput where a value is out of range."""
