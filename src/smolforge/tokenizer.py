@@ -83,7 +83,10 @@ class Tokenizer:
             directory = hub.fetch_model(str(source), patterns=list(TOKENIZER_FILES))
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{directory} has no tokenizer.json", field="tokenizer")
+            slow = any((directory / name).is_file() for name in ("vocab.json", "vocab.txt", "tokenizer.model"))
+            make = f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+            hint = f"transformers makes one of the files there: {make}" if slow else None
+            raise CheckpointError(f"{directory} has no tokenizer.json", field="tokenizer", hint=hint)
         if path.stat().st_size > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", field="tokenizer")
         from tokenizers import Tokenizer as Backend
@@ -141,6 +144,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, special ones included: the smallest vocabulary a model needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def text_vocab_size(self) -> int:
+        """As `vocab_size`, without special tokens that neither begin nor end a text: no text has them."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True).values()
+        return max({*vocabulary} - self.special_ids | {self.eos_id, self.bos_id}) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added at either end. `encode_prompt` begins as the tokenizer does."""

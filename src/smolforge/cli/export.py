@@ -73,7 +73,7 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     outcome = {"to": "gguf", "path": str(done.path), "bytes": done.bytes, "kind": done.kind, "tensors": done.tensors}
     return outcome, [
         f"{done.path}: {done.kind}, {done.tensors} tensors, {done.bytes:,} bytes",
-        f"run it:  llama-cli -m {done.path} -p 'Once upon a time' -n 100 -no-cnv",
+        f"run it:  llama-completion -m {done.path} -p 'Once upon a time' -n 100 -no-cnv",
     ]
 
 

@@ -24,14 +24,12 @@ _SWITCHES = ("rope_interleaved", "is_encoder_decoder", "add_cross_attention")
 # Keys that must be absent, null or have one of these values for the model to be what smolforge computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, 0.0),
     "quantization_config": (),
     "sliding_window": (),
     **dict.fromkeys(_SWITCHES, (False,)),
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WHY = {
-    "attention_dropout": "smolforge has no dropout; set it to 0 to continue this model without",
     "quantization_config": "give the unquantized weights; smolforge quantizes when it loads",
 }
 

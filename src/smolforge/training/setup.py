@@ -194,6 +194,7 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
         return config
     directory = locate.resolve_model(config.init)
     model = format.read_config(directory)
+    format.check_no_dropout(directory)
     positions = model.max_position_embeddings
     if config.data.sequence_length > positions:
         raise BadInput(
