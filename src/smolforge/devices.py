@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,6 +109,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A tensor on the host, and what waits for it: the copy from a GPU is queued behind all that the GPU has to do.
+
+    Reading it a step later costs nothing; `item()` would wait until the GPU has nothing left to do.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived.synchronize
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether a GPU multiplies bf16 (Ampere, sm80, and newer); the same ones have the flash kernel for attention."""
     return torch.cuda.is_bf16_supported(including_emulation=False) and torch.cuda.get_device_capability(device) >= (
@@ -139,3 +154,19 @@ def _peak_of(name: str) -> float | None:
         return None
     found = [known for known in PEAK_TFLOPS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
     return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
+
+
+def physical_cores(world_size: int) -> int:
+    """Physical cores that this process may use, divided by the ranks of this machine."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        allowed = set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii"))
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores) // max(1, local_ranks))

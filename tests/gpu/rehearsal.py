@@ -116,7 +116,10 @@ class Watch(TorchDispatchMode):
             return self.pinned[-1]
         if "aten.baddbmm" in name:
             self.orthogonalized.add(str(args[1].dtype))
+        pinned = kwargs.pop("pin_memory", None)
         out = func(*args, **kwargs)
+        if pinned:
+            self.pinned.append(out)
         before = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         after = {t.device.type for t in tree_leaves(out) if isinstance(t, Tensor)}
         if "cuda" in before | after and not func.is_view and not name.startswith(self.FREE):
@@ -124,12 +127,16 @@ class Watch(TorchDispatchMode):
         moved = "copy" in name and before | after == {"cpu", "cuda"}
         queued = kwargs.get("non_blocking") or (name.startswith("aten.copy_") and len(args) > 2 and args[2])
         host = next((t for t in (*args[:2], out) if isinstance(t, Tensor) and t.device.type == "cpu"), None)
-        waits = not queued or not any(host is pinned for pinned in self.pinned)
+        waits = not queued or host is None or not any(_same_memory(host, pinned) for pinned in self.pinned)
         if moved and waits:
             self.waits[f"{name} {_where()}"] += 1
         if moved and "cpu" in after:
             self.to_host[f"{name} {_where()}"] += 1
         return out
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _where() -> str:
@@ -171,6 +178,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     from smolforge.distributed import DistributedContext
     from smolforge.model import attention
     from smolforge.model.architecture import build_model
+    from smolforge.training.metrics import StepMetrics
     from smolforge.training.optim import build_optimizer
     from smolforge.training.plan import make_plan, memory_of, resolve_batch
     from smolforge.training.train import train_step
@@ -194,12 +202,13 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
         with watch:
             saved = Saved(model)
             with saved:
-                _, norm, _ = train_step(
+                figures = train_step(
                     model, optimizer, plan, config, tokens, documents,
                     lr=1e-3, ranks=DistributedContext(), scaler=scaler,
                 )  # fmt: skip
+            StepMetrics.queue(None, 1, 1e-3, figures)
         state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        elsewhere = [str(t.device) for t in (*model.parameters(), *state, norm) if t.device != CUDA]
+        elsewhere = [str(t.device) for t in (*model.parameters(), *state, *figures) if t.device != CUDA]
     inside = model.hidden_matrices() if plan.precision.autocast else ()
     casts = sum(2 * p.numel() for name, p in model.named_parameters() if name in inside)  # kept to the step's end
     estimate = memory_of(config, CUDA, plan.precision, micro, recompute=plan.recompute)
@@ -214,11 +223,37 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def decode(card: str, preset: str, rows: int) -> dict[str, Any]:
+    """What a CUDA graph of one decoded token for `rows` sequences records."""
+    from smolforge.config import build_config
+    from smolforge.devices import half_precision
+    from smolforge.generation.runners import cuda, select_runner
+    from smolforge.model.architecture import build_model
+
+    insert_cards([CARDS[card]])
+    config = build_config(preset).model
+    functions, watch = CudaFunctions(CARDS[card].capability), Watch()
+    model = build_model(config, dtype=half_precision(CUDA), device="meta", seed=None)
+    with FakeCuda(allow_non_fake_inputs=False), functions, torch.no_grad():
+        _move(model)
+        runner, decisions = select_runner(model)
+        assert isinstance(runner, cuda.CudaRunner)
+        runner._add_slots(rows)
+        inputs = torch.empty(10, rows, dtype=torch.float64, device=CUDA)
+        with watch, cuda.evaluating(runner.module):
+            tokens = runner._step(256, False, inputs)
+    return {
+        "kernels": dict(functions.kernels), "operations": watch.operations, "waits": dict(watch.waits),
+        "to_host": dict(watch.to_host), "tokens": list(tokens.shape), "cache": str(runner.memory.dtype),
+        "layers": config.num_hidden_layers, "decisions": decisions,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Rehearse each wanted step."""
     for wanted in json.loads(sys.argv[1]):
         try:
-            found = rehearse(**wanted)
+            found = decode(**wanted) if "rows" in wanted else rehearse(**wanted)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {str(error)[:300]}", "trace": traceback.format_exc()[-1500:]}
         print(json.dumps({"wanted": wanted, **found}), flush=True)

@@ -115,6 +115,12 @@ def test_expanded_heads_keep_no_scores_on_a_kernel_without_groups() -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+def test_one_query_reads_the_cache_without_repeating_it() -> None:
+    q, k, v = inputs(3, 6, 2, 20, 8, torch.float64)
+    for mask in (None, (torch.arange(20) <= torch.tensor([3, 11, 19])[:, None])[:, None, None]):
+        torch.testing.assert_close(attention.one_query(q[:, :, 5:6], k, v, mask), sdpa(q[:, :, 5:6], k, v, mask))
+
+
 def test_varlen_needs_a_kernel_that_knows_groups(monkeypatch) -> None:
     from torch.nn.attention import varlen
 

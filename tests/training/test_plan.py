@@ -160,6 +160,20 @@ def test_attention_on_every_card(monkeypatch, card, overrides, attention, reason
     assert chosen.attention == attention and line.startswith(f"attention: {attention} (") and reason in line
 
 
+@pytest.mark.parametrize(("card", "preset", "micro", "line"), [
+    (CARDS["T4"], "seed-recipe", 1, "about 4.81 of 15.66 GB (state 2.42, activations 1.32, head 1.07)"),
+    (Card("Quadro RTX 5000", 16 * 10**9, (7, 5)), "smollm2-135m", 2,
+     "about 7.14 of 16.00 GB (state 2.42, activations 2.64, head 2.08)"),
+    (CARDS["4090"], "smollm2-135m", 4, "about 11.43 of 25.39 GB (state 2.42, activations 4.91, head 4.10)"),
+    (CARDS["H100"], "smollm2-135m", 16, "about 26.21 of 85.02 GB (state 2.42, activations 19.63, head 4.16)"),
+])  # fmt: skip
+def test_memory_by_part(monkeypatch, card, preset, micro, line) -> None:
+    """The estimate that the rehearsal holds against the bytes that a step keeps."""
+    monkeypatch.setitem(CARDS, "this", card)
+    chosen = on_card(monkeypatch, "this", preset)
+    assert chosen.micro_batch == micro and f"memory: {line}" in chosen.reasons
+
+
 def test_packed_documents_without_the_varlen_kernel(monkeypatch) -> None:
     monkeypatch.setattr(attention, "varlen_unavailable", lambda: "torch 2.9 has no varlen_attn")
     chosen = on_card(monkeypatch, "H100", "smollm2-135m", "data.mask_documents=true")

@@ -91,6 +91,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and t not in (1, s):
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     causal, grouped = mask is None and t > 1, q.shape[1] != k.shape[1]
+    if grouped and t == 1 and q.device.type == "cuda":
+        return one_query(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
@@ -137,6 +139,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = torch.cat(parts, 2)[0].transpose(0, 1)
     assert isinstance(out, Tensor)
     return out.view(batch, length, heads, width).transpose(1, 2)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`sdpa` of one position, with the query heads of a group as rows: no kernel has to repeat the cache for them."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def sdpa_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Training speed of this machine: tokens/s, and its share of the speed of matrix products alone.
 
-Floating point operations are those of `model.summary.flops_per_token`: matrix products and causal attention, forward
-and backward, recomputation not counted. The speed of matrix products is measured in the same run, on the model's own
-largest ones.
+Floating point operations are those of `model.summary.flops_per_token`: matrix products and attention over all
+positions, the masked half too, forward and backward, recomputation not counted. The speed of matrix products is
+measured in the same run, on the model's own largest ones.
 """
 
 from __future__ import annotations
@@ -140,5 +140,6 @@ def table(result: dict[str, Any]) -> str:
         f"parts             {parts}",
     ]
     if result["mfu"]:
-        lines.insert(2, f"MFU               {result['mfu']:.1%} of the maker's dense peak, recomputation not counted")
+        counted = "attention counts all positions, recomputation does not"
+        lines.insert(2, f"MFU               {result['mfu']:.1%} of the maker's dense peak; {counted}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from smolforge.checkpoint import commit
 from smolforge.data import Batch, data_digest
-from smolforge.devices import known_peak_flops
+from smolforge.devices import known_peak_flops, to_host
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
 from smolforge.formatting import size
@@ -41,21 +42,38 @@ TRACKED = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "data
 
 @dataclass
 class StepMetrics:
-    """Metrics of one step, after which the weights had `step` updates; tensors are () and still on the device.
+    """Metrics of one step, after which the weights had `step` updates.
 
     Attributes:
         batch: what this rank read.
-        nats: sum of the next-token losses over all ranks.
-        norm: norm of the gradient before clipping.
-        skipped: whether the update was skipped because loss or gradient were not finite.
+        figures: as `train_step` returns them, on the host once `wait` was called.
     """
 
     batch: Batch
     step: int
-    nats: torch.Tensor
-    norm: torch.Tensor
-    skipped: torch.Tensor
     lr: float
+    figures: torch.Tensor
+    wait: Callable[[], None]
+
+    @classmethod
+    def queue(cls, batch: Batch, step: int, lr: float, figures: Iterable[torch.Tensor]) -> StepMetrics:
+        """Start to copy the figures of a step to the host, all at once."""
+        return cls(batch, step, lr, *to_host(torch.stack([figure.float() for figure in figures])))
+
+    @property
+    def nats(self) -> float:
+        """Sum of the next-token losses over all ranks."""
+        return float(self.figures[0])
+
+    @property
+    def norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return float(self.figures[1])
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update was skipped because loss or gradient were not finite."""
+        return bool(self.figures[2])
 
 
 class MetricsLogger:
@@ -143,9 +161,9 @@ class MetricsLogger:
         row: dict[str, Any] = {
             "step": metrics.step,
             "tokens": metrics.step * self.config.tokens_per_step,
-            "loss": float(metrics.nats) / self.config.tokens_per_step,
+            "loss": metrics.nats / self.config.tokens_per_step,
             "lr": metrics.lr,
-            "grad_norm": float(metrics.norm),
+            "grad_norm": metrics.norm,
             "tokens_per_second": round(speed, 1),
             "memory_bytes": memory_in_use(self.plan.device),
             "data_seconds": round(self.data_seconds, 4),

@@ -15,17 +15,15 @@ The precisions:
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from smolforge import kernels
 from smolforge.config import RunConfig
-from smolforge.devices import device_name, has_bf16
+from smolforge.devices import device_name, has_bf16, physical_cores
 from smolforge.errors import BadInput
 from smolforge.kernels.variants import cpu_flags
 from smolforge.model import attention as attentions
@@ -154,7 +152,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     if "native" in (attention, loss, update):
         reasons.append(f"kernels: {kernels.description()}")
     reasons.append(f"compile: {'on' if compiled else 'off'} ({compile_reason})")
-    threads = config.training.threads or _physical_cores(world_size)
+    threads = config.training.threads or physical_cores(world_size)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
     return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, reasons)
@@ -217,7 +215,8 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
     """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
     budget, asked = config.training.memory, config.training.micro_batch
     if budget == "auto":
-        return _micro_batch(config, device, precision, sequences), False, ""
+        micro = _micro_batch(config, device, precision, sequences)
+        return micro, False, _memory_by_part(config, device, precision, micro) if device.type == "cuda" else ""
     choices = _divisors(sequences)
     if asked != "auto":
         choices = [_micro_batch(config, device, precision, sequences)]
@@ -233,6 +232,14 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
         field="training.memory",
         hint="Give more, or use a smaller model, a shorter data.sequence_length, or training.precision=bf16-pure.",
     )
+
+
+def _memory_by_part(config: RunConfig, device: torch.device, precision: Precision, micro: int) -> str:
+    found = memory_of(config, device, precision, micro, recompute=False)
+    parts = {"state": found.state, "activations": found.activations, "head": found.head}
+    whole = torch.cuda.get_device_properties(device).total_memory
+    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return f"about {(found.total - found.process) / 1e9:.2f} of {whole / 1e9:.2f} GB ({shares})"
 
 
 def memory_of(
@@ -369,22 +376,6 @@ def _choose_compile(config: RunConfig, device: torch.device, world_size: int) ->
     if saved > 1.5 * cost:
         return True, f"saves about {saved:,.0f} s of this run for {cost:.0f} s of compiling"
     return False, f"would save about {saved:,.0f} s of this run and cost {cost:.0f} s"
-
-
-def _physical_cores(world_size: int) -> int:
-    """Physical cores that this process may use, divided by the ranks of this machine."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
-        allowed = set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii"))
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores) // max(1, local_ranks))
 
 
 def _for_people(choice: str) -> str:

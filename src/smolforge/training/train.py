@@ -123,7 +123,7 @@ class Trainer:
         self.config, self.plan, self.ranks = context.config, context.plan, context.ranks
         self.total = self.config.total_steps
         self.metrics = MetricsLogger(context, shutdown)
-        self.pending: deque[StepMetrics] = deque()  # steps whose metrics were not read from the device yet
+        self.pending: deque[StepMetrics] = deque()  # steps whose metrics were not read yet
         self.bad: list[StepMetrics] = []  # the last steps, as far as not finite
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
@@ -233,13 +233,13 @@ class Trainer:
         document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
         context = self.context
-        nats, norm, skipped = train_step(
+        figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
             lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
         )  # fmt: skip
         self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor
-        self.pending.append(StepMetrics(batch, step + 1, nats, norm, skipped, lr))
+        self.pending.append(StepMetrics.queue(batch, step + 1, lr, figures))
 
     def _span(self, name: str) -> AbstractContextManager[Any]:
         self.updating = name == "update"
@@ -249,7 +249,8 @@ class Trainer:
         """Read and record the metrics of all but the newest `keep` steps; RollBack after three not finite in a row."""
         while len(self.pending) > keep:
             metrics = self.pending.popleft()
-            if bool(metrics.skipped):
+            metrics.wait()
+            if metrics.skipped:
                 self.bad.append(metrics)
                 self.metrics.log_skipped(metrics)
                 if len(self.bad) >= BAD_STEPS:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from smolforge.config import ModelConfig
+from smolforge.devices import half_precision
 from smolforge.errors import RunFailed, unknown
 from smolforge.generation.kv_cache import KVCache
 from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner, Precision
@@ -97,7 +98,7 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         precision, reason = "file", f"as in the file ({', '.join(sorted(blocks))}; number for number)"
     else:
         wanted = stored if quantize == "none" else quantize
-        precision, reason = _choose_precision(wanted, parameters, weight.device.type)
+        precision, reason = _choose_precision(wanted, parameters, weight.device)
     if weight.device.type == "cuda":
         runner = CudaRunner(module, precision)
         return runner, [f"precision: {reason}", f"engine: {runner.name}"]
@@ -111,16 +112,19 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
     return runner, [f"precision: {reason}", f"kernels: {description()}", f"engine: {runner.name}"]
 
 
-def _choose_precision(wanted: str, parameters: int, device: str) -> tuple[Precision, str]:
+def _choose_precision(wanted: str, parameters: int, device: torch.device) -> tuple[Precision, str]:
     """The precision of so many weights for `wanted` (one of them or "auto"), and the reason in words."""
     if wanted not in ("auto", *PRECISIONS):
         raise unknown("precision", wanted, ["auto", *PRECISIONS], field="quantize")
-    if wanted in ("int8", "int4") and device != "cpu":
-        return "bf16", f"bf16 instead of {wanted}, which only the CPU runner has"
+    half = "fp16" if half_precision(device) == torch.float16 else "bf16"
+    if wanted in ("int8", "int4") and device.type != "cpu":
+        return "bf16", f"{half} instead of {wanted}, which only the CPU runner has"
+    if wanted == "bf16" != half:
+        return "bf16", "fp16 instead of bf16, which this GPU does not multiply"
     if wanted in PRECISIONS:
         return wanted, f"{wanted} (as asked)"
-    if device != "cpu":
-        return "bf16", "bf16 (half the bytes of fp32, at no measurable loss)"
+    if device.type != "cpu":
+        return "bf16", f"{half} (half the bytes of fp32, at no measurable loss)"
     if 4 * parameters <= SMALL:
         size = 4 * parameters >> 20
         return "fp32", f"fp32 ({size} MiB of weights fit in the CPU cache; quantizing would not be faster)"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolforge.devices import half_precision
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.runners.cpu import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
@@ -75,14 +76,14 @@ class CudaRunner(ModuleRunner):
 
     Args:
         module: a model of `smolforge.model` on the device; weights of another precision are copied.
-        precision: fp32 or bf16.
+        precision: fp32, or bf16, which is fp16 on a GPU without bf16.
     """
 
     batch_invariant = False  # the batch size chooses the kernels, and a prompt's kernels are not a token's
 
     def __init__(self, module: Any, precision: Precision) -> None:
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         stored = next(module.parameters())
+        dtype = torch.float32 if precision == "fp32" else half_precision(stored.device)
         super().__init__(module if stored.dtype == dtype else copy.deepcopy(module).to(dtype))
         self.weight_bytes = 0 if stored.dtype == dtype else sum(p.nbytes for p in self.module.parameters())
         self._device, self.positions = stored.device, self.config.max_position_embeddings
@@ -94,7 +95,7 @@ class CudaRunner(ModuleRunner):
         self._free: list[int] = []
         self._graphs: dict[tuple[int, int, bool], tuple[Any, Tensor, Tensor]] = {}
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
-        self.name = f"CUDA graphs, {precision} on {where}"
+        self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
 
     def default_cache_bytes(self) -> int:
         """Half of the GPU's free memory."""

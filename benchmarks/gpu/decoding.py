@@ -1,6 +1,6 @@
 """Generation on one GPU: smolforge beside transformers, on the same random weights of SmolLM2-135M's shape.
 
-    python benchmarks/generation/gpu.py [--rounds 5] [--batches 1 64] [--only NAME ...]
+    python benchmarks/gpu/decoding.py [--rounds 5] [--batches 1 64] [--only NAME ...]
 
 A job is a prompt of 32 tokens and 128 new ones for every sequence, greedily, prompts included. The contestants take
 turns, job by job; reported are medians. smolforge runs its engine, whose `CudaRunner` replays one CUDA graph for each
@@ -153,7 +153,8 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("gpu.py: there is no CUDA device, or torch was installed without CUDA; compare.py is for CPUs")
+        sys.exit("decoding.py: there is no CUDA device, or torch was installed without CUDA; compare.py is for CPUs")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
     from compare import make_model
 
     from smolforge.config import ModelConfig
