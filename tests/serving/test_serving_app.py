@@ -23,6 +23,7 @@ from smolforge.serving.page_routes import select_steps as spread
 from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
 from smolforge.serving.streaming import event
+from smolforge.tokenizer import Tokenizer
 
 ONCE = {"prompt": "Once upon a time", "max_tokens": 8}
 
@@ -251,6 +252,73 @@ def test_a_last_message_of_the_assistant_is_continued(chat_model, tokenizer):
         ):  # fmt: skip
             refusal = chat(message)
             assert refusal.status_code == 400 and words in refusal.json()["error"]["message"]
+
+
+def test_special_tokens_are_read_where_asked_and_conversations_are_tokenized(chat_model, tokenizer):
+    messages = [{"role": "user", "content": "Once upon <|im_end|>"}]
+    raw, text = tokenizer.encode_chat(messages[:1]), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode_with_special_tokens(text)
+    with app_of(chat_model) as client:
+
+        def tokens(**body):
+            return client.post("/tokenize", json=body).json()["tokens"]
+
+        assert tokens(messages=messages) == raw
+        assert tokens(prompt=text, parse_special=True) == tokens(content=text, parse_special=True) == ids
+        assert tokens(prompt=text) == tokenizer.encode(text) != ids
+        for wrong in ({}, {"prompt": "a", "messages": messages}, {"messages": []}, {"messages": [{"role": "user"}]}):
+            assert client.post("/tokenize", json=wrong).status_code == 400
+        scored = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1}  # as lm-eval asks
+
+        def logprobs(prompt, **more):
+            answer = client.post("/v1/completions", json={"prompt": prompt, **scored, **more}).json()
+            return answer["choices"][0]["logprobs"]
+
+        assert logprobs(text, parse_special=True) == logprobs(ids) != logprobs(text)
+        assert logprobs([text, text], parse_special=True) == logprobs([ids, ids])
+
+
+def test_the_models_own_sampling_and_first_token(chat_model, tmp_path):
+    from tokenizers import processors
+
+    tokenizer = Tokenizer.from_pretrained(chat_model)
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single=["<file_sep>", "$A"], special_tokens=[("<file_sep>", tokenizer.backend.token_to_id("<file_sep>"))]
+    )
+    shutil.copytree(chat_model, tmp_path / "own")
+    tokenizer.save(tmp_path / "own")
+    path = tmp_path / "own" / "generation_config.json"
+    own = {"temperature": 0.2, "top_k": 3, "max_new_tokens": 5}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    with app_of(tmp_path / "own") as client:
+
+        def complete(**body):
+            answer = client.post("/v1/completions", json={"prompt": "Once upon", "seed": 3, **body}).json()
+            return answer["choices"][0]["text"], answer["usage"]
+
+        first = tokenizer.backend.token_to_id("<file_sep>")
+        plain = tokenizer.encode("Once upon")
+        assert complete() == complete(temperature=0.2, top_k=3, max_tokens=5) == complete(prompt=[first, *plain])
+        assert complete(add_special_tokens=False) == complete(prompt=plain)
+        assert complete()[1]["completion_tokens"] == 5 and complete(max_tokens=2)[1]["completion_tokens"] == 2
+        assert len({complete(temperature=5.0, top_k=0, max_tokens=20, seed=-1)[0] for _ in range(3)}) > 1
+        chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]}).json()
+        assert chat["usage"]["completion_tokens"] <= 5
+        for body in ({}, {"add_special_tokens": False}, {"add_special": False}):
+            found = client.post("/tokenize", json={"prompt": "Once upon", **body}).json()["tokens"]
+            assert found == (plain if body else [first, *plain])
+
+
+def test_text_offsets_count_from_the_beginning_of_the_prompt(tiny_run):
+    with app_of(tiny_run) as client:
+        body = {"prompt": ["Once upon a time", "é 語"], "max_tokens": 4, "logprobs": 1, "temperature": 0}
+        plain, echoed = (client.post("/v1/completions", json={**body, "echo": echo}).json() for echo in (False, True))
+        for ours, whole in zip(plain["choices"], echoed["choices"], strict=True):
+            assert ours["logprobs"]["text_offset"] == whole["logprobs"]["text_offset"][-4:]
+            assert ours["logprobs"]["text_offset"][0] >= 3
+        news = events(client.post("/v1/completions", json={**body, "prompt": "Once upon a time", "stream": True}))
+        found = [at for part in news for choice in part["choices"] for at in choice["logprobs"]["text_offset"]]
+        assert found == plain["choices"][0]["logprobs"]["text_offset"]
 
 
 def test_other_keys_of_a_message_go_to_the_template(chat_model, tmp_path):

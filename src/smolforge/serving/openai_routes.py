@@ -18,11 +18,17 @@ from starlette.responses import JSONResponse, Response
 
 from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import ApiError, refused
-from smolforge.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from smolforge.serving.schemas import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from smolforge.serving.state import ServerState
 from smolforge.serving.streaming import DONE, EventStream, Transcript, cancel_on_exit, event
-from smolforge.serving.structured import CallReader, Demand
-from smolforge.tokenizer import Tokenizer
+from smolforge.serving.structured import CallReader, Demand, plain_messages
+from smolforge.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from smolforge.generation.sampling_params import SamplingParams
@@ -45,20 +51,28 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v1/completions", summary="Continue prompts", responses=EITHER, tags=["OpenAI"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
-        prompts = await prompt_ids(state, body.prompt)
-        return await answer(state, CompletionAnswer, body, request, prompts, body.sampling(state.settings.max_n))
+        prefix = body.add_special_tokens is not False
+        prompts = await prompt_ids(state, body.prompt, special_tokens=bool(body.parse_special), prefix=prefix)
+        defaults = {"max_tokens": DEFAULT_MAX_TOKENS, **state.model.engine.defaults}
+        params = body.sampling(state.settings.max_n, defaults)
+        return await answer(state, CompletionAnswer, body, request, prompts, params)
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         state.check_model(body.model)
         ids = await chat_ids(state, body.conversation())
-        params = body.sampling(state.settings.max_n, max(1, state.model.engine.room(len(ids))))
+        params = body.sampling(state.settings.max_n, chat_defaults(state, ids))
         return await answer(state, ChatAnswer, body, request, [ids], params)
 
     @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         engine = state.model.engine
-        [ids] = await state.encode([body.text()])
+        if body.messages is not None:
+            ids = await chat_ids(state, plain_messages(body.messages))
+        else:
+            text = body.content if body.prompt is None else body.prompt
+            prefix = body.add_special_tokens is not False and body.add_special is not False
+            ids = (await prompt_ids(state, text, special_tokens=bool(body.parse_special), prefix=prefix))[0]
         pieces = {"pieces": [token_string(engine.tokenizer, i) for i in ids]} if body.with_pieces else {}
         return {"tokens": ids, "count": len(ids), "max_model_len": engine.context, **pieces}
 
@@ -104,15 +118,26 @@ async def chat_ids(state: ServerState, conversation: list[dict[str, Any]]) -> li
     return await state.compute(lambda: tokenizer.encode_chat(conversation))
 
 
-async def prompt_ids(state: ServerState, prompt: Any) -> list[list[int]]:
-    """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it."""
+def chat_defaults(state: ServerState, ids: list[int]) -> dict[str, Any]:
+    """The sampling of an answer to a prompt: the model's own, and as long as there is room."""
+    engine = state.model.engine
+    room = max(1, engine.room(len(ids)))
+    return {**engine.defaults, "max_tokens": min(room, engine.defaults.get("max_tokens", room))}
+
+
+async def prompt_ids(state: ServerState, prompt: Any, **options: Any) -> list[list[int]]:
+    """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it.
+
+    Args:
+        options: of `Tokenizer.encode_prompt`.
+    """
     if prompt is None:
         tokenizer = state.model.engine.tokenizer
         return [tokenizer.prefix_ids or [tokenizer.eos_id]]
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], str):
-        return await state.encode(prompt)
+        return await state.encode(prompt, **options)
     return [prompt] if isinstance(prompt[0], int) else prompt
 
 
@@ -196,6 +221,10 @@ class CompletionAnswer(Answer):
 
     id_prefix, whole_object, stream_object = "cmpl-", "text_completion", "text_completion"
 
+    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
+        super().__init__(request, body, model_name)
+        self._lengths: dict[int, int] = {}  # characters of the prompts, by the engine's request
+
     def choice(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
         return {"text": text}, reason
 
@@ -214,8 +243,18 @@ class CompletionAnswer(Answer):
             if own is not None:
                 top.setdefault(name, own)
             tops.append(None if own is None else dict(sorted(top.items(), key=lambda item: -item[1])))
-        offsets = [token.text_offset for token in tokens]
+        offsets = [self._shown_before(token) + token.text_offset for token in tokens]
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _shown_before(self, token: StepOutput) -> int:
+        """Characters of the prompt, from whose beginning OpenAI counts; those of `echo` are counted already."""
+        if self.body.echo:
+            return 0
+        if token.request not in self._lengths:
+            [prompt] = [one.prompt for one in self.request.requests if one.id == token.request]
+            decoder = StreamDecoder(self.tokenizer)
+            self._lengths[token.request] = sum(len(decoder.push(i)) for i in prompt)
+        return self._lengths[token.request]
 
 
 class ChatAnswer(Answer):

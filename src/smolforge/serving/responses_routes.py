@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.serving.engine_thread import ServerRequest
-from smolforge.serving.openai_routes import EITHER, answer, chat_ids
+from smolforge.serving.openai_routes import EITHER, answer, chat_defaults, chat_ids
 from smolforge.serving.schemas import MAX_MESSAGES, Limit, Message, SampledRequest, StrictModel, Text
 from smolforge.serving.state import ServerState
 from smolforge.serving.streaming import Transcript, event
@@ -127,10 +127,10 @@ class ResponsesRequest(SampledRequest):
         messages = [Message(role="system", content=self.instructions)] if self.instructions else []
         return self.demand().instruct(plain_messages([*messages, *(item.message() for item in items)]))
 
-    def sampling(self, default_max_tokens: int) -> SamplingParams:
-        """The parameters for the engine; BadInput where a value is out of range."""
-        most = default_max_tokens if self.max_output_tokens is None else self.max_output_tokens
-        return self._sampling(1, most)
+    def sampling(self, max_n: int, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
+        """As of every request; the limit has another name."""
+        most = {} if self.max_output_tokens is None else {"max_tokens": self.max_output_tokens}
+        return super().sampling(max_n, defaults, **most, **more)
 
 
 def router(state: ServerState) -> APIRouter:
@@ -141,7 +141,7 @@ def router(state: ServerState) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         state.check_model(body.model)
         ids = await chat_ids(state, body.conversation())
-        params = body.sampling(max(1, state.model.engine.room(len(ids))))
+        params = body.sampling(1, chat_defaults(state, ids))
         return await answer(state, ResponsesAnswer, body, request, [ids], params)
 
     return routes

@@ -7,6 +7,7 @@ No field is ignored silently: a field is supported, or listed in `HARMLESS`, or 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
@@ -151,22 +152,37 @@ class SampledRequest(Body):
             raise refused("stream_options", "is only allowed with stream: true")
         return self
 
-    def _sampling(self, max_n: int, default_max_tokens: int, **more: Any) -> SamplingParams:
-        """The parameters of the same names, OpenAI's defaults for the others; `more` wins."""
+    def sampling(self, max_n: int, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
+        """The parameters for the engine; BadInput where a value is out of range.
+
+        Args:
+            defaults: for what the request does not give; where they do not say either, OpenAI's.
+            more: fields of other meaning in the request.
+        """
         if (self.n or 1) > max_n:
             raise refused("n", f"{self.n} is more than this server's {max_n}")
         limits = (self.max_completion_tokens, self.max_tokens, self.max_new_tokens, self.n_predict)
         names = {field.name for field in dataclasses.fields(SamplingParams)} & set(type(self).model_fields)
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        given["max_tokens"] = next((limit for limit in limits if limit is not None), default_max_tokens)
-        given["top_k"] = max(0, self.top_k or 0)
-        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **given, **more})
+        if any(limit is not None for limit in limits):
+            given["max_tokens"] = next(limit for limit in limits if limit is not None)
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if given.get("seed") == -1:  # llama.cpp's word for a random one
+            del given["seed"]
+        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **defaults, **given, **more})
 
 
 class CompletionRequest(SampledRequest):
-    """The body of /v1/completions."""
+    """The body of /v1/completions.
+
+    With `parse_special` (llama.cpp) special tokens that a text writes out are read as such; with `add_special_tokens`
+    (vLLM), unless false, a text begins as the tokenizer begins one.
+    """
 
     prompt: Prompt | None = None
+    parse_special: bool | None = None
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
@@ -177,10 +193,6 @@ class CompletionRequest(SampledRequest):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of", "is not supported; ask for n choices and rank them by logprobs")
         return self
-
-    def sampling(self, max_n: int) -> SamplingParams:
-        """The parameters for the engine; BadInput where a value is out of range."""
-        return self._sampling(max_n, DEFAULT_MAX_TOKENS)
 
     def demand(self) -> Demand:
         """What the text has to be."""
@@ -260,25 +272,31 @@ class ChatRequest(SampledRequest):
         """The messages as the chat template reads them."""
         return self.demand().instruct(plain_messages(self.messages))
 
-    def sampling(self, max_n: int, default_max_tokens: int) -> SamplingParams:
-        """The parameters for the engine; BadInput where a value is out of range."""
-        return self._sampling(max_n, default_max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+    def sampling(self, max_n: int, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
+        """As of every request; `logprobs` only says whether."""
+        return super().sampling(max_n, defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **more)
 
 
 class TokenizeRequest(Body):
-    """The body of /tokenize; `prompt` (vLLM) and `content` (llama.cpp) mean the same."""
+    """The body of /tokenize: a text or a conversation.
+
+    `prompt` (vLLM) and `content` (llama.cpp) mean the same, and so do `add_special_tokens` and `add_special`.
+    """
 
     model: Text | None = None
     prompt: Text | None = None
     content: Text | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    parse_special: bool | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
     with_pieces: bool | None = None
 
-    def text(self) -> str:
-        """The text to tokenize; ApiError 400 where there is none, or two."""
-        texts = [text for text in (self.prompt, self.content) if text is not None]
-        if len(texts) != 1:
-            raise refused("prompt", "give the text as prompt (or as content, which means the same)")
-        return texts[0]
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if sum(given is not None for given in (self.prompt, self.content, self.messages)) != 1:
+            raise refused("prompt", "give a text as prompt (or as content, which means the same), or messages")
+        return self
 
 
 class DetokenizeRequest(Body):
