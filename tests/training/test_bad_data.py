@@ -1,12 +1,15 @@
 """What ends a run in the middle loses nothing: bad rows, other errors; and data that changed can be accepted."""
 
+import json
 import logging
 
 import pytest
-from tiny import steps_of, weights_of
+from tiny import steps_of, validations_of, weights_of
 
+from data.conftest import jsonl, named
 from data.test_bad_rows import bad_parquet
 from smolforge.checkpoint import commit
+from smolforge.cli import main
 from smolforge.errors import DataError
 from smolforge.metrics_log import read_metrics
 from smolforge.training.metrics import MetricsLogger
@@ -64,3 +67,28 @@ def test_half_an_update_is_not_saved(make_run, tmp_path, monkeypatch) -> None:
     with pytest.raises(RuntimeError):
         make_run("run")
     assert commit.steps(tmp_path / "run" / "checkpoints") == [5]
+
+
+def test_one_small_document_is_trained_on_and_validated(make_run, tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="smolforge")
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {i} of the only document, with a word or two." for i in range(90)))
+    data = {"sources": {str(tmp_path / "a.txt"): 1.0}}
+    whole = make_run("whole", data=data, training={"steps": 10})
+    assert "the end of its only document is held out" in caplog.text
+    assert [step for step, _ in validations_of(whole)] == [10]
+    make_run("run", data=data, training={"steps": 5})
+    run = make_run("run", training={"steps": 10})
+    assert [digest for *_, digest in steps_of(run)] == [digest for *_, digest in steps_of(whole)]
+
+
+def test_a_score_leaves_bad_rows_out_and_says_so(make_run, tmp_path, caplog, capsys) -> None:
+    run = make_run("run", training={"steps": 2})
+    scores = []
+    for name, more in (("good", ""), ("bad", '{"id": 7}\n')):
+        path = jsonl(tmp_path / f"{name}.jsonl", named(40))
+        path.write_text(path.read_text() + more)
+        with pytest.raises(SystemExit) as caught:
+            main(["eval", str(run.path), "--data", str(path), "--json"])
+        assert not caught.value.code
+        scores.append(json.loads(capsys.readouterr().out)["loss"])
+    assert scores[0] == scores[1] and "bad.jsonl, line 41 has no column" in caplog.text
