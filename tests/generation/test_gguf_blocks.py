@@ -88,7 +88,7 @@ def test_logits_are_those_of_the_decoded_weights(tmp_path: Path, kind: str, shap
     with torch.no_grad():
         expected = module(torch.tensor([ids]))[0]
     found = _logits(runner, ids)
-    assert float((found - expected).norm() / expected.norm()) < 0.04, "only activations are rounded, to 8 bits"
+    assert float((found - expected).norm() / expected.norm()) < 2e-4, "only activations are rounded, to 15 bits"
     assert torch.equal(found, _logits(runner, ids, (13, 1, 20))), "bitwise the same however the prompt is cut"
     quantized_again = _logits(CpuRunner(module, "int4"), ids)
     if kind == "q4_1":
@@ -116,7 +116,7 @@ def test_an_untied_embedding_in_four_bits(tmp_path: Path) -> None:
     ids = list(range(40))
     with torch.no_grad():
         expected = module(torch.tensor([ids]))[0]
-    assert float((_logits(select_runner(module)[0], ids) - expected).norm() / expected.norm()) < 0.04
+    assert float((_logits(select_runner(module)[0], ids) - expected).norm() / expected.norm()) < 2e-4
 
 
 def test_changed_weights_are_not_run_from_the_file(tmp_path: Path) -> None:

@@ -49,3 +49,44 @@ def test_the_weights_are_what_transformers_decodes(smollm2: Path) -> None:
     assert set(ours) == set(expected) == set(gguf_names(read_config(smollm2)))
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
     assert open_gguf(smollm2).type_name("blk.0.attn_q.weight") == "Q4_1"
+
+
+PROMPTS = [
+    "The capital of France is", "Once upon a time", "def fibonacci(n):", "The sea", "In 1969,", "Water boils at", "My name is",
+    "A recipe for bread:", "The theory of relativity", "import numpy as np", "Dear Sir,", "Question: What is gravity?", "1, 2, 3,",
+    "Er war einmal", "She opened the door and", "The most important invention", "Cats are", "To be or not", "Photosynthesis is", "HTML",
+]  # fmt: skip
+
+
+@pytest.mark.slow  # a minute: a reference in fp32 for four thousand tokens
+def test_the_file_run_as_it_is_writes_what_its_numbers_say(smollm2: Path, real_data: Path) -> None:
+    from smolforge.checkpoint.locate import load_model
+    from smolforge.evaluation import evaluate, evaluate_runner, tokenize_eval_set
+    from smolforge.generation import Engine, SamplingParams
+    from smolforge.generation.runners import select_runner
+
+    module, tokenizer, _ = load_model(smollm2)
+    engine = Engine.from_model(module, tokenizer, quantize="auto")
+    assert "file" in engine.runner.name
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    texts = [list(prompt) for prompt in prompts]
+    for step in engine.stream(prompts, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)):
+        texts[step.request] += [] if step.token_id is None else [step.token_id]
+    differ = 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert len(text) == len(prompt) + 200
+        with torch.no_grad():  # the module's logits are transformers', see the test above and tests/model
+            logits = module(torch.tensor([text[:-1]]))[0, len(prompt) - 1 :]
+        best, written = logits.topk(2), torch.tensor(text[len(prompt) :])
+        margins = best.values[:, 0] - best.values[:, 1]
+        other = best.indices[:, 0] != written
+        differ += int(other.sum())
+        assert margins[other].max() < 2e-2 if other.any() else True, "two tokens that are nearly as likely"
+    assert differ <= 8, "of 4,000 tokens"
+    lines = (real_data / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8")
+    piece = tokenize_eval_set([lines], tokenizer, 4000)
+    expected, found = (
+        evaluate(module, piece, length=1000, batch=1),
+        evaluate_runner(select_runner(module)[0], piece, length=1000),
+    )
+    assert abs(found.loss - expected.loss) < 1e-4

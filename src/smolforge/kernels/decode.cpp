@@ -69,34 +69,42 @@ struct Model {
       scale = splat(1.f / std::sqrt(sum(squares) / s.width + s.eps));
     }
     const auto value = [&](int i) { F v = load<F>(from + i); return norm ? v * scale * load<F>(norm + i) : v; };
-    char* row = (char*)to.data + (size_t)r * k * input_bytes(w.kind);
+    const int parts = planes(w.kind);
+    const auto row = [&](int p) { return (char*)to.data + ((size_t)r * parts + p) * k * input_bytes(w.kind); };
     if (w.kind == F32 || w.kind == BF16) {
-      for (int i = 0; i < k; i += LANES) put_inputs(w.kind, row, i, value(i));
+      for (int i = 0; i < k; i += LANES) put_inputs(w.kind, row(0), i, value(i));
       return;
     }
     const int step = w.kind == I8 ? GROUP : w.group, offset = w.kind == I4 ? 8 : w.kind == B4 ? -1 : I8_OFFSET;
     for (int g = 0; g < k; g += GROUP) {
-      F v[GROUP / LANES], most = {};
-      for (int j = 0; j < GROUP / LANES; j++) {
-        v[j] = value(g + LANES * j);
-        const F a = v[j] < 0 ? -v[j] : v[j];
-        most = a > most ? a : most;
-      }
-      const float peak = greatest(most), inverse = peak > 0 ? 127.f / peak : 0.f;
-      to.scales[(size_t)r * (k / GROUP) + g / GROUP] = peak / 127.f;
-      int8_t q[GROUP];
-      for (int j = 0; j < GROUP / LANES; j++) {
-        const F magic = splat(12582912.f);
-        store(q + LANES * j, __builtin_convertvector(__builtin_convertvector((v[j] * inverse + magic) - magic, I), Bytes));
-      }
-      if (input_bytes(w.kind) == 1) memcpy(row + g, q, GROUP);
-      else  // the order that dot_quads needs
-        for (int i = 0; i < GROUP; i++) ((int16_t*)row)[g + i / 4 * 4 + "\0\2\1\3"[i % 4]] = q[i];
-      for (int j = 0; j < GROUP / step; j++) {
-        int32_t total = 0;
-        for (int i = 0; i < step; i++) total += q[j * step + i];
-        to.corrections[(size_t)r * (k / step) + g / step + j] = -offset * total;
-      }
+      F v[GROUP / LANES];
+      for (int j = 0; j < GROUP / LANES; j++) v[j] = value(g + LANES * j);
+      for (int p = 0; p < parts; p++) quantize(v, w.kind, step, offset, to, (size_t)r * parts + p, g, row(p));
+    }
+  }
+  // Round the 64 inputs `v` from g on to 8 bits, as row `r` of inputs; what that leaves stays in `v`.
+  static void quantize(F* v, int kind, int step, int offset, const Inputs& to, size_t r, int g, char* row) {
+    const int k = to.stride;
+    F most = {};
+    for (int j = 0; j < GROUP / LANES; j++) {
+      const F a = v[j] < 0 ? -v[j] : v[j];
+      most = a > most ? a : most;
+    }
+    const float peak = greatest(most), inverse = peak > 0 ? 127.f / peak : 0.f, scale = peak / 127.f;
+    to.scales[r * (k / GROUP) + g / GROUP] = scale;
+    int8_t q[GROUP];
+    for (int j = 0; j < GROUP / LANES; j++) {
+      const F magic = splat(12582912.f), whole = (v[j] * inverse + magic) - magic;
+      store(q + LANES * j, __builtin_convertvector(__builtin_convertvector(whole, I), Bytes));
+      v[j] -= whole * scale;
+    }
+    if (input_bytes(kind) == 1) memcpy(row + g, q, GROUP);
+    else  // the order that dot_quads needs
+      for (int i = 0; i < GROUP; i++) ((int16_t*)row)[g + i / 4 * 4 + "\0\2\1\3"[i % 4]] = q[i];
+    for (int j = 0; j < GROUP / step; j++) {
+      int32_t total = 0;
+      for (int i = 0; i < step; i++) total += q[j * step + i];
+      to.corrections[r * (k / step) + g / step + j] = -offset * total;
     }
   }
 
@@ -111,13 +119,17 @@ struct Model {
     return to;
   }
   Inputs inputs_of(Prepared& p, int rows, int stride) {
-    return {p.data.get<float>((size_t)rows * stride), stride, p.scales.get<float>((size_t)rows * stride / GROUP),
-            p.corrections.get<int32_t>((size_t)rows * stride / UNIT)};
+    return {p.data.get<float>((size_t)rows * stride), stride, p.scales.get<float>((size_t)rows * 2 * stride / GROUP),
+            p.corrections.get<int32_t>((size_t)rows * 2 * stride / UNIT)};
   }
 
   template <class Done> void rows_times(const Matrix& w, const Inputs& in, int id, int rows, Done done) {
     const Span mine = share((w.n + UNIT - 1) / UNIT, id, team.size);
-    product(w, unit_bytes(w), in.stride, in, rows, mine.first, mine.last, [&](int unit, int m, int n, F(*out)[V]) {
+    const int parts = planes(w.kind);
+    product(w, unit_bytes(w), in.stride, in, rows * parts, mine.first, mine.last, [&](int unit, int m, int n, F(*out)[V]) {
+      m /= parts, n /= parts;
+      for (int i = 0; parts > 1 && i < n; i++)
+        for (int v = 0; v < V; v++) out[i][v] = out[2 * i][v] + out[2 * i + 1][v];
       for (int i = 0; w.bias && i < n; i++)
         for (int v = 0; v < V; v++) out[i][v] += load<F>(w.bias + unit * UNIT + v * LANES);
       done(unit, m, n, out);

@@ -12,9 +12,12 @@
 //                                                           where the processor does not multiply quads of bytes
 //   I4    [k/8][32][4] bytes of two 4-bit values + 8;       int8 with a scale per 64 inputs
 //         a scale per output and 32 or 64 inputs
-//   B8    as I8, with a scale per output and 32 inputs      as I8; these two hold the blocks of GGUF files, number for
-//   B4    as I4, values from 0; a scale and a minimum       as I4  number: Q8_0, Q4_0 (minimum -8 scales) and Q4_1
+//   B8    as I8, with a scale per output and 32 inputs      as I8, twice: what the first rounding leaves is rounded too
+//   B4    as I4, values from 0; a scale and a minimum       as B8
 //         per output and 32 inputs
+//
+// B8 and B4 hold the blocks of GGUF files, number for number: Q8_0, Q4_0 (whose minimum is -8 scales) and Q4_1. Their inputs
+// have 15 bits, so that the results are those of the file's numbers; on one row this costs no time, as memory limits it.
 
 #pragma once
 
@@ -34,6 +37,7 @@ extern "C" struct Matrix {  // as packed by pack.cpp
   const float* bias;        // [units][32] added to the outputs, or null
 };
 
+inline int planes(int kind) { return kind == B8 || kind == B4 ? 2 : 1; }  // rows of inputs for one row
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4, B4: half of it
 inline size_t unit_bytes(const Matrix& w) {

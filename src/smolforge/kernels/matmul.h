@@ -103,7 +103,7 @@ constexpr int input_bytes(int kind) {
 struct Inputs {
   void* data;
   int stride;
-  float* scales;         // of 8 and 4 bits: [row][stride / GROUP]
+  float* scales;         // of 8 and 4 bits: [row][stride / GROUP]; `planes` rows follow each other
   int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs); B4: the sum itself
 };
 
@@ -208,7 +208,8 @@ Tile pick(int kind, int rows) {
 template <class Done>
 void product(const Matrix& w, size_t bytes, int k, const Inputs& in, int rows, int first, int last, Done done) {
   alignas(64) F out[TILE][V];
-  const int most = w.kind == F32 || w.kind == BF16 ? TILE : SCALED_TILE;
+  // A whole number of rows with all their planes.
+  const int most = w.kind == F32 || w.kind == BF16 ? TILE : SCALED_TILE / planes(w.kind) * planes(w.kind);
   for (int unit = first; unit < last; unit++)
     for (int row = 0; row < rows; row += most) {
       const int n = std::min(most, rows - row);

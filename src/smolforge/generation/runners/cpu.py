@@ -88,7 +88,7 @@ class CpuRunner:
 
     Args:
         module: a Llama of `model/llama.py` on the CPU; its weights are packed and not kept.
-        precision: of the weights. Keys and values are fp32 with fp32 weights, bf16 otherwise. "file" takes the
+        precision: of the weights. Keys and values are fp32 with "fp32" and "file", bf16 otherwise. "file" takes the
             matrices that have blocks of a GGUF file (`gguf_file.Blocks`) as they are, and the others as int8.
         threads: of one step; torch's own number unless given.
 
@@ -107,7 +107,7 @@ class CpuRunner:
         self.config, self.threads = config, threads or torch.get_num_threads()
         threads_of = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         self.name = f"native C++, {precision}, {threads_of}"
-        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self._dtype = torch.float32 if precision in ("fp32", "file") else torch.bfloat16
         self._held: list[Tensor] = []  # what the library points into
         self._arena = Arena()
         self._handle = None
@@ -124,7 +124,7 @@ class CpuRunner:
         self.weight_bytes = sum(tensor.nbytes for tensor in self._held)
         shape = _Shape(
             config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-            config.head_dim, config.intermediate_size, config.vocab_size, F32 if precision == "fp32" else BF16,
+            config.head_dim, config.intermediate_size, config.vocab_size, F32 if self._dtype == torch.float32 else BF16,
             config.rms_norm_eps,
         )  # fmt: skip
         self._handle = ctypes.c_void_p(
