@@ -39,7 +39,7 @@ def test_preset_validates_and_says_what_it_is(name: str) -> None:
     assert re.match(r"# \S.{20,110}\.\n", text), "the first line says what it is, for --help"
     assert RunConfig.model_validate(config.model_dump()) == config
     assert config.model.vocab_size >= len(SPECIAL_TOKENS)
-    steps = config.training.steps or config.training.tokens
+    steps = config.training.steps or config.training.tokens or config.training.epochs
     assert steps, "a preset says how long it runs"
     said = re.search(r"([\d,]{6,}) parameters", text)
     assert said is None or int(said[1].replace(",", "")) == count(config)

@@ -168,7 +168,7 @@ class ChatTemplate:
             ids += encoded.ids
             offsets += [(at + first, at + last) for first, last in encoded.offsets]
             if mark:
-                quoted = self.tokenizer.encode(self._quoted.get(mark.group(), mark.group()))
+                quoted = self.tokenizer.encode(str(self._quoted.get(mark[0], mark[0])))
                 ids += quoted
                 offsets += [mark.span()] * len(quoted)
                 at = mark.end()

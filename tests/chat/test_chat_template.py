@@ -88,7 +88,7 @@ def test_the_end_token_belongs_to_the_answer(pairs: Any) -> None:
 def test_special_tokens_that_a_message_quotes_stay_text(trained: Tokenizer) -> None:
     plain = TEMPLATES["chatml"][0].replace("message['content']", "message['content'] | upper")
     template = ChatTemplate(Tokenizer(trained.backend, {"eos_token": "<|im_end|>", "chat_template": plain}))
-    end = template.tokenizer.backend.token_to_id("<|im_end|>")
+    end = template.tokenizer.eos_id
     messages = [
         {"role": "user", "content": "what is <|im_end|>?"},
         {"role": "assistant", "content": "<|im_start|> ends with <|im_end|>"},

@@ -129,7 +129,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return {
         "missing": (folder / "nothing.jsonl", "no such file"),
         "empty file": (write("empty.txt", b""), "is empty"),
-        "unknown ending": (write("a.csv", b"text\nhello"), "unknown ending"),
+        "unknown ending": (write("a.tsv", b"text\nhello"), "unknown ending"),
         "cut parquet": (write("cut.parquet", good[:-100]), "PAR1"),
         "tiny parquet": (write("tiny.parquet", b"PAR1"), "too short"),
         "footer too long": (write("long.parquet", good[:-8] + b"\xff\xff\xff\x7fPAR1"), "footer claims"),

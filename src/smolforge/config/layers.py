@@ -95,8 +95,8 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
 
 # What pydantic says of a default that it could not derive, because the key it derives from is wrong and reported too.
 _NOT_DERIVED = "default_factory_not_called"
-# Choosing one of these keys drops what an earlier layer chose under the other name.
-_EXCLUSIVE = {"steps": "tokens", "tokens": "steps"}
+# Choosing one of these keys drops what an earlier layer chose under another name.
+_LENGTHS = {"steps", "tokens", "epochs"}
 # These mappings are values of their own: a later layer replaces them whole.
 _WHOLE = {"sources", "groups"}
 
@@ -107,8 +107,9 @@ def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in _WHOLE:
             merge(tree[key], value)
         else:
-            if value is not None and key in _EXCLUSIVE:
-                tree.pop(_EXCLUSIVE[key], None)
+            if value is not None and key in _LENGTHS:
+                for other in _LENGTHS - {key}:
+                    tree.pop(other, None)
             tree[key] = value
 
 

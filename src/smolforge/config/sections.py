@@ -140,8 +140,14 @@ class DataConfig(_Section):
 
     sources: dict[str, float] = Field(default_factory=lambda: {"tales": 1.0}, min_length=1)
     """SRC: weight. A source is a file, folder, glob, URL, hf://…, OWNER/NAME:CONFIG or `tales`."""
+    format: Literal["text", "chat"] = "text"
+    """Whether rows are texts, or conversations for a model that answers (docs/finetuning.md)."""
     text_column: str = "text"
-    """Column of a parquet or jsonl source that holds the text."""
+    """Column of a parquet, jsonl, csv or json source that holds the text."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """chat only: learn what the assistant writes, or every token of a conversation."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """chat only: what happens to a conversation that is longer than a window."""
     separator: str | None = "<|endoftext|>"
     """Where a .txt file is split into documents; a file without it is one document."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -233,6 +239,8 @@ class TrainingConfig(_Section):
     """Length of the run in steps."""
     tokens: Count | None = Field(default=None, ge=1)
     """Length of the run in tokens, rounded up to whole steps; give one of the two."""
+    epochs: float | None = Field(default=None, gt=0)
+    """chat data only: length of the run in passes through the conversations; how many steps that is, is kept."""
     precision: PRECISIONS = "auto"
     """Numbers that the run computes in; auto takes bf16, fp16 or fp32 by what the device has."""
     compile: Literal["auto", "on", "off"] | bool = "auto"
@@ -256,8 +264,10 @@ class TrainingConfig(_Section):
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("steps: give steps or tokens, not both")
+        # Epochs stay beside the steps that they came to.
+        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
+        if self.tokens is not None and given:
+            raise ValueError(f"{given[0]}: give {given[0]} or tokens, not both")
         return self
 
 
@@ -332,6 +342,8 @@ class RunConfig(_Section):
                 f"data.sequence_length: {self.data.sequence_length} is longer than the model's "
                 f"{self.model.max_position_embeddings} positions (model.max_position_embeddings)"
             )
+        if self.training.epochs is not None and self.data.format != "chat":
+            raise ValueError("training.epochs: a text has no fixed number of windows; give steps or tokens")
         per_step = self.training.tokens_per_step
         if per_step is not None and per_step % self.data.sequence_length:
             raise ValueError(

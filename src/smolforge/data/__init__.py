@@ -13,6 +13,7 @@ the number of ranks decide when something is read, never what is read. To resume
     index.py      every shard and row group, with a hash of the whole
     order.py      which rows each lane reads, epoch by epoch
     packing.py    one lane: tokenize, join, cut windows
+    conversations.py  one lane of chat data: whole conversations packed into windows, and what is learned of them
     cursor.py     the position of every lane
     loader.py     batches from the lanes, made ahead in threads; which documents fed a step
     fetch.py      ranges over the network, with retries

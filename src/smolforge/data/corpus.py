@@ -36,6 +36,13 @@ class Document(NamedTuple):
     ends: bool = True
 
 
+class LeftOut(NamedTuple):
+    """A row that could not be used: where it is, and why."""
+
+    address: Address
+    problem: str
+
+
 class Corpus:
     """Sources that can be read by address. Made by `open`; a context manager.
 
@@ -85,13 +92,14 @@ class Corpus:
         """
         no_hub = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
         context = Context(
-            column=config.text_column,
+            column="conversation" if config.format == "chat" else config.text_column,
             separator=config.separator or None,
             on_error=config.on_error,
             read_ahead=ReadAhead(config.read_ahead),
             offline=offline or no_hub,
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
+            chat=config.format == "chat",
         )
         context.cache.trim()
         try:
@@ -117,7 +125,7 @@ class Corpus:
             (spec, sum(part.rows for part in self.orders[s].ranges), (d.text for d in self.documents_of(s)))
             for s, spec in enumerate(self.specs)
         ]
-        return decide_holdout(sources, self.config.holdout)
+        return decide_holdout(sources, self.config.holdout, divide=self.config.format == "text")
 
     def documents(self, *, held_out: bool | None = None) -> Iterator[Document]:
         """All documents in canonical order: those that training never sees (True), those it sees (False), or both."""

@@ -75,11 +75,11 @@ class _Source:
         return number
 
 
-def decide_holdout(sources: Sequence[tuple[str, int, Iterable[str]]], share: float) -> Holdout:
+def decide_holdout(sources: Sequence[tuple[str, int, Iterable[str]]], share: float, *, divide: bool = True) -> Holdout:
     """The holdout of these sources, each a name, the number of its rows, and its documents.
 
     Sources of many documents are left to the hash. Others are read until both sides have a document; what was decided
-    is told.
+    is told. `divide`: a single document may be divided, as a text may and a conversation may not.
     """
     if share <= 0:
         return Holdout(0.0)
@@ -102,7 +102,7 @@ def decide_holdout(sources: Sequence[tuple[str, int, Iterable[str]]], share: flo
         if source.low < source.high:
             spared.add(source.high)
             logger.info("%s: all %d documents fell to validation, so one is trained on", source.name, source.documents)
-        elif dividing_place(source.first):
+        elif divide and dividing_place(source.first):
             _divide(source, divided)
     if not found:
         single = [source for source in filled if source.low == source.high]
@@ -112,7 +112,7 @@ def decide_holdout(sources: Sequence[tuple[str, int, Iterable[str]]], share: flo
             added.add(choice)
             count = sum(source.documents for source in filled)
             logger.info("data.holdout=%g chose none of %d documents, so one is held out for validation", share, count)
-        elif source := next((source for source in single if dividing_place(source.first)), None):
+        elif source := next((source for source in single if divide and dividing_place(source.first)), None):
             _divide(source, divided)
     return Holdout(share, frozenset(added), frozenset(spared), frozenset(divided))
 

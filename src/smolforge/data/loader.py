@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from smolforge.data.corpus import Address, Corpus
+from smolforge.data.corpus import Address, Corpus, LeftOut
 from smolforge.data.cursor import VERSION, Position, bad_rows, read_cursor, to_json
-from smolforge.data.packing import Lane, LeftOut, Window
+from smolforge.data.packing import Lane, Window
 from smolforge.errors import BadInput
 from smolforge.tokenizer import Tokenizer
 
@@ -34,10 +34,11 @@ class Batch:
     document_ids: np.ndarray  # int32 (S_local, L+1); counts the documents within a window from 0
     digests: list[
         tuple[int, bytes]
-    ]  # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32)
+    ]  # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32, and of what is learned)
     documents: list[Address]  # of the documents with tokens in the batch, in the order of the sequences
     left_out: list[LeftOut]  # rows that could not be used, which the lanes passed on the way
     cursor: dict[str, Any]  # this rank's after this batch; JSON-able
+    learned: np.ndarray | None = None  # bool (S_local, L+1): the tokens that are learned; None where all are
 
     @property
     def bad_rows(self) -> int:
@@ -181,7 +182,11 @@ class Loader(Iterator[Batch]):
         mine = self._mine(wanted)
         windows = [self._window(lane) for _, lane in mine]
         self._step += 1
-        contents = [window.tokens.astype("<i4").tobytes() for window in windows]
+        masks = [window.learned for window in windows if window.learned is not None]
+        contents = [
+            window.tokens.astype("<i4").tobytes() + (b"" if window.learned is None else window.learned.tobytes())
+            for window in windows
+        ]
         hashes = [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
         config = self.corpus.config
         cursor = {
@@ -202,6 +207,7 @@ class Loader(Iterator[Batch]):
             documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
             left_out=[row for window in windows for row in window.left_out],
             cursor=cursor,
+            learned=np.stack(masks) if masks else None,
         )
 
 

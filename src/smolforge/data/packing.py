@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from smolforge.data.corpus import Address, Corpus
+from smolforge.data.conversations import ChatEncoder, ChatSource
+from smolforge.data.corpus import Address, Corpus, LeftOut
 from smolforge.data.cursor import Position, to_json
 from smolforge.data.order import RowRange, permutation
 from smolforge.data.readers import BadRow, Rows
@@ -27,18 +27,12 @@ MAX_ENCODE_ROWS = 512
 MAX_TEXT = 1 << 20  # characters; a tokenizer needs some 240 times as many bytes of memory, so longer texts are cut
 
 
-class LeftOut(NamedTuple):
-    """A row that could not be used: where it is, and why."""
-
-    address: Address
-    problem: str
-
-
 @dataclass
 class Window:
     """L+1 tokens of a lane, int32, the number of the document of each, and the lane's cursor after them.
 
-    `left_out` are the rows that the lane came past since its window before, in `data.on_error=skip`.
+    `left_out` are the rows that the lane came past since its window before, in `data.on_error=skip`. `learned` says
+    of chat data which tokens are learned, bool (L+1,); None where all are.
     """
 
     tokens: np.ndarray
@@ -46,10 +40,13 @@ class Window:
     documents: list[Address]
     left_out: list[LeftOut]
     cursor: list[list[int]]
+    learned: np.ndarray | None = None
 
 
 class LaneSource:
     """The stream of one source in one lane, from a position on."""
+
+    learned: np.ndarray | None = None  # every token is
 
     def __init__(
         self, corpus: Corpus, encoder: Tokenizer, source: int, lane: int, position: Position, read_ahead: bool
@@ -189,9 +186,13 @@ class Lane:
         self.length = config.sequence_length + 1
         self.weights = corpus.weights
         self.positions = positions
-        self.sources = [
-            LaneSource(corpus, encoder, s, lane, position, read_ahead) for s, position in enumerate(positions)
-        ]
+        numbered = list(enumerate(positions))
+        self.sources: list[LaneSource] | list[ChatSource]
+        if config.format == "chat":
+            chat = ChatEncoder(encoder, config)
+            self.sources = [ChatSource(corpus, chat, s, lane, position) for s, position in numbered]
+        else:
+            self.sources = [LaneSource(corpus, encoder, s, lane, position, read_ahead) for s, position in numbered]
         if read_ahead:
             for s, position in enumerate(positions):
                 corpus.read_ahead(s, lane, position.k)
@@ -205,7 +206,7 @@ class Lane:
         parts, addresses = source.take(self.length)
         left_out, source.left_out = source.left_out, []
         ids = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        return Window(np.concatenate(parts), ids, addresses, left_out, to_json(self.positions))
+        return Window(np.concatenate(parts), ids, addresses, left_out, to_json(self.positions), source.learned)
 
     def _most_behind(self) -> int:
         """The source whose next window is due first: window n of weight w and lane phase p is due at (n + p) / w."""

@@ -44,6 +44,20 @@ class EvalSlice:
     documents: int
     eos_id: int
 
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, L)."""
+        return _windows(self, length)
+
+
+@dataclass(frozen=True)
+class AnswerSlice(EvalSlice):
+    """Held-out answers: `tokens` are an EOS and all that is predicted, `packed` the windows with their questions."""
+
+    packed: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.packed
+
 
 @dataclass(frozen=True)
 class Score:
@@ -109,7 +123,7 @@ def evaluate(
         between: called between batches; it may raise to stop.
     """
     ranks = ranks or DistributedContext()
-    inputs, targets, documents = _windows(piece, length)
+    inputs, targets, documents = piece.windows(length)
     mine = range(ranks.rank, len(inputs), ranks.world_size)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -138,7 +152,7 @@ def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:
         length: positions in a window; context is never longer.
     """
     nats = 0.0
-    for tokens, targets, documents in zip(*_windows(piece, length), strict=True):
+    for tokens, targets, documents in zip(*piece.windows(length), strict=True):
         for document in np.unique(documents[targets != IGNORE]):
             (rows,) = np.nonzero((documents == document) & (targets != IGNORE))
             cache = runner.new_cache(len(rows))
@@ -159,7 +173,7 @@ def _score(total: float, piece: EvalSlice) -> Score:
 
 
 def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, length).
+    """As `EvalSlice.windows`.
 
     A document begins as a prompt does: after the tokenizer's BOS, or where it has none at position 0, and the EOS that
     its first token is predicted from is a part of its own.

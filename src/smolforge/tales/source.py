@@ -62,12 +62,14 @@ def write(
     documents: Iterable[int] = range(1000),
     seed: int = 0,
     row_group_size: int = 1000,
+    chat: bool = False,
 ) -> Path:
     """Write the documents with these indices as one file in Cosmopedia v2's schema; returns its path.
 
     Args:
         kind: one of `KINDS`; `txt` holds the texts alone, separated by `<|endoftext|>`.
         row_group_size: documents in a row group of a parquet file.
+        chat: as conversations (`prompt` and `completion`): the request, and the first paragraph of what it asks for.
     """
     import pyarrow
     import pyarrow.parquet
@@ -88,6 +90,7 @@ def write(
     compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}.get(kind)
     with pyarrow.output_stream(path, compression=compression, buffer_size=1 << 20) as file:
         for document in made:
-            line = document.text + SEPARATOR if kind == "txt" else json.dumps(document.row(), ensure_ascii=False) + "\n"
-            file.write(line.encode())
+            pair = {"prompt": document.prompt, "completion": document.text.split("\n\n")[0]}
+            row = json.dumps(pair if chat else document.row(), ensure_ascii=False) + "\n"
+            file.write((document.text + SEPARATOR if kind == "txt" else row).encode())
     return path

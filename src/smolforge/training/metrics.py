@@ -46,19 +46,21 @@ class StepMetrics:
 
     Attributes:
         batch: what this rank read.
+        count: tokens that were learned, over all ranks.
         figures: as `train_step` returns them, on the host once `wait` was called.
     """
 
     batch: Batch
     step: int
     lr: float
+    count: int
     figures: torch.Tensor
     wait: Callable[[], None]
 
     @classmethod
-    def queue(cls, batch: Batch, step: int, lr: float, figures: Iterable[torch.Tensor]) -> StepMetrics:
+    def queue(cls, batch: Batch, step: int, lr: float, count: int, figures: Iterable[torch.Tensor]) -> StepMetrics:
         """Start to copy the figures of a step to the host, all at once."""
-        return cls(batch, step, lr, *to_host(torch.stack([figure.float() for figure in figures])))
+        return cls(batch, step, lr, count, *to_host(torch.stack([figure.float() for figure in figures])))
 
     @property
     def nats(self) -> float:
@@ -161,7 +163,7 @@ class MetricsLogger:
         row: dict[str, Any] = {
             "step": metrics.step,
             "tokens": metrics.step * self.config.tokens_per_step,
-            "loss": metrics.nats / self.config.tokens_per_step,
+            "loss": metrics.nats / metrics.count,
             "lr": metrics.lr,
             "grad_norm": metrics.norm,
             "tokens_per_second": round(speed, 1),
@@ -236,7 +238,7 @@ class MetricsLogger:
         settings = self.config.samples.model_dump(include={"max_tokens", "temperature", "top_p"})
         engine = Engine.from_model(self.context.model, self.context.tokenizer)
         texts, reasons = [""] * len(prompts), [""] * len(prompts)
-        for output in engine.stream(prompts, SamplingParams(**settings, seed=step)):
+        for output in engine.stream(map(self._encode, prompts), SamplingParams(**settings, seed=step)):
             self._poll_single_rank()
             texts[output.request] += output.text
             reasons[output.request] = output.finish_reason or reasons[output.request]
@@ -250,8 +252,13 @@ class MetricsLogger:
     def _prompts(self) -> list[str]:
         """The prompts that the model can continue: neither empty nor longer than its context."""
         room = self.config.model.max_position_embeddings - 1
-        encode = self.context.tokenizer.encode
-        return [prompt for prompt in self.config.samples.prompts if 0 < len(encode(prompt)) <= room]
+        return [prompt for prompt in self.config.samples.prompts if 0 < len(self._encode(prompt)) <= room]
+
+    def _encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt; of a question for a model that is tuned on chat data."""
+        if self.config.data.format == "chat":
+            return self.context.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self.context.tokenizer.encode(prompt)
 
     def _poll_single_rank(self) -> None:
         # With several ranks an exception on one would leave the others waiting; they stop at the next step.

@@ -35,6 +35,7 @@ from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
+from smolforge.training import finetuning
 from smolforge.training.optim import build_optimizer, check_optimizer
 from smolforge.training.plan import Plan, make_plan, with_training
 from smolforge.training.run_data import check_weights, keep_places, open_corpus
@@ -47,7 +48,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 IDENTITY = (
     "model", "tokenizer", "init", "training.tokens_per_step", "training.seed",
     "data.text_column", "data.separator", "data.sequence_length", "data.lanes", "data.holdout",
-    "data.seed", "data.mask_documents",
+    "data.seed", "data.mask_documents", "data.format", "data.loss_on", "data.too_long",
 )  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
         new = keep_places(build_config(request.base or "pocket", list(request.overrides), **request.layers))
-        return new if request.more_steps is None else with_training(new, steps=request.more_steps, tokens=None)
+        more = request.more_steps
+        return new if more is None else with_training(new, steps=more, tokens=None, epochs=None)
     saved = keep_places(build_config(str(run.config_path)))
     base = request.base or ""
     name = Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
@@ -154,9 +156,11 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if newest is not None:
         changed = check_weights(run, saved, changed)
         _check_identity(run, saved, changed)
+    if changed.training.steps is None and changed.training.epochs == saved.training.epochs:
+        changed = with_training(changed, steps=saved.training.steps)
     if request.more_steps is not None:
         length = _extended_length(run, newest, request.more_steps)
-        changed = with_training(changed, steps=length, tokens=None)
+        changed = with_training(changed, steps=length, tokens=None, epochs=None)
     return changed
 
 
@@ -190,6 +194,12 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
     The tokenizer is always that model's own, because its embedding belongs to no other. A run with a checkpoint has
     adopted both already and does not need `init` any more.
     """
+    if config.init is None and config.data.format == "chat":
+        raise BadInput(
+            "chat data needs a model to start from",
+            field="init",
+            hint="`smolforge finetune MODEL --data SRC` names one.",
+        )
     if config.init is None or newest is not None:
         return config
     directory = locate.resolve_model(config.init)
@@ -202,7 +212,11 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
             field="data.sequence_length",
             hint=f"Add --set data.sequence_length={positions}.",
         )
-    tokenizer = str(directory) if Path(config.init).expanduser().exists() else config.init
+    # A name that is none of the Hub's, such as that of a file which is installed, means the file.
+    local = Path(config.init).expanduser().exists() or not directory.is_dir()
+    tokenizer = str(directory) if local else config.init
+    if config.data.format == "chat":
+        model = finetuning.with_room(model, finetuning.with_chat_template(Tokenizer.from_pretrained(directory)))
     return config.model_copy(update={"model": model, "tokenizer": tokenizer})
 
 
@@ -229,6 +243,9 @@ def build_context(
         plan = make_plan(config, device, ranks.world_size)
         corpus = open_corpus(run, config, newest, ranks, accept_changes=request.accept_changed_data)
         tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
+        if config.data.format == "chat" and newest is None:
+            config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
+            plan = make_plan(config, device, ranks.world_size)
         apply_plan(plan)
         model = _build_model(config, plan, newest)
         optimizer = build_optimizer(model, config.optimizer, update=plan.update)
@@ -255,6 +272,8 @@ def _open_tokenizer(
             Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
         ranks.barrier()
     tokenizer = Tokenizer.from_pretrained(source)
+    if config.data.format == "chat":
+        tokenizer = finetuning.with_chat_template(tokenizer)
     format.check_vocabulary(config.model, tokenizer)
     return tokenizer
 
@@ -274,15 +293,22 @@ def _build_model(config: RunConfig, plan: Plan, newest: Path | None) -> CausalLM
 
 def load_weights(model: CausalLM, directory: Path) -> None:
     """Copy the weights of a model directory into `model`; CheckpointError where they are damaged or do not fit."""
-    found = format.check_weights(model.config, weights.read_weights(directory), str(directory))
+    own = format.read_config(directory)
+    shape = model.config.model_copy(update={"vocab_size": min(own.vocab_size, model.config.vocab_size)})
+    found = format.check_weights(shape, weights.read_weights(directory), str(directory))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(found[name])
+            rows = found[name]
+            parameter[: len(rows)].copy_(rows)
+            # New tokens begin as the mean of the others: a token that was never trained must not stand out.
+            parameter[len(rows) :].copy_(rows.mean(0, keepdim=True))
 
 
 def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> EvalSlice | None:
     if not config.data.holdout:
         return None
+    if config.data.format == "chat":
+        return finetuning.answers_eval_set(config, corpus, tokenizer)
     try:
         return tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
     except DataError:

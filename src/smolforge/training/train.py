@@ -34,6 +34,7 @@ from smolforge.model.architecture import CausalLM
 from smolforge.run import Run, lock_run
 from smolforge.training import checkpointing, setup
 from smolforge.training.checkpointing import Position
+from smolforge.training.finetuning import learned_targets
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due, tell_outcome
 from smolforge.training.optim import optimizer_step, schedule_factor
 from smolforge.training.plan import Plan, resolve_batch
@@ -233,13 +234,15 @@ class Trainer:
         document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
         context = self.context
+        targets, count = learned_targets(batch, tokens, self.ranks)
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
-            lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
+            targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
         )  # fmt: skip
         self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor
-        self.pending.append(StepMetrics.queue(batch, step + 1, lr, figures))
+        learned = count or config.tokens_per_step
+        self.pending.append(StepMetrics.queue(batch, step + 1, lr, learned, figures))
 
     def _span(self, name: str) -> AbstractContextManager[Any]:
         self.updating = name == "update"
@@ -348,7 +351,7 @@ class Trainer:
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
-    lr: float, ranks: DistributedContext, scaler: Any = None,
+    lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
     span: Callable[[str], AbstractContextManager[Any]] = record_function,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
@@ -356,6 +359,8 @@ def train_step(
     Args:
         tokens: (B, T + 1), this rank's share of the batch.
         document_ids: (B, T + 1) on the host where attention stops at document borders, else None.
+        targets: (B, T) of the next tokens, `IGNORE` where one is not learned; all of `tokens` unless given.
+        count: targets that are learned, in the global batch; all unless given.
         span: the context of each part ("forward", "backward", "update"), for profiles and timings.
 
     Returns:
@@ -366,11 +371,12 @@ def train_step(
     for start in range(0, len(tokens), plan.micro_batch):
         rows = slice(start, start + plan.micro_batch)
         ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
-        inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
+        inputs = tokens[rows, :-1].contiguous()
+        wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
         with span("forward"), plan.precision.context(tokens.device):
             loss, part = model.loss(
-                inputs, targets, document_ids=ids,
-                scale=1 / config.tokens_per_step, z_weight=config.training.z_loss,
+                inputs, wanted, document_ids=ids,
+                scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
             )  # fmt: skip
         with span("backward"):
             (scaler.scale(loss) if scaler else loss).backward()

@@ -3,6 +3,8 @@
     parquet.py     the text column of a parquet file, by row group
     text.py        jsonl and txt, in row groups of about a megabyte
     json_array.py  json, as jsonl
+    table.py       csv, and parquet with nested columns, as jsonl
+    conversation.py  from a row to a conversation, in every form of chat data
 
 Adding a format is a file here, a line in `READERS`, and its ending in `sources.ENDINGS`.
 """
@@ -20,6 +22,7 @@ from smolforge.errors import DataError
 READERS = {
     "parquet": "smolforge.data.readers.parquet:ParquetReader",
     "jsonl": "smolforge.data.readers.text:JsonLinesReader",
+    "csv": "smolforge.data.readers.table:TableReader",
     "json": "smolforge.data.readers.json_array:JsonReader",
     "txt": "smolforge.data.readers.text:PlainTextReader",
     "tales": "smolforge.tales.source:TalesReader",
@@ -79,5 +82,7 @@ class Reader(ABC):
 
 def open_reader(shard: Shard, context: Context) -> Reader:
     """The reader of the shard's format; nothing is read yet."""
-    module, _, name = READERS[shard.format].partition(":")
+    # A conversation is in several columns, or in one with others inside: not what the parquet reader has ranges of.
+    format = "csv" if context.chat and shard.format == "parquet" else shard.format
+    module, _, name = READERS[format].partition(":")
     return getattr(importlib.import_module(module), name)(shard, context)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from smolforge.data.cache import LRUCache
 from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
+from smolforge.data.readers.conversation import has_conversation
 from smolforge.data.sources import Context, Shard
 from smolforge.errors import DataError, SmolforgeError
 
@@ -98,6 +99,8 @@ class ParquetReader(Reader):
         if place < 0:
             count = schema.names.count(wanted)
             problem = f"{name} has {count} columns {wanted!r}" if count else f"{name} has no column {wanted!r}"
+            if has_conversation(dict.fromkeys(schema.names, "")):
+                problem += ": it is chat data, which `smolforge finetune` learns from"
         else:
             kind = schema.field(place).type
             kind = kind.value_type if types.is_dictionary(kind) else kind

@@ -21,6 +21,7 @@ from typing import Any
 
 from smolforge.data.cache import decompress
 from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
+from smolforge.data.readers.conversation import conversation_text, has_conversation
 from smolforge.data.sources import COMPRESSIONS, Context, Shard
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError, SourceChanged
@@ -186,8 +187,12 @@ class JsonLinesReader(TextReader):
         if not isinstance(value, dict):
             kind, hint = type(value).__name__, f'It must look like {{"{column}": "..."}}.'
             raise BadRow(f"is not a JSON object but {kind}", field="data.sources", hint=hint)
+        if self.context.chat:
+            return conversation_text(value)
         if column not in value:
             hint = f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}."
+            if has_conversation(value):
+                hint += " This is chat data, which `smolforge finetune` learns from."
             raise BadRow(f"has no column {column!r}", field="data.text_column", hint=hint)
         text = value[column] if value[column] is not None else ""
         if not isinstance(text, str):

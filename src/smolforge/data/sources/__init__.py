@@ -27,9 +27,9 @@ from smolforge.errors import DataError
 
 T = TypeVar("T")
 
-ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".txt": "txt"}
+ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".txt": "txt"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # may follow the ending of a text format
-KNOWN_ENDINGS = ".parquet, .jsonl, .json and .txt; all but the first also with .gz, .zst, .bz2 or .xz"
+KNOWN_ENDINGS = ".parquet, .jsonl, .json, .csv and .txt; all but the first also with .gz, .zst, .bz2 or .xz"
 
 
 def format_of(name: str) -> str | None:
@@ -41,9 +41,9 @@ def format_of(name: str) -> str | None:
 
 
 def of_known_format(files: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
-    """The files of a folder that readers know; .json only where there are no others, which it describes."""
+    """The files of a folder that readers know; .json and .csv only where there are no others, which they describe."""
     known = [(file, format) for file in files if (format := format_of(name(file)))]
-    return [file for file, format in known if format != "json"] or [file for file, _ in known]
+    return [file for file, format in known if format not in ("json", "csv")] or [file for file, _ in known]
 
 
 def check_ending(name: str, named: str) -> str:
@@ -70,6 +70,7 @@ class Context:
     offline: bool
     cache: Cache
     network: Network
+    chat: bool = False  # whether rows are conversations
 
 
 class Shard(ABC):

@@ -1,0 +1,109 @@
+"""smolforge finetune: tune a model on conversations."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from smolforge.cli.options import MODEL_HELP, add_json, parse_positive, parse_seconds, parse_sources
+from smolforge.cli.train import print_outcome
+from smolforge.errors import BadInput
+
+EXAMPLES = """\
+examples:
+  smolforge finetune runs/pocket --data dialogues.jsonl           a model of your own learns to answer
+  smolforge finetune smollm2 --data faq.csv --epochs 3 --lr 5e-5
+  smolforge finetune HuggingFaceTB/SmolLM2-135M --data chat.parquet=0.8 faq.jsonl=0.2
+  smolforge chat runs/pocket-sft                                  and talk to it
+
+Rows are conversations: messages, conversations (ShareGPT), prompt and completion, instruction and output
+(Alpaca), question and answer; the columns tell which. A model without a chat template gets ChatML.
+The same command continues a run that was interrupted. docs/finetuning.md has a walk through all of it.
+"""
+BATCH = 8  # windows in one update unless another number is asked for
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb's arguments."""
+    parser = verbs.add_parser(
+        "finetune",
+        help="tune a model on conversations",
+        description="Tune a model on conversations, so that it answers.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--data", nargs="+", action="extend", required=True, metavar="SRC[=WEIGHT]", help="sources of conversations"
+    )
+    parser.add_argument("--preset", default="sft", metavar="PRESET|FILE.yaml", help="settings (default: sft)")
+    parser.add_argument("--epochs", type=float, metavar="X", help="passes through the conversations (sft: 3)")
+    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate (sft: 1e-4)")
+    parser.add_argument("--batch-size", metavar="N", help=f"windows in one update (default {BATCH})")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="directory of the run (default: runs/MODEL-sft)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
+    again.add_argument("--fresh", action="store_true", help="start over; an earlier run is moved aside")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="any key of the configuration, e.g. data.too_long=truncate (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune."""
+    from smolforge.training.setup import TrainRequest
+    from smolforge.training.train import run_training
+
+    time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
+    request = TrainRequest(
+        base=args.preset,
+        overrides=args.overrides,
+        layers=_layers(args),
+        out=args.out or Path("runs") / f"{_name_of(args.model)}-{Path(args.preset).stem}",
+        fresh=args.fresh,
+        must_resume=args.resume,
+        time_limit=time_limit,
+        command=shlex.join(["smolforge", *args.words]),
+    )
+    finished, shutdown = run_training(request)
+    if args.json:
+        print_outcome(finished)
+    elif shutdown.exit_code == 0:
+        print(f"talk to it: smolforge chat {shlex.quote(str(finished.path))}", file=sys.stderr)
+    sys.stdout.flush()
+    return shutdown.exit_code
+
+
+def _layers(args: argparse.Namespace) -> dict[str, Any]:
+    """The sections that the options set; windows are as long as the model's context where that is shorter."""
+    from smolforge.checkpoint.format import read_config
+    from smolforge.checkpoint.locate import resolve_model
+    from smolforge.config import build_config
+
+    positions = read_config(resolve_model(args.model)).max_position_embeddings
+    layers: dict[str, Any] = {"init": args.model, "data": {"sources": parse_sources(args.data)}}
+    for name, value in (("--epochs", args.epochs), ("--lr", args.lr)):
+        if value is not None and not value > 0:
+            raise BadInput(f"{value} must be above 0", field=name)
+    if args.epochs is not None:
+        layers["training"] = {"epochs": args.epochs}
+    if args.lr is not None:
+        layers["optimizer"] = {"lr": args.lr}
+    length = build_config(args.preset, args.overrides, **layers).data.sequence_length
+    if length > positions and not any(override.startswith("data.sequence_length=") for override in args.overrides):
+        layers["data"]["sequence_length"] = length = positions
+    batch = parse_positive(args.batch_size, "--batch-size") if args.batch_size is not None else BATCH
+    if args.batch_size is not None or not any(o.startswith("training.tokens_per_step=") for o in args.overrides):
+        layers.setdefault("training", {})["tokens_per_step"] = batch * length
+    return layers
+
+
+def _name_of(model: str) -> str:
+    path = Path(model)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name.removesuffix(".gguf")

@@ -1,0 +1,264 @@
+"""Tuning: loss and gradients are those of transformers on each conversation alone; E1 and E2 hold as in pretraining."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chat_files import conversations, rows_of, write
+
+from smolforge import tales
+from smolforge.chat_template import CHATML, ChatTemplate
+from smolforge.checkpoint.format import write_model
+from smolforge.checkpoint.locate import load_model
+from smolforge.cli import run as smolforge
+from smolforge.config import ModelConfig, build_config
+from smolforge.data import Corpus, Loader
+from smolforge.distributed import DistributedContext
+from smolforge.generation.engine import Engine
+from smolforge.metrics_log import read_metrics
+from smolforge.model.architecture import build_model
+from smolforge.run import Run
+from smolforge.tokenizer import Tokenizer
+from smolforge.training.finetuning import learned_targets
+from smolforge.training.plan import make_plan
+
+SHAPE = ModelConfig(
+    vocab_size=420, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, rope_theta=10000.0,
+)  # fmt: skip
+QUICK = [
+    "--set", "training.precision=fp32", "--set", "training.threads=1", "--set", "training.compile=off",
+    "--set", "logging={every: 1, trackers: []}", "--set", "samples.max_tokens=8", "--set", "data.holdout=0.1",
+    "--set", "data.workers=1", "--set", "checkpoint.every=4", "--set", "evaluation.every=6", "--batch-size", "4",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def base(place: Path) -> Path:
+    """A model without a chat template."""
+    tokenizer = Tokenizer.train([tales.document(i).text for i in range(60)], SHAPE.vocab_size)
+    write_model(place / "base", SHAPE, build_model(SHAPE, seed=1).state_dict(), tokenizer)
+    return place / "base"
+
+
+@pytest.fixture(scope="module")
+def data(place: Path) -> Path:
+    return write(place / "chat.jsonl", rows_of(conversations(60)))
+
+
+def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["finetune", str(base), "--data", str(data), "--out", str(out), "--epochs", "3", *QUICK, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, base: Path, data: Path) -> Run:
+    """The run that nothing happened to."""
+    assert smolforge(words(base, data, place / "whole")) == 0
+    return Run(place / "whole")
+
+
+def steps_of(run: Run) -> list[tuple[int, float, str]]:
+    return [(row["step"], row["loss"], row["data_digest"]) for row in read_metrics(run) if "loss" in row]
+
+
+def weights_of(run: Run) -> bytes:
+    return (run.checkpoints_path / "last" / "model.safetensors").read_bytes()
+
+
+def test_a_base_model_gets_chatml_and_learns_to_answer(whole: Run) -> None:
+    config = build_config(str(whole.config_path))
+    assert config.training.steps == len(steps_of(whole)) > 8
+    losses = [loss for _, loss, _ in steps_of(whole)]
+    assert losses[-1] < losses[0]
+    module, tokenizer, directory = load_model(whole.path)
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert tokenizer.chat_template == CHATML and tokenizer.eos_id == end and module.config.vocab_size == 420
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == end
+    # The questions of the samples are held out, and asked in the template.
+    assert config.samples.prompts and all(prompt.startswith("Question ") for prompt in config.samples.prompts)
+    card = (directory / "README.md").read_text()
+    assert "conversations" in card and "not taught to follow instructions" not in card
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory)
+    asked = [{"role": "user", "content": "Why?"}]
+    ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == tokenizer.encode_chat(asked)
+
+
+def test_special_tokens_that_a_tokenizer_lacks_grow_the_embedding(place: Path, data: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={"<|endoftext|>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    shape = SHAPE.model_copy(update={"vocab_size": 257, "max_position_embeddings": 512})
+    model = build_model(shape, seed=1)
+    write_model(place / "bytes", shape, model.state_dict(), Tokenizer(backend))
+    quick = [*QUICK, "--set", "training.steps=1", "--set", "data.sequence_length=256", "--lr", "1e-9"]
+    command = ["finetune", str(place / "bytes"), "--data", str(data), "--out", str(place / "grown"), *quick]
+    assert smolforge(command) == 0
+    tuned, tokenizer, _ = load_model(place / "grown")
+    assert tokenizer.vocab_size == tuned.config.vocab_size == 259
+    embedding, before = tuned.decoder.embed_tokens.weight, model.decoder.embed_tokens.weight
+    torch.testing.assert_close(embedding[:257], before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embedding[257:], before.mean(0).expand(2, -1), atol=1e-5, rtol=0)
+
+
+def test_loss_and_gradients_are_those_of_transformers_on_each_conversation(whole: Run, data: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = build_config(str(whole.config_path))
+    module, tokenizer, directory = load_model(whole.path, dtype=torch.float32)
+    plan = make_plan(config, torch.device("cpu"), 1)
+    ours = build_model(config.model, **{**plan.model_options, "sparse_embedding": False})
+    ours.load_state_dict(module.state_dict())
+    with (
+        Corpus.open(config.data, cache_dir=whole.path / "cache") as corpus,
+        Loader(corpus, tokenizer, sequences_per_step=4, workers=0) as loader,
+    ):
+        batch = next(loader)
+    tokens = torch.from_numpy(batch.tokens).long()
+    targets, count = learned_targets(batch, tokens, DistributedContext())
+    assert targets is not None and count is not None
+    ids = torch.from_numpy(batch.document_ids)[:, :-1].contiguous()
+    loss, nats = ours.loss(tokens[:, :-1].contiguous(), targets, document_ids=ids, scale=1 / count)
+    loss.backward()
+
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    template = ChatTemplate(tokenizer)
+    total, learned = torch.zeros(()), 0
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for address in batch.documents:
+        # Rows of the file: one row group holds them all.
+        alone, answers = template.encode_answers(rows[address.row]["messages"])
+        labels = torch.tensor([alone]).masked_fill(~torch.tensor([answers]), -100)
+        logits = theirs(torch.tensor([alone])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+        learned += sum(answers)
+    (total / learned).backward()
+    assert learned == count
+    torch.testing.assert_close(loss, total / learned, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(nats, total.detach(), atol=1e-3, rtol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_held_out_loss_is_that_of_the_answers_alone(whole: Run) -> None:
+    config = build_config(str(whole.config_path))
+    module, tokenizer, _ = load_model(whole.path)
+    template, nats, count = ChatTemplate(tokenizer), 0.0, 0
+    with Corpus.open(config.data, cache_dir=whole.path / "cache") as corpus, torch.no_grad():
+        for document in corpus.documents(held_out=True):
+            ids, answers = template.encode_answers(json.loads(document.text)["messages"])
+            if len(ids) > config.data.sequence_length + 1:
+                continue
+            logits = module(torch.tensor([ids]))[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+            nats += float(losses[torch.tensor(answers[1:])].sum())
+            count += sum(answers)
+    recorded = [row["validation"]["loss"] for row in read_metrics(whole) if "validation" in row]
+    assert count > 20 and recorded[-1] == pytest.approx(nats / count, rel=1e-5)
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "smolforge", *arguments],
+        env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_bytes(place: Path, base: Path, data: Path, whole: Run) -> None:
+    run = Run(place / "killed")
+    process = start(words(base, data, run.path))
+    dice = random.Random(3)
+    wanted = dice.randint(5, 8)
+    while process.poll() is None and max((step for step, *_ in steps_of(run)), default=0) < wanted:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < len(steps_of(run)) < len(steps_of(whole))
+    assert smolforge(words(base, data, run.path)) == 0
+    assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
+
+
+def test_two_ranks_learn_from_the_same_batches(place: Path, base: Path, data: Path, whole: Run) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    run = Run(place / "ranks")
+    command = words(base, data, run.path)
+    processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-2000:]
+    one, two = steps_of(whole), steps_of(run)
+    assert [(step, digest) for step, _, digest in two] == [(step, digest) for step, _, digest in one]
+    np.testing.assert_allclose([loss for _, loss, _ in two], [loss for _, loss, _ in one], rtol=2e-4)
+
+
+def test_what_a_run_is_cannot_be_changed(
+    base: Path, data: Path, whole: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smolforge(words(base, data, whole.path, "--set", "data.loss_on=all")) == 2
+    assert "was started with assistant, not all" in capsys.readouterr().err
+    assert smolforge(words(base, data, whole.path)) == 0
+    assert "already has" in capsys.readouterr().err
+
+
+def test_bad_requests_are_one_error(place: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert smolforge([*arguments, "--out", str(place / "bad")]) != 0
+        return capsys.readouterr().err
+
+    assert "data.holdout" in error(*words(base, write(place / "one.jsonl", rows_of(conversations(1))), place)[:4])
+    text = place / "text.jsonl"
+    text.write_text('{"text": "Once"}\n')
+    assert "text.jsonl, first line is not a conversation" in error("finetune", str(base), "--data", str(text))
+    assert "--lr: -1.0 must be above 0" in error("finetune", str(base), "--data", str(data), "--lr", "-1")
+    assert "needs a model to start from" in error("train", "sft", "--data", str(data))
+    assert "training.epochs" in error("train", "pocket", "--set", "training.epochs=2")
+    assert not (place / "bad" / "config.yaml").exists()
+
+
+def test_which_conversations_fed_a_step(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smolforge(["data", "which", str(whole.path), "--step", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["documents"]
+    assert found and all(each["file"] == "chat.jsonl" and 0 <= each["row"] < 60 for each in found)
+
+
+def test_the_answer_of_a_tuned_model_stops(place: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One question and one answer, learned by heart."""
+    pair: list[Any] = [{"prompt": "Where is the fox?", "completion": "In the wood."}] * 40
+    data = write(place / "fox.jsonl", pair)
+    command = ["finetune", str(base), "--data", str(data), "--out", str(place / "fox"), *QUICK]
+    more = ["--lr", "0.01", "--set", "data.holdout=0", "--set", "training.steps=60", "--set", "samples.every=60"]
+    assert smolforge([*command, *more]) == 0
+    engine = Engine.from_pretrained(place / "fox")
+    outputs = list(engine.stream([engine.tokenizer.encode_chat([{"role": "user", "content": "Where is the fox?"}])]))
+    assert "".join(output.text for output in outputs) == "In the wood."
+    assert outputs[-1].finish_reason == "stop"
