@@ -42,18 +42,18 @@ def check(text: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": 0}, {"temperature": 1.5, "top_p": 1.0}, {"temperature": 1, "top_k": 1}, {"min_p": 0.9},
-        {"typical_p": 0.2}, {"repetition_penalty": 3.0, "frequency_penalty": 2.0}, {"logit_bias": {0: 100.0}},
+        {"temperature": 0, "logit_bias": {0: 100.0}}, {"temperature": 1.5, "top_p": 1.0}, {"top_k": 1, "min_p": 0.9},
+        {"typical_p": 0.2, "repetition_penalty": 3.0, "frequency_penalty": 2.0},
     ],
 )  # fmt: skip
 def test_every_text_is_json_of_the_schema(engine, settings) -> None:
-    params = SamplingParams(grammar=engine.grammars.json_schema(SCHEMA), max_tokens=200, seed=3, n=3, **settings)
+    params = SamplingParams(grammar=engine.grammars.json_schema(SCHEMA), max_tokens=200, seed=3, n=2, **settings)
     texts, reasons = {}, {}
     for output in engine.stream(["the quick", [5, 6, 7]], params):
         key = output.request, output.index
         texts[key] = texts.get(key, "") + output.text
         reasons[key] = output.finish_reason
-    assert len(texts) == 6 and set(reasons.values()) == {"stop"}
+    assert len(texts) == 4 and set(reasons.values()) == {"stop"}
     for text in texts.values():
         check(text)
 
@@ -94,6 +94,14 @@ def test_a_text_that_is_cut_off_says_so(engine) -> None:
     params = SamplingParams(grammar=engine.grammars.json_schema(SCHEMA), max_tokens=3, seed=1)
     outputs = list(engine.stream(["the"], params))
     assert outputs[-1].finish_reason == "length"
+
+
+def test_a_grammar_that_cannot_be_followed_further_cuts_the_text_off(engine, caplog) -> None:
+    properties = {f"k{i}": {"type": "string", "pattern": f"a{i}+"} for i in range(800)}
+    grammar = engine.grammars.json_schema({"type": "object", "properties": properties})
+    outputs = list(engine.stream(["the"], SamplingParams(grammar=grammar, max_tokens=50, seed=1)))
+    assert outputs[-1].finish_reason == "length"
+    assert "cut off" in caplog.text and "k17" not in caplog.text, "the log holds no schema"
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,35 @@ def test_responses_call_functions_and_take_their_results(client) -> None:
     assert client.responses.create(**rest, input=[*ASK, *found.output, *results], max_output_tokens=4).output_text
 
 
+ARGUMENTS = [
+    '{"text": "</tool_call>", "more": {"a": [1, "}"]}}', '{"text": "\\ud800 \\u00e9 é"}', "{}", '{"x": 1.50e3}', '"}</tool_call>"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_calls_are_found_in_any_pieces_and_stay_as_written(size: int) -> None:
+    from smolforge.serving.structured import CallReader, Demand, Function
+
+    text = "".join(f'<tool_call>{{"name": "f{i}", "arguments": {a}}}</tool_call>' for i, a in enumerate(ARGUMENTS))
+    reader = CallReader(Demand(functions=[Function(name="f0")]))
+    shown, found = "", []
+    for at in range(0, len(text), size):
+        part, calls = reader.push(text[at : at + size])
+        shown, found = shown + part, found + calls
+    assert [(call.name, call.arguments) for call in found] == [(f"f{i}", a) for i, a in enumerate(ARGUMENTS)]
+    assert shown + reader.flush() == "" and len({call.id for call in found}) == len(found)
+    json.dumps([call.to_json() for call in found], ensure_ascii=False).encode()
+
+
+def test_a_call_that_is_cut_off_or_nested_too_deep_stays_text() -> None:
+    from smolforge.serving.structured import CallReader, Demand, Function
+
+    deep = "[" * 100_000 + "]" * 100_000
+    for text in ('<tool_call>{"name": "f", "argum', f'<tool_call>{{"name": "f", "arguments": {deep}}}</tool_call>'):
+        reader = CallReader(Demand(functions=[Function(name="f")]))
+        assert reader.push(text) == ("", []) and reader.flush() == text
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

@@ -26,10 +26,15 @@ _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 
 class Matcher:
-    """Where one sequence stands in its grammar. A grammar that has ended allows nothing but the end of the text."""
+    """Where one sequence stands in its grammar. A grammar that has ended allows nothing but the end of the text.
+
+    Attributes:
+        failed: the parser gave up, on a schema with thousands of alternatives; the text is cut off there.
+    """
 
     def __init__(self, matcher: Any, eos_ids: Iterable[int], vocab_size: int) -> None:
         self._matcher, self._eos_ids, self._vocab_size = matcher, list(eos_ids), vocab_size
+        self.failed = False
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,)."""
@@ -43,7 +48,9 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         """Follow a token that was written."""
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
-            logger.warning("a grammar could not be followed, so its text ends early: %s", self._matcher.get_error())
+            self.failed = True
+            reason = self._matcher.get_error().partition("\n")[0]
+            logger.warning("a grammar could not be followed, so its text is cut off: %s", reason[:300])
 
     def fork(self) -> Matcher:
         """A copy that goes its own way."""
@@ -82,7 +89,9 @@ class GrammarCompiler:
 
     def lark(self, grammar: str, *, field: str) -> Grammar:
         """A text of this grammar, in llguidance's form of Lark; raises as `json_schema` does."""
-        matcher = _llguidance(field).LLMatcher(self._vocabulary, grammar, log_level=0)
+        library = _llguidance(field)
+        limits = library.LLParserLimits(verbose_errors=False)  # else an error holds the whole schema
+        matcher = library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())[:300]
             raise BadInput(f"the schema cannot be followed: {reason}", field=field)

@@ -80,6 +80,11 @@ class Sampler:
         if self._matcher is not None:
             self._matcher.accept(token_id)
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the text ends here because its grammar could not be followed further."""
+        return self._matcher is not None and self._matcher.failed
+
     def fork(self) -> Sampler:
         """A sampler that draws the same, and may observe drafted tokens without changing this one."""
         other, p = copy.copy(self), self.params

@@ -130,7 +130,7 @@ class Sequence:
         self.tokens.append(token.token_id)
         self.sampler.observe(token.token_id)
         if token.token_id in self.stop_token_ids:
-            text, reason = "", "stop"
+            text, reason = "", "length" if self.sampler.cut_off else "stop"
         else:
             text = self.detokenizer.push(token.token_id)
             if not self.detokenizer.stopped and len(self.tokens) >= self.limit:

@@ -184,7 +184,7 @@ class Demand:
         names = [f"call{i}" for i in range(len(self.functions))]
         rules = [f"calls: ({' | '.join(names)}){'+' if self.parallel else ''}"]
         for rule, function in zip(names, self.functions, strict=True):
-            head = json.dumps(f'{OPEN}{{"name": "{function.name}", "arguments": ')
+            head = json.dumps(_head(function.name))
             tail = json.dumps("}" + CLOSE)
             rules.append(f"{rule}: {head} {rule}_arguments {tail}")
             rules.append(f"{rule}_arguments: {json_rule(function.parameters or {'type': 'object', 'properties': {}})}")
@@ -207,6 +207,11 @@ class Demand:
         if messages[0]["role"] == "system":
             return [{"role": "system", "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
         return [{"role": "system", "content": told}, *messages]
+
+
+def _head(name: str) -> str:
+    """How a call of a function begins, up to its arguments."""
+    return f'{OPEN}{{"name": {json.dumps(name)}, "arguments": '
 
 
 @dataclass
@@ -246,11 +251,13 @@ class CallReader:
         while CLOSE in self._rest:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._rest, len(OPEN))
-            except ValueError:
-                break  # the mark is part of a string of the arguments
+            except (ValueError, RecursionError):
+                break  # the mark is part of a string of the arguments, or they are nested a thousand times
             if not self._rest.startswith(CLOSE, end):
                 break
-            found.append(Call(value["name"], json.dumps(value["arguments"], ensure_ascii=False)))
+            # As they were written: decoded, an escape of a lone surrogate could not be sent.
+            before = len(_head(value["name"]))
+            found.append(Call(value["name"], self._rest[before : end - 1]))
             self._rest = self._rest[end + len(CLOSE) :]
         self.calls += found
         return "", found
@@ -270,8 +277,7 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         more = message.model_extra if message.role != "tool" else None
         content = message.text()
         for call in message.tool_calls or ():
-            name, arguments = json.dumps(call.function.name), call.function.arguments or "{}"
-            content += f'{OPEN}{{"name": {name}, "arguments": {arguments}}}{CLOSE}'
+            content += f"{_head(call.function.name)}{call.function.arguments or '{}'}}}{CLOSE}"
         if message.role == "tool":
             content = f"<tool_response>{content}</tool_response>"
             if was_result:
