@@ -112,16 +112,16 @@ def test_from_a_hub_id(
 
 REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "scaled rotation": (
-        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0}},
-        ["rope_parameters", "llama3"],
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 500.0}},
+        ["rope_parameters", "yarn"],
     ),
     "scaled rotation of transformers 4": (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         ["rope_scaling", "linear"],
     ),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-    "bias of attention": ({"attention_bias": True}, ["attention_bias", "true"]),
-    "bias of the mlp": ({"mlp_bias": True}, ["mlp_bias", "true"]),
+    "bias of attention": ({"attention_bias": True}, ["self_attn", "bias", "missing"]),
+    "bias of the mlp": ({"mlp_bias": True}, ["mlp.gate_proj.bias", "missing"]),
     "sliding window": ({"sliding_window": 128}, ["sliding_window", "128"]),
     "dropout": ({"attention_dropout": 0.1}, ["attention_dropout", "0.1"]),
     "quantized weights": ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
