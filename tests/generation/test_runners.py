@@ -15,7 +15,7 @@ from tiny_llama import SHAPES, make_model
 from quantized import Int4, Int8, quantize, to_int4, to_int8
 from smolforge import kernels
 from smolforge.errors import BadInput, RunFailed
-from smolforge.generation.runners import select_runner
+from smolforge.generation.runners import cpu, select_runner
 from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner
 from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
@@ -166,6 +166,17 @@ def test_caches_take_what_was_said(shape, capacity):
     model = make_model(shape)
     for runner in (CpuRunner(model, "int8"), CudaRunner(model, "bf16"), ModuleRunner(model)):
         assert runner.new_cache(capacity).memory.nbytes == runner.cache_bytes(capacity)
+
+
+@pytest.mark.parametrize(
+    "missing", [(), ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE"), ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE", "MAP_ANON")]
+)
+def test_memory_is_zeroed_and_aligned_on_every_system(monkeypatch, missing):
+    for name in missing:  # macOS has no advice on pages, and Windows no flags
+        monkeypatch.delattr(f"mmap.{name}")
+    for large in (False, True):
+        memory = cpu._mapped(100_000, large=large)
+        assert memory.numel() >= 100_000 and memory.data_ptr() % 64 == 0 and not memory.any()
 
 
 def test_weights_are_held_once():

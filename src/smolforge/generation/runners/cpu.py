@@ -270,12 +270,13 @@ class Arena:
 def _mapped(nbytes: int, *, large: bool) -> Tensor:
     """At least so many bytes of zeros, from the border of a large page on; a page gets memory when it is written."""
     nbytes = -(-nbytes // LARGE_PAGE) * LARGE_PAGE
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(nbytes, dtype=torch.uint8)
-    # Private: Python's own default is shared, which Linux keeps on small pages.
-    mapping = mmap.mmap(-1, nbytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a wish, which a kernel without large pages does not know
-        mapping.madvise(mmap.MADV_HUGEPAGE if large else mmap.MADV_NOHUGEPAGE)
+    # Private: Python's own default is shared, which Linux keeps on small pages. Windows has no such flags.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_ANON") else {}
+    mapping = mmap.mmap(-1, nbytes + LARGE_PAGE, **private)
+    advice = getattr(mmap, "MADV_HUGEPAGE" if large else "MADV_NOHUGEPAGE", None)
+    if advice is not None:
+        with contextlib.suppress(OSError):  # a wish, which a kernel without large pages does not know
+            mapping.madvise(advice)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
     return whole[start : start + nbytes]
