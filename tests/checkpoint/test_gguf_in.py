@@ -108,7 +108,7 @@ def test_byte_level_tokenizers_are_the_ones_they_were_made_from(tmp_path: Path, 
         expected = backend.encode(text, add_special_tokens=False).ids
         assert read.encode(text) == expected, text
         assert read.decode(expected) == backend.decode(expected)
-    begins = read.backend.encode("x").ids[:1] == [0]
+    begins = read.encode_prompt("x")[:1] == [0]
     assert begins is (split == "llama-bpe"), "Llama 3's texts begin with a first token, as llama.cpp has it"
     assert read_generation_defaults(path)["eos_token_id"] == [0, 1], "the end of a turn is found by its name"
 

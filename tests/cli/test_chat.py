@@ -22,6 +22,7 @@ from smolforge.checkpoint.locate import resolve_model
 from smolforge.cli.chat import MarkdownView, split_blocks
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.generation import Conversation, Engine, SamplingParams
+from smolforge.serving.state import ModelSource
 from smolforge.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -246,6 +247,7 @@ def test_smollm2_is_the_packages_file_or_the_hubs(tmp_path: Path, monkeypatch: p
     file = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
     file.touch()
     assert resolve_model("smollm2") == file
+    assert ModelSource("smollm2").name == "smollm2", "serve calls it so"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2" / "config.json").touch()

@@ -163,6 +163,20 @@ def test_long_requests_are_logged(both: tuple[Any, Any], caplog: pytest.LogCaptu
     assert len([text for text in caplog.messages if "exceeds model's maximum length (64)" in text]) == 1
 
 
+def test_a_gguf_file_has_the_numbers_of_its_directory(model: Path, task_files: Path, tmp_path: Path) -> None:
+    from smolforge.export.gguf import export_gguf
+
+    path = export_gguf(model, tmp_path / "m.gguf", kind="f32").path
+    expected, found = (run_tasks(place, list(TASKS), task_files=task_files) for place in (model, path))
+    assert found.keys() == expected.keys() == TASKS.keys()
+    for task, metrics in expected.items():
+        for name, value in metrics.items():
+            assert found[task][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), (
+                task,
+                name,
+            )
+
+
 def test_the_recreation_is_scored(model: Path, task_files: Path, tmp_path: Path) -> None:
     config = ModelConfig(
         architecture="recreation", vocab_size=300, hidden_size=36, intermediate_size=48, num_hidden_layers=2,

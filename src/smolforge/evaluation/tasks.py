@@ -21,6 +21,7 @@ https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/new_task_guid
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,17 @@ class _Wrapped(PreTrainedModel, GenerationMixin):
 
 
 def wrap_model(directory: Path, *, batch: int, device: str) -> HFLM:
-    """lm-eval's model over a checkpoint that transformers cannot load."""
+    """lm-eval's model over a checkpoint that transformers cannot load, or over a GGUF file."""
     module, tokenizer, _ = load_model(directory, device=device)
     config = PretrainedConfig(
         vocab_size=module.config.vocab_size,
         max_position_embeddings=module.config.max_position_embeddings,
         eos_token_id=tokenizer.eos_id,
     )
-    theirs = AutoTokenizer.from_pretrained(str(directory))
+    with tempfile.TemporaryDirectory() as place:
+        if is_gguf(directory):
+            tokenizer.save(Path(place))
+        theirs = AutoTokenizer.from_pretrained(place if is_gguf(directory) else str(directory))
     return HFLM(_Wrapped(module, config).eval(), backend="causal", tokenizer=theirs, batch_size=batch, device=device)
 
 
@@ -97,11 +101,8 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, task_files)
     device = str(choose_device())
-    if architecture_of(read_config(directory)).in_transformers:
-        where: dict[str, Any] = {"pretrained": str(directory)}
-        if is_gguf(directory):
-            where = {"pretrained": str(directory.parent), "gguf_file": directory.name}
-        model = HFLM(**where, dtype="auto", batch_size=batch, device=device)
+    if architecture_of(read_config(directory)).in_transformers and not is_gguf(directory):
+        model = HFLM(str(directory), dtype="auto", batch_size=batch, device=device)
     else:
         model = wrap_model(directory, batch=batch, device=device)
     # `HFLM` warns of each request that is longer than the context, and cuts its beginning.
