@@ -11,6 +11,8 @@ import statistics
 import sys
 import time
 
+from peer import forget
+
 from smolforge.config import THREE_PROMPTS
 from smolforge.generation import Engine, SamplingParams
 
@@ -40,7 +42,7 @@ def main() -> int:
         texts = []
         sampling = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, seed=turn, ignore_eos=True)
         for name, engine in engines.items():
-            engine.scheduler.pool.clear()
+            forget(engine)
             began = time.perf_counter()
             texts.append([[s.token_id for s in engine.stream([prompt], sampling)] for prompt in THREE_PROMPTS])
             if turn:

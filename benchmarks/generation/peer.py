@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if not sys.argv[1:] or not sys.argv[1].startswith("llama"):
     # smolforge's own settings, which torch's peers profit from too; llama.cpp's barriers want the default.
@@ -27,6 +28,12 @@ VOCAB = 49152
 def prompt_of(length: int, row: int = 0) -> list[int]:
     """The same tokens for every contestant."""
     return [(17 + 7919 * (i + 1000 * row)) % VOCAB for i in range(length)]
+
+
+def forget(engine: Any) -> None:
+    """Drop the positions that an engine keeps of finished texts, so that every prompt is read."""
+    engine.scheduler.pool.old.clear()
+    engine.scheduler.pool.kept = 0
 
 
 class Contestant:
@@ -94,7 +101,7 @@ def engine(variant: str, workspace: Path, threads: int) -> Contestant:
     def prefill(rows: list[list[int]]) -> None:
         for request in requests:
             whole.cancel(request)
-        whole.scheduler.pool.clear()
+        forget(whole)
         sampling = SamplingParams(max_tokens=256, seed=0, ignore_eos=True)
         requests[:] = [whole.add(row, sampling) for row in rows]
         while any(request.sequences[0].written == 0 for request in requests):
