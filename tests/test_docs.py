@@ -32,6 +32,19 @@ def test_every_command_parses_and_its_configuration_builds(page: str, command: s
         config.build_config(args.base or "pocket", args.overrides)
 
 
+PROGRAM = re.compile(r"((?:benchmarks|examples)/[\w/]+\.(?:py|cpp))([^`\n|]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_of_the_repository_exist_and_have_the_options(page: Path) -> None:
+    for name, words in PROGRAM.findall(page.read_text()):
+        if name.startswith("examples/test_"):
+            continue  # a folder of tests/
+        assert (ROOT / name).is_file(), name
+        for option in re.findall(r"(?<= )--[\w-]+", words):
+            assert f'"{option}"' in (ROOT / name).read_text(), f"{name} has no {option}"
+
+
 def test_there_are_commands_to_check() -> None:
     assert len([c for c in commands() if c[0] == "README.md"]) >= 8
 
