@@ -56,7 +56,8 @@ def insert_cards(
         "get_device_capability": lambda device=None: card(device).capability,
         "get_device_properties": properties,
         "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90a"],
-        "Event": lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
+        "Event": lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
+        "current_stream": lambda device=None: None,
         "is_bf16_supported": lambda including_emulation=True: including_emulation or card().capability >= (8, 0),
     }
     put(torch.version, "cuda", "12.8")

@@ -27,7 +27,7 @@ LIMITS = {
     "machine": 15, "kernels": 40, "speed": 110, "losses": 65, "resume": 60, "decoding": 40, "memory": 30,
     "peers": 60, "tests": 50,
 }  # fmt: skip
-REHEARSAL_SECONDS = 300  # of a part, on a busy machine with two cores
+REHEARSAL_SECONDS = 600  # of a part, on a busy machine with two cores
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "PyYAML", "rich")
 OPTIONAL = ("pytest", "hypothesis", "transformers")
 

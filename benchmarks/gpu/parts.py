@@ -49,13 +49,13 @@ model: {vocab_size: 280, hidden_size: 128, intermediate_size: 256, num_hidden_la
 tokenizer: {train: {vocab_size: 280, documents: 100}}
 data: {sequence_length: 128, lanes: 4, holdout: 0, workers: 1, mask_documents: true}
 optimizer: {lr: 3.0e-3}
-training: {tokens_per_step: 2048, micro_batch: 8, compile: "off"}
+training: {tokens_per_step: 2048, micro_batch: 8, compile: "off", threads: 1}
 samples: {prompts: []}
 logging: {every: 1, trackers: []}
 """
 SMALL = (
     "model.hidden_size=64", "model.num_attention_heads=4", "model.num_key_value_heads=2", "model.vocab_size=512",
-    "model.intermediate_size=96", "model.num_hidden_layers=2",
+    "model.intermediate_size=96", "model.num_hidden_layers=2", "training.threads=1",
 )  # fmt: skip
 
 
@@ -301,7 +301,8 @@ def _train(part: Part, name: str, *overrides: str, device: str, kill_at: int | N
     chance = random.Random(0)
     documents = [" ".join(chance.choices(words, k=chance.randrange(20, 200))) for _ in range(2000)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    overrides = (f'data.sources={{"{text}": 1.0}}', *overrides)
+    small = ["training.tokens_per_step=512", "training.micro_batch=2"] if part.rehearsal else []
+    overrides = (*small, f'data.sources={{"{text}": 1.0}}', *overrides)
     run = Run(folder / name)
     os.environ["SMOLFORGE_DEVICE"] = device
     if kill_at is None:

@@ -118,7 +118,7 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
         return tensor.cpu(), lambda: None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(tensor.device))  # which need not be the current device
     return host, arrived.synchronize
 
 

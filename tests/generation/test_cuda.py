@@ -1,4 +1,4 @@
-"""The runner of a GPU, as far as a CPU can run it: its step eagerly, and the sampler for a whole batch."""
+"""The runner of a GPU: on one where there is one, else its step eagerly on a CPU, and the sampler for a whole batch."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ from smolforge.generation.runners.module import ModuleRunner
 from smolforge.generation.sampler import Sampler, uniform
 from smolforge.generation.sequence import ScheduledChunk
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def engines(tokenizer, shape="plain", **options):
     """The same model run as on a GPU, and by the plain module."""
-    model = make_model(shape)
+    model = make_model(shape).to(DEVICE)
     return Engine(CudaRunner(model, "fp32"), tokenizer, **options), Engine(ModuleRunner(model), tokenizer, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_static_step_computes_what_the_module_computes(shape):
-    model = make_model(shape)
+    model = make_model(shape).to(DEVICE)
     runner, plain = CudaRunner(model, "fp32"), ModuleRunner(model)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 400, (n,), generator=generator).tolist() for n in (5, 130, 31, 200)]
@@ -50,11 +52,11 @@ def test_a_static_step_computes_what_the_module_computes(shape):
     for one, other, text in zip(caches, theirs, texts, strict=True):
         chunk = ScheduledChunk(one, text[:-1], 0, 1)
         assert torch.equal(runner.forward([chunk]), plain.forward([ScheduledChunk(other, text[:-1], 0, 1)]))
-    positions = torch.tensor([len(text) - 1 for text in texts])
+    positions = torch.tensor([len(text) - 1 for text in texts], device=DEVICE)
     cache = StaticCache(runner.memory, positions, keys=256)
     with torch.no_grad():
-        tokens = torch.tensor([[text[-1]] for text in texts])
-        logits = model(tokens, positions=positions[:, None], cache=cache)[:, 0]
+        tokens = torch.tensor([[text[-1]] for text in texts], device=DEVICE)
+        logits = model(tokens, positions=positions[:, None], cache=cache)[:, 0].cpu()
     chunks = [ScheduledChunk(c, t[-1:], len(t) - 1, 1) for c, t in zip(theirs, texts, strict=True)]
     torch.testing.assert_close(logits, plain.forward(chunks), rtol=1e-4, atol=1e-4)
 
@@ -190,7 +192,7 @@ def test_draws_do_not_depend_on_neighbours():
 
 @pytest.mark.parametrize("params", SETTINGS[:2])
 def test_nan_is_reported(params, tokenizer):
-    model = make_model()
+    model = make_model().to(DEVICE)
     engine = Engine(CudaRunner(model, "fp32"), tokenizer)
     request = engine.add("hello", params)
     engine.step()
@@ -202,7 +204,7 @@ def test_nan_is_reported(params, tokenizer):
 
 
 def test_slots_are_counted_reused_and_clean(tokenizer):
-    model = make_model()
+    model = make_model().to(DEVICE)
     runner = CudaRunner(model, "fp32")
     engine = Engine(runner, tokenizer, max_batch=3, cache_bytes=2 * runner.cache_bytes(1))
     requests = [engine.add([i + 1], SamplingParams(max_tokens=12, ignore_eos=True)) for i in range(5)]
@@ -220,7 +222,7 @@ def test_slots_are_counted_reused_and_clean(tokenizer):
 
 
 def test_weights_of_the_wanted_precision_are_shared_and_others_copied():
-    model = make_model()
+    model = make_model().to(DEVICE)
     assert CudaRunner(model, "fp32").module is model and CudaRunner(model, "fp32").weight_bytes == 0
     runner = CudaRunner(model, "bf16")
     assert runner.weight_bytes == 2 * sum(p.numel() for p in model.parameters())

@@ -156,3 +156,22 @@ def test_scores_are_never_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         blocked(*tensors, None)
     assert kept and max(kept) <= 2 * 512 * 8
+
+
+@pytest.mark.parametrize("way", ["sdpa", "expanded"])
+def test_a_block_in_autocast_compiles_as_one_graph(way) -> None:
+    """Norms leave autocast, which must not cut the graph."""
+    config = ModelConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    ids, documents, found = torch.arange(16).view(2, 8), torch.tensor([[0] * 5 + [1] * 3] * 2), []
+    for compiled in (False, True):
+        model = build_model(config, seed=0, attention=way)
+        for layer in model.decoder.layers if compiled else ():
+            layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model.loss(ids, ids, document_ids=documents)
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)

@@ -12,7 +12,7 @@ from smolforge.training.optim import build_optimizer
 from smolforge.training.plan import Plan, Precision
 from smolforge.training.train import train_step
 
-CPU, WORDS, SEQUENCES, LENGTH = torch.device("cpu"), 4096, 16, 64
+CPU, WORDS, SEQUENCES, LENGTH = torch.device("cpu"), 512, 16, 32
 PRECISIONS = {
     "fp32": Precision("fp32", torch.float32, None, "highest"),
     "bf16": Precision("bf16", torch.float32, torch.bfloat16, "highest"),
@@ -24,7 +24,7 @@ def curve(architecture: str, precision: str, optimizer: str, steps: int) -> list
     """Losses of a small model on a random first-order Markov chain with eight successors for each token."""
     config = RunConfig.model_validate({
         "model": {
-            "architecture": architecture, "vocab_size": WORDS, "hidden_size": 96, "intermediate_size": 192,
+            "architecture": architecture, "vocab_size": WORDS, "hidden_size": 48, "intermediate_size": 96,
             "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1 if architecture == "llama" else 3,
             "max_position_embeddings": LENGTH,
         },
@@ -44,7 +44,7 @@ def curve(architecture: str, precision: str, optimizer: str, steps: int) -> list
         for place in range(LENGTH):
             tokens = torch.cat((tokens, successors[tokens[:, -1], choices[:, place]][:, None]), 1)
         nats, _, skipped = train_step(
-            model, built, plan, config, tokens, None, lr=4e-3, ranks=DistributedContext(), scaler=scaler
+            model, built, plan, config, tokens, None, lr=1e-2, ranks=DistributedContext(), scaler=scaler
         )
         assert not skipped
         found.append(float(nats) / tokens[:, 1:].numel())
