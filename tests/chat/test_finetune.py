@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from chat_files import conversations, rows_of, write
+from chat_templates import ENDLESS, EOS, SPECIALS, TEMPLATES
 
 from smolforge import tales
 from smolforge.chat_template import CHATML, ChatTemplate
@@ -29,7 +30,7 @@ from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.finetuning import learned_targets
+from smolforge.training.finetuning import learned_targets, with_chat_template
 from smolforge.training.plan import make_plan
 
 SHAPE = ModelConfig(
@@ -179,6 +180,20 @@ def test_the_held_out_loss_is_that_of_the_answers_alone(whole: Run) -> None:
             count += sum(answers)
     recorded = [row["validation"]["loss"] for row in read_metrics(whole) if "validation" in row]
     assert count > 20 and recorded[-1] == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_what_ends_a_turn_ends_a_text(base: Path) -> None:
+    """Base models have another end-of-text token than their chat template has for a turn."""
+    backend = Tokenizer.from_pretrained(base).backend
+    backend.add_special_tokens(SPECIALS)
+    for name, (template, *_) in TEMPLATES.items():
+        before = Tokenizer(backend, {"eos_token": "<|endoftext|>", "bos_token": "<s>", "chat_template": template})
+        after = with_chat_template(before)
+        expected = EOS[name] if "eos_token" not in template else "<|endoftext|>"
+        assert after.token_text(after.eos_id) == expected, name
+        assert after.bos_id == before.bos_id and after.chat_template == template
+    strange = Tokenizer(backend, {"eos_token": "<|endoftext|>", "chat_template": ENDLESS})
+    assert with_chat_template(strange).eos_id == strange.eos_id
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -18,9 +18,26 @@ from smolforge.run import Run
 def test_a_pocket_model_learns_to_answer_and_to_stop(tmp_path: Path) -> None:
     base, data, tuned = tmp_path / "pocket", tmp_path / "dialogues.jsonl", tmp_path / "pocket-chat"
     quiet = ["--set", "logging.trackers=[]"]
-    assert smolforge(["train", "pocket", "--out", str(base), "--steps", "400", *quiet]) == 0
-    assert smolforge(["data", "write", str(data), "--documents", "1200", "--chat"]) == 0
-    assert smolforge(["finetune", str(base), "--data", str(data), "--out", str(tuned), "--lr", "1e-3", *quiet]) == 0
+    assert (
+        smolforge(
+            [
+                "train",
+                "pocket",
+                "--out",
+                str(base),
+                "--steps",
+                "240",
+                "--set",
+                "evaluation.every=240",
+                "--set",
+                "samples.every=240",
+                *quiet,
+            ]
+        )
+        == 0
+    )
+    assert smolforge(["data", "write", str(data), "--documents", "400", "--chat"]) == 0
+    assert smolforge(["finetune", str(base), "--data", str(data), "--out", str(tuned), "--lr", "2e-3", *quiet]) == 0
     scores = [row["validation"]["loss"] for row in read_metrics(Run(tuned)) if "validation" in row]
     assert scores[-1] < scores[0] - 0.3
     engine = Engine.from_pretrained(tuned)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolforge.chat_template import CHATML, CHATML_TOKENS
+from smolforge.chat_template import CHATML, CHATML_TOKENS, ChatTemplate
 from smolforge.config import ModelConfig, RunConfig
 from smolforge.data import Batch, Corpus
 from smolforge.data.conversations import ChatEncoder, encoded, held_out_windows, show_learned, survey
@@ -31,12 +31,24 @@ SHOWN = 1200  # characters of the example
 
 
 def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, with ChatML and its special tokens where it has no chat template; the turn's end ends a text."""
-    if tokenizer.chat_template is not None:
+    """The tokenizer, with ChatML and its special tokens where it has no chat template.
+
+    Its end-of-text token becomes the one that ends the assistant's turn, since that is where generating has to stop.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.backend.add_special_tokens(list(CHATML_TOKENS))
+        config = {**tokenizer.config, "chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
+        return Tokenizer(tokenizer.backend, config)
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        ids, answers = ChatTemplate(tokenizer).encode_answers(probe)
+    except BadInput:
+        return tokenizer  # the first conversation tells what is wrong
+    end = next(i for i, answer in zip(reversed(ids), reversed(answers), strict=True) if answer)
+    if end == tokenizer.eos_id:
         return tokenizer
-    tokenizer.backend.add_special_tokens(list(CHATML_TOKENS))
-    config = {**tokenizer.config, "chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
-    return Tokenizer(tokenizer.backend, config)
+    kept = {"bos_token": tokenizer.token_text(tokenizer.bos_id)}
+    return Tokenizer(tokenizer.backend, {**kept, **tokenizer.config, "eos_token": tokenizer.token_text(end)})
 
 
 def with_room(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
