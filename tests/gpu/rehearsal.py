@@ -206,7 +206,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
                     model, optimizer, plan, config, tokens, documents,
                     lr=1e-3, ranks=DistributedContext(), scaler=scaler,
                 )  # fmt: skip
-            StepMetrics.queue(None, 1, 1e-3, figures)
+            StepMetrics.queue(None, 1, 1e-3, config.tokens_per_step, figures)
         state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         elsewhere = [str(t.device) for t in (*model.parameters(), *state, *figures) if t.device != CUDA]
     inside = model.hidden_matrices() if plan.precision.autocast else ()
