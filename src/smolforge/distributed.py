@@ -2,14 +2,18 @@
 
 Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others. Started alone it is
 rank 0 of 1 and every collective returns at once. Control messages use gloo on the CPU even where gradients use NCCL, so
-they never wait for a GPU. All ranks must call the same collectives in the same order.
+they never wait for a GPU. All ranks must call the same collectives in the same order. A rank that may wait for long
+(for data, for the disk) tells the others so, several times per timeout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable
+import socket
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,10 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
-# Longer than any save or evaluation, shorter than a scheduler waits for a dead rank.
-TIMEOUT = timedelta(minutes=20)
+from smolforge.errors import BadInput, RunFailed
+
+# How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
+# the others wait, and after the first step.
+START_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=20), timedelta(minutes=3)
 # Gradients are summed in flat buckets: large enough to use a link fully, small enough not to double the memory.
 BUCKET_BYTES = 32 << 20
+SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,26 @@ class DistributedContext:
             for tensor, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                 tensor.copy_(summed)
 
+    def expect_steps(self, *, long: bool = False) -> None:
+        """The first step is done: from now on no rank is silent for long, unless rank 0 writes within a step."""
+        if self.world_size > 1 and not long:
+            for group in {dist.group.WORLD, self.control}:
+                dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
+
+    @contextlib.contextmanager
+    def one_error(self) -> Iterator[None]:
+        """Where another rank ends or is silent, one RunFailed instead of a traceback that blames this one."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if self.world_size == 1 or not lost:
+                raise
+            raise RunFailed(
+                f"process {self.rank}: another process ended or was silent for too long",
+                hint="Its own message says why. The same command continues the run from its last checkpoint.",
+            ) from error
+
     def close(self) -> None:
         """Leave the process group."""
         if self.world_size > 1:
@@ -84,12 +112,51 @@ class DistributedContext:
 
 
 def init_distributed(device: torch.device) -> DistributedContext:
-    """Join the other ranks that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the other ranks that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    Raises:
+        BadInput: the environment says that there are others, but not where.
+        RunFailed: the others could not be reached.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
         return DistributedContext()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise BadInput(f"WORLD_SIZE is {world}, but {name} is not set", field=name, hint="Start with torchrun.")
+    rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(host)):
+        # By itself gloo binds what this machine's name resolves to, which is often 127.0.0.1.
+        os.environ["GLOO_SOCKET_IFNAME"] = name
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
-    if dist.get_rank() > 0:  # what every rank decides alike is reported once
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    # torchrun keeps one store for all attempts, and an attempt must not read the addresses of the one before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, port, world, is_master=rank == 0 and not is_hosted, timeout=START_TIMEOUT, multi_tenant=True
+        )
+        store = dist.PrefixStore(f"attempt-{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=START_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise RunFailed(f"process {rank} of {world} could not join the others at {host}:{port}: {reason}") from None
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    if rank > 0:  # what every rank decides alike is reported once
         logging.getLogger("smolforge").setLevel(logging.WARNING)
-    return DistributedContext(dist.get_rank(), dist.get_world_size(), control)
+    return DistributedContext(rank, world, control)
+
+
+def interface_to(host: str) -> str | None:
+    """The name of the network interface whose address reaches `host` (IPv4, Linux); None where it is not known."""
+    with contextlib.suppress(OSError, ImportError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        import fcntl
+
+        probe.connect((host, 9))  # chooses a route and sends nothing
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None

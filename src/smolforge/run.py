@@ -92,8 +92,11 @@ class Run:
         if not self.path.is_dir():
             raise BadInput(f"{self.path} is a file", field="out", hint="Give a directory for the run.")
         found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _LITTER)
-        # A run that was killed before its first file has only these.
-        if set(found) <= {"lock", "checkpoints"} and not any(self.checkpoints_path.glob("*")):
+        # A run that was killed while it started has only these.
+        began = (
+            {"checkpoints"} if "lock" not in found else {"checkpoints", "lock", "data_index.json", "tokenizer", "cache"}
+        )
+        if set(found) <= began and not any(self.checkpoints_path.glob("*")):
             return
         if "config.json" in found or any(name.endswith(".safetensors") for name in found):
             what = "a model directory, not a run"
@@ -151,6 +154,7 @@ def lock_run(run: Run) -> Iterator[None]:
         holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
+        os.fsync(descriptor)  # other machines compare it, see `training.ranks`
         yield
     finally:
         # Unlocked by name, not only closed: a forked child may still have a copy of the descriptor.

@@ -93,9 +93,9 @@ class Tokenizer:
 
         try:
             backend = Backend.from_str(path.read_text(encoding="utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # PanicException of the library is not an Exception
+        except BaseException as error:  # the library's PanicException is not an Exception, and neither is a signal
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(f"{path} is not a tokenizer: {error}", field="tokenizer") from None
         config, specials = (
             read_json(file, limit=MAX_FILE_BYTES) if (file := directory / name).is_file() else {}

@@ -18,10 +18,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 PATIENCE = 120.0  # seconds until a process that should have ended is a failure
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """`smolforge train` with these arguments, in its own process."""
+def start(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, *, first: str = ""
+) -> subprocess.Popen[str]:
+    """`smolforge train` with these arguments, in its own process, which runs the code `first` before."""
+    code = f"{first}\nimport sys\nfrom smolforge.cli import main\nsys.exit(main())"
+    program = ["-c", code] if first else ["-m", "smolforge"]
     return subprocess.Popen(
-        [sys.executable, "-m", "smolforge", "train", *arguments],
+        [sys.executable, *program, "train", *arguments],
         env={**ENVIRONMENT, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -36,14 +40,15 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-def start_ranks(arguments: Sequence[str], world: int) -> list[subprocess.Popen[str]]:
+def start_ranks(arguments: Sequence[str], world: int, *, first: str = "") -> list[subprocess.Popen[str]]:
     """The same on several ranks, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    return [start(arguments, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    return [start(arguments, environment, first=first) for environment in ranks]
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], interval: float = 0.005) -> bool:

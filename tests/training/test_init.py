@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_file
+import yaml
+from tiny import TINY, tiny_file
 
 from faults.server import FaultServer, as_hub
 from smolforge import cli
@@ -80,7 +81,31 @@ def test_from_one_file_in_fp32_whatever_the_preset_says_of_shape_and_tokenizer(t
             shutil.copy(theirs / file, whole)
     Tokenizer.train(["another tokenizer, whose ids mean nothing to these weights " * 9], 280).save(strange)
     assert (whole / "model.safetensors").exists()
-    assert_same_model(train(tmp_path, whole, *STILL, "--set", f"tokenizer={strange}"), whole)
+    base = tmp_path / "strange.yaml"
+    base.write_text(yaml.safe_dump({**TINY, "tokenizer": str(strange)}))
+    words = ["train", str(base), "--init", str(whole), "--out", str(tmp_path / "run"), *STILL]
+    assert cli.run(words) == 0
+    assert_same_model(Run(tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize(
+    "override", ["model.num_hidden_layers=7", "model={hidden_size: 64}", "tokenizer=/nonexistent",
+                 "tokenizer.train.vocab_size=300"]
+)  # fmt: skip
+def test_what_contradicts_the_model_is_refused(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    words = ["train", tiny_file(tmp_path), "--init", str(theirs), "--out", str(tmp_path / "run"), "--set", override]
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and f"{theirs} has " in error and override.split("=")[0].split(".")[0] in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_agrees_with_the_model_is_accepted(theirs: Path, tmp_path: Path) -> None:
+    agreeing = ["model.num_hidden_layers=3", "model.rope_theta=500", f"tokenizer={theirs}"]
+    train(tmp_path, theirs, *STILL, *(word for override in agreeing for word in ("--set", override)))
 
 
 def test_it_learns_from_there_and_resumes_when_the_model_is_gone(theirs: Path, tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ import math
 
 import pytest
 import torch
-from tiny import steps_of, weights_of
+from launch import finish, start_ranks
+from tiny import steps_of, tiny_file, weights_of
 
 from smolforge import cli
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.state import load_state
+from smolforge.config import OptimizerConfig
+from smolforge.distributed import DistributedContext
 from smolforge.errors import RunFailed
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
 from smolforge.run import Run
+from smolforge.training.optim import build_optimizer, optimizer_step
 from smolforge.training.train import Trainer
 
 TRAINING = {"steps": 12, "micro_batch": 8}
@@ -101,3 +105,41 @@ def test_bad_from_the_start_is_said(make_run, poison) -> None:
     poison.update(range(1000))
     with pytest.raises(RunFailed, match="before the first checkpoint"):
         make_run(training=TRAINING, checkpoint={"every": 4})
+
+
+@pytest.mark.parametrize("scale, gives_up", [(65536.0, False), (1.0, True)])
+def test_a_gradient_scaler_skips_what_overflows_and_reports_what_no_scale_mends(scale, gives_up) -> None:
+    """The loss is finite, the gradients are NaN: at a large scale it may be an overflow, at 1 it is not."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before = model.weight.clone()
+    scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+    assert model.weight.grad is not None
+    model.weight.grad[0, 0] = math.nan
+    nats = torch.ones(())
+    _, skipped = optimizer_step(model, optimizer, nats, lr=1e-3, clip=1.0, ranks=DistributedContext(), scaler=scaler)
+    assert bool(skipped) == gives_up and torch.equal(model.weight, before)
+
+
+SEEN_BY_ONE_RANK = """
+import os, torch
+from smolforge.training import train
+inner = train.train_step
+def train_step(*args, ranks, **options):
+    nats, norm, skipped = inner(*args, ranks=ranks, **options)
+    train_step.calls += 1
+    seen = ranks.rank == 1 and train_step.calls in (7, 8, 9)
+    return nats, norm, skipped | torch.tensor(seen)
+train_step.calls = 0
+train.train_step = train_step
+"""
+
+
+def test_ranks_roll_back_together_though_only_one_saw_a_reason(tmp_path) -> None:
+    words = [tiny_file(tmp_path), "--out", str(tmp_path / "run"), "--steps", "12", "--set", "checkpoint.every=4"]
+    for process in start_ranks(words, 2, first=SEEN_BY_ONE_RANK):
+        finish(process)
+    run = Run(tmp_path / "run")
+    assert [(row["step"], row["skipped"]) for row in events(run, "rollback")] == [(4, [6, 9])]
+    assert [step for step, _, _ in steps_of(run)] == list(range(1, 13))

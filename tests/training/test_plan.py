@@ -194,6 +194,16 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
 
 
+def test_memory_counts_the_copy_of_an_asynchronous_save_and_is_printed_as_it_was_read() -> None:
+    precision = choose_precision("fp32", CPU)[0]
+    config = configuration.build_config("pocket", ["training.memory=2GB", "checkpoint.asynchronous=true"])
+    waiting = configuration.build_config("pocket", ["checkpoint.asynchronous=false"])
+    with_copy, without = (memory_of(c, CPU, precision, 1, recompute=False) for c in (config, waiting))
+    assert with_copy.total - without.total == with_copy.saving == with_copy.weights + with_copy.moments
+    (reason,) = (reason for reason in make_plan(config, CPU, 1).reasons if reason.startswith("memory: "))
+    assert "of 2.00 GB" in reason
+
+
 def test_configuration_reads_sizes() -> None:
     for text, amount in (("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("auto", "auto")):
         assert configuration.build_config("pocket", [f"training.memory={text}"]).training.memory == amount

@@ -6,15 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launch import finish, start_ranks
-from tiny import steps_of, tiny_file, undo_after
+from tiny import steps_of, tiny_file, undo_after, weights_of
 
 from faults.server import FaultServer, Status
 from smolforge.checkpoint import commit
 from smolforge.errors import BadInput
 from smolforge.run import Run
 from smolforge.tales import source as tales
-from smolforge.training import checkpointing
+from smolforge.training import checkpointing, optim
 from smolforge.training.shutdown import GracefulShutdown
 
 
@@ -97,3 +98,59 @@ def test_the_time_limit_counts_the_writing_of_a_checkpoint(make_run, monkeypatch
     monkeypatch.setattr(GracefulShutdown, "requested", requested)
     make_run(training={"steps": 20})  # saves every five steps, the second save waits for the first
     assert max(margins) >= 0.5
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps its state as bitsandbytes' AdamW8bit does: bytes, a scale for each block, a table; ignores `found_inf`."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["state1"] = torch.zeros(parameter.shape, dtype=torch.uint8)
+                    state["absmax1"] = torch.zeros(-(-parameter.numel() // 64))
+                    state["qmap1"] = torch.linspace(-1, 1, 256)
+                state["step"] += 1
+                blocks = torch.arange(parameter.numel()) // 64
+                moment = state["qmap1"][state["state1"].flatten().long()] * state["absmax1"][blocks]
+                moment = 0.9 * moment + 0.1 * parameter.grad.to_dense().flatten()
+                state["absmax1"].zero_().scatter_reduce_(0, blocks, moment.abs(), "amax")
+                share = moment / state["absmax1"][blocks].clamp(min=1e-20)
+                state["state1"] = ((share + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).view_as(parameter)
+                parameter.data.sub_(group["lr"] * share.view_as(parameter))
+
+
+@pytest.fixture
+def eight_bit(monkeypatch):
+    """An optimizer of this name."""
+    builders = optim.builders()
+    monkeypatch.setitem(
+        builders,
+        "eightbit",
+        lambda model, config, *, update: EightBit(optim.parameter_groups(model, config), {"lr": 0}),
+    )
+
+
+def test_an_optimizer_in_eight_bits_resumes_exactly(make_run, eight_bit) -> None:
+    optimizer = {"name": "eightbit", "lr": 1e-3}
+    whole = make_run("whole", training={"steps": 6}, optimizer=optimizer)
+    run = make_run(training={"steps": 6}, optimizer=optimizer, checkpoint={"every": 3})
+    undo_after(run, 3)
+    make_run()
+    assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
+
+
+def test_an_optimizer_that_knows_no_found_inf_skips_what_is_not_finite(make_run, eight_bit, monkeypatch) -> None:
+    optimizer, step = {"name": "eightbit", "lr": 1e-3}, optim.optimizer_step
+    before = make_run("before", training={"steps": 2}, optimizer=optimizer, schedule={"name": "constant"})
+
+    def poisoned(model, optimizer, nats, **options):
+        if any(state["step"] == 2 for state in optimizer.state.values()):
+            model.decoder.norm.weight.grad[0] = float("nan")
+        return step(model, optimizer, nats, **options)
+
+    monkeypatch.setattr("smolforge.training.train.optimizer_step", poisoned)
+    run = make_run(training={"steps": 4}, optimizer=optimizer, schedule={"name": "constant"})
+    assert weights_of(run) == weights_of(before)

@@ -3,18 +3,25 @@
 import json
 import math
 import random
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import steps_of, tiny_file, validations_of, weights_of
+from tokenizers import Tokenizer as Backend
 
 from smolforge import config as configuration
+from smolforge.data import Corpus
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json_lines
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
+from smolforge.training import checkpointing
 from smolforge.training.api import train
+from smolforge.training.setup import TrainRequest
+from smolforge.training.train import run_training
 
 
 def test_a_run_leaves_what_it_promises(make_run) -> None:
@@ -135,6 +142,34 @@ def test_starting_from_a_model(make_run) -> None:
 def test_a_vocabulary_larger_than_the_models_is_refused(make_run) -> None:
     with pytest.raises(BadInput, match="vocab_size"):
         make_run(tokenizer={"train": {"vocab_size": 400, "documents": 40}})
+
+
+def test_a_run_whose_prompts_cannot_be_continued_is_complete(make_run, caplog) -> None:
+    caplog.set_level("INFO")
+    prompts = {"prompts": ["", "Once upon a time", "word " * 200]}
+    run = make_run(training={"steps": 10}, samples=prompts)
+    assert {row["prompt"] for row in read_json_lines(run.samples_path)} == {"Once upon a time"}
+    assert "samples.prompts: 2 left out" in caplog.text
+    caplog.clear()
+    make_run(training={"steps": 10})
+    assert "already has 10 steps" in caplog.text
+
+
+@pytest.mark.parametrize("reader", [(Backend, "from_str"), (Corpus, "open"), (checkpointing, "load_state")])
+def test_a_signal_while_starting_is_no_error_of_what_it_interrupts(make_run, monkeypatch, reader) -> None:
+    run = make_run(training={"steps": 5})
+    before, inner = run.config_path.read_text(), getattr(*reader)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return inner(*args, **options)
+
+    if reader[0] is Backend:
+        monkeypatch.setattr("tokenizers.Tokenizer", SimpleNamespace(from_str=interrupted))
+    else:
+        monkeypatch.setattr(*reader, interrupted)
+    _, shutdown = run_training(TrainRequest(None, out=run.path, layers={"training": {"steps": 8}}))
+    assert shutdown.exit_code == 143 and run.config_path.read_text() == before
 
 
 def test_resume_needs_a_run(make_run) -> None:

@@ -11,10 +11,12 @@ the constructors of model and optimizer; nothing is changed afterwards.
 In the order to read them:
 
     train.py           open, step, save, evaluate; `train_step` is the step itself
-    setup.py           from a request to configuration, data, tokenizer, model and optimizer; threads, compiling
+    setup.py           from a request to configuration, data, tokenizer, model and optimizer
     run_data.py        where the data of a run lies, and what happens where it moved or changed
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
     plan.py            device, precision, batch, memory and kernels, each with its reason
+    ranks.py           what the processes of a run must have in common
+    apply_plan.py      threads and allocator of the process, the first compiled step
     optim/             optimizers, parameter groups, learning-rate schedules
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
     metrics.py         metrics of steps, validations, samples, progress bar, outcome

@@ -23,10 +23,10 @@ from smolforge.distributed import DistributedContext
 from smolforge.formatting import size
 from smolforge.model.architecture import build_model
 from smolforge.model.summary import flops_per_token
+from smolforge.training.apply_plan import apply_plan, compiled_graphs
 from smolforge.training.metrics import memory_in_use
 from smolforge.training.optim import build_optimizer
 from smolforge.training.plan import Plan, make_plan
-from smolforge.training.setup import apply_plan, compiled_graphs
 from smolforge.training.train import train_step
 
 logger = logging.getLogger(__name__)

@@ -106,15 +106,12 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tre
     optimizer.state.clear()
     for name, state in tree.items():
         optimizer.state[parameters[name]] = {
-            key: _moved(value, parameters[name], f"{key} of {name}") if isinstance(value, Tensor) else value
-            for key, value in state.items()
+            key: _moved(value, parameters[name]) if isinstance(value, Tensor) else value for key, value in state.items()
         }
 
 
-def _moved(value: Tensor, parameter: nn.Parameter, what: str) -> Tensor:
+def _moved(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """`value` on the parameter's device, where fused kernels want even step counts; moments in its precision."""
-    if value.dim() == parameter.dim() and value.dim() and value.shape != parameter.shape:
-        raise CheckpointError(f"{what} has shape {tuple(value.shape)}", field="training/")
     is_moment = value.dim() and value.shape == parameter.shape and value.is_floating_point()
     return value.to(parameter.device, parameter.dtype if is_moment else value.dtype)
 

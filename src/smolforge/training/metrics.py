@@ -110,6 +110,8 @@ class MetricsLogger:
         for change in self.context.corpus.index.get("accepted", []):
             if change["was"] not in told:
                 self.event(step, "data_changed", was=change["was"], problem=change["problem"])
+        if left_out := len(config.samples.prompts) - len(self._prompts()):
+            logger.warning(f"samples.prompts: {left_out} left out, because they are empty or longer than the context")
         self.trackers = Trackers(config.logging.trackers, run, config.model_dump(mode="json"), resume_step=step or None)
         self.progress.start(step)
 
@@ -301,8 +303,7 @@ class ProgressBar:
         """Show the row of a logged step."""
         loss = f"{row['loss']:.4f}" if math.isfinite(row["loss"]) else "not finite"
         parts = [f"loss {loss}", f"lr {row['lr']:.2e}"]
-        if row["tokens_per_second"]:
-            parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
         parts.append(size(row["memory_bytes"]))
@@ -322,11 +323,12 @@ class ProgressBar:
 
 
 class Throughput:
-    """Tokens per second over the last steps. The first step is left out: it compiles and waits for the first data."""
+    """Tokens per second over the last steps, without the first one as soon as there are others: it compiles."""
 
     def __init__(self, tokens_per_step: int, window: int = 20) -> None:
         self.tokens_per_step = tokens_per_step
         self._times: deque[float] = deque(maxlen=window + 1)
+        self._began = time.perf_counter()
 
     def tick(self) -> None:
         """A step ended."""
@@ -344,8 +346,8 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together; 0 until two steps ended."""
-        return self.tokens_per_step / self.seconds_per_step if self.seconds_per_step else 0.0
+        """Of all ranks together, once a step ended."""
+        return self.tokens_per_step / (self.seconds_per_step or self._times[-1] - self._began)
 
 
 def is_due(every: int | None, step: int, total: int) -> bool:

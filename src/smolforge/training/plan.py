@@ -289,6 +289,8 @@ def _divisors(count: int) -> list[int]:
 
 def _choose_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
     asked = config.training.attention
+    if asked == "flex" and device.type != "cuda":
+        raise BadInput("flex attention trains on CUDA only", field="training.attention", hint="Use auto.")
     bf16 = torch.bfloat16 in (precision.autocast, precision.weights)
     missing = None
     if device.type != "cpu":

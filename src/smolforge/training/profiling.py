@@ -20,13 +20,14 @@ STEPS = 3  # in the trace; each takes some megabytes
 WAIT = 4  # steps before, in a run that is long enough
 
 
-def build_profiler(folder: Path, first_step: int, remaining: int, device: torch.device) -> profile:
+def build_profiler(folder: Path, first_step: int, last_step: int, device: torch.device) -> profile:
     """A context manager whose `step` is called after each step; it writes FOLDER/step-N.json.gz, N the last step seen.
 
     Args:
         first_step: updates before this process made any.
-        remaining: steps that this process will make; a short run is traced from its beginning.
+        last_step: updates at the end of the run; a short run is traced from its beginning.
     """
+    remaining = last_step - first_step
     active = max(1, min(STEPS, remaining - 1))
     warmup = 1 if remaining > active else 0
     wait = max(0, min(WAIT, remaining - active - warmup))

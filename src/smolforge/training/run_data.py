@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +91,14 @@ def _open_on_main(
     try:
         corpus = Corpus.open(config.data, index=index, cache_dir=cache)
     except SourceChanged as error:
-        if newest is not None and not accept_changes:
+        if newest is None or not accept_changes:
             problem = error.message if was == specs else f"{_other_data(run, was, specs)}: {error.message}"
             raise SourceChanged(problem, field=error.field, hint=error.hint) from None
         corpus = Corpus.open(config.data, cache_dir=cache)
-        if newest is None:  # nothing was trained on it
-            shutil.rmtree(run.path / "tokenizer", ignore_errors=True)
-        else:
-            step = commit.step_of(newest) or 0
-            logger.warning(f"{error.message}. Accepted: the run has the new data from step {step:,} on")
-            change = {"step": step, "was": index["hash"], "problem": error.message}
-            corpus.index["accepted"] = [*index.get("accepted", []), change]
+        step = commit.step_of(newest) or 0
+        logger.warning(f"{error.message}. Accepted: the run has the new data from step {step:,} on")
+        change = {"step": step, "was": index["hash"], "problem": error.message}
+        corpus.index["accepted"] = [*index.get("accepted", []), change]
     else:
         for old, new in zip(was, specs, strict=True):
             if old != new:

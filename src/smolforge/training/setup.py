@@ -1,4 +1,4 @@
-"""From a request to all that the steps of a run need: configuration, data, tokenizer, model, optimizer, process.
+"""From a request to all that the steps of a run need: configuration, data, tokenizer, model, optimizer.
 
 An existing run is continued: its saved configuration is the base, and the request may change how it continues (length,
 learning rate, logging), but not what it is (model, tokenizer, data, global batch).
@@ -6,16 +6,13 @@ learning rate, logging), but not what it is (model, tokenizer, data, global batc
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import logging
 import os
 import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import count, islice
@@ -28,22 +25,22 @@ from smolforge.checkpoint import commit, format, locate, weights
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
-from smolforge.errors import BadInput, DataError, SmolforgeError
+from smolforge.errors import BadInput, CheckpointError, DataError, SmolforgeError
 from smolforge.evaluation import EvalSlice, tokenize_eval_set
 from smolforge.files import write_atomically
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM, build_model
-from smolforge.run import Run
+from smolforge.run import Run, lock_run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import finetuning
-from smolforge.training.optim import build_optimizer, check_optimizer
+from smolforge.training.apply_plan import apply_plan
+from smolforge.training.optim import build_optimizer, check_optimizer, schedule_factor
 from smolforge.training.plan import Plan, make_plan, with_training
 from smolforge.training.run_data import check_weights, keep_places, open_corpus
 from smolforge.training.shutdown import StopRequested
 
 logger = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 # What a run is. Changing one of these makes another run, whose checkpoints do not fit.
 IDENTITY = (
     "model", "tokenizer", "init", "training.tokens_per_step", "training.seed",
@@ -97,6 +94,7 @@ class TrainContext:
     optimizer: torch.optim.Optimizer
     eval_set: EvalSlice | None
     scaler: torch.amp.GradScaler | None
+    command: str | None
 
 
 # The run's directory
@@ -113,14 +111,38 @@ def choose_run(request: TrainRequest) -> Run:
     return Run(Path("runs") / path.stem)
 
 
-def move_aside(run: Run) -> None:
-    """Rename an existing run, so that a fresh one can take its place; nothing is deleted."""
-    if not run.path.exists():
-        return
+def clear_place(run: Run, *, fresh: bool) -> None:
+    """Rename an existing run where a fresh one takes its place; nothing is deleted.
+
+    Raises:
+        BadInput: the place holds something other than a run, or another process writes it.
+    """
     run.check_place()
-    target = _first_free(run.path.with_name(f"{run.path.name}.before-"), 1)
-    run.path.rename(target)
+    if not (fresh and run.exists):
+        return
+    with lock_run(run):
+        pass  # no other process writes it
+    # A symlink stays, and leads to the fresh run where it led to the existing one.
+    path = run.path.resolve() if run.path.is_symlink() else run.path
+    target = _first_free(path.with_name(f"{path.name}.before-"), 1)
+    path.rename(target)
+    path.mkdir()
     logger.info(f"the existing run is now in {target}")
+
+
+def forget_preparations(run: Run) -> None:
+    """Remove what was made for a first step that never came to a checkpoint: another start may prepare otherwise.
+
+    Raises:
+        CheckpointError: there are checkpoints, which means that all of them are damaged.
+    """
+    if found := commit.steps(run.checkpoints_path):
+        raise CheckpointError(
+            f"{run.path} has {len(found)} checkpoints, none of them whole",
+            hint=f"`smolforge verify {run.path}` names the damage. --fresh starts over and moves them aside.",
+        )
+    run.index_path.unlink(missing_ok=True)
+    shutil.rmtree(run.path / "tokenizer", ignore_errors=True)
 
 
 def _first_free(path: Path, start: int) -> Path:
@@ -188,11 +210,14 @@ def _check_identity(run: Run, saved: RunConfig, changed: RunConfig) -> None:
         raise BadInput(message, field=key, hint="Give another directory with --out, or --fresh to start over.")
 
 
-def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
+def adopt_init(config: RunConfig, newest: Path | None, request: TrainRequest) -> RunConfig:
     """Take shape and tokenizer from the model `init`, so that continuing a model needs no other option.
 
     The tokenizer is always that model's own, because its embedding belongs to no other. A run with a checkpoint has
     adopted both already and does not need `init` any more.
+
+    Raises:
+        BadInput: the request itself (its preset or file does not count) asks for another shape or tokenizer.
     """
     if config.init is None and config.data.format == "chat":
         raise BadInput(
@@ -205,6 +230,22 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
     directory = locate.resolve_model(config.init)
     model = format.read_config(directory)
     format.check_no_dropout(directory)
+    # A name that is none of the Hub's, such as that of a file which is installed, means the file.
+    local = Path(config.init).expanduser().exists() or not directory.is_dir()
+    tokenizer = str(directory) if local else config.init
+    if config.data.format == "chat":
+        model = finetuning.with_room(model, finetuning.with_chat_template(Tokenizer.from_pretrained(directory)))
+    adopted = config.model_copy(update={"model": model, "tokenizer": tokenizer})
+    asked, has = (_flatten(c.model_dump(mode="json", include={"model", "tokenizer"})) for c in (config, adopted))
+    named = {override.partition("=")[0].strip() for override in request.overrides} | set(_flatten(request.layers))
+    for key in sorted(asked.keys() | has.keys()):
+        is_named = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in named)
+        if is_named and asked.get(key) != has.get(key):
+            raise BadInput(
+                f"{config.init} has {has.get(key, tokenizer)}, not {asked.get(key, 'a new one')}",
+                field=key,
+                hint="A run that starts from a model has its shape and its tokenizer: leave this out.",
+            )
     positions = model.max_position_embeddings
     if config.data.sequence_length > positions:
         raise BadInput(
@@ -212,12 +253,19 @@ def adopt_init(config: RunConfig, newest: Path | None) -> RunConfig:
             field="data.sequence_length",
             hint=f"Add --set data.sequence_length={positions}.",
         )
-    # A name that is none of the Hub's, such as that of a file which is installed, means the file.
-    local = Path(config.init).expanduser().exists() or not directory.is_dir()
-    tokenizer = str(directory) if local else config.init
-    if config.data.format == "chat":
-        model = finetuning.with_room(model, finetuning.with_chat_template(Tokenizer.from_pretrained(directory)))
-    return config.model_copy(update={"model": model, "tokenizer": tokenizer})
+    return adopted
+
+
+def announce_rate(run: Run, config: RunConfig, step: int) -> None:
+    """Say where another length, schedule or peak makes the learning rate jump, which changes what is learned."""
+    saved = build_config(str(run.config_path))
+    last, expected, rate = (
+        c.optimizer.lr * schedule_factor(c.schedule, at, c.total_steps)
+        for c, at in ((saved, step - 1), (saved, min(step, saved.total_steps - 1)), (config, step))
+    )
+    if step < config.total_steps and abs(rate - expected) > 0.1 * max(rate, expected):
+        lengths = f"{saved.total_steps:,} → {config.total_steps:,} steps"
+        logger.info(f"learning rate: {last:.2e} at step {step:,}, {rate:.2e} from step {step + 1:,} on ({lengths})")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -252,12 +300,14 @@ def build_context(
         eval_set = _open_eval_set(config, corpus, tokenizer)
     except (SmolforgeError, StopRequested):
         if ranks.is_main and not run.exists:
-            run.index_path.unlink(missing_ok=True)
-            for folder in (run.path / "tokenizer", run.path / "cache", run.checkpoints_path):
+            forget_preparations(run)
+            for folder in (run.path / "cache", run.checkpoints_path):
                 shutil.rmtree(folder, ignore_errors=True)
         raise
     scaler = torch.amp.GradScaler(device.type) if plan.precision.scaler else None
-    return TrainContext(run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler)
+    return TrainContext(
+        run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler, request.command
+    )
 
 
 def _open_tokenizer(
@@ -320,61 +370,14 @@ def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> E
         ) from None
 
 
-# This process
+# What is written
 
 
-def apply_plan(plan: Plan) -> None:
-    """Report the plan, and set what it decides for the whole process."""
-    for reason in plan.reasons:
-        logger.info(reason)
-    torch.set_num_threads(plan.threads)
-    torch.set_float32_matmul_precision(plan.precision.matmul)
-    if plan.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory in this process.
-
-    By default glibc returns large freed blocks to the kernel at once. Training frees and allocates the same blocks
-    every step, and each time the kernel maps and zeroes every page again: 20% of a small model's step (docs/log.md).
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # No block is mapped by itself, all come from the heap, and the heap is never trimmed.
-        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
-            mallopt(name, value)
-
-
-def compiled_graphs() -> int:
-    """Number of graphs that this process has compiled."""
-    # Importing dynamo takes seconds; where nobody has, nothing was compiled.
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def run_first_step(step: Callable[[], None], model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Run the first compiled step and report what compiling took; where compiling fails, run the step without it."""
-    before, began = compiled_graphs(), time.perf_counter()
-    try:
-        step()
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
-            raise
-        first = str(error).strip().splitlines()[0][:200]
-        logger.warning(f"compile: off, it fails on this machine ({type(error).__name__}: {first})")
-        for part in (model, optimizer):
-            if hasattr(part, "uncompile"):
-                part.uncompile()  # type: ignore[union-attr]
-        model.zero_grad(set_to_none=True)
-        step()
+def record(context: TrainContext) -> None:
+    """Write down the configuration that the run has from now on and, for the report, what it runs on."""
+    if not context.ranks.is_main:
         return
-    seconds = time.perf_counter() - began
-    logger.info(f"compile: {compiled_graphs() - before} graphs, first step after {seconds:.0f} s")
-
-
-def write_environment(context: TrainContext, command: str | None) -> None:
-    """Record what the run runs on, for the report."""
+    write_atomically(context.run.config_path, context.config.to_yaml())
     environment = {
         "smolforge": version("smolforge"),
         "python": platform.python_version(),
@@ -382,7 +385,7 @@ def write_environment(context: TrainContext, command: str | None) -> None:
         "platform": platform.platform(),
         "device": str(context.plan.device),
         "threads": context.plan.threads,
-        "command": command,
+        "command": context.command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "pid": os.getpid(),
         "decisions": context.plan.reasons,

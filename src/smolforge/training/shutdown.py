@@ -1,20 +1,26 @@
 """Graceful shutdown: signals and a time limit, polled between pieces of work.
 
 The first SIGTERM, SIGINT or SIGUSR1 sets a flag; the run saves and ends at the next poll. A second one ends the process
-at once: the previous checkpoint stays complete, because saving never touches it.
+at once: the previous checkpoint stays complete, because saving never touches it. Under a launcher a second signal
+counts only after three seconds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+# A launcher passes a signal on that a scheduler has sent to each process already: that is still the first one.
+REPEATED_SECONDS = 3.0
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Schedulers send SIGUSR1 as a warning that SIGTERM will follow, hence the same exit code.
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
@@ -42,12 +48,16 @@ class GracefulShutdown:
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
         self.exit_code, self.reason, self.immediate = 0, "", True
         self.signal: signal.Signals | None = None
+        self._first = 0.0  # when the first signal came
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
                 self._previous[number] = signal.signal(number, self._on_signal)
+            if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+                # torchrun dies of SIGUSR1, among others: its workers then save and end, instead of training on.
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,6 +70,11 @@ class GracefulShutdown:
             self.exit_code, self.reason = 143, "the time limit is near"
         return bool(self.exit_code)
 
+    def follow(self) -> None:
+        """Stop because another process of the run was asked to."""
+        if not self.exit_code:
+            self.exit_code, self.reason = 143, "another process was asked to stop"
+
     def poll(self) -> None:
         """Raise StopRequested if a stop was requested."""
         if self.requested():
@@ -67,8 +82,11 @@ class GracefulShutdown:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
+        if self.signal and "WORLD_SIZE" in os.environ and time.monotonic() - self._first < REPEATED_SECONDS:
+            return
         if self.exit_code:
             os._exit(EXIT_CODES[received])
+        self._first = time.monotonic()
         self.signal, self.exit_code, self.reason = received, EXIT_CODES[received], f"{received.name} received"
         if self.immediate:
             raise StopRequested

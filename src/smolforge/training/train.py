@@ -29,23 +29,26 @@ from smolforge.data import Batch, Loader
 from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
-from smolforge.files import write_atomically
 from smolforge.model.architecture import CausalLM
 from smolforge.run import Run, lock_run
 from smolforge.training import checkpointing, setup
+from smolforge.training.apply_plan import compiled_graphs, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due, tell_outcome
 from smolforge.training.optim import optimizer_step, schedule_factor
 from smolforge.training.plan import Plan, resolve_batch
 from smolforge.training.profiling import build_profiler
-from smolforge.training.setup import TrainContext, TrainRequest, compiled_graphs, run_first_step
+from smolforge.training.ranks import check_ranks
+from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 
 logger = logging.getLogger(__name__)
 
 BAD_STEPS = 3  # non-finite steps in a row after which a run rolls back
-READY, STOP, DATA_ERROR, SOURCE_UNAVAILABLE = range(4)  # what a rank found when it wanted its next batch
+# What a rank found when it wanted its next batch; a rank that waits for long says so every few seconds.
+READY, WAITING, STOP, DATA_ERROR, SOURCE_UNAVAILABLE = range(5)
+WAITING_SECONDS = 5.0
 
 
 def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
@@ -57,19 +60,17 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
     device = choose_device()
     ranks = init_distributed(device)
     run = setup.choose_run(request)
-    with GracefulShutdown(request.time_limit) as shutdown, contextlib.ExitStack() as stack:
+    with GracefulShutdown(request.time_limit) as shutdown, contextlib.ExitStack() as stack, ranks.one_error():
         stack.callback(ranks.close)
         try:
             context, position = open_run(request, run, ranks, device, stack)
             shutdown.immediate = False
             trainer = Trainer(context, position, shutdown)
             if not trainer.is_complete():
-                if ranks.is_main:
-                    write_atomically(run.config_path, context.config.to_yaml())
-                    setup.write_environment(context, request.command)
+                if not run.exists:
+                    setup.record(context)
                 if request.profile and ranks.is_main:
-                    remaining = trainer.total - position.step
-                    trainer.profiler = build_profiler(run.path / "profile", position.step, remaining, device)
+                    trainer.profiler = build_profiler(run.path / "profile", position.step, trainer.total, device)
                 trainer.run(request.more_steps)
                 if ranks.is_main:
                     tell_outcome(context)
@@ -84,26 +85,25 @@ def open_run(
 ) -> tuple[TrainContext, Position]:
     """Lock the run's directory and open all that its steps need; the context, and the position to train from."""
     if ranks.is_main:
-        if request.fresh and run.exists:
-            with lock_run(run):
-                pass  # no other process writes it
-            setup.move_aside(run)
-        run.check_place()
+        setup.clear_place(run, fresh=request.fresh)
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
-    config = setup.adopt_init(setup.resolve_config(request, run, newest), newest)
+    config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
     config = resolve_batch(config, device)
     if ranks.is_main:
         run.prepare()
         stack.enter_context(lock_run(run))
         commit.sweep(run.checkpoints_path)
-    ranks.barrier()
+        if newest is None:
+            setup.forget_preparations(run)
+    check_ranks(run, config, ranks)
     context = setup.build_context(request, run, config, newest, ranks, device)
     stack.callback(context.corpus.close)  # a thread that waits for a network would keep the process alive
     position = Position()
     if newest is not None:
         position = checkpointing.restore(context, newest)
         logger.info(f"resuming {run.path} from step {position.step:,}")
+        setup.announce_rate(run, config, position.step)
     if request.skip:
         position = replace(position, skip=sorted({*position.skip, *request.skip}))
     return context, position
@@ -164,7 +164,7 @@ class Trainer:
                     except RollBack:
                         self._roll_back()
             except StopRequested:
-                self._save()
+                self._save(last=True)
                 raise
             except Exception as error:
                 self._save_before(error)
@@ -193,36 +193,42 @@ class Trainer:
                     self._step(batch)
                 if graphs is not None and compiled_graphs() > graphs:
                     logger.info(f"step {self.position.step:,}: compiled again, {compiled_graphs()} graphs by now")
+                if graphs is None:
+                    setup.record(context)  # all of the configuration is known to work
+                    self.ranks.expect_steps(long=not config.checkpoint.asynchronous)
                 graphs = compiled_graphs()
+                self.metrics.throughput.tick()
                 self._flush_metrics(keep=0 if self.plan.device.type == "cpu" else 1)
                 if self.profiler:
                     self.profiler.step()
-                self.metrics.throughput.tick()
                 self._save_and_evaluate()
                 self.committer.poll()
 
     def _next_batch(self, loader: Loader) -> Batch:
         """The next batch, unless a rank is asked to stop or cannot read its data; then all ranks stop together."""
         began = time.perf_counter()
-        batch, error, status = None, None, READY
-        try:
-            while batch is None and status == READY:
-                if self.shutdown.requested(margin=self.save_seconds + 2 * self.metrics.throughput.seconds_per_step):
-                    status = STOP
-                elif loader.wait(0.2):
-                    batch = next(loader)
-        except SmolforgeError as caught:
-            error, status = caught, SOURCE_UNAVAILABLE if isinstance(caught, SourceUnavailable) else DATA_ERROR
+        batch, error, status = None, None, WAITING
+        while status == WAITING:
+            mine, until = WAITING if batch is None else READY, time.monotonic() + WAITING_SECONDS
+            try:
+                while mine == WAITING and time.monotonic() < until:
+                    if self.shutdown.requested(margin=self.save_seconds + 2 * self.metrics.throughput.seconds_per_step):
+                        mine = STOP
+                    elif loader.wait(0.2):
+                        batch, mine = next(loader), READY
+            except SmolforgeError as caught:
+                error, mine = caught, SOURCE_UNAVAILABLE if isinstance(caught, SourceUnavailable) else DATA_ERROR
+            # The only point where ranks may differ. From here on all of them act on the same status.
+            status = self.ranks.max(mine)
         self.metrics.data_seconds += time.perf_counter() - began
-        # The only point where ranks may differ. From here on all of them act on the same status.
-        status = self.ranks.max(status)
         if status == READY:
             assert batch is not None
             return batch
         self._flush_metrics(keep=0)
         if status == STOP:
+            self.shutdown.follow()
             raise StopRequested
-        self._save()
+        self._save(last=True)
         logger.info(f"the run was saved at step {self.position.step:,}")
         other = SourceUnavailable if status == SOURCE_UNAVAILABLE else RunFailed
         raise error or other("another process could not read its data; the run was saved")
@@ -253,7 +259,7 @@ class Trainer:
         while len(self.pending) > keep:
             metrics = self.pending.popleft()
             metrics.wait()
-            if metrics.skipped:
+            if self.ranks.max(int(metrics.skipped)):  # all ranks decide alike
                 self.bad.append(metrics)
                 self.metrics.log_skipped(metrics)
                 if len(self.bad) >= BAD_STEPS:
@@ -276,9 +282,10 @@ class Trainer:
                 hint="metrics.jsonl names the documents of each skipped step. Try a lower optimizer.lr, a longer "
                 "schedule.warmup or training.precision=fp32, and resume.",
             )
-        self.committer.wait()
-        self.ranks.barrier()
-        directory = checkpointing.newest_before(self.context, start)
+        self._wait_for_save()
+        directory = self.ranks.broadcast(
+            checkpointing.newest_before(self.context, start) if self.ranks.is_main else None
+        )
         if directory is None:
             raise RunFailed(
                 f"{where}, before the first checkpoint", hint="Try a lower optimizer.lr or a longer schedule.warmup."
@@ -311,26 +318,31 @@ class Trainer:
             self.metrics.validate(step)
         if sample:
             self.metrics.sample(step)
-        if validate and save and self.ranks.is_main:
-            self.committer.wait()
-            checkpointing.prune_checkpoints(self.context)
+        if validate and save:
+            self._wait_for_save()
+            if self.ranks.is_main:
+                checkpointing.prune_checkpoints(self.context)
         self.metrics.throughput.pause(time.perf_counter() - began)
 
-    def _save(self) -> None:
-        """Start saving the run's state; wait for the end of it at the run's end, or where saving is synchronous."""
+    def _save(self, *, last: bool = False) -> None:
+        """Save the run's state, unless it is saved; wait for the end of it where nothing comes after it."""
         step = self.position.step
-        if step in (0, self.saved_step):
-            self.committer.wait()
-            return
-        self.save_began = time.perf_counter()
-        self._flush_metrics(keep=0)
-        tree = checkpointing.state_tree(self.context, self.position)
-        if self.ranks.is_main:
-            self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
-            if step == self.total or self.shutdown.requested():
-                self.committer.wait()
-        self.saved_step = step
-        self.ranks.barrier()
+        if step not in (0, self.saved_step):
+            self.save_began = time.perf_counter()
+            self._flush_metrics(keep=0)
+            self._wait_for_save()
+            tree = checkpointing.state_tree(self.context, self.position)
+            if self.ranks.is_main:
+                self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
+            self.saved_step = step
+        if last or step == self.total:
+            self._wait_for_save()
+
+    def _wait_for_save(self) -> None:
+        """Wait together for what rank 0 still writes: the others learn all the time that it is alive."""
+        while self.ranks.max(int(self.committer.busy)):
+            time.sleep(0.02)
+        self.committer.wait()
 
     def _save_before(self, error: Exception) -> None:
         """Save what an error would lose, in one process and between two updates; a RunFailed has saved or must not."""

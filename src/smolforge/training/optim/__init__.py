@@ -126,7 +126,8 @@ def optimizer_step(
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     finite = torch.isfinite(nats)
     if scaler:
-        # The scaler skips gradients that overflow, which is normal while it looks for its scale.
+        # The scaler skips gradients that overflow, which is normal while it looks for its scale; not at a scale of 1.
+        finite = finite & (torch.isfinite(norm) | (scaler._get_scale_async() > 1))
         scaler.step(optimizer)
         scaler.update()
     else:

@@ -1,0 +1,185 @@
+"""What launchers do to the processes of a run: signals to all or to one, restarts, silence, and other directories."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import ENVIRONMENT, finish, start_ranks, steps_done, wait_until
+from tiny import steps_of, tiny_file
+
+from smolforge.checkpoint import commit
+from smolforge.distributed import init_distributed, interface_to
+from smolforge.errors import BadInput
+from smolforge.run import Run
+from smolforge.training import shutdown
+from smolforge.training.shutdown import GracefulShutdown
+
+LONG = ["--steps", "100000", "--set", "checkpoint.every=100000", "--set", "evaluation.every=100000",
+        "--set", "samples.every=100000"]  # fmt: skip
+SHORT_TIMEOUT = "from datetime import timedelta\nfrom smolforge import distributed\n"
+SHORT_TIMEOUT += "distributed.STEP_TIMEOUT = timedelta(seconds=4)\n"
+
+
+def torchrun(place: Path, run: Run, *options: str, first: str = "", words: list[str] = LONG) -> subprocess.Popen[str]:
+    """The run on two processes under torchrun; each runs the code `first` before."""
+    program = place / "program.py"
+    program.write_text(f"{first}\nfrom smolforge.cli import main\nmain()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*command, str(program), "train", tiny_file(place), "--out", str(run.path), *words],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def assert_saved_where_it_stood(run: Run) -> None:
+    assert commit.steps(run.checkpoints_path)[-1] == steps_done(run) >= 5
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_the_interface_of_the_route() -> None:
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("no.such.host.invalid") is None
+
+
+def test_an_environment_that_names_no_master(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(BadInput, match="RANK is not set"):
+        init_distributed(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_signal_that_comes_twice_is_one_under_a_launcher(monkeypatch, launched) -> None:
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if not launched:
+        monkeypatch.delenv("WORLD_SIZE")
+    with GracefulShutdown() as stop:
+        stop.immediate = False
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested() and ended == ([] if launched else [143])
+        monkeypatch.setattr(shutdown, "REPEATED_SECONDS", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert ended[-1:] == [143]
+
+
+def test_one_process_is_terminated_and_all_save_and_stop(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    ranks = start_ranks([tiny_file(tmp_path), "--out", str(run.path), *LONG], 2)
+    assert wait_until(lambda: steps_done(run) >= 5, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [finish(process, 143) for process in ranks]
+    assert "another process was asked to stop" in outputs[0]
+    assert_saved_where_it_stood(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["all at once", "torchrun", "torchrun dies"])
+def test_signals_of_a_scheduler(tmp_path: Path, whom: str) -> None:
+    run = Run(tmp_path / "run")
+    process = torchrun(tmp_path, run)
+    assert wait_until(lambda: steps_done(run) >= 5, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    for pid in [*workers, process.pid] if whom == "all at once" else [process.pid]:
+        os.kill(pid, signal.SIGUSR1 if whom == "torchrun dies" else signal.SIGTERM)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker trains on"
+        time.sleep(0.1)
+    assert_saved_where_it_stood(run)
+
+
+@pytest.mark.slow
+def test_a_failed_attempt_is_started_again(tmp_path: Path) -> None:
+    first = """
+import os, sys, time
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if rank == 0:
+    time.sleep(1.5)  # comes later than the others, as the one that verifies checkpoints would
+from smolforge.training.train import Trainer
+step = Trainer._step
+def fails(self, batch):
+    if attempt < 2 and rank == 1 and self.position.step == 6 + 5 * attempt:
+        os._exit(7)
+    step(self, batch)
+Trainer._step = fails
+"""
+    run = Run(tmp_path / "run")
+    finish(torchrun(tmp_path, run, "--max-restarts", "2", first=first, words=["--steps", "20"]))
+    assert [step for step, _, _ in steps_of(run)] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_a_frozen_process_is_given_up(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    ranks = start_ranks([tiny_file(tmp_path), "--out", str(run.path), *LONG], 2, first=SHORT_TIMEOUT)
+    try:
+        assert wait_until(lambda: steps_done(run) >= 5, ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        output = finish(ranks[0], 1)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert "another process ended or was silent for too long" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_who_waits_for_data_or_for_the_disk_is_not_given_up(tmp_path: Path) -> None:
+    first = (
+        SHORT_TIMEOUT
+        + """
+import os, time
+from smolforge.data import Loader
+from smolforge.training import checkpointing, train
+train.WAITING_SECONDS = 1.0
+wait, write, rank = Loader.wait, checkpointing.save_state, os.environ["RANK"]
+began = time.monotonic()
+def slow_wait(self, seconds):
+    time.sleep(0.2)
+    slow = rank == "1" and self_steps[0] == 8 and time.monotonic() - at_eight[0] < 7
+    return False if slow else wait(self, seconds)
+self_steps, at_eight, step = [0], [0.0], train.Trainer._step
+def counted(self, batch):
+    step(self, batch)
+    self_steps[0] = self.position.step
+    at_eight[0] = time.monotonic()
+def slow_write(*args):
+    time.sleep(7)
+    write(*args)
+train.Trainer._step, Loader.wait, checkpointing.save_state = counted, slow_wait, slow_write
+"""
+    )
+    run = Run(tmp_path / "run")
+    words = [tiny_file(tmp_path), "--out", str(run.path), "--steps", "12", "--set", "checkpoint.every=6"]
+    for process in start_ranks(words, 2, first=first):
+        finish(process)
+    assert steps_done(run) == 12 and commit.steps(run.checkpoints_path) == [6, 12]
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_directory_are_told(tmp_path: Path) -> None:
+    first = f"""
+import os
+from smolforge.training import ranks
+ranks.SHARED_SECONDS = 1.0
+os.chdir(os.path.join({str(tmp_path)!r}, os.environ["RANK"]))
+"""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    for process in start_ranks([tiny_file(tmp_path), "--out", "run", "--steps", "5"], 2, first=first):
+        output = finish(process, 2)
+        assert "process 1 does not see the directory run of process 0" in output and "Traceback" not in output
