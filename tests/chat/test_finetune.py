@@ -277,3 +277,20 @@ def test_the_answer_of_a_tuned_model_stops(place: Path, base: Path, capsys: pyte
     outputs = list(engine.stream([engine.tokenizer.encode_chat([{"role": "user", "content": "Where is the fox?"}])]))
     assert "".join(output.text for output in outputs) == "In the wood."
     assert outputs[-1].finish_reason == "stop"
+
+
+def test_dialogues_of_tales_and_what_is_learned_of_them(
+    place: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = place / "dialogues.jsonl"
+    assert smolforge(["data", "write", str(path), "--documents", "5", "--chat"]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [tales.document(i).prompt for i in range(5)]
+    assert all(tales.document(i).text.startswith(row["completion"] + "\n\n") for i, row in enumerate(rows))
+    assert smolforge(["data", "write", str(place / "d.txt"), "--chat"]) == 2
+    capsys.readouterr()
+    assert smolforge(["data", "show", str(path), "--model", str(base), "--count", "2", "--set", "data.holdout=0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("dialogues.jsonl, row group 0, row") == 2
+    assert f"<|im_start|>assistant\n⟦{rows[0]['completion']}<|im_end|>⟧\n" in shown.out
+    assert "5 conversations in an epoch" in shown.err
