@@ -185,6 +185,7 @@ def test_mistakes_in_a_grammar_are_told(text: str, complaint: str) -> None:
 
 def test_every_list_is_reached_and_every_slot_is_bound() -> None:
     grammar = tales.language()
+    names = {id(part): name for name, part in {**grammar.words, **grammar.rules}.items()}
     used: set[str] = set()
     starts = {genre.rule for genre in tales.GENRES}
 
@@ -195,8 +196,8 @@ def test_every_list_is_reached_and_every_slot_is_bound() -> None:
             if part[0] == ALT:
                 for choice in part[1]:
                     visit(choice)
-            elif part[0] in (SUB, DRAW) and part[1].name not in used:
-                used.add(part[1].name)
+            elif part[0] in (SUB, DRAW) and names[id(part[1])] not in used:
+                used.add(names[id(part[1])])
                 for alternative in getattr(part[1], "alternatives", ()):
                     visit(alternative)
             elif part[0] == OWN:
