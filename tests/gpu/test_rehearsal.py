@@ -40,7 +40,7 @@ def check(seen: dict[str, Any]) -> None:
     assert "math" not in seen["kernels"], "no attention keeps its scores"
     # Forward and backward of a layer, the loss of 8,192 tokens; for a tensor only bf16 with rounding does something.
     rounding = 80 * seen["tensors"] if seen["precision"] == "bf16-pure" else 0
-    assert seen["operations"] < 300 + 125 * seen["layers"] + 35 * -(-seen["tokens"] // 8192) + rounding, what
+    assert seen["operations"] < 300 + 160 * seen["layers"] + 35 * -(-seen["tokens"] // 8192) + rounding, what
     if not seen["recompute"] and seen["loss"] == "chunked":
         assert seen["saved"] == pytest.approx(seen["activations"], rel=0.1), what
 
@@ -84,7 +84,8 @@ def test_decoding_sixty_four_sequences(rehearse) -> None:
 @pytest.mark.parametrize("card", PRECISIONS)
 def test_every_preset_and_precision(rehearse, card, preset) -> None:
     muon = "optimizer.name=adamw" if preset == "pocket" else MUON
-    wanted = [[f"training.precision={name}", *([] if preset == "pocket" else ["training.micro_batch=1"])]
+    pure = ["optimizer.name=adamw"]  # muon keeps its weights in fp32
+    wanted = [[f"training.precision={name}", *(pure if name == "bf16-pure" else []), *([] if preset == "pocket" else ["training.micro_batch=1"])]
               for name in PRECISIONS[card]]  # fmt: skip
     wanted = [*wanted, [muon, *wanted[0]], ["training.micro_batch=1", "data.mask_documents=true"]]
     for step in rehearse([{"card": card, "preset": preset, "overrides": overrides} for overrides in wanted]):
