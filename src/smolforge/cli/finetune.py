@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, add_json, parse_positive, parse_seconds, parse_sources
+from smolforge.cli.options import MODEL_HELP, add_json, add_run, parse_positive, parse_seconds, parse_sources
 from smolforge.cli.train import print_outcome
 from smolforge.errors import BadInput
 
@@ -42,15 +42,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--epochs", type=float, metavar="X", help="passes through the conversations (sft: 3)")
     parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate (sft: 1e-4)")
     parser.add_argument("--batch-size", metavar="N", help=f"windows in one update (default {BATCH})")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="directory of the run (default: runs/MODEL-sft)")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
-    again.add_argument("--fresh", action="store_true", help="start over; an earlier run is moved aside")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="any key of the configuration, e.g. data.too_long=truncate (may be repeated)",
-    )  # fmt: skip
-    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
+    add_run(parser, out="runs/MODEL-sft", setting="data.too_long=truncate")
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -66,6 +66,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU where one works)")
 
 
+def add_run(parser: argparse.ArgumentParser, *, out: str, setting: str) -> None:
+    """Options of the verbs that train: where the run is, whether it may exist, its settings and time limit.
+
+    Args:
+        out: the default directory, as the help names it.
+        setting: an example of a setting, for the help.
+    """
+    parser.add_argument("--out", type=Path, metavar="RUN", help=f"directory of the run (default: {out})")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
+    again.add_argument("--fresh", action="store_true", help="start over; an earlier run is moved aside")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help=f"any key of the configuration, e.g. {setting} (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")

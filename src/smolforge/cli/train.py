@@ -7,10 +7,17 @@ import contextlib
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import add_device, add_json, parse_positive, parse_seconds, parse_sources, parse_step_range
+from smolforge.cli.options import (
+    add_device,
+    add_json,
+    add_run,
+    parse_positive,
+    parse_seconds,
+    parse_sources,
+    parse_step_range,
+)
 
 EXAMPLES = """\
 examples:
@@ -42,16 +49,8 @@ def add(verbs: Any) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", metavar="N|+N", help="length of the run in steps; +N adds N to an existing run")
     length.add_argument("--tokens", metavar="N", help="length of the run in tokens: 500k, 10M, 1B")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="directory of the run (default: runs/PRESET)")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a model directory or Hub id")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
-    again.add_argument("--fresh", action="store_true", help="start over; an earlier run is moved aside")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="any key of the configuration, e.g. optimizer.lr=1e-3 (may be repeated)",
-    )  # fmt: skip
-    parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
+    add_run(parser, out="runs/PRESET", setting="optimizer.lr=1e-3")
     parser.add_argument(
         "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
     )

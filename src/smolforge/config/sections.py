@@ -86,7 +86,7 @@ class ModelConfig(_Section):
     rope_scaling: RopeScaling | None = None
     """Llama 3's scaling of these frequencies: its keys in a config.json."""
     no_rope_layer_interval: int = Field(default=0, ge=0)
-    """Every so manieth layer has no rotation (`smollm3`); 0 for none."""
+    """Layers whose number (from 1) it divides have no rotation (`smollm3`); 0 for none."""
     attention_bias: bool = False
     """Whether the projections of attention have biases."""
     mlp_bias: bool = False

@@ -48,6 +48,13 @@ def llama_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def full_attention_fields(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """`llama_fields` for architectures that may have a sliding window: an unused one is ignored, a used one refused."""
+    if values.get("use_sliding_window"):
+        raise unsupported("use_sliding_window", True, "Supported: false.")
+    return llama_fields({**defaults, **values, "sliding_window": None})
+
+
 def llama_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of a ModelConfig from an untrusted config.json; what is absent has transformers' default.
 

@@ -6,8 +6,6 @@ norms each query and key head before it is rotated (as ViT-22B did, arXiv:2302.0
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from smolforge.config import ModelConfig
@@ -91,13 +89,6 @@ def _check_qwen3(config: ModelConfig) -> None:
         raise BadInput("Qwen3's MLP has no biases", field="model.mlp_bias")
 
 
-def _fields(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """As of a Llama; a window that is not used is ignored, one that is used is refused."""
-    if values.get("use_sliding_window"):
-        raise hf_config.unsupported("use_sliding_window", True, "Supported: false.")
-    return hf_config.llama_fields({**defaults, **values, "sliding_window": None})
-
-
 register(
     Architecture(
         name="qwen2",
@@ -106,7 +97,7 @@ register(
         class_name="Qwen2ForCausalLM",
         build=Qwen2ForCausalLM,
         check=_check_qwen2,
-        from_hf=_fields,
+        from_hf=hf_config.full_attention_fields,
         in_transformers=True,
         gguf="qwen2",
         fast_decoding=True,
@@ -120,7 +111,7 @@ register(
         class_name="Qwen3ForCausalLM",
         build=Qwen3ForCausalLM,
         check=_check_qwen3,
-        from_hf=lambda values: _fields(values, head_dim=128),
+        from_hf=lambda values: hf_config.full_attention_fields(values, head_dim=128),
         in_transformers=True,
         gguf="qwen3",
         fast_decoding=True,

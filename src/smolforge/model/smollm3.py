@@ -62,15 +62,13 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_hf(values: dict[str, Any]) -> dict[str, Any]:
-    if values.get("use_sliding_window"):
-        raise hf_config.unsupported("use_sliding_window", True, "Supported: false.")
-    fields = hf_config.llama_fields({"tie_word_embeddings": True, **values, "sliding_window": None})
+    fields = hf_config.full_attention_fields(values, tie_word_embeddings=True)
     interval, given = values.get("no_rope_layer_interval", 4), values.get("no_rope_layers")
     if type(interval) is not int or interval < 1:
         raise hf_config.unsupported("no_rope_layer_interval", interval, "Supported: a whole number from 1.")
     config = ModelConfig(architecture="smollm3", **fields, no_rope_layer_interval=interval)
     if given is not None and given != _layers(config):
-        hint = f"Supported: every so manieth layer, as no_rope_layer_interval says ({interval})."
+        hint = f"Supported: no rotation in every layer whose number no_rope_layer_interval ({interval}) divides."
         raise hf_config.unsupported("no_rope_layers", given, hint)
     return {**fields, "no_rope_layer_interval": interval}
 
