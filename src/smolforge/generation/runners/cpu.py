@@ -35,6 +35,7 @@ F32, BF16, I8, I4, B8, B4 = range(6)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4, B8: 8, B4: 4}
 LARGE_PAGE = 2 << 20  # bytes, on x86-64, and on ARM with small pages of 4 KiB
 ARENA_CHUNK = 32 << 20
+SMALL_CACHE = 8 << 20  # bytes; to clear memory that was used before is quicker than new pages
 
 
 class _Matrix(ctypes.Structure):
@@ -70,7 +71,9 @@ class CpuCache:
         size = keys + heads[0] * heads[1] * self.capacity * columns
         # Zeros: rows that were never written are multiplied by 0, which must not meet an infinity. Small pages: a short
         # text writes to the beginning of each head's part, and a large page there would hold much that is not used.
-        self.memory = _mapped(size * dtype.itemsize, large=False)[: size * dtype.itemsize].view(dtype)
+        nbytes = size * dtype.itemsize
+        small = nbytes <= SMALL_CACHE
+        self.memory = torch.zeros(size, dtype=dtype) if small else _mapped(nbytes, large=False)[:nbytes].view(dtype)
         self.keys = self.memory[:keys].view(*heads, self.capacity // UNIT, config.head_dim * UNIT)
         self.values = self.memory[keys:].view(*heads, columns // UNIT, self.capacity // 2, 2 * UNIT)
         self.used = 0
