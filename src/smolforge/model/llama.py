@@ -125,11 +125,15 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """One block of the residual stream. All layers share this code, so compiling one compiles all."""
 
-    attention: type[LlamaAttention] = LlamaAttention
-
-    def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: ComputeOptions,
+        layer: int,
+        attention: type[LlamaAttention] = LlamaAttention,
+    ) -> None:
         super().__init__()
-        self.self_attn = self.attention(config, options, layer)
+        self.self_attn = attention(config, options, layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -142,16 +146,16 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(Decoder):
-    """Tokens to the last hidden states."""
+    """Tokens to the last hidden states; `attention` is that of the family's member."""
 
-    block: type[LlamaDecoderLayer] = LlamaDecoderLayer
-
-    def __init__(self, config: ModelConfig, options: ComputeOptions) -> None:
+    def __init__(
+        self, config: ModelConfig, options: ComputeOptions, attention: type[LlamaAttention] = LlamaAttention
+    ) -> None:
         super().__init__(options)
         sparse = options.sparse_embedding and config.tie_word_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, sparse=sparse)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(self.block(config, options, layer) for layer in layers)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, options, layer, attention) for layer in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = config.head_dim, config.rope_theta, config.rope_scaling
 

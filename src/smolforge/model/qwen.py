@@ -6,20 +6,15 @@ norms each query and key head before it is rotated (as ViT-22B did, arXiv:2302.0
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model import hf_config
 from smolforge.model.architecture import Architecture, ComputeOptions, register
-from smolforge.model.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaRMSNorm,
-    check_rotation,
-)
+from smolforge.model.llama import LlamaAttention, LlamaForCausalLM, LlamaModel, LlamaRMSNorm, check_rotation
 
 
 class Qwen2Attention(LlamaAttention):
@@ -40,40 +35,16 @@ class Qwen3Attention(LlamaAttention):
         return super().place(self.q_norm(q), self.k_norm(k), v, cos, sin)
 
 
-class Qwen2DecoderLayer(LlamaDecoderLayer):
-    """One block of Qwen2."""
-
-    attention = Qwen2Attention
-
-
-class Qwen3DecoderLayer(LlamaDecoderLayer):
-    """One block of Qwen3."""
-
-    attention = Qwen3Attention
-
-
-class Qwen2Model(LlamaModel):
-    """Tokens to the last hidden states."""
-
-    block = Qwen2DecoderLayer
-
-
-class Qwen3Model(LlamaModel):
-    """Tokens to the last hidden states."""
-
-    block = Qwen3DecoderLayer
-
-
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen2 with its head."""
 
-    decoder_class = Qwen2Model
+    decoder_class = partial(LlamaModel, attention=Qwen2Attention)
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Qwen3 with its head."""
 
-    decoder_class = Qwen3Model
+    decoder_class = partial(LlamaModel, attention=Qwen3Attention)
 
 
 def _check_qwen2(config: ModelConfig) -> None:

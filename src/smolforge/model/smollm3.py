@@ -5,6 +5,7 @@ Every `no_rope_layer_interval`-th layer sees no positions (NoPE, arXiv:2305.1946
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model import hf_config
 from smolforge.model.architecture import Architecture, ComputeOptions, register
-from smolforge.model.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, check_rotation
+from smolforge.model.llama import LlamaAttention, LlamaForCausalLM, LlamaModel, check_rotation
 
 
 class SmolLM3Attention(LlamaAttention):
@@ -27,22 +28,10 @@ class SmolLM3Attention(LlamaAttention):
         return super().place(q, k, v, cos, sin) if self.rotates else (q, k, v)
 
 
-class SmolLM3DecoderLayer(LlamaDecoderLayer):
-    """One block."""
-
-    attention = SmolLM3Attention
-
-
-class SmolLM3Model(LlamaModel):
-    """Tokens to the last hidden states."""
-
-    block = SmolLM3DecoderLayer
-
-
 class SmolLM3ForCausalLM(LlamaForCausalLM):
     """SmolLM3 with its head."""
 
-    decoder_class = SmolLM3Model
+    decoder_class = partial(LlamaModel, attention=SmolLM3Attention)
 
 
 def _check(config: ModelConfig) -> None:
