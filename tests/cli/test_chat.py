@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,21 @@ def test_one_answer_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert cli.run(["chat", str(model), "--json"]) == 2 and "QUESTION" in capsys.readouterr().err
 
 
+def test_repetition_is_penalised_unless_the_model_or_the_user_says_otherwise(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(place: Path, *words: str) -> str:
+        assert cli.run(["chat", str(place), "hello", "--temperature", "0", "--max-tokens", "60", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["answer"]
+
+    plain, penalised = (answer(model, "--repetition-penalty", value) for value in ("1", "1.1"))
+    assert answer(model) == penalised != plain
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "generation_config.json").write_text('{"repetition_penalty": 1.0}')
+    assert answer(own) == plain
+
+
 def _talk(words: list[str], text: str, cwd: Path) -> tuple[str, str]:
     run = [sys.executable, "-m", "smolforge", "chat", *words]
     done = subprocess.run(run, input=text, capture_output=True, text=True, cwd=cwd, timeout=120)
@@ -133,7 +149,6 @@ def test_commands_of_a_conversation(model: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_model_the_newest_run_talks(model: Path, tmp_path: Path) -> None:
-    import shutil
 
     with pytest.raises(BadInput, match="no run in"):
         cli.chat._newest_run(tmp_path / "runs")  # type: ignore[attr-defined]
@@ -151,8 +166,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
     pty = pytest.importorskip("pty")
     pid, terminal = pty.fork()
     if pid == 0:
-        words = [sys.executable, "-m", "smolforge", "chat", str(model), "--max-tokens", "1900", "--temperature", "0"]
-        os.execv(sys.executable, words)
+        greedy = ["--temperature", "0", "--repetition-penalty", "1"]  # it repeats itself to the end
+        os.execv(
+            sys.executable, [sys.executable, "-m", "smolforge", "chat", str(model), "--max-tokens", "1900", *greedy]
+        )
     seen = ""
 
     def until(words: str) -> None:

@@ -103,7 +103,12 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(
-    parser: argparse.ArgumentParser, *, max_tokens: int = 100, temperature: float = 0.8, several: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.8,
+    repetition_penalty: float = 1.0,
+    several: bool = True,
 ) -> None:
     """Add the sampling options with these defaults; `several`: whether a prompt may have several continuations."""
     integer = (
@@ -116,7 +121,7 @@ def add_sampling(
         ("--temperature", temperature, "randomness; 0 always takes the likeliest token"),
         ("--top-p", 0.9, "choose only among the likeliest tokens that add up to this probability"),
         ("--min-p", 0.0, "drop tokens less likely than this share of the likeliest one"),
-        ("--repetition-penalty", 1.0, "above 1 makes repetition less likely"),
+        ("--repetition-penalty", repetition_penalty, "above 1 makes repetition less likely"),
     )
     add_numbers(parser, int, "N", *integer)
     add_numbers(parser, float, "X", *real)
@@ -125,7 +130,8 @@ def add_sampling(
     )
     # The help names the defaults, but a value that is not given can also come from the model's generation_config.json.
     names = [name.lstrip("-").replace("-", "_") for name, _, _ in (*integer, *real)]
-    parser.set_defaults(**dict.fromkeys(names), sampling={"max_tokens": max_tokens, "temperature": temperature})
+    verb = {"max_tokens": max_tokens, "temperature": temperature, "repetition_penalty": repetition_penalty}
+    parser.set_defaults(**dict.fromkeys(names), sampling=verb)
 
 
 def sampling_params(args: argparse.Namespace, engine: Engine | None = None) -> SamplingParams:
