@@ -13,9 +13,12 @@ import pytest
 
 from data.conftest import Logged, batches, digests, jsonl, named, parquet
 from faults.server import Drop, FaultServer, Status, as_hub, every, first
+from smolforge.config import build_config
 from smolforge.data import Corpus, Network
 from smolforge.data.sources.hub import inside, pattern_regex, training_patterns
+from smolforge.data.sources.names import expand_names
 from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
+from smolforge.training.run_data import keep_places
 
 CARD = b"""---
 license: apache-2.0
@@ -88,6 +91,48 @@ def test_a_dataset_is_resolved_to_the_files_of_a_commit(
     assert entry["revision"] == hub.branches["owner/set"]["main"]
     assert len(list(corpus.documents())) == entry["rows"]
     assert all(len(shard["identity"]["oid"]) == 64 for shard in entry["shards"])
+
+
+# As their cards and files on the Hub are named.
+FINEWEB = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - {split: train, path: sample/10BT/*}\n---\n"
+KNOWN_DATASETS = {
+    "HuggingFaceTB/smollm-corpus": ["cosmopedia-v2/train-0.parquet", "fineweb-edu-dedup/train-0.parquet"],
+    "HuggingFaceFW/fineweb-edu": ["sample/10BT/000_00000.parquet", "data/CC-MAIN-2013-20/train-0.parquet"],
+    "HuggingFaceTB/dclm-edu": ["data/part-0.parquet"],
+    "karpathy/climbmix-400b-shuffle": ["shard_00000.parquet", "shard_00099.parquet", "shard_06542.parquet"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("cosmopedia-v2", [["cosmopedia-v2/train-0.parquet"]]),
+        ("fineweb-edu", [["sample/10BT/000_00000.parquet"]]),
+        ("dclm-edu", [["data/part-0.parquet"]]),
+        ("climbmix", [["shard_00000.parquet", "shard_00099.parquet"]]),
+        ("smollm-corpus", [["fineweb-edu-dedup/train-0.parquet"], ["cosmopedia-v2/train-0.parquet"]]),
+    ],
+)
+def test_a_short_name_stands_for_a_dataset(
+    opened: Any, network: Network, hub: FaultServer, tmp_path: Path, name: str, files: list[list[str]]
+) -> None:
+    data = parquet(tmp_path / "p.parquet", named(20, "text"), 10).read_bytes()
+    for repository, paths in KNOWN_DATASETS.items():
+        card = FINEWEB if "fineweb" in repository else b""
+        hub.push(repository, {"README.md": card, **dict.fromkeys(paths, data)})
+    corpus = opened((name, 3.0), network=network)
+    assert [[shard["file"] for shard in source["shards"]] for source in corpus.index["sources"]] == files
+    assert sum(corpus.weights) == pytest.approx(3.0)
+
+
+def test_a_name_is_not_read_as_one_where_it_is_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expand_names({"fineweb-edu": 2.0, "x": 1.0}) == {"HuggingFaceFW/fineweb-edu:sample-10BT": 2.0, "x": 1.0}
+    (tmp_path / "fineweb-edu").mkdir()
+    assert expand_names({"fineweb-edu": 2.0}) == {"fineweb-edu": 2.0}
+    config = keep_places(build_config("pocket", data={"sources": {"cosmopedia-v2": 1.0, "fineweb-edu": 1.0}}))
+    kept = {"HuggingFaceTB/smollm-corpus:cosmopedia-v2": 1.0, str(tmp_path / "fineweb-edu"): 1.0}
+    assert config.data.sources == kept, "config.yaml has what the names stand for"
 
 
 @pytest.mark.parametrize(

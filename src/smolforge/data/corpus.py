@@ -16,6 +16,7 @@ from smolforge.data.holdout import Holdout, decide_holdout
 from smolforge.data.order import Order, RowRange, split_into_ranges
 from smolforge.data.readers import BadRow, Reader, Row, Rows
 from smolforge.data.sources import Context, Source
+from smolforge.data.sources.names import expand_names
 from smolforge.errors import DataError
 
 
@@ -90,6 +91,7 @@ class Corpus:
             SourceChanged: a source differs from `index`.
             SourceUnavailable: the network did not answer for longer than `data.patience`.
         """
+        config = config.model_copy(update={"sources": expand_names(config.sources)})
         no_hub = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
         context = Context(
             column="conversation" if config.format == "chat" else config.text_column,

@@ -14,6 +14,7 @@ from smolforge.checkpoint import commit
 from smolforge.config import RunConfig
 from smolforge.data import Corpus
 from smolforge.data.sources import absolute
+from smolforge.data.sources.names import expand_names
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SourceChanged
 from smolforge.run import Run
@@ -22,9 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def keep_places(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths, of sources, tokenizer and `init`: a run is resumed from any directory."""
+    """The configuration with absolute paths, of sources, tokenizer and `init`: a run is resumed from any directory.
+
+    Short names of sources are replaced by what they stand for, which a later release may choose otherwise.
+    """
     sources: dict[str, float] = {}
-    for source, weight in config.data.sources.items():
+    for source, weight in expand_names(config.data.sources).items():
         sources[absolute(source)] = sources.get(absolute(source), 0.0) + weight
     places = {
         key: os.path.abspath(path)  # noqa: PTH100 (links stay: `last` of a run may point elsewhere later)

@@ -1,5 +1,6 @@
 """Sources: from what the user names (SRC) to a list of shards, each a file that can be read by range.
 
+    names.py   short names of datasets, as `fineweb-edu`
     local.py   files, folders and globs on this machine
     url.py     files behind http(s)://, and behind s3://, gs://, az:// and any other protocol of fsspec
     hub.py     datasets of the Hugging Face Hub
