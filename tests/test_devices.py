@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cards import Card, insert_cards
+from cards import CARDS, Card, insert_cards
 from smolforge import devices
 from smolforge.cli import run
 from smolforge.devices import choose_device, half_precision, known_peak_flops
@@ -113,3 +113,8 @@ def test_sixteen_bits_of_a_device(cuda) -> None:
     assert half_precision(gpu) == torch.float16 and not devices.has_bf16(gpu)
     cuda(["NVIDIA L4"], capability=(8, 9))
     assert half_precision(gpu) == torch.bfloat16 == half_precision(torch.device("cpu"))
+
+
+def test_each_of_two_unequal_cards_has_its_own_precision(monkeypatch) -> None:
+    insert_cards([CARDS["T4"], CARDS["4090"]], put=monkeypatch.setattr)
+    assert [half_precision(torch.device("cuda", i)) for i in range(2)] == [torch.float16, torch.bfloat16]

@@ -124,10 +124,7 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
 
 def has_bf16(device: torch.device) -> bool:
     """Whether a GPU multiplies bf16 (Ampere, sm80, and newer); the same ones have the flash kernel for attention."""
-    return torch.cuda.is_bf16_supported(including_emulation=False) and torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def half_precision(device: torch.device) -> torch.dtype:

@@ -99,6 +99,9 @@ def test_loss(monkeypatch) -> None:
     assert make_plan(configured(loss="full"), CPU, 1).loss == "full"
     with pytest.raises(BadInput, match="z-loss"):
         make_plan(configured(loss="linear", z_loss=0.1), CPU, 1)
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="65,504"):
+        insert_cards([CARDS["T4"]], put=patched.setattr)
+        make_plan(configured(loss="linear", precision="fp16"), torch.device("cuda", 0), 1)
     monkeypatch.setattr(kernels, "unavailable", lambda: "no compiler")
     assert make_plan(configured(), CPU, 1).loss == "chunked"
     with pytest.raises(BadInput, match="no compiler"):

@@ -142,7 +142,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
     if memory:
         reasons.append(f"memory: {memory}")
     reasons.append(f"attention: {_for_people(attention)} ({attention_reason})")
-    loss, reason = _choose_loss(config, device)
+    loss, reason = _choose_loss(config, device, precision)
     reasons.append(f"loss: {_for_people(loss)} ({reason})")
     compiled, compile_reason = _choose_compile(config, device, world_size)
     update = "torch"
@@ -338,8 +338,11 @@ def _choose_gpu_attention(config: RunConfig, device: torch.device, precision: Pr
     return "sdpa", "flash kernel"
 
 
-def _choose_loss(config: RunConfig, device: torch.device) -> tuple[str, str]:
+def _choose_loss(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
     asked = config.training.loss
+    if asked == "linear" and precision.scaler:
+        problem = "linear sums the losses in fp16, which ends at 65,504"
+        raise BadInput(problem, field="training.loss", hint="Use chunked.")
     if asked == "linear" and config.training.z_loss:
         raise BadInput("linear has no z-loss", field="training.loss", hint="Use chunked, or training.z_loss=0.")
     missing = _no_kernels(device) if asked in ("auto", "native") else None
