@@ -2,8 +2,9 @@
 
 Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others. Started alone it is
 rank 0 of 1 and every collective returns at once. Control messages use gloo on the CPU even where gradients use NCCL, so
-they never wait for a GPU. All ranks must call the same collectives in the same order. A rank that may wait for long
-(for data, for the disk) tells the others so, several times per timeout.
+they never wait for a GPU. All ranks must call the same collectives in the same order: what one rank does alone, and may
+fail in, is done `together`. A rank that may wait for long (for data, for the disk) tells the others so, several times
+per timeout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
-from smolforge.errors import BadInput, RunFailed
+from smolforge.errors import BadInput, OtherProcessFailed, RunFailed
 
 # How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
 # the others wait, and after the first step.
@@ -41,6 +42,8 @@ class DistributedContext:
     world_size: int = 1
     control: Any = None
     """Process group for messages between CPUs; None for a single process."""
+    agreed: list[Exception] = field(default_factory=list)
+    """Errors with which all ranks left the same piece of work, so that they can still act together."""
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +73,29 @@ class DistributedContext:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Work without collectives: an error of one rank ends it on all of them, at the same place.
+
+        Raises:
+            The rank's own error, or OtherProcessFailed; it is one of `agreed`.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.max(int(error is not None)):
+            raise self.agree(error)
+
+    def agree(self, error: Exception | None) -> Exception:
+        """The error to raise where a rank failed and all of them know it: this rank's own, or OtherProcessFailed."""
+        self.agreed.append(error or OtherProcessFailed("another process failed; its own message says why"))
+        return self.agreed[-1]
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""

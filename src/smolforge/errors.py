@@ -82,6 +82,10 @@ class RunFailed(SmolforgeError):
     """The run cannot continue (disk full, loss repeatedly not finite)."""
 
 
+class OtherProcessFailed(RunFailed):
+    """Another process of the run failed; its own message says why."""
+
+
 def first_problem(error: ValidationError) -> BadInput:
     """The first thing that pydantic found wrong with the fields of an object."""
     first = error.errors()[0]

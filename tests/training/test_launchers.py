@@ -85,6 +85,54 @@ def test_one_process_is_terminated_and_all_save_and_stop(tmp_path: Path) -> None
     assert_saved_where_it_stood(run)
 
 
+FAILS = """
+import os
+from smolforge.evaluation import loss as evaluation
+from smolforge.training import checkpointing, metrics, train
+rank, at = os.environ["RANK"], [0]
+step, loss = train.Trainer._step, train.CausalLM.loss
+def counted(self, batch):
+    at[0] = self.position.step
+    step(self, batch)
+def fails(place, name, when):
+    inner = getattr(place, name)
+    def outer(*args, **options):
+        if rank == "{rank}" and at[0] >= when:
+            raise ZeroDivisionError("a bug")
+        return inner(*args, **options)
+    setattr(place, name, outer)
+train.Trainer._step = counted
+fails({place}, {name!r}, {when})
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "place", "name", "when", "saved"),
+    [
+        (1, "train.CausalLM", "loss", 7, 7),  # forward
+        *(
+            pytest.param(*words, marks=pytest.mark.slow)
+            for words in (
+                (0, "train", "to_device", 7, 7),  # before it
+                (1, "train.Loader", "__next__", 7, 8),  # the batch after the next step
+                (0, "metrics.MetricsLogger", "_row", 7, 8),  # metrics of a step
+                (1, "evaluation.EvalSlice", "windows", 9, 10),  # validation, where one rank does its share
+                (0, "metrics.Engine", "from_model", 9, 10),  # samples
+                (0, "checkpointing", "save_state", 9, 5),  # the save itself
+            )
+        ),
+    ],
+)
+def test_an_error_of_any_kind_on_one_process_saves_first(tmp_path: Path, rank, place, name, when, saved) -> None:
+    run, first = Run(tmp_path / "run"), FAILS.format(rank=rank, place=place, name=name, when=when)
+    words = [tiny_file(tmp_path), "--out", str(run.path), "--steps", "20"]
+    outputs = [finish(process, 1) for process in start_ranks(words, 2, first=first)]
+    assert "ZeroDivisionError: a bug" in outputs[rank]
+    assert "another process failed" in outputs[1 - rank] and "Traceback" not in outputs[1 - rank]
+    assert commit.steps(run.checkpoints_path)[-1] == saved
+    assert (f"step {saved} was saved before the error" in outputs[0]) == (saved not in (5, 10))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["all at once", "torchrun", "torchrun dies"])
 def test_signals_of_a_scheduler(tmp_path: Path, whom: str) -> None:

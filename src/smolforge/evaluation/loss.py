@@ -123,13 +123,13 @@ def evaluate(
         between: called between batches; it may raise to stop.
     """
     ranks = ranks or DistributedContext()
-    inputs, targets, documents = piece.windows(length)
-    mine = range(ranks.rank, len(inputs), ranks.world_size)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with ranks.together(), torch.no_grad():
+            inputs, targets, documents = piece.windows(length)
+            mine = range(ranks.rank, len(inputs), ranks.world_size)
             for start in range(0, len(mine), batch):
                 between()
                 rows = list(mine[start : start + batch])

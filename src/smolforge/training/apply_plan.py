@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from smolforge.errors import OtherProcessFailed
 from smolforge.model.architecture import CausalLM
 from smolforge.training.plan import Plan
 
@@ -56,7 +57,8 @@ def run_first_step(step: Callable[[], None], model: CausalLM, optimizer: torch.o
     try:
         step()
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+        if not compiling and not isinstance(error, OtherProcessFailed):  # of another that cannot compile
             raise
         first = str(error).strip().splitlines()[0][:200]
         logger.warning(f"compile: off, it fails on this machine ({type(error).__name__}: {first})")

@@ -144,10 +144,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def newest_before(context: TrainContext, step: int) -> Path | None:
-    """The newest complete checkpoint of fewer than `step` updates."""
-    folder = context.run.checkpoints_path
-    earlier = [folder / commit.step_name(found) for found in commit.steps(folder) if found < step]
-    return next((directory for directory in reversed(earlier) if not commit.verify(directory)), None)
+    """The newest complete checkpoint of fewer than `step` updates, as rank 0 sees it. Called by all ranks together."""
+    newest = None
+    with context.ranks.together():
+        if context.ranks.is_main:
+            folder = context.run.checkpoints_path
+            earlier = [folder / commit.step_name(found) for found in commit.steps(folder) if found < step]
+            newest = next((directory for directory in reversed(earlier) if not commit.verify(directory)), None)
+    return context.ranks.broadcast(newest)
 
 
 def _best_step(context: TrainContext) -> int | None:
@@ -162,7 +166,9 @@ def _best_step(context: TrainContext) -> int | None:
 
 
 def prune_checkpoints(context: TrainContext) -> None:
-    """Delete the checkpoints that the configuration does not keep."""
+    """Delete the checkpoints that the configuration does not keep. Only rank 0 does."""
+    if not context.ranks.is_main:
+        return
     config = context.config.checkpoint
     best = _best_step(context) if config.best else None
     commit.prune(context.run.checkpoints_path, keep=config.keep, keep_every=config.keep_every, best=best)

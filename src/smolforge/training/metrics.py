@@ -22,7 +22,7 @@ import torch
 from smolforge.checkpoint import commit
 from smolforge.data import Batch, data_digest
 from smolforge.devices import known_peak_flops, to_host
-from smolforge.evaluation import evaluate
+from smolforge.evaluation import Score, evaluate
 from smolforge.files import read_json_lines
 from smolforge.formatting import size
 from smolforge.generation.engine import Engine
@@ -137,7 +137,8 @@ class MetricsLogger:
         """Record a step whose update was skipped, with the documents of its batch. Called by all ranks together."""
         parts = self.ranks.all_gather([str(address) for address in metrics.batch.documents])
         documents = [name for part in parts for name in part]
-        self.event(metrics.step, "skipped", documents=documents, address=metrics.batch.step)
+        with self.ranks.together():
+            self.event(metrics.step, "skipped", documents=documents, address=metrics.batch.step)
         shown = ", ".join(documents[:3]) + (f" and {len(documents) - 3} more" if len(documents) > 3 else "")
         logger.warning(f"step {metrics.step}: loss or gradient not finite, update skipped; documents read: {shown}")
 
@@ -148,17 +149,23 @@ class MetricsLogger:
         if metrics.step % self.config.logging.every == 0 or metrics.step in (1, self.total):
             parts = self.ranks.all_gather((metrics.batch.digests, metrics.batch.bad_rows, self.left_out))
             self.left_out = None
-            if self.metrics and self.trackers:
-                row = self._row(metrics, [pair for digests, _, _ in parts for pair in digests])
-                if bad_rows := sum(rows for _, rows, _ in parts):
-                    row["bad_rows"] = bad_rows
-                if problem := next((problem for *_, problem in parts if problem), None):
-                    logger.warning(f"step {metrics.step:,}: {bad_rows:,} rows were left out so far, such as {problem}")
-                self.metrics.append(row)
-                self.trackers.scalars(metrics.step, {f"train/{k}": row[k] for k in TRACKED if k in row})
-                self.progress.show(row, self.throughput.seconds_per_step)
+            with self.ranks.together():
+                self._write_row(metrics, parts)
             self.data_seconds = 0.0
         self.progress.advance(metrics.step)
+
+    def _write_row(self, metrics: StepMetrics, parts: list[tuple[Any, int, str | None]]) -> None:
+        """Write the row of a step on rank 0; `parts` are what each rank read."""
+        if not (self.metrics and self.trackers):
+            return
+        row = self._row(metrics, [pair for digests, _, _ in parts for pair in digests])
+        if bad_rows := sum(rows for _, rows, _ in parts):
+            row["bad_rows"] = bad_rows
+        if problem := next((problem for *_, problem in parts if problem), None):
+            logger.warning(f"step {metrics.step:,}: {bad_rows:,} rows were left out so far, such as {problem}")
+        self.metrics.append(row)
+        self.trackers.scalars(metrics.step, {f"train/{k}": row[k] for k in TRACKED if k in row})
+        self.progress.show(row, self.throughput.seconds_per_step)
 
     def _row(self, metrics: StepMetrics, digests: list[Any]) -> dict[str, Any]:
         speed = self.throughput.tokens_per_second
@@ -209,15 +216,15 @@ class MetricsLogger:
         if self.context.eval_set is None:
             return
         score = evaluate(
-            self.context.model,
-            self.context.eval_set,
-            length=self.config.data.sequence_length,
-            batch=self.plan.micro_batch,
-            device=self.plan.device,
-            ranks=self.ranks,
-            between=self._poll_single_rank,
+            self.context.model, self.context.eval_set, length=self.config.data.sequence_length,
+            batch=self.plan.micro_batch, device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
             context=lambda: self.plan.precision.context(self.plan.device),
-        )
+        )  # fmt: skip
+        with self.ranks.together():
+            self._write_score(step, score)
+
+    def _write_score(self, step: int, score: Score) -> None:
+        """Write the row of a validation on rank 0."""
         if not (self.metrics and self.trackers):
             return
         scores = {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}
@@ -233,6 +240,11 @@ class MetricsLogger:
         self.trackers.scalars(step, {f"validation/{k}": v for k, v in scores.items()})
 
     def sample(self, step: int) -> None:
+        """Continue the fixed prompts on rank 0. Called by all ranks together."""
+        with self.ranks.together():
+            self._write_samples(step)
+
+    def _write_samples(self, step: int) -> None:
         """Continue the fixed prompts on rank 0; the step is the seed, so a resumed run writes the same."""
         prompts = self._prompts()
         if not (self.samples and self.trackers and prompts):

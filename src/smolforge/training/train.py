@@ -28,7 +28,7 @@ from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
 from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
-from smolforge.errors import RunFailed, SmolforgeError, SourceUnavailable
+from smolforge.errors import RunFailed, SourceUnavailable
 from smolforge.model.architecture import CausalLM
 from smolforge.run import Run, lock_run
 from smolforge.training import checkpointing, setup
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 BAD_STEPS = 3  # non-finite steps in a row after which a run rolls back
 # What a rank found when it wanted its next batch; a rank that waits for long says so every few seconds.
-READY, WAITING, STOP, DATA_ERROR, SOURCE_UNAVAILABLE = range(5)
+READY, WAITING, STOP, FAILED, SOURCE_UNAVAILABLE = range(5)
 WAITING_SECONDS = 5.0
 
 
@@ -174,14 +174,9 @@ class Trainer:
         """Step until the end, a stop, or a roll-back."""
         context, config = self.context, self.config
         with Loader(
-            context.corpus,
-            context.tokenizer,
-            sequences_per_step=config.sequences_per_step,
-            rank=self.ranks.rank,
-            world=self.ranks.world_size,
-            cursor=self.position.cursor,
-            skip_steps=self.position.skip,
-        ) as loader:
+            context.corpus, context.tokenizer, sequences_per_step=config.sequences_per_step, rank=self.ranks.rank,
+            world=self.ranks.world_size, cursor=self.position.cursor, skip_steps=self.position.skip,
+        ) as loader:  # fmt: skip
             self.metrics.throughput = Throughput(config.tokens_per_step)
             graphs = None  # compiled so far; None before the first step
             while self.position.step < self.total:
@@ -194,7 +189,8 @@ class Trainer:
                 if graphs is not None and compiled_graphs() > graphs:
                     logger.info(f"step {self.position.step:,}: compiled again, {compiled_graphs()} graphs by now")
                 if graphs is None:
-                    setup.record(context)  # all of the configuration is known to work
+                    with self.ranks.together():
+                        setup.record(context)  # all of the configuration is known to work
                     self.ranks.expect_steps(long=not config.checkpoint.asynchronous)
                 graphs = compiled_graphs()
                 self.metrics.throughput.tick()
@@ -202,7 +198,6 @@ class Trainer:
                 if self.profiler:
                     self.profiler.step()
                 self._save_and_evaluate()
-                self.committer.poll()
 
     def _next_batch(self, loader: Loader) -> Batch:
         """The next batch, unless a rank is asked to stop or cannot read its data; then all ranks stop together."""
@@ -211,14 +206,15 @@ class Trainer:
         while status == WAITING:
             mine, until = WAITING if batch is None else READY, time.monotonic() + WAITING_SECONDS
             try:
+                self.committer.poll()
                 while mine == WAITING and time.monotonic() < until:
                     if self.shutdown.requested(margin=self.save_seconds + 2 * self.metrics.throughput.seconds_per_step):
                         mine = STOP
                     elif loader.wait(0.2):
                         batch, mine = next(loader), READY
-            except SmolforgeError as caught:
-                error, mine = caught, SOURCE_UNAVAILABLE if isinstance(caught, SourceUnavailable) else DATA_ERROR
-            # The only point where ranks may differ. From here on all of them act on the same status.
+            except Exception as caught:
+                error, mine = caught, SOURCE_UNAVAILABLE if isinstance(caught, SourceUnavailable) else FAILED
+            # From here on all ranks act on the same status.
             status = self.ranks.max(mine)
         self.metrics.data_seconds += time.perf_counter() - began
         if status == READY:
@@ -228,18 +224,17 @@ class Trainer:
         if status == STOP:
             self.shutdown.follow()
             raise StopRequested
-        self._save(last=True)
-        logger.info(f"the run was saved at step {self.position.step:,}")
-        other = SourceUnavailable if status == SOURCE_UNAVAILABLE else RunFailed
-        raise error or other("another process could not read its data; the run was saved")
+        if error is None and status == SOURCE_UNAVAILABLE:
+            error = SourceUnavailable("another process could not read its data; the run was saved")
+        raise self.ranks.agree(error)
 
     def _step(self, batch: Batch) -> None:
         """One update with a batch."""
-        step, config, device = self.position.step, self.config, self.plan.device
-        tokens = to_device(torch.from_numpy(batch.tokens), device).long()
-        document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
+        step, config, context, device = self.position.step, self.config, self.context, self.plan.device
+        with self.ranks.together():
+            tokens = to_device(torch.from_numpy(batch.tokens), device).long()
+            document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
-        context = self.context
         targets, count = learned_targets(batch, tokens, self.ranks)
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
@@ -283,18 +278,17 @@ class Trainer:
                 "schedule.warmup or training.precision=fp32, and resume.",
             )
         self._wait_for_save()
-        directory = self.ranks.broadcast(
-            checkpointing.newest_before(self.context, start) if self.ranks.is_main else None
-        )
+        directory = checkpointing.newest_before(self.context, start)
         if directory is None:
             raise RunFailed(
                 f"{where}, before the first checkpoint", hint="Try a lower optimizer.lr or a longer schedule.warmup."
             )
         count, first, last = self.position.rollbacks + 1, min(batches), max(batches)
-        restored = checkpointing.restore(self.context, directory)
-        self.position = replace(restored, skip=[*restored.skip, (first, last + 1)], rollbacks=count)
-        self.metrics.truncate_after(self.position.step)
-        self.metrics.event(self.position.step, "rollback", skipped=[first, last + 1], count=count)
+        with self.ranks.together():
+            restored = checkpointing.restore(self.context, directory)
+            self.position = replace(restored, skip=[*restored.skip, (first, last + 1)], rollbacks=count)
+            self.metrics.truncate_after(self.position.step)
+            self.metrics.event(self.position.step, "rollback", skipped=[first, last + 1], count=count)
         logger.warning(
             f"rolled back to step {self.position.step}; batches {first} to {last} of the stream are left out "
             f"({count} of at most {limit} roll-backs)"
@@ -320,7 +314,7 @@ class Trainer:
             self.metrics.sample(step)
         if validate and save:
             self._wait_for_save()
-            if self.ranks.is_main:
+            with self.ranks.together():
                 checkpointing.prune_checkpoints(self.context)
         self.metrics.throughput.pause(time.perf_counter() - began)
 
@@ -332,8 +326,9 @@ class Trainer:
             self._flush_metrics(keep=0)
             self._wait_for_save()
             tree = checkpointing.state_tree(self.context, self.position)
-            if self.ranks.is_main:
-                self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
             self.saved_step = step
         if last or step == self.total:
             self._wait_for_save()
@@ -342,16 +337,20 @@ class Trainer:
         """Wait together for what rank 0 still writes: the others learn all the time that it is alive."""
         while self.ranks.max(int(self.committer.busy)):
             time.sleep(0.02)
-        self.committer.wait()
+        with self.ranks.together():
+            self.committer.wait()
 
     def _save_before(self, error: Exception) -> None:
-        """Save what an error would lose, in one process and between two updates; a RunFailed has saved or must not."""
+        """Save what an error would lose, between two updates; several ranks only where all of them know of it."""
         step = self.position.step
-        if isinstance(error, RunFailed) or self.updating or self.ranks.world_size > 1 or step in (0, self.saved_step):
+        can = error in self.ranks.agreed if self.ranks.world_size > 1 else not isinstance(error, RunFailed)
+        if self.updating or not can or step in (0, self.saved_step):
             return
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            self._save()
-            self.committer.wait()
+        try:
+            self._save(last=True)
+        except Exception as second:  # the first error is the one to tell
+            logger.warning(f"step {step:,} could not be saved: {second}")
+        else:
             logger.info(f"step {step:,} was saved before the error. Continue with: {self.context.run.resume_command}")
 
     def _after_save(self, directory: Path) -> None:
@@ -380,19 +379,20 @@ def train_step(
         skipped because one of them is not finite (); all on the device.
     """
     nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    for start in range(0, len(tokens), plan.micro_batch):
-        rows = slice(start, start + plan.micro_batch)
-        ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
-        inputs = tokens[rows, :-1].contiguous()
-        wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
-        with span("forward"), plan.precision.context(tokens.device):
-            loss, part = model.loss(
-                inputs, wanted, document_ids=ids,
-                scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
-            )  # fmt: skip
-        with span("backward"):
-            (scaler.scale(loss) if scaler else loss).backward()
-        nats += part.float()
+    with ranks.together():
+        for start in range(0, len(tokens), plan.micro_batch):
+            rows = slice(start, start + plan.micro_batch)
+            ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
+            inputs = tokens[rows, :-1].contiguous()
+            wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
+            with span("forward"), plan.precision.context(tokens.device):
+                loss, part = model.loss(
+                    inputs, wanted, document_ids=ids,
+                    scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
+                )  # fmt: skip
+            with span("backward"):
+                (scaler.scale(loss) if scaler else loss).backward()
+            nats += part.float()
     with span("update"):
         norm, skipped = optimizer_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
