@@ -32,6 +32,8 @@ CHATML = (
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what the assistant thought
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# Variables of a template that a request does not set by name.
+_OURS = {"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *_SPECIALS}
 # In training a template that asks for the date gets this one, so that a batch does not depend on the day.
 _TRAINING_DAY = datetime.datetime(2024, 7, 26)
 Message = Mapping[str, Any]
@@ -71,23 +73,36 @@ class ChatTemplate:
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         self._texts = {key: text for key in _SPECIALS if isinstance(text := texts.get(key), str)}
 
-    def encode(self, messages: Sequence[Message], *, tools: Any = None, generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Any = None, generation_prompt: bool = True,
+        continued: bool | None = None, variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of a conversation; with the generation prompt, up to where the assistant's answer begins.
 
-        A last message of the assistant is the beginning of its answer: then the ids end where its text ends.
+        Args:
+            continued: whether the ids end where the text of the last message ends, so that it is continued. Unless
+                given, a last message of the assistant is, where a generation prompt is asked for.
+            variables: more for the template to read, such as `enable_thinking`.
 
         Raises:
-            BadInput: the template refuses the conversation.
+            BadInput: the template refuses the conversation, or does not read a variable.
         """
-        now = datetime.datetime.now()
-        begun = _begun_answer(messages) if generation_prompt else ""
+        now, variables = datetime.datetime.now(), self._checked(variables or {})
+        last: Message = messages[-1] if messages else {}
+        is_answer = last.get("role") == "assistant"
+        if continued is None:
+            continued = generation_prompt and is_answer and not last.get("tool_calls")
+        begun = (last.get("content") or "") if continued else ""
+        if continued and (not isinstance(begun, str) or not (begun.strip() or is_answer)):
+            raise BadInput("the last message is no text that can be continued", field="messages")
         if not begun.strip():
-            messages = messages if not generation_prompt or _role(messages) != "assistant" else messages[:-1]
-            return self._tokens(self._render(messages, tools, generation_prompt, now))[0]
-        text, begun = self._render(messages, tools, False, now), self._protect(begun)
+            if continued:  # nothing of the answer was written yet
+                messages, generation_prompt = messages[:-1], True
+            return self._tokens(self._render(messages, tools, generation_prompt, now, variables))[0]
+        text, begun = self._render(messages, tools, False, now, variables), self._protect(begun)
         at = text.rfind(begun.strip())
         if at < 0:
-            raise BadInput("the chat template changes the last answer, so it cannot be continued", field="messages")
+            raise BadInput("the chat template changes the last message, so it cannot be continued", field="messages")
         kept = begun.lstrip()  # blanks at its end are continued where the template keeps them
         return self._tokens(text[: at + len(kept if text.startswith(kept, at) else begun.strip())])[0]
 
@@ -130,17 +145,29 @@ class ChatTemplate:
             raise refuse("no special token ends it, so a model would not learn to stop")
         return len(before), end
 
+    def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """`variables` with marks; BadInput for one that the template does not read, or that is not the user's."""
+        read = _compiled(self.source)[1] - _OURS
+        for name in variables:
+            if name not in read:
+                why = "is not a variable to set" if name in _OURS else "is not read by the chat template of this model"
+                known = f"It reads {', '.join(sorted(read))}." if read else "It reads no variable of this kind."
+                raise BadInput(f"{name[:100]!r} {why}", field="chat_template_kwargs", hint=known)
+        return {name: self._protect(value) for name, value in variables.items()}
+
     def _render(
-        self, messages: Sequence[Message], tools: Any, generation_prompt: bool, now: datetime.datetime = _TRAINING_DAY
-    ) -> str:
+        self, messages: Sequence[Message], tools: Any, generation_prompt: bool, now: datetime.datetime = _TRAINING_DAY,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         from jinja2 import TemplateError
 
+        values = {"tools": tools, "documents": None, **self._texts, **(variables or {})}
         try:
-            text = _compiled(self.source).render(
-                messages=self._protect(messages), tools=tools, documents=None,
-                add_generation_prompt=generation_prompt, strftime_now=now.strftime, **self._texts,
+            text = _compiled(self.source)[0].render(
+                messages=self._protect(messages), add_generation_prompt=generation_prompt, strftime_now=now.strftime,
+                **values,
             )  # fmt: skip
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # A template that adds a text to None, or asks for a key of a text, raises Python's own errors.
             raise BadInput(f"the chat template refuses this conversation: {error}", field="messages") from None
         if any(json.dumps(mark)[1:-1] in text for mark in self._quoted):
@@ -175,20 +202,10 @@ class ChatTemplate:
         return ids, offsets
 
 
-def _role(messages: Sequence[Message]) -> Any:
-    return messages[-1].get("role") if messages else None
-
-
-def _begun_answer(messages: Sequence[Message]) -> str:
-    """The text of a last message of the assistant that is not a call; else nothing."""
-    text = messages[-1].get("content") if _role(messages) == "assistant" else None
-    return text if isinstance(text, str) and not messages[-1].get("tool_calls") else ""
-
-
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Template:
-    """A template, in the environment of transformers."""
-    from jinja2 import TemplateError, nodes
+def _compiled(source: str) -> tuple[Template, frozenset[str]]:
+    """A template, in the environment of transformers, and the names of the variables that it reads."""
+    from jinja2 import TemplateError, meta, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -220,6 +237,6 @@ def _compiled(source: str) -> Template:
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = to_json
     try:
-        return environment.from_string(source)
+        return environment.from_string(source), frozenset(meta.find_undeclared_variables(environment.parse(source)))
     except TemplateError as error:
         raise BadInput(f"the chat template is not valid: {error}", field="chat_template") from None

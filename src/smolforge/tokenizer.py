@@ -181,11 +181,11 @@ class Tokenizer:
         """Token ids of a trusted text, such as a rendered chat template, in which special tokens are recognised."""
         return self._with_special_tokens.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins, as `ChatTemplate.encode`."""
         from smolforge.chat_template import ChatTemplate
 
-        return ChatTemplate(self).encode(messages)
+        return ChatTemplate(self).encode(messages, **options)
 
     def encode_with_offsets(self, text: str) -> Any:
         """As `encode_with_special_tokens`; `ids`, and in `offsets` the characters (first, end) of each."""

@@ -96,6 +96,73 @@ def test_a_begun_answer_is_continued_as_by_transformers(trained: Tokenizer, tmp_
     assert ours.encode([USER, {"role": "assistant", "content": ""}]) == ours.encode([USER])
 
 
+THINKS = {
+    "asked for": "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}",
+    "by default": "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{% if enable_thinking %}/think{% else %}/no_think{% endif %}",
+    "inside a loop": EACH + "{% if loop.last and level == 'low' %}{{ extra.facts | join(',') }}{% endif %}{% endfor %}",
+    "documents": "{% for one in documents or [] %}{{ one.title }}{% endfor %}",
+}  # fmt: skip
+VARIABLES: list[dict[str, Any]] = [
+    {}, {"enable_thinking": True}, {"enable_thinking": False}, {"level": "low", "extra": {"facts": ["a", "b"]}},
+    {"documents": [{"title": "A cat"}, {"title": "b"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THINKS)
+def test_variables_reach_the_template_as_in_transformers(trained: Tokenizer, tmp_path: Path, name: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {"eos_token": "</s>", "chat_template": THINKS[name] + EACH + TURN + "{% endfor %}"}
+    trained.backend.save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **settings)
+    ours = ChatTemplate(Tokenizer(trained.backend, settings))
+    taken = 0
+    for variables in VARIABLES:
+        if not all(variable in THINKS[name] for variable in variables):
+            with pytest.raises(BadInput, match="is not read by the chat template of this model"):
+                ours.encode([USER], variables=variables)
+            continue
+        expected = theirs.apply_chat_template([USER, ANSWER, USER], tokenize=True, **variables)["input_ids"]
+        assert ours.encode([USER, ANSWER, USER], variables=variables) == expected, variables
+        taken += 1
+    assert taken > 1
+
+
+def test_variables_bring_no_special_tokens_and_replace_nothing(trained: Tokenizer) -> None:
+    source = "{{ bos_token }}{{ who }}" + EACH + TURN + "{% endfor %}"
+    template = ChatTemplate(
+        Tokenizer(trained.backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": source})
+    )
+    ids = template.encode([USER], variables={"who": "<s>me</s>"})
+    assert [ids.count(trained.backend.token_to_id(text)) for text in ("<s>", "</s>")] == [1, 1]
+    for name in ("bos_token", "messages", "tools", "add_generation_prompt", "strftime_now"):
+        with pytest.raises(BadInput, match="is not a variable to set") as error:
+            template.encode([USER], variables={name: "x"})
+        assert "It reads who." in str(error.value.hint)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "zephyr", "smollm2"])
+def test_what_is_rendered_and_what_is_continued_can_be_chosen(trained: Tokenizer, tmp_path: Path, name: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": TEMPLATES[name][0]}
+    trained.backend.save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **settings)
+    ours = ChatTemplate(Tokenizer(trained.backend, settings))
+    for messages in ([USER], [USER, ANSWER]):
+        for prompt in (True, False):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)["input_ids"]
+            assert ours.encode(messages, generation_prompt=prompt, continued=False) == expected
+        expected = theirs.apply_chat_template(messages, continue_final_message=True, tokenize=True)["input_ids"]
+        assert ours.encode(messages, continued=True) == expected
+    called = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    expected = theirs.apply_chat_template(called, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert ours.encode(called) == expected  # the call is not left out
+    with pytest.raises(BadInput, match="no text that can be continued"):
+        ours.encode([{"role": "user", "content": " "}], continued=True)
+
+
 def test_quoted_special_tokens_stay_where_the_template_puts_them(trained: Tokenizer) -> None:
     """Each has a mark of its own: what a template skips, repeats, reorders or writes in capitals stays right."""
     texts = ["<s> one </s>", "two <|im_end|>", "three <|user|>"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import shutil
 import threading
@@ -17,15 +18,17 @@ from smolforge.errors import BadInput, CheckpointError
 from smolforge.run import Run
 from smolforge.serving import streaming
 from smolforge.serving.app import create_app
-from smolforge.serving.errors import ApiError
+from smolforge.serving.errors import ApiError, busy
 from smolforge.serving.page_routes import TrainingView
 from smolforge.serving.page_routes import select_steps as spread
-from smolforge.serving.security import Keys
+from smolforge.serving.security import COOKIE, Keys
 from smolforge.serving.settings import ServeSettings
 from smolforge.serving.streaming import event
 from smolforge.tokenizer import Tokenizer
 
 ONCE = {"prompt": "Once upon a time", "max_tokens": 8}
+ONE, FORWARDED = {"Authorization": "Bearer one"}, {"X-Forwarded-For": "9.9.9.9"}
+PAGE = {"Cookie": f"{COOKIE}={Keys('one').sessions[0]}"}
 
 
 @contextlib.contextmanager
@@ -54,6 +57,7 @@ def events(response) -> list[dict]:
     ("settings", "field"),
     [
         ({"host": "0.0.0.0"}, "host"), ({"host": "192.168.1.5"}, "host"), ({"port": 70000}, "port"), ({"api_key": " "}, "api-key"),
+        ({"api_key": "a,,b"}, "api-key"), ({"forwarded_allow_ips": "10.0.0.1,proxy"}, "forwarded-allow-ips"),
         ({"root_path": "llm/"}, "root-path"), ({"cors_origins": ("*",)}, "cors-origin"), ({"max_queue": 0}, "max_queue"), ({"request_seconds": 0}, "request_seconds"),
     ],
 )  # fmt: skip
@@ -70,10 +74,11 @@ def test_public_addresses_with_a_key_or_said_out_loud():
 
 
 def test_keys_of_any_letters():
-    keys = Keys("sesame-öffne")
-    assert keys.matches("sesame-öffne".encode()) and not keys.matches(b"sesame") and not keys.matches(b"")
-    assert keys.session and "sesame" not in keys.session
-    assert Keys(None).matches(b"anything")
+    keys = Keys("sesame-öffne", "b")
+    assert keys.find("sesame-öffne".encode()) == 0 and keys.find(b"b") == 1
+    assert keys.find(b"sesame") is None and keys.find(b"") is None
+    assert len(set(keys.sessions)) == 2 and not any("sesame" in session for session in keys.sessions)
+    assert not Keys().needed and Keys().find(b"") is None
 
 
 def test_foreign_hosts_and_origins_stay_out(tiny_run):
@@ -210,6 +215,37 @@ def test_limits_answer_429_and_504(slow_run):
         assert 200 in after and set(after) <= {200, 504}
 
 
+async def _noted(server, seen, *_):
+    seen.extend(server._clients)
+    raise busy("noted")
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "same", "others"),
+    [
+        ({"api_key": "one,two"}, ONE, [PAGE, {**ONE, **FORWARDED}], [{"Authorization": "Bearer two"}]),
+        ({"api_key": "one"}, ONE, [PAGE, {**ONE, **FORWARDED}], []),
+        ({}, {}, [FORWARDED, ONE], []),
+        (
+            {"forwarded_allow_ips": "10.0.0.0/8, 127.0.0.1"}, FORWARDED,
+            [{"X-Forwarded-For": "8.8.8.8, 9.9.9.9, 10.1.1.1"}], [{}, {"X-Forwarded-For": "9.9.9.9, 9.9.9.8"}],
+        ),
+        ({"forwarded_allow_ips": "*"}, FORWARDED, [FORWARDED], [{"X-Forwarded-For": "9.9.9.8"}]),
+        ({"forwarded_allow_ips": "10.0.0.0/8"}, FORWARDED, [{}, {"X-Forwarded-For": "9.9.9.8"}], []),
+    ],
+)  # fmt: skip
+def test_who_is_one_client(tiny_run, monkeypatch, settings, first, same, others):
+    """Several keys tell clients apart, else addresses do: those that a trusted proxy names, and no others."""
+    app, seen = create_app(ServeSettings(str(tiny_run), page=False, **settings)), []
+    monkeypatch.setattr(app.state.server.thread, "submit", functools.partial(_noted, app.state.server, seen))
+    with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000)) as client:
+        until(lambda: client.get("/health").status_code == 200)
+        for headers in (first, *same, *others):
+            assert client.post("/v1/completions", json=ONCE, headers=headers).status_code == 429
+    assert len(seen) == 1 + len(same) + len(others)
+    assert set(seen[: 1 + len(same)]) == {seen[0]} and seen[0] not in seen[1 + len(same) :]
+
+
 def test_chat_needs_a_template_and_quoted_special_tokens_are_text(tiny_run, chat_model, tokenizer):
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     with app_of(tiny_run) as client:
@@ -242,9 +278,19 @@ def test_a_last_message_of_the_assistant_is_continued(chat_model, tokenizer):
         assert answer["usage"]["prompt_tokens"] == len(raw)
         same = chat(user, begun, continue_final_message=True, add_generation_prompt=False).json()
         assert same["choices"][0]["message"]["content"] == text
-        for field, value in (("continue_final_message", True), ("add_generation_prompt", False)):
-            refusal = chat(user, **{field: value})
-            assert refusal.status_code == 400 and refusal.json()["error"]["param"] == field
+        refusal = chat(user, begun, continue_final_message=True, add_generation_prompt=True)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "continue_final_message"
+        for messages, fields, rendered in (
+            ([user, begun], {"continue_final_message": False}, {"continued": False}),
+            ([user, begun], {"add_generation_prompt": True}, {"continued": False}),
+            ([user, begun], {"add_generation_prompt": False}, {"continued": False, "generation_prompt": False}),
+            ([user], {"add_generation_prompt": False}, {"generation_prompt": False}),
+            ([user], {"continue_final_message": True}, {"continued": True}),
+        ):
+            raw = tokenizer.encode_chat(messages, **rendered)
+            text = client.post("/v1/completions", json={"prompt": raw, **settings}).json()["choices"][0]["text"]
+            assert chat(*messages, **fields).json()["choices"][0]["message"]["content"] == text, fields
+            assert client.post("/tokenize", json={"messages": messages, **fields}).json()["tokens"] == raw
         image = {"type": "image_url", "image_url": {"url": "data:,"}}
         for message, words in (
             ({"role": "user", "content": [{"type": "text", "text": "a"}, image]}, "reads text only"),
@@ -252,6 +298,33 @@ def test_a_last_message_of_the_assistant_is_continued(chat_model, tokenizer):
         ):  # fmt: skip
             refusal = chat(message)
             assert refusal.status_code == 400 and words in refusal.json()["error"]["message"]
+
+
+def test_variables_of_the_chat_template(chat_model, tmp_path):
+    model, messages = tmp_path / "thinks", [{"role": "user", "content": "Once"}]
+    shutil.copytree(chat_model, model)
+    config = model / "tokenizer_config.json"
+    thinks = "{% if enable_thinking is defined and not enable_thinking %}nothing{% endif %}"
+    changed = json.loads(config.read_text())
+    config.write_text(json.dumps({**changed, "chat_template": changed["chat_template"] + thinks}))
+    tokenizer, settings = Tokenizer.from_pretrained(model), {"max_tokens": 12, "seed": 3}
+    with app_of(model) as client:
+        for variables in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            raw, body = tokenizer.encode_chat(messages, variables=variables), {"chat_template_kwargs": variables}
+            assert client.post("/tokenize", json={"messages": messages, **body}).json()["tokens"] == raw
+            answer = client.post("/v1/chat/completions", json={"messages": messages, **settings, **body}).json()
+            text = client.post("/v1/completions", json={"prompt": raw, **settings}).json()["choices"][0]["text"]
+            assert answer["choices"][0]["message"]["content"] == text
+        assert raw == [*tokenizer.encode_chat(messages), *tokenizer.encode("nothing")]
+        for wrong, words in (
+            ({"thinking": True}, "It reads enable_thinking."), ({"tools": []}, "not a variable to set"), ([], "dict"),
+            ("x", "dict"),
+        ):  # fmt: skip
+            for path in ("/v1/chat/completions", "/tokenize"):
+                refusal = client.post(path, json={"messages": messages, "chat_template_kwargs": wrong})
+                error = refusal.json()["error"]
+                assert refusal.status_code == 400 and words in error["message"], error
+                assert error["param"] == "chat_template_kwargs"
 
 
 def test_special_tokens_are_read_where_asked_and_conversations_are_tokenized(chat_model, tokenizer):
@@ -266,7 +339,11 @@ def test_special_tokens_are_read_where_asked_and_conversations_are_tokenized(cha
         assert tokens(messages=messages) == raw
         assert tokens(prompt=text, parse_special=True) == tokens(content=text, parse_special=True) == ids
         assert tokens(prompt=text) == tokenizer.encode(text) != ids
-        for wrong in ({}, {"prompt": "a", "messages": messages}, {"messages": []}, {"messages": [{"role": "user"}]}):
+        for wrong in (
+            {}, {"prompt": "a", "messages": messages}, {"messages": []}, {"messages": [{"role": "user"}]},
+            {"messages": messages, "parse_special": True}, {"messages": messages, "add_special_tokens": True},
+            {"prompt": "a", "chat_template_kwargs": {"a": 1}}, {"prompt": "a", "continue_final_message": True},
+        ):  # fmt: skip
             assert client.post("/tokenize", json=wrong).status_code == 400
         scored = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1}  # as lm-eval asks
 

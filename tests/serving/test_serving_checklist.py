@@ -187,7 +187,7 @@ def test_12_no_field_is_ignored_silently(server, client):
     for field, value in {
         "best_of": 2, "suffix": "end", "tools": [{"type": "function"}], "response_format": {"type": "yaml"},
         "store": True, "grammar": "root ::= x", "reasoning_effort": "high", "guided_json": {"type": "object"},
-        "chat_template": "x", "chat_template_kwargs": {"a": 1}, "add_generation_prompt": False, "repeat_penalty": 1.1,
+        "chat_template": "x", "chat_template_kwargs": {"a": 1}, "repeat_penalty": 1.1,
         "include_stop_str_in_output": True, "no_repeat_ngram_size": 3, "some_new_field": None, "temprature": 0.5,
     }.items():  # fmt: skip
         response = raw(server, prompt=ONCE, **{field: value})

@@ -30,7 +30,9 @@ def add(verbs: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port, 0 for a free one (default 8000)")
-    parser.add_argument("--api-key", default=None, metavar="KEY", help="require this key (better: SMOLFORGE_API_KEY)")
+    parser.add_argument(
+        "--api-key", default=None, metavar="KEY", help="require this key, or one of KEY,KEY (better: SMOLFORGE_API_KEY)"
+    )
     parser.add_argument("--allow-public", action="store_true", help="serve a public address without a key")
     parser.add_argument(
         "--cors-origin", dest="cors_origins", action="append", default=[], metavar="URL",
@@ -39,6 +41,10 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--root-path", default="", metavar="PATH", help="prefix under which a reverse proxy serves this, such as /llm"
     )
+    parser.add_argument(
+        "--forwarded-allow-ips", default="", metavar="IPS",
+        help="reverse proxies whose X-Forwarded-For is believed: addresses, networks with commas between them, or *",
+    )  # fmt: skip
     parser.add_argument("--name", default=None, help="id of the model in the API (default: its directory's name)")
     add_inference(parser)
     limits = parser.add_argument_group("limits")

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from smolforge.errors import SmolforgeError
 from smolforge.serving import openai_routes, responses_routes, security
@@ -52,7 +53,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_app(settings: ServeSettings) -> FastAPI:
     """The app of one model; SmolforgeError where the model's name cannot be used."""
-    state, keys = ServerState(settings), security.Keys(settings.api_key)
+    state = ServerState(settings)
+    keys = state.keys
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +93,8 @@ def create_app(settings: ServeSettings) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )  # fmt: skip
+    if settings.forwarded_allow_ips:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.forwarded_allow_ips)  # type: ignore[arg-type]
     return app
 
 

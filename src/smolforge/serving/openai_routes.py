@@ -60,7 +60,7 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         state.check_model(body.model)
-        ids = await chat_ids(state, body.conversation())
+        ids = await chat_ids(state, body.conversation(), **body.rendering())
         params = body.sampling(state.settings.max_n, chat_defaults(state, ids))
         return await answer(state, ChatAnswer, body, request, [ids], params)
 
@@ -68,7 +68,7 @@ def router(state: ServerState) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         engine = state.model.engine
         if body.messages is not None:
-            ids = await chat_ids(state, plain_messages(body.messages))
+            ids = await chat_ids(state, plain_messages(body.messages), **body.rendering())
         else:
             text = body.content if body.prompt is None else body.prompt
             prefix = body.add_special_tokens is not False and body.add_special is not False
@@ -109,13 +109,13 @@ async def answer(
         return JSONResponse(await found.whole())
 
 
-async def chat_ids(state: ServerState, conversation: list[dict[str, Any]]) -> list[int]:
-    """Token ids of a conversation; ApiError 400 where the model has no chat template."""
+async def chat_ids(state: ServerState, conversation: list[dict[str, Any]], **options: Any) -> list[int]:
+    """Token ids of a conversation, as of `ChatTemplate.encode`; ApiError 400 where the model has no chat template."""
     tokenizer = state.model.engine.tokenizer
     if tokenizer.chat_template is None:
         text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
         raise ApiError(400, text, param="messages", code="no_chat_template")
-    return await state.compute(lambda: tokenizer.encode_chat(conversation))
+    return await state.compute(lambda: tokenizer.encode_chat(conversation, **options))
 
 
 def chat_defaults(state: ServerState, ids: list[int]) -> dict[str, Any]:

@@ -235,12 +235,35 @@ class Message(StrictModel, extra="allow"):
         return self.content or ""
 
 
-class ChatRequest(SampledRequest):
+class TemplateFields(Body):
+    """How the chat template renders a conversation; the meanings are vLLM's.
+
+    Unless one of the first two is given, a last message of the assistant is continued, and any other one answered.
+    """
+
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_template_fields(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refused("continue_final_message", "is not possible together with add_generation_prompt: true")
+        return self
+
+    def rendering(self) -> dict[str, Any]:
+        """The options of `ChatTemplate.encode`."""
+        continued = self.continue_final_message
+        if continued is None and self.add_generation_prompt is not None:
+            continued = False
+        prompt = self.add_generation_prompt is not False
+        return {"generation_prompt": prompt, "continued": continued, "variables": self.chat_template_kwargs}
+
+
+class ChatRequest(SampledRequest, TemplateFields):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
@@ -252,15 +275,6 @@ class ChatRequest(SampledRequest):
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise refused("top_logprobs", "is only allowed with logprobs: true")
-        begun = self.messages[-1].role == "assistant"
-        for field, asked in (
-            ("continue_final_message", self.continue_final_message),
-            ("add_generation_prompt", self.add_generation_prompt is False),
-        ):
-            if asked and not begun:
-                raise refused(field, "the last message has to be the assistant's, to be continued")
-        if begun and self.continue_final_message is False:
-            raise unsupported("continue_final_message", "a last message of the assistant is always continued")
         return self
 
     def demand(self) -> Demand:
@@ -277,8 +291,8 @@ class ChatRequest(SampledRequest):
         return super().sampling(max_n, defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **more)
 
 
-class TokenizeRequest(Body):
-    """The body of /tokenize: a text or a conversation.
+class TokenizeRequest(TemplateFields):
+    """The body of /tokenize: a text or a conversation, each with fields of its own.
 
     `prompt` (vLLM) and `content` (llama.cpp) mean the same, and so do `add_special_tokens` and `add_special`.
     """
@@ -296,6 +310,10 @@ class TokenizeRequest(Body):
     def _check_one(self) -> Self:
         if sum(given is not None for given in (self.prompt, self.content, self.messages)) != 1:
             raise refused("prompt", "give a text as prompt (or as content, which means the same), or messages")
+        of_text, kind = ("parse_special", "add_special_tokens", "add_special"), "a text"
+        for field in of_text if self.messages is not None else TemplateFields.model_fields:
+            if getattr(self, field):
+                raise unsupported(field, f"only has a meaning for {kind if self.messages is not None else 'messages'}")
         return self
 
 

@@ -54,26 +54,40 @@ HEADERS = {
 
 
 class Keys:
-    """The API key, and the session cookie that the page gets for it. Comparisons take constant time."""
+    """The API keys, and the session cookie that the page gets for each. Comparisons take constant time."""
 
-    def __init__(self, key: str | None) -> None:
-        self._key = key.encode() if key else None
-        self.needed = self._key is not None
+    def __init__(self, *keys: str) -> None:
+        self._keys = [key.encode() for key in keys]
         # Derived from the key: a restart with the same key keeps sessions, and the cookie does not reveal the key.
-        self.session = hmac.new(self._key, b"smolforge page session", hashlib.sha256).hexdigest() if self._key else ""
+        self.sessions = [hmac.new(key, b"smolforge page session", hashlib.sha256).hexdigest() for key in self._keys]
 
-    def matches(self, given: bytes) -> bool:
-        """Whether `given` is the key, or no key is needed."""
-        return self._key is None or hmac.compare_digest(given, self._key)
+    @property
+    def needed(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self._keys)
 
-    def allows(self, request: HTTPConnection) -> bool:
-        """Whether the request carries the key or a session, or needs none."""
+    def find(self, given: bytes) -> int | None:
+        """The number of the key that `given` is, or None."""
+        return _position(given, self._keys)
+
+    def of(self, request: HTTPConnection) -> int | None:
+        """The number of the key that the request carries, itself or as the page's session; else None."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Headers are bytes; starlette decodes them as Latin-1.
-        if not self.needed or (scheme.lower() == "bearer" and self.matches(given.strip().encode("latin-1"))):
-            return True
-        session = request.cookies.get(COOKIE, "")
-        return hmac.compare_digest(session.encode("utf-8", "replace"), self.session.encode())
+        found = self.find(given.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        if found is None:
+            session = request.cookies.get(COOKIE, "").encode("utf-8", "replace")
+            found = _position(session, [session.encode() for session in self.sessions])
+        return found
+
+    def allows(self, request: HTTPConnection) -> bool:
+        """Whether the request carries a key or a session, or needs none."""
+        return not self.needed or self.of(request) is not None
+
+
+def _position(given: bytes, known: list[bytes]) -> int | None:
+    """Which of the `known` is `given`; all are compared, so the time does not tell which."""
+    return max((i for i, one in enumerate(known) if hmac.compare_digest(given, one)), default=None)
 
 
 class SecurityMiddleware:
@@ -250,13 +264,16 @@ def login_router(name: str, keys: Keys) -> APIRouter:
     @routes.post("/login")
     async def enter(request: Request) -> Response:
         given = parse_qs((await request.body()).decode("utf-8", "replace")).get("key", [""])[0]
-        if not keys.matches(given.encode("utf-8", "replace")):
+        number = keys.find(given.encode("utf-8", "replace"))
+        if keys.needed and number is None:
             await asyncio.sleep(WRONG_KEY_SECONDS)
             return form("That is not the key.", 401)
         answer = RedirectResponse("./", 303)
-        if keys.needed:
+        if number is not None:
             secure = request.url.scheme == "https"
-            answer.set_cookie(COOKIE, keys.session, COOKIE_SECONDS, httponly=True, samesite="lax", secure=secure)
+            answer.set_cookie(
+                COOKIE, keys.sessions[number], COOKIE_SECONDS, httponly=True, samesite="lax", secure=secure
+            )
         return answer
 
     return routes

@@ -20,17 +20,20 @@ class ServeSettings:
         model: a run, a checkpoint, a Hugging Face directory or a Hub id.
         host: address to bind. Addresses other than loopback need `api_key` or `allow_public`.
         port: 0 takes a free one.
-        api_key: key that clients must send; the page asks for it.
+        api_key: key that clients must send, or several with commas between them; the page asks for one.
         allow_public: serve a public address without a key.
         root_path: prefix under which a reverse proxy serves this server, such as /llm; with or without it in the
             requests that arrive.
+        forwarded_allow_ips: addresses and networks of reverse proxies, with commas between them, or *; what they say in
+            X-Forwarded-For and X-Forwarded-Proto is believed, as uvicorn does.
         cors_origins: other web origins whose scripts may call the API; none unless given.
         name: id of the model in the API; the name of the directory or Hub repository unless given.
         quantize: as in `Engine.from_pretrained`.
         draft: a smaller model that drafts tokens, as in `Engine.from_pretrained`; none unless given.
         max_batch: sequences that run at once.
         max_queue: sequences that can wait; further ones get 429.
-        max_per_client: unfinished requests of one client address; further ones get 429.
+        max_per_client: unfinished requests of one client; further ones get 429. Where there are several keys, a key is
+            a client, else an address.
         max_sequences: prompts × n of one request.
         max_n: maximum number of choices per prompt.
         max_body: bytes of a request body.
@@ -47,6 +50,7 @@ class ServeSettings:
     api_key: str | None = None
     allow_public: bool = False
     root_path: str = ""
+    forwarded_allow_ips: str = ""
     cors_origins: tuple[str, ...] = ()
     name: str | None = None
     quantize: str = "auto"
@@ -75,8 +79,14 @@ class ServeSettings:
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             hint = "Give a path such as /llm, with / only at its beginning."
             raise BadInput(f"{self.root_path!r} is not a prefix", field="root-path", hint=hint)
-        if self.api_key is not None and not self.api_key.strip():
-            raise BadInput("is empty", field="api-key", hint=f"Give a key, in {KEY_VARIABLE} or with --api-key.")
+        if self.api_key is not None and not all(self.keys):
+            raise BadInput("a key is empty", field="api-key", hint=f"Give a key, in {KEY_VARIABLE} or with --api-key.")
+        for proxy in self.forwarded_allow_ips.split(",") if self.forwarded_allow_ips not in ("", "*") else ():
+            try:
+                ipaddress.ip_network(proxy.strip())
+            except ValueError as error:
+                hint = "Give addresses such as 127.0.0.1 or networks such as 10.0.0.0/8, with commas between them."
+                raise BadInput(str(error), field="forwarded-allow-ips", hint=hint) from None
         if "*" in self.cors_origins and self.api_key is None:
             hint = "Name the origins, or protect the server with --api-key."
             raise BadInput("'*' lets every web page use this server", field="cors-origin", hint=hint)
@@ -85,6 +95,11 @@ class ServeSettings:
             raise BadInput(
                 f"{self.host} can be reached from other machines, and there is no key", field="host", hint=hint
             )
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of `api_key`."""
+        return [key.strip() for key in self.api_key.split(",")] if self.api_key is not None else []
 
     @property
     def loopback(self) -> bool:

@@ -19,6 +19,7 @@ from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.serving.engine_thread import EngineThread, LoadedModel, ServerRequest
 from smolforge.serving.errors import ApiError, busy, not_ready, refused
+from smolforge.serving.security import Keys
 from smolforge.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class ServerState:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
+        self.keys = Keys(*settings.keys)
         self.source = ModelSource(settings.model, settings.name)
         self.thread = EngineThread(settings.max_queue)
         self.metrics = self.thread.metrics = Metrics(self.thread)
@@ -180,7 +182,10 @@ class ServerState:
     @contextlib.contextmanager
     def client(self, request: Request) -> Iterator[None]:
         """Count an unfinished request of its client until the block ends; ApiError 429 where it has too many."""
-        who, limit = request.client.host if request.client else "local", self.settings.max_per_client
+        # One key for all says nothing about who it is.
+        key = self.keys.of(request) if len(self.settings.keys) > 1 else None
+        who = f"key {key}" if key is not None else request.client.host if request.client else "local"
+        limit = self.settings.max_per_client
         if self._clients[who] >= limit:
             raise busy(f"this client has {self._clients[who]} unfinished requests already, at most {limit} are allowed")
         self._clients[who] += 1
