@@ -7,14 +7,18 @@ script of `clients/` is one client, and its last line is the result.
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from browser.conftest import chromium
 from serving_fixtures import serving
 
 pytest.importorskip("llguidance", reason="the extra web is not installed")
@@ -28,6 +32,7 @@ MODULES = {
     "use_openai.py": "openai", "use_litellm.py": "litellm", "use_llm.py": "llm", "use_langchain.py": "langchain_openai",
     "use_instructor.py": "instructor", "use_pydantic_ai.py": "pydantic_ai",
 }  # fmt: skip
+__all__ = ["chromium"]  # a fixture
 PACKAGES = {"use_openai.mjs": "openai", "use_ai_sdk.mjs": "ai"}
 
 
@@ -73,6 +78,56 @@ def test_a_javascript_client_works(place, script: str, tmp_path: Path) -> None:
     (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")  # node looks beside the script
     shutil.copy(SCRIPTS / script, tmp_path)
     assert run(node, script, *place[:2], folder=tmp_path) == "ok"
+
+
+# What node finds by itself, a page is told.
+PAGE = """<!doctype html><script type="importmap">{"imports": {
+  "node:assert": "/assert.mjs", "openai": "/node_modules/openai/index.mjs",
+  "openai/helpers/zod": "/node_modules/openai/helpers/zod.mjs", "zod": "/node_modules/zod/index.js",
+  "zod/v3": "/node_modules/zod/v3/index.js", "zod/v4": "/node_modules/zod/v4/index.js"}}</script>
+<script>globalThis.place = %s;</script>
+<script type="module" src="/use_openai.mjs"></script>"""
+ASSERT = """
+const ok = (value) => { if (!value) throw new Error("not so"); };
+export default { ok, equal: (one, other) => ok(one === other) };
+"""
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """The files of a web page."""
+
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_the_javascript_client_works_in_a_browser(chat_model, chromium, tmp_path: Path) -> None:
+    """From a page of an origin that may call the API; one of another origin may not."""
+    if not (CLIENTS / "node_modules" / "openai").is_dir():
+        pytest.skip(f"openai is not installed in {CLIENTS}/node_modules")
+    (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")
+    (tmp_path / "assert.mjs").write_text(ASSERT)
+    shutil.copy(SCRIPTS / "use_openai.mjs", tmp_path)
+    files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=str(tmp_path)))
+    threading.Thread(target=files.serve_forever, daemon=True).start()
+    port, context = files.server_port, chromium.new_context()
+    try:
+        with serving(chat_model, "--cors-origin", f"http://127.0.0.1:{port}") as server:
+            (tmp_path / "index.html").write_text(PAGE % json.dumps([f"{server.url}/v1", "tiny-chat"]))
+            for host, end in (("127.0.0.1", "ok"), ("localhost", "Connection error.")):
+                page, said = context.new_page(), []
+                page.on("console", lambda line, said=said: said.append(line.text) if line.type == "log" else None)
+                page.on("pageerror", lambda error, said=said: said.append(str(error)))
+                page.goto(f"http://{host}:{port}/index.html")
+                for _ in range(1200):
+                    if said:
+                        break
+                    page.wait_for_timeout(100)
+                assert said == [end], host
+    finally:
+        files.shutdown()
+        context.close()
 
 
 TASKS = {

@@ -1,11 +1,11 @@
-// openai for JavaScript: completions, chat, streams, parse, tools and responses.
+// openai for JavaScript, in node and in a page: completions, chat, streams, parse, tools and responses.
 import assert from "node:assert";
 import OpenAI from "openai";
 import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
-const [url, model] = process.argv.slice(2);
-const client = new OpenAI({ baseURL: url, apiKey: "none", maxRetries: 0 });
+const [url, model] = globalThis.place ?? process.argv.slice(2);
+const client = new OpenAI({ baseURL: url, apiKey: "none", maxRetries: 0, dangerouslyAllowBrowser: true });
 const Animal = z.object({ kind: z.enum(["fox", "bear", "owl"]), legs: z.number().int().min(0).max(99), tame: z.boolean() });
 const messages = [{ role: "user", content: "Tell me about an animal of the forest." }];
 
