@@ -147,7 +147,9 @@ def kernels(part: Part) -> None:
         compute(hidden.to(place, precision), w, targets.to(place), scale=1 / 524_288)[0].mul(65_536).backward()
         assert w.grad is not None
         gradients.append(w.grad.double().cpu())
-    part.check("gradient of the head", _relative(gradients[1], gradients[0]), 1e-3 if half == torch.float16 else 3e-3)
+    # A CPU rounds each chunk's product to bf16 before it is added.
+    limit = 1e-3 if device.type == "cuda" or half == torch.float16 else 3e-3
+    part.check("gradient of the head", _relative(gradients[1], gradients[0]), limit)
     matrices = torch.randn(4, 96, 160, generator=generator)
     part.check(
         "Muon", _relative(orthogonalize(matrices.to(device)).double().cpu(), orthogonalize(matrices).double()), 0.05

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from smolforge import kernels
+from smolforge.model import loss
 from smolforge.model.loss import IGNORE, LOSSES, chunked_loss, full_loss, native_chunk_loss, torch_chunk_loss
 
 missing = kernels.unavailable()
@@ -76,6 +77,28 @@ def test_the_gradient_of_a_bf16_head_is_summed_in_fp32() -> None:
     exact = gradient(weight.double(), hidden.double(), full_loss)
     far = [float((gradient(weight, hidden, chunked_loss, chunk=n) - exact).norm() / exact.norm()) for n in (4096, 64)]
     assert far[1] < 1.5 * far[0] < 0.005, far
+
+
+def test_products_that_a_gpu_leaves_in_fp32_bring_the_gradient_within_a_thousandth(monkeypatch) -> None:
+    """For logits of a few units; beyond, the logits' own rounding to bf16 counts more than all else."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2048, 64, generator=g).bfloat16(), torch.randn(999, 64, generator=g).div(8).bfloat16()
+    targets = torch.randint(999, (2048,), generator=g)
+
+    def gradient(w, x, compute):
+        w = w.requires_grad_()
+        compute(x, w, targets, scale=1 / 2048)[0].backward()
+        return w.grad
+
+    def add(total, made, rows, first):  # torch.mm with out_dtype, which torch has on CUDA only
+        total.addmm_(made.float().t(), rows.float(), beta=0 if first else 1)
+
+    exact = gradient(weight.double(), hidden.double(), full_loss)
+    on_cpu = gradient(weight.float(), hidden, chunked_loss)
+    monkeypatch.setattr(loss, "_add_product", add)
+    on_gpu = gradient(weight.float(), hidden, chunked_loss)
+    far = [float((found - exact).norm() / exact.norm()) for found in (on_gpu, on_cpu)]
+    assert far[0] < 1e-3 < far[1], far
 
 
 def test_gradcheck() -> None:
