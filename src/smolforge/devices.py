@@ -8,25 +8,67 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from smolforge.errors import BadInput
+from smolforge.errors import BadInput, unknown
 
 logger = logging.getLogger(__name__)
 
-# Dense peaks of the makers' data sheets in bf16 with sums in fp32 (T4 and V100: fp16), TFLOP/s, without sparsity.
-PEAK_TFLOPS = {
-    "B200": 2250, "GB200": 2500, "GH200": 989, "H200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "A100": 312,
-    "A40": 150, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "V100": 125, "RTX A6000": 155,
-    "RTX 5090": 210, "RTX 5080": 113, "RTX 5070 Ti": 88, "RTX 5070": 62, "RTX 5060 Ti": 47, "RTX 5060": 38,
-    "RTX 4090": 165, "RTX 4090 D": 147, "RTX 4080 SUPER": 104, "RTX 4080": 97, "RTX 4070 Ti SUPER": 88,
-    "RTX 4070 Ti": 80, "RTX 4070 SUPER": 71, "RTX 4070": 58, "RTX 4060 Ti": 44, "RTX 4060": 30,
-    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68, "RTX 3080": 60, "RTX 3070 Ti": 43, "RTX 3070": 41,
-    "RTX 3060 Ti": 32, "RTX 3060": 25, "MI300X": 1307, "MI300A": 981, "MI325X": 1307,
+# Dense peaks of the makers' data sheets in bf16 with sums in fp32 (T4 and V100: fp16), TFLOP/s, without sparsity; and
+# GB of memory, the smaller where a card is sold with two.
+CARDS = {
+    "B200": (2250, 180), "GB200": (2500, 186), "GH200": (989, 96), "H200": (989, 141), "H100": (989, 80),
+    "H100 NVL": (835, 94), "H100 PCIe": (756, 80), "A100": (312, 40), "A40": (150, 48), "A10": (125, 24),
+    "A10G": (70, 24), "L40S": (362, 48), "L40": (181, 48), "L4": (121, 24), "T4": (65, 16), "V100": (125, 16),
+    "RTX A6000": (155, 48), "RTX 5090": (210, 32), "RTX 5080": (113, 16), "RTX 5070 Ti": (88, 16), "RTX 5070": (62, 12),
+    "RTX 5060 Ti": (47, 8), "RTX 5060": (38, 8), "RTX 4090": (165, 24), "RTX 4090 D": (147, 24),
+    "RTX 4080 SUPER": (104, 16), "RTX 4080": (97, 16), "RTX 4070 Ti SUPER": (88, 16), "RTX 4070 Ti": (80, 12),
+    "RTX 4070 SUPER": (71, 12), "RTX 4070": (58, 12), "RTX 4060 Ti": (44, 8), "RTX 4060": (30, 8),
+    "RTX 3090 Ti": (80, 24), "RTX 3090": (71, 24), "RTX 3080 Ti": (68, 12), "RTX 3080": (60, 10),
+    "RTX 3070 Ti": (43, 8), "RTX 3070": (41, 8), "RTX 3060 Ti": (32, 8), "RTX 3060": (25, 12),
+    "MI300X": (1307, 192), "MI300A": (981, 128), "MI325X": (1307, 256),
 }  # fmt: skip
+WITHOUT_BF16 = ("T4", "V100")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan asks of a GPU: bytes of memory, whether it multiplies bf16, and FLOP/s where they are known."""
+
+    name: str
+    memory: int
+    has_bf16: bool
+    peak_flops: float | None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.memory / 2**30:.0f} GiB)"
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU of a CUDA device of this machine; None for other devices."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return Gpu(torch.cuda.get_device_name(device), memory, has_bf16(device), known_peak_flops(device))
+
+
+def gpu_named(text: str) -> Gpu:
+    """A card that need not be here, by its name in `CARDS`: H100, rtx4090, A100-80GB.
+
+    Raises:
+        BadInput: no such card is known.
+    """
+    name, _, memory = re.fullmatch(r"(.*?)(-(\d+)GB)?", text.strip(), re.IGNORECASE).groups()  # type: ignore[union-attr]
+    names = {re.sub(r"[\s_-]", "", card).lower(): card for card in CARDS}
+    card = names.get(re.sub(r"[\s_-]", "", name).lower())
+    if card is None:
+        raise unknown("GPU", text, list(CARDS), field="--on")
+    teraflops, gigabytes = CARDS[card]
+    return Gpu(card, int(memory or gigabytes) * 10**9, card not in WITHOUT_BF16, teraflops * 1e12)
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -134,10 +176,7 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def device_name(device: torch.device) -> str:
     """For people, with the memory of a GPU."""
-    if device.type != "cuda":
-        return device.type
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
+    return str(gpu_of(device) or device.type)
 
 
 def known_peak_flops(device: torch.device) -> float | None:
@@ -149,8 +188,8 @@ def known_peak_flops(device: torch.device) -> float | None:
 def _peak_of(name: str) -> float | None:
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
         return None
-    found = [known for known in PEAK_TFLOPS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
-    return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
+    found = [known for known in CARDS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
+    return 1e12 * CARDS[max(found, key=len)][0] if found else None
 
 
 def physical_cores(world_size: int) -> int:

@@ -10,6 +10,7 @@ from cards import CARDS, Card, insert_cards
 from smolforge import config as configuration
 from smolforge import kernels
 from smolforge.config import RunConfig
+from smolforge.devices import gpu_of
 from smolforge.errors import BadInput
 from smolforge.model import attention
 from smolforge.model.architecture import build_model
@@ -136,9 +137,9 @@ def test_a_gpu_gets_the_largest_micro_batch_that_the_estimate_puts_in_half_of_it
         half = memory.total - memory.process
         for short, expected in ((0, micro), (1, max(1, micro // 2))):
             insert_cards([Card("NVIDIA L4", 2 * (half - short), (8, 9))], put=monkeypatch.setattr)
-            assert plan._micro_batch(configured(), gpu, precision, 8) == expected
+            assert plan._micro_batch(configured(), gpu, precision, 8, gpu_of(gpu)) == expected
     with pytest.raises(BadInput, match=r"(?s)3 does not divide the 8 sequences.*1, 2, 4, 8"):
-        plan._micro_batch(configured(micro_batch=3), gpu, precision, 8)
+        plan._micro_batch(configured(micro_batch=3), gpu, precision, 8, gpu_of(gpu))
 
 
 def on_card(monkeypatch, card: str, preset: str = "smollm2-135m", *overrides: str) -> plan.Plan:

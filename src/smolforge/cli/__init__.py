@@ -6,6 +6,7 @@ JSON object.
 
     options.py       the parser, options that verbs share, and how their values are read
     train.py         start a run, or resume one
+    plan.py          what a run would take on other GPUs
     finetune.py      tune a model on conversations
     generate.py      continue prompts
     chat.py          a conversation in the terminal
@@ -27,7 +28,7 @@ from importlib import import_module
 
 # Each verb and its module.
 VERBS = {
-    **{verb: verb for verb in ("train", "finetune", "generate", "chat", "serve", "eval", "export")},
+    **{verb: verb for verb in ("train", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
     "data": "data",
     **dict.fromkeys(("bench", "build-native"), "bench"),

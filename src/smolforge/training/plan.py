@@ -23,7 +23,7 @@ import torch
 
 from smolforge import kernels
 from smolforge.config import RunConfig
-from smolforge.devices import device_name, has_bf16, physical_cores
+from smolforge.devices import Gpu, gpu_of, physical_cores
 from smolforge.errors import BadInput
 from smolforge.kernels.variants import cpu_flags
 from smolforge.model import attention as attentions
@@ -124,16 +124,21 @@ def with_training(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
-def make_plan(config: RunConfig, device: torch.device, world_size: int) -> Plan:
-    """Decide all that the configuration leaves to the machine; BadInput where the machine cannot do what was asked."""
+def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu | None = None) -> Plan:
+    """Decide all that the configuration leaves to the machine; BadInput where the machine cannot do what was asked.
+
+    Args:
+        gpu: a GPU to plan for, of each process; that of `device` unless given.
+    """
     _check_shares(config, world_size)
+    gpu = gpu or gpu_of(device)
     processes = _plural(world_size, "process", "es")
-    reasons = [f"device: {device_name(device)}" + (f", {processes}" if world_size > 1 else "")]
-    precision, reason = choose_precision(config.training.precision, device)
+    reasons = [f"device: {gpu or device.type}" + (f", {processes}" if world_size > 1 else "")]
+    precision, reason = choose_precision(config.training.precision, device, gpu)
     reasons.append(f"precision: {precision.name} ({reason})")
     sequences = config.sequences_per_step // world_size
-    attention, attention_reason = _choose_attention(config, device, precision)
-    micro, recompute, memory = _fit_memory(config, device, precision, sequences)
+    attention, attention_reason = _choose_attention(config, device, precision, gpu)
+    micro, recompute, memory = _fit_memory(config, device, precision, sequences, gpu)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
         f"{_plural(sequences // micro, 'micro-batch', 'es')} × "
@@ -174,9 +179,9 @@ def _check_shares(config: RunConfig, world_size: int) -> None:
         )
 
 
-def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
+def choose_precision(asked: str, device: torch.device, gpu: Gpu | None = None) -> tuple[Precision, str]:
     """The precision for a device, and the reason; BadInput where the device cannot do what was asked."""
-    name, reason = _best_precision(device) if asked == "auto" else (asked, "as asked")
+    name, reason = _best_precision(device, gpu or gpu_of(device)) if asked == "auto" else (asked, "as asked")
     if name == "fp16" and device.type != "cuda":
         raise BadInput(
             "fp16 needs a CUDA device",
@@ -198,12 +203,11 @@ def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
     return precision, reason
 
 
-def _best_precision(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if has_bf16(device):
-            return "bf16", f"{name} has bf16"
-        return "fp16", f"{name} has no bf16; gradients are scaled"
+def _best_precision(device: torch.device, gpu: Gpu | None) -> tuple[str, str]:
+    if gpu:
+        if gpu.has_bf16:
+            return "bf16", f"{gpu.name} has bf16"
+        return "fp16", f"{gpu.name} has no bf16; gradients are scaled"
     if device.type == "cpu":
         if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
             return "bf16", "this processor multiplies bf16"
@@ -211,22 +215,24 @@ def _best_precision(device: torch.device) -> tuple[str, str]:
     return "fp32", f"not known whether bf16 is faster on {device.type}"
 
 
-def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> tuple[int, bool, str]:
+def _fit_memory(
+    config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None
+) -> tuple[int, bool, str]:
     """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
     budget, asked = config.training.memory, config.training.micro_batch
     if budget == "auto":
-        micro = _micro_batch(config, device, precision, sequences)
-        return micro, False, _memory_by_part(config, device, precision, micro) if device.type == "cuda" else ""
+        micro = _micro_batch(config, device, precision, sequences, gpu)
+        return micro, False, _memory_by_part(config, device, precision, micro, gpu) if gpu else ""
     choices = _divisors(sequences)
     if asked != "auto":
-        choices = [_micro_batch(config, device, precision, sequences)]
+        choices = [_micro_batch(config, device, precision, sequences, gpu)]
     for recompute in (False, True):
         for micro in choices:
-            needed = memory_of(config, device, precision, micro, recompute=recompute).total
+            needed = memory_of(config, device, precision, micro, recompute=recompute, gpu=gpu).total
             if needed <= budget:
                 how = "activations computed again in the backward pass" if recompute else "activations kept"
                 return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
-    least = memory_of(config, device, precision, choices[-1], recompute=True).total
+    least = memory_of(config, device, precision, choices[-1], recompute=True, gpu=gpu).total
     raise BadInput(
         f"{budget / 1e9:.2f} GB are not enough: at least about {least / 1e9:.2f} GB are needed",
         field="training.memory",
@@ -234,18 +240,19 @@ def _fit_memory(config: RunConfig, device: torch.device, precision: Precision, s
     )
 
 
-def _memory_by_part(config: RunConfig, device: torch.device, precision: Precision, micro: int) -> str:
-    found = memory_of(config, device, precision, micro, recompute=False)
+def _memory_by_part(config: RunConfig, device: torch.device, precision: Precision, micro: int, gpu: Gpu) -> str:
+    found = memory_of(config, device, precision, micro, recompute=False, gpu=gpu)
     parts = {"state": found.state, "activations": found.activations, "head": found.head}
-    whole = torch.cuda.get_device_properties(device).total_memory
     shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    return f"about {(found.total - found.process) / 1e9:.2f} of {whole / 1e9:.2f} GB ({shares})"
+    return f"about {(found.total - found.process) / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB ({shares})"
 
 
 def memory_of(
-    config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool
-) -> MemoryEstimate:
+    config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool,
+    gpu: Gpu | None = None,
+) -> MemoryEstimate:  # fmt: skip
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
+    gpu = gpu or gpu_of(device)
     return estimate_memory(
         config.model,
         sequences=micro_batch,
@@ -256,13 +263,13 @@ def memory_of(
         recompute=recompute,
         loss=config.training.loss,
         chunk=chunk_of(device),
-        attention=_choose_gpu_attention(config, device, precision)[0] if device.type == "cuda" else None,
+        attention=_choose_gpu_attention(config, gpu, precision)[0] if gpu else None,
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
     )
 
 
-def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int) -> int:
+def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None) -> int:
     """The micro-batch as asked; otherwise the largest that fits half of a GPU's memory, or few enough for a CPU."""
     asked, choices = config.training.micro_batch, _divisors(sequences)
     if asked != "auto":
@@ -273,12 +280,12 @@ def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, 
                 hint=f"Divisors: {', '.join(map(str, reversed(choices)))}.",
             )
         return asked
-    if device.type != "cuda":
+    if not gpu:
         most = max(1, CPU_MICRO_TOKENS // config.data.sequence_length)
         return next(d for d in choices if d <= most)
     # Half: what the backward pass holds besides, workspaces and fragments are not in the estimate.
-    half = torch.cuda.get_device_properties(device).total_memory / 2
-    needed = (memory_of(config, device, precision, d, recompute=False) for d in choices)
+    half = gpu.memory / 2
+    needed = (memory_of(config, device, precision, d, recompute=False, gpu=gpu) for d in choices)
     return next((d for d, memory in zip(choices, needed, strict=True) if memory.total - memory.process <= half), 1)
 
 
@@ -287,9 +294,11 @@ def _divisors(count: int) -> list[int]:
     return [d for d in range(count, 0, -1) if count % d == 0]
 
 
-def _choose_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
+def _choose_attention(
+    config: RunConfig, device: torch.device, precision: Precision, gpu: Gpu | None
+) -> tuple[str, str]:
     asked = config.training.attention
-    if asked == "flex" and device.type != "cuda":
+    if asked == "flex" and not gpu:
         raise BadInput("flex attention trains on CUDA only", field="training.attention", hint="Use auto.")
     bf16 = torch.bfloat16 in (precision.autocast, precision.weights)
     missing = None
@@ -299,8 +308,8 @@ def _choose_attention(config: RunConfig, device: torch.device, precision: Precis
         missing = attentions.native_unavailable()  # which loads the library, and may compile it
     if asked == "native" and missing:
         raise BadInput(f"native attention is not available: {missing}", field="training.attention", hint="Use auto.")
-    if device.type == "cuda":
-        return _choose_gpu_attention(config, device, precision)
+    if gpu:
+        return _choose_gpu_attention(config, gpu, precision)
     if asked != "auto":
         return asked, "as asked"
     if device.type != "cpu":
@@ -318,11 +327,11 @@ def _choose_attention(config: RunConfig, device: torch.device, precision: Precis
     return "sdpa", "torch's own kernels"
 
 
-def _choose_gpu_attention(config: RunConfig, device: torch.device, precision: Precision) -> tuple[str, str]:
+def _choose_gpu_attention(config: RunConfig, gpu: Gpu, precision: Precision) -> tuple[str, str]:
     """As asked, or what keeps no scores: flash where GPU and precision have it, else the kernel without groups."""
     asked, missing = config.training.attention, None
-    if not has_bf16(device):
-        missing = f"{torch.cuda.get_device_name(device)} has no flash kernel"
+    if not gpu.has_bf16:  # the same ones have no flash kernel
+        missing = f"{gpu.name} has no flash kernel"
     elif precision.autocast is None and precision.weights == torch.float32:
         missing = "the flash kernel needs 16 bits"
     elif config.data.mask_documents or asked == "varlen":

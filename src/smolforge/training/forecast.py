@@ -1,0 +1,133 @@
+"""A run on GPUs that need not be here: what would be decided, how long it would take, what it would store and send.
+
+Decisions and memory are those of the plan. Times follow from an assumed share of the peak (MFU), since nothing runs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from smolforge.config import RunConfig
+from smolforge.devices import Gpu, gpu_named
+from smolforge.errors import BadInput
+from smolforge.formatting import count, duration, size
+from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_token
+from smolforge.training.plan import Plan, make_plan, memory_of, resolve_batch
+
+CUDA = torch.device("cuda")
+TEXT_BYTES = (
+    4.1  # of English in a token: 4.0 in WikiText-2, 4.1 in classic books, 4.2 in TinyStories (SmolLM2's tokenizer)
+)
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """`8xH100` → (8, the card); BadInput where no such card is known."""
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.+)", text.strip(), re.IGNORECASE)
+    if match is None or match[1] == "0":
+        raise BadInput(f"{text!r} names no GPUs", field="--on", hint="Write T4, 8xH100, A100-80GB.")
+    return int(match[1] or 1), gpu_named(match[2])
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would be.
+
+    Attributes:
+        gpus: how many, one process each.
+        mfu: assumed share of the GPUs' peak, counted as `flops_per_token` does.
+        step_bytes: gradients that each GPU sends to others in a step, by a ring.
+        price: of one GPU for an hour, 0 where it is not given.
+    """
+
+    config: RunConfig
+    gpu: Gpu
+    gpus: int
+    plan: Plan
+    memory: MemoryEstimate
+    mfu: float
+    price: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.config.total_steps * self.config.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs together."""
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
+        return self.gpus * self.mfu * (self.gpu.peak_flops or 0) / flops
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without evaluation, samples and the start."""
+        return self.tokens / self.tokens_per_second
+
+    @property
+    def cost(self) -> float:
+        """Of all GPUs for the whole run, in the unit of `price`."""
+        return self.seconds / 3600 * self.gpus * self.price
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of a GPU in a step."""
+        return self.memory.total - self.memory.process
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and moments."""
+        return self.memory.weights + self.memory.moments
+
+    @property
+    def step_bytes(self) -> float:
+        """Bytes of gradients that each GPU sends in a step."""
+        return 2 * (self.gpus - 1) / self.gpus * self.memory.gradients
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able; bytes and seconds."""
+        names = ("gpus", "mfu", "tokens", "tokens_per_second", "seconds", "gpu_bytes", "checkpoint_bytes", "step_bytes")
+        found = {name: getattr(self, name) for name in names}
+        found |= {"gpu": asdict(self.gpu), "steps": self.config.total_steps, "memory": asdict(self.memory)}
+        found |= {"tokens_per_step": self.config.tokens_per_step, "micro_batch": self.plan.micro_batch}
+        found |= {"precision": self.plan.precision.name, "reasons": self.plan.reasons}
+        return found | ({"cost": self.cost} if self.price else {})
+
+    def lines(self) -> list[str]:
+        """For people: the decisions, then the figures."""
+        steps, rate, second = self.config.total_steps, self.tokens_per_second, self.seconds / self.config.total_steps
+        parameters = count_parameters(self.config.model)
+        lines = [
+            *self.plan.reasons,
+            f"length: {steps:,} steps, {count(self.tokens)} tokens, {self.tokens / parameters:.1f} for each parameter",
+            f"time: {duration(self.seconds)} at an assumed {self.mfu:.0%} of the peak ({count(rate)} tokens/s, "
+            f"{second:.2f} s a step); measured nowhere",
+            f"checkpoint: {size(self.checkpoint_bytes)}",
+            f"data: about {size(rate * TEXT_BYTES)} of text a second",
+        ]
+        if self.gpus > 1:
+            gigabits = 8 * self.step_bytes / (0.1 * second) / 1e9
+            sent = f"{size(self.step_bytes)} of gradients from each GPU a step"
+            lines.append(f"network: {sent}; {gigabits:.1f} Gbit/s keep that below a tenth of the step")
+        if self.price:
+            lines.append(
+                f"cost: {self.seconds / 3600 * self.gpus * self.price:,.2f} at {self.price:g} per GPU and hour"
+            )
+        if self.gpu_bytes > self.gpu.memory:
+            lines.append(f"THIS DOES NOT FIT: {size(self.gpu_bytes)} of {size(self.gpu.memory)}; set training.memory")
+        return lines
+
+
+def forecast(config: RunConfig, gpus: int, gpu: Gpu, *, mfu: float = 0.4, price: float = 0.0) -> Forecast:
+    """What the run of `config` would be on so many of these GPUs, one process each.
+
+    Raises:
+        BadInput: they cannot share its batch, or the memory that it sets is not enough.
+    """
+    config = resolve_batch(config, CUDA)
+    plan = make_plan(config, CUDA, gpus, gpu)
+    memory = memory_of(config, CUDA, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu)
+    return Forecast(config, gpu, gpus, plan, memory, mfu, price)

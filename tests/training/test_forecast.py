@@ -1,0 +1,74 @@
+"""A run on GPUs that are not here: the plan of a machine that has them, and figures that follow from shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cards import CARDS, insert_cards
+from smolforge import cli
+from smolforge.config import build_config
+from smolforge.devices import gpu_named
+from smolforge.errors import BadInput
+from smolforge.model.summary import count_parameters
+from smolforge.training.forecast import forecast, parse_gpus
+from smolforge.training.plan import make_plan, resolve_batch
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("card", ["H100", "4090", "T4"])
+@pytest.mark.parametrize("preset", ["smollm2-135m", "seed-recipe"])
+def test_the_decisions_are_those_of_a_machine_with_that_card(
+    card: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = forecast(build_config(preset), *parse_gpus(card if card != "4090" else "rtx4090")).plan
+    insert_cards([CARDS[card]], put=monkeypatch.setattr)
+    there = make_plan(resolve_batch(build_config(preset), CUDA), CUDA, 1)
+    for decided in ("precision", "micro_batch", "attention", "loss", "compile", "recompute"):
+        assert getattr(found, decided) == getattr(there, decided), decided
+
+
+def test_time_storage_network_and_cost_follow_from_the_shapes() -> None:
+    config = build_config("smollm2-135m", training={"tokens": "1B"})
+    found = forecast(config, 8, gpu_named("H100"), mfu=0.5, price=3.0)
+    parameters = count_parameters(config.model)
+    # 6 N, the tied head among them, and attention over 2,048 positions: 12 L H d T.
+    flops = 6 * (parameters - 35_136) + 12 * 30 * 9 * 64 * 2048
+    assert found.tokens_per_second == pytest.approx(8 * 0.5 * 989e12 / flops)
+    assert found.seconds * found.tokens_per_second == pytest.approx(found.tokens) and found.tokens >= 1e9
+    assert found.checkpoint_bytes == 12 * parameters and found.step_bytes == pytest.approx(1.75 * 4 * parameters)
+    assert found.as_dict()["cost"] == pytest.approx(found.seconds / 3600 * 24)
+    one = forecast(config, 1, gpu_named("H100"), mfu=0.5)
+    assert one.step_bytes == 0 and one.seconds == pytest.approx(8 * found.seconds)
+    assert not any("network" in line or "cost" in line for line in one.lines())
+
+
+def test_what_does_not_fit_is_told() -> None:
+    assert "THIS DOES NOT FIT" in forecast(build_config("smollm2-1.7b"), *parse_gpus("T4")).lines()[-1]
+    assert "DOES NOT FIT" not in "\n".join(forecast(build_config("smollm2-1.7b"), *parse_gpus("H100")).lines())
+
+
+def test_names_of_gpus() -> None:
+    assert parse_gpus("8 x h100")[0] == 8 and parse_gpus("RTX 4070 ti super")[1].name == "RTX 4070 Ti SUPER"
+    assert parse_gpus("4xA100-80GB")[1].memory == 80e9 > parse_gpus("a100")[1].memory
+    assert not gpu_named("T4").has_bf16 and gpu_named("L4").has_bf16
+    for wrong, said in (
+        ("h1000", "unknown GPU 'h1000'"),
+        ("0xH100", "names no GPUs"),
+        ("", "unknown GPU|names no GPUs"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            parse_gpus(wrong)
+
+
+def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", "smollm2-360m", "--on", "2xL4", "--tokens", "10M", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["gpus"] == 2 and found["tokens"] >= 10e6 and found["gpu"]["name"] == "L4" and found["precision"] == "bf16"
+    )
+    assert cli.run(["plan", "pocket", "--on", "T4"]) == 0 and "assumed 40%" in capsys.readouterr().out
+    assert cli.run(["plan", "pocket", "--on", "T4", "--mfu", "40"]) == 2 and "--mfu" in capsys.readouterr().err
