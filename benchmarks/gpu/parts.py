@@ -40,7 +40,8 @@ from smolforge.training.optim.adamw import round_stochastically
 from smolforge.training.optim.muon import orthogonalize
 from smolforge.training.plan import make_plan, memory_of
 from smolforge.training.setup import TrainRequest, apply_plan
-from smolforge.training.train import run_training, train_step
+from smolforge.training.step import train_step
+from smolforge.training.train import run_training
 
 # A run of seconds; what is compared between devices and precisions.
 RUN = """

@@ -1,19 +1,21 @@
 """The processes of one run: which one this is, and the collectives that a run needs.
 
-Started by `torchrun` (or any launcher that sets RANK and WORLD_SIZE) a process joins the others. Started alone it is
-rank 0 of 1 and every collective returns at once. Control messages use gloo on the CPU even where gradients use NCCL, so
-they never wait for a GPU. All ranks must call the same collectives in the same order: what one rank does alone, and may
-fail in, is done `together`. A rank that may wait for long (for data, for the disk) tells the others so, several times
-per timeout.
+Started by `--nproc`, `torchrun` or any launcher that sets RANK and WORLD_SIZE, or by Slurm's `srun`, a process joins
+the others. Started alone it is rank 0 of 1 and every collective returns at once. Control messages use gloo on the CPU
+even where gradients use NCCL, so they never wait for a GPU. All ranks must call the same collectives in the same order:
+what one rank does alone, and may fail in, is done `together`. A rank that may wait for long (for data, for the disk)
+tells the others so, several times per timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
-from smolforge.errors import BadInput, OtherProcessFailed, RunFailed
+from smolforge.errors import BadInput, OtherProcessFailed, RunFailed, SmolforgeError
 
 # How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
 # the others wait, and after the first step.
@@ -44,6 +46,8 @@ class DistributedContext:
     """Process group for messages between CPUs; None for a single process."""
     agreed: list[Exception] = field(default_factory=list)
     """Errors with which all ranks left the same piece of work, so that they can still act together."""
+    store: Any = None
+    """What the ranks found each other by; here it says what was reported."""
 
     @property
     def is_main(self) -> bool:
@@ -119,17 +123,30 @@ class DistributedContext:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """Where another rank ends or is silent, one RunFailed instead of a traceback that blames this one."""
+        """Mark an error that another rank reports already; where another rank ended or is silent, raise a RunFailed."""
         try:
             yield
+        except SmolforgeError as error:
+            error.is_reported = error.is_reported or not self.is_first("error", str(error))
+            self.is_first("error", "")
+            raise
         except RuntimeError as error:
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)
             if self.world_size == 1 or not lost:
                 raise
-            raise RunFailed(
-                f"process {self.rank}: another process ended or was silent for too long",
+            failure = RunFailed(
+                "another process ended or was silent for too long",
                 hint="Its own message says why. The same command continues the run from its last checkpoint.",
-            ) from error
+            )
+            failure.is_reported = not self.is_first("error", "")  # by the process whose error it is
+            raise failure from error
+
+    def is_first(self, kind: str, message: str) -> bool:
+        """Whether no rank has asked this before about the same message; True where the others are gone."""
+        if self.world_size > 1:
+            with contextlib.suppress(RuntimeError):
+                return self.store.add(f"{kind} {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+        return True
 
     def close(self) -> None:
         """Leave the process group."""
@@ -140,6 +157,8 @@ class DistributedContext:
 def init_distributed(device: torch.device) -> DistributedContext:
     """Join the other ranks that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
+    What all ranks report is shown once from then on.
+
     Raises:
         BadInput: the environment says that there are others, but not where.
         RunFailed: the others could not be reached.
@@ -149,7 +168,8 @@ def init_distributed(device: torch.device) -> DistributedContext:
         return DistributedContext()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise BadInput(f"WORLD_SIZE is {world}, but {name} is not set", field=name, hint="Start with torchrun.")
+            hint = "Start with --nproc or torchrun."
+            raise BadInput(f"WORLD_SIZE is {world}, but {name} is not set", field=name, hint=hint)
     rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(host)):
         # By itself gloo binds what this machine's name resolves to, which is often 127.0.0.1.
@@ -168,9 +188,27 @@ def init_distributed(device: torch.device) -> DistributedContext:
         reason = str(error).strip().splitlines()[0][:200]
         raise RunFailed(f"process {rank} of {world} could not join the others at {host}:{port}: {reason}") from None
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    ranks = DistributedContext(rank, world, control, store=store)
     if rank > 0:  # what every rank decides alike is reported once
         logging.getLogger("smolforge").setLevel(logging.WARNING)
-    return DistributedContext(rank, world, control)
+    for handler in logging.getLogger("smolforge").handlers:
+        handler.addFilter(_ReportOnce(ranks))
+    return ranks
+
+
+class _ReportOnce(logging.Filter):
+    """Shows a warning unless another rank has shown it already."""
+
+    def __init__(self, ranks: DistributedContext) -> None:
+        super().__init__()
+        self.ranks, self.seen = ranks, Counter[str]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        message = record.getMessage()
+        self.seen[message] += 1  # a rank that repeats itself is heard again
+        return self.ranks.is_first(f"warning {self.seen[message]}", message)
 
 
 def interface_to(host: str) -> str | None:

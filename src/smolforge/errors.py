@@ -25,6 +25,7 @@ class SmolforgeError(Exception):
     """
 
     exit_code = 1
+    is_reported = False  # by another process of the run
 
     def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
@@ -84,6 +85,8 @@ class RunFailed(SmolforgeError):
 
 class OtherProcessFailed(RunFailed):
     """Another process of the run failed; its own message says why."""
+
+    is_reported = True
 
 
 def first_problem(error: ValidationError) -> BadInput:

@@ -181,7 +181,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     from smolforge.training.metrics import StepMetrics
     from smolforge.training.optim import build_optimizer
     from smolforge.training.plan import make_plan, memory_of, resolve_batch
-    from smolforge.training.train import train_step
+    from smolforge.training.step import train_step
 
     insert_cards([CARDS[card]])
     # On the host, of numbers, which fake tensors do not have.

@@ -10,7 +10,7 @@ from smolforge import config as configuration
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
 from smolforge.training import optim, plan
-from smolforge.training.train import train_step
+from smolforge.training.step import train_step
 
 transformers = pytest.importorskip("transformers", reason="the oracle")
 

@@ -10,7 +10,7 @@ from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
 from smolforge.training.optim import build_optimizer
 from smolforge.training.plan import Plan, Precision
-from smolforge.training.train import train_step
+from smolforge.training.step import train_step
 
 CPU, WORDS, SEQUENCES, LENGTH = torch.device("cpu"), 512, 16, 32
 PRECISIONS = {

@@ -68,7 +68,7 @@ def test_one_rank_loses_its_source_and_all_save_and_stop(tmp_path: Path) -> None
 
         server.fault = fault
         outputs = [finish(process, 75) for process in start_ranks(words, 2)]
-    assert sum("another process could not read its data" in output for output in outputs) == 1
+    assert sum(output.count("error:") for output in outputs) == 1  # of the one that lost it
     assert commit.steps(run.checkpoints_path)[-1] == steps_of(run)[-1][0]
 
 
@@ -151,6 +151,6 @@ def test_an_optimizer_that_knows_no_found_inf_skips_what_is_not_finite(make_run,
             model.decoder.norm.weight.grad[0] = float("nan")
         return step(model, optimizer, nats, **options)
 
-    monkeypatch.setattr("smolforge.training.train.optimizer_step", poisoned)
+    monkeypatch.setattr("smolforge.training.step.optimizer_step", poisoned)
     run = make_run(training={"steps": 4}, optimizer=optimizer, schedule={"name": "constant"})
     assert weights_of(run) == weights_of(before)

@@ -76,7 +76,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         return args.run(args)
     except SmolforgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_reported:
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output left, as `head` does; what is still buffered has nowhere to go.

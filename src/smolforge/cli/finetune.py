@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from smolforge.cli.options import MODEL_HELP, add_json, add_run, parse_positive, parse_seconds, parse_sources
 from smolforge.cli.train import print_outcome
 from smolforge.errors import BadInput
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
@@ -49,6 +52,7 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune."""
+    from smolforge.training.launch import launch
     from smolforge.training.setup import TrainRequest
     from smolforge.training.train import run_training
 
@@ -63,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
         time_limit=time_limit,
         command=shlex.join(["smolforge", *args.words]),
     )
+    if (code := launch(request, args.nproc, args.words)) is not None:
+        return code
     finished, shutdown = run_training(request)
     if args.json:
         print_outcome(finished)
     elif shutdown.exit_code == 0:
-        print(f"talk to it: smolforge chat {shlex.quote(str(finished.path))}", file=sys.stderr)
+        logger.info(f"talk to it: smolforge chat {shlex.quote(str(finished.path))}")
     sys.stdout.flush()
     return shutdown.exit_code
 

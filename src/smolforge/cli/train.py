@@ -27,7 +27,7 @@ examples:
   smolforge train smollm2-135m --data A.parquet=0.7 B.jsonl=0.3 --set optimizer.lr=1e-3
   smolforge train --out runs/pocket --steps +50     fifty more steps on an existing run
   smolforge train my_run.yaml --time-limit 3h50m    save and stop before a scheduler kills the job
-  torchrun --nproc-per-node 8 -m smolforge train smollm2-135m
+  smolforge train smollm2-135m --nproc 8            on eight GPUs; several machines: docs/scale.md
 
 An existing run is continued: weights, moments, schedule and the position in the data are exactly
 those of a run that was never interrupted. A data source is a file, folder or glob (.parquet,
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         layers["init"] = args.init
     time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
     skip = [parse_step_range(text, "--skip-steps") for text in args.skip_steps]
+    from smolforge.training.launch import launch
     from smolforge.training.setup import TrainRequest, choose_run
     from smolforge.training.train import run_training
 
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         command=shlex.join(["smolforge", *args.words]),
     )
+    if (code := launch(request, args.nproc, args.words)) is not None:
+        return code
     with contextlib.ExitStack() as stack:
         if args.serve is not None and os.environ.get("RANK", "0") == "0":
             from smolforge.serving.sidecar import sidecar
@@ -115,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_outcome(finished: Any) -> None:
-    """Print the last metrics of a run as one JSON object."""
+    """Print the last metrics of a run as one JSON object, in one of its processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     import json
 
     from smolforge.metrics_log import read_metrics

@@ -10,12 +10,14 @@ the constructors of model and optimizer; nothing is changed afterwards.
 
 In the order to read them:
 
-    train.py           open, step, save, evaluate; `train_step` is the step itself
+    train.py           open, step, save, evaluate
+    step.py            one step: micro-batches and the update
     setup.py           from a request to configuration, data, tokenizer, model and optimizer
     run_data.py        where the data of a run lies, and what happens where it moved or changed
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
     plan.py            device, precision, batch, memory and kernels, each with its reason
     forecast.py        a run on GPUs that need not be here: the plan, time, storage and cost
+    launch.py          `--nproc`: several processes on this machine
     ranks.py           what the processes of a run must have in common
     apply_plan.py      threads and allocator of the process, the first compiled step
     optim/             optimizers, parameter groups, learning-rate schedules

@@ -27,7 +27,7 @@ from smolforge.training.apply_plan import apply_plan, compiled_graphs
 from smolforge.training.metrics import memory_in_use
 from smolforge.training.optim import build_optimizer
 from smolforge.training.plan import Plan, make_plan
-from smolforge.training.train import train_step
+from smolforge.training.step import train_step
 
 logger = logging.getLogger(__name__)
 

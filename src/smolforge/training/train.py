@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,29 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import profile, record_function
 
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
-from smolforge.config import RunConfig
 from smolforge.data import Batch, Loader
 from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
 from smolforge.errors import RunFailed, SourceUnavailable
-from smolforge.model.architecture import CausalLM
 from smolforge.run import Run, lock_run
+from smolforge.slurm import read_slurm
 from smolforge.training import checkpointing, setup
 from smolforge.training.apply_plan import compiled_graphs, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
 from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due, tell_outcome
-from smolforge.training.optim import optimizer_step, schedule_factor
-from smolforge.training.plan import Plan, resolve_batch
+from smolforge.training.optim import schedule_factor
+from smolforge.training.plan import resolve_batch
 from smolforge.training.profiling import build_profiler
 from smolforge.training.ranks import check_ranks
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
+from smolforge.training.step import train_step
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
     Raises:
         SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
     """
+    read_slurm(os.environ)
     device = choose_device()
     ranks = init_distributed(device)
     run = setup.choose_run(request)
@@ -226,6 +226,7 @@ class Trainer:
             raise StopRequested
         if error is None and status == SOURCE_UNAVAILABLE:
             error = SourceUnavailable("another process could not read its data; the run was saved")
+            error.is_reported = True
         raise self.ranks.agree(error)
 
     def _step(self, batch: Batch) -> None:
@@ -357,44 +358,3 @@ class Trainer:
         """A checkpoint was committed. Called in the thread that saves."""
         self.save_seconds = max(self.save_seconds, time.perf_counter() - self.save_began)
         checkpointing.prune_checkpoints(self.context)
-
-
-def train_step(
-    model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
-    tokens: Tensor, document_ids: Tensor | None, *,
-    lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
-    span: Callable[[str], AbstractContextManager[Any]] = record_function,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the global batch in micro-batches, then one update.
-
-    Args:
-        tokens: (B, T + 1), this rank's share of the batch.
-        document_ids: (B, T + 1) on the host where attention stops at document borders, else None.
-        targets: (B, T) of the next tokens, `IGNORE` where one is not learned; all of `tokens` unless given.
-        count: targets that are learned, in the global batch; all unless given.
-        span: the context of each part ("forward", "backward", "update"), for profiles and timings.
-
-    Returns:
-        Sum of the losses in nats over all ranks (), norm of the gradient before clipping (), and whether the update was
-        skipped because one of them is not finite (); all on the device.
-    """
-    nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    with ranks.together():
-        for start in range(0, len(tokens), plan.micro_batch):
-            rows = slice(start, start + plan.micro_batch)
-            ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
-            inputs = tokens[rows, :-1].contiguous()
-            wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
-            with span("forward"), plan.precision.context(tokens.device):
-                loss, part = model.loss(
-                    inputs, wanted, document_ids=ids,
-                    scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
-                )  # fmt: skip
-            with span("backward"):
-                (scaler.scale(loss) if scaler else loss).backward()
-            nats += part.float()
-    with span("update"):
-        norm, skipped = optimizer_step(
-            model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
-        )
-    return nats, norm, skipped
