@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from smolforge.generation.runners.cpu import INT4_GROUP, Precision
+from smolforge.generation.quantize import BLOCK, search_grids, values_on_grid
+from smolforge.generation.runners.cpu import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +25,16 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Int4:
-    """values (N, K) uint8 in 0..15 and scales (N, K / group) bf16: weight = (value - 8) * scale."""
+    """values (N, K) uint8 in 0..15, scales and minima (N, K / 32) in half precision: weight = value * scale + minimum."""
 
     values: Tensor
     scales: Tensor
-    group: int
+    minima: Tensor
 
     def dequantize(self) -> Tensor:
         """The weights (N, K) in fp32."""
-        centred = self.values.float().unflatten(1, (-1, self.group)) - 8
-        return (centred * self.scales.float()[..., None]).flatten(1)
+        blocks = self.values.float().unflatten(1, (-1, BLOCK))
+        return (blocks * self.scales.float()[..., None] + self.minima.float()[..., None]).flatten(1)
 
 
 Weight = Tensor | Int8 | Int4
@@ -47,25 +48,14 @@ def to_int8(weight: Tensor) -> Int8:
     return Int8((weight * inverse[:, None]).round_().to(torch.int8), scales)
 
 
-def to_int4(weight: Tensor, group: int = INT4_GROUP) -> Int4:
-    """Quantize (N, K) weights, K padded with zeros to a multiple of `group`, one bf16 scale per row and group."""
-    weight = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-    # The value of greatest size becomes -8, which has no positive counterpart; a slightly smaller range trades that
-    # value's error for finer steps of all others.
-    peak = weight.gather(2, weight.abs().argmax(2, keepdim=True))
-    best_scale, best_error = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
-    for divisor in (-8.0, -7.6, -7.2, -6.8, 7.0, -8.6):
-        scale = (peak / divisor).bfloat16().float()
-        values = _nearest4(weight, scale)
-        error = (values * scale - weight).square_().sum(2, keepdim=True)
-        better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    values = _nearest4(weight, best_scale) + 8
-    return Int4(values.to(torch.uint8).flatten(1), best_scale[..., 0].bfloat16(), group)
-
-
-def _nearest4(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7)
+def to_int4(weight: Tensor) -> Int4:
+    """Quantize (N, K) weights, K padded with zeros to a multiple of 32."""
+    missing = -weight.shape[1] % BLOCK
+    counts = torch.nn.functional.pad(torch.ones(weight.shape[1]), (0, missing)).view(-1, BLOCK)
+    blocks = torch.nn.functional.pad(weight.float(), (0, missing)).unflatten(1, (-1, BLOCK))
+    scales, minima = search_grids(blocks, counts, "Q4_1")
+    values = values_on_grid(blocks, scales, minima).to(torch.uint8).flatten(1)
+    return Int4(values, scales[..., 0].half(), minima[..., 0].half())
 
 
 def quantize(weight: Tensor, precision: Precision, *, head: bool = False) -> Weight:

@@ -1,11 +1,13 @@
-"""Generation side by side: smolforge, llama.cpp, transformers and the seed's loop, on the same random weights.
+"""Generation side by side: smolforge, llama.cpp, transformers and the seed's loop, on the same weights.
 
-    python benchmarks/generation/compare.py [--llama-python PYTHON] [--rounds 7] [--threads 2] [--only NAME ...]
+    python benchmarks/generation/compare.py [--model MODEL] [--llama-python PYTHON] [--rounds 7] [--threads 2]
+                                            [--only NAME ...]
 
 Contestants live in processes of their own and take turns, job by job, so that a machine that is slow for a while
 is slow for all. Reported are medians, and medians of the ratios of neighbouring turns. llama.cpp runs where
-PYTHON can import `llama_cpp` and `gguf` (a virtual environment with `pip install llama-cpp-python gguf`). The
-model has SmolLM2-135M's shape. Read bandwidth is measured in the same run by summing an array beyond the caches, and
+PYTHON can import `llama_cpp` (a virtual environment with `pip install llama-cpp-python`). Without MODEL the weights
+are random and of SmolLM2-135M's shape. Where MODEL is a GGUF file, native-file and llama.cpp-file run that very file.
+Read bandwidth is measured in the same run by summing an array beyond the caches, and
 the bare loop (bare.cpp: the same matrices times one row, nothing else) takes its turn with the others where the
 processor has AVX-512 with VNNI and bf16.
 
@@ -30,6 +32,7 @@ HERE = Path(__file__).parent
 PAIRS = {
     "native-fp32": ("llama.cpp-f32", 0.95), "native-bf16": ("llama.cpp-bf16", 1.3),
     "native-int8": ("llama.cpp-q8_0", 2.0), "native-int4": ("llama.cpp-q4_0", 1.7),
+    "native-file": ("llama.cpp-file", 1.7),
 }  # fmt: skip
 OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "transformers-compiled-bf16", "seed-fp32"]
 BARE = {"native-fp32": (32, None), "native-bf16": (16, 0.8), "native-int8": (8, 0.8), "native-int4": (4, 0.7)}
@@ -87,21 +90,28 @@ class Peer:
         self._process.wait(60)
 
 
-def make_model(workspace: Path, llama_python: str | None) -> None:
-    """The random model as a Hugging Face directory and, for llama.cpp, as GGUF files."""
+def make_model(workspace: Path, llama_python: str | None, model: str | None = None) -> None:
+    """A model, or one of random weights, as a Hugging Face directory and, for llama.cpp, as GGUF files."""
     from smolforge.checkpoint.format import write_model
+    from smolforge.checkpoint.locate import load_model, resolve_model
     from smolforge.config import ModelConfig
+    from smolforge.export.gguf import export_gguf
+    from smolforge.gguf_file import is_gguf
     from smolforge.model.architecture import build_model
     from smolforge.tokenizer import Tokenizer
 
     if not (workspace / "hf").is_dir():
-        config = ModelConfig()
-        module = build_model(config, seed=0)
-        tokenizer = Tokenizer.train(["once upon a time"], 300)
+        if model:
+            module, tokenizer, _ = load_model(model)
+        else:
+            module, tokenizer = build_model(ModelConfig(), seed=0), Tokenizer.train(["once upon a time"], 300)
         (workspace / "hf").mkdir(parents=True)
-        write_model(workspace / "hf", config, module.state_dict(), tokenizer)
-    if llama_python and not (workspace / "q4_0.gguf").is_file():
-        subprocess.run([llama_python, str(HERE / "to_gguf.py"), str(workspace)], check=True)
+        write_model(workspace / "hf", module.config, module.state_dict(), tokenizer)
+    if model and is_gguf(resolve_model(model)) and not (workspace / "file.gguf").exists():
+        (workspace / "file.gguf").symlink_to(resolve_model(model).resolve())
+    for kind in ("f32", "bf16", "q8_0", "q4_0"):
+        if llama_python and not (workspace / f"{kind}.gguf").is_file():
+            export_gguf(workspace / "hf", workspace / f"{kind}.gguf", kind=kind)
 
 
 def bandwidth(threads: int) -> float:
@@ -122,6 +132,7 @@ def bandwidth(threads: int) -> float:
 def main() -> None:
     """Measure, print a table, and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
     parser.add_argument("--llama-python", default=None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -129,9 +140,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="contestants to run, by name")
     args = parser.parse_args()
     llama = args.llama_python and shutil.which(args.llama_python)
-    make_model(args.workspace, llama)
+    make_model(args.workspace, llama, args.model)
     names = list(dict.fromkeys([name for pair, (theirs, _) in PAIRS.items() for name in (pair, theirs)] + OTHERS))
     names = [n for n in names if (args.only is None or n in args.only) and (llama or not n.startswith("llama"))]
+    names = [n for n in names if not n.endswith("-file") or (args.workspace / "file.gguf").exists()]
     read = bandwidth(args.threads)
     peers = {}
     for name in names:

@@ -57,7 +57,7 @@ def smolforge(variant: str, workspace: Path, threads: int) -> Contestant:
     torch.set_num_threads(threads)
     precision = variant.split("-")[1]
     start = time.perf_counter()
-    module, _, _ = load_model(workspace / "hf")
+    module, _, _ = load_model(workspace / ("file.gguf" if precision == "file" else "hf"))
     runner = CpuRunner(module, precision)  # type: ignore[arg-type]
     me = Contestant()
     me.load_seconds, me.weight_bytes = time.perf_counter() - start, runner.weight_bytes

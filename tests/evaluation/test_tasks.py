@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from smolforge import cli
+from smolforge.chat_template import CHATML
 from smolforge.checkpoint.format import write_model
+from smolforge.checkpoint.locate import load_model
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import build_model
@@ -156,6 +158,49 @@ def test_what_is_shown(model: Path, task_files: Path, capsys: pytest.CaptureFixt
     assert "choices" in shown.out and "acc_norm" in shown.out and "±" in shown.out
     assert cli.run([*words[:-2], "--limit", "0"]) == 2
     assert "--limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_every_item_is_scored_as_by_hf(
+    model: Path, task_files: Path, tmp_path: Path, template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file through the verb, and the same model through lm-eval's own `hf`: each item's log-likelihoods."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    from smolforge.export.gguf import export_gguf
+
+    module, tokenizer, _ = load_model(model)
+    talker = Tokenizer(tokenizer.backend, {**tokenizer.config, "chat_template": CHATML})
+    write_model(tmp_path / "m", module.config, module.state_dict(), talker)
+    path, names = export_gguf(tmp_path / "m", tmp_path / "m.gguf", kind="f32").path, ["choices", "written"]
+    whole, found = evaluator.simple_evaluate, []
+
+    def keep(**words: Any) -> Any:
+        found.append(whole(**{**words, "log_samples": True}))
+        return found[-1]
+
+    monkeypatch.setattr(evaluator, "simple_evaluate", keep)
+    words = ["eval", str(path), "--tasks", ",".join(names), "--task-files", str(task_files), "--json"]
+    assert cli.run(words + ["--apply-chat-template"] * template) == 0
+    manager = TaskManager(include_path=str(task_files), include_defaults=False)
+    whole_words: dict[str, Any] = {"tasks": names, "task_manager": manager, "apply_chat_template": template}
+    theirs = whole(reference(tmp_path / "m"), log_samples=True, bootstrap_iters=0, **whole_words)["samples"]
+    for task in names:
+        assert len(theirs[task]) == len(QUESTIONS)
+        for ours, expected in zip(found[0]["samples"][task], theirs[task], strict=True):
+            assert ours["arguments"] == expected["arguments"]
+            assert ("<|im_start|>assistant" in str(ours["arguments"])) is template
+            for a, b in zip(ours["filtered_resps"], expected["filtered_resps"], strict=True):
+                assert a == b if isinstance(b, str) else (a[0] == pytest.approx(b[0], abs=1e-3) and a[1] == b[1])
+
+
+def test_a_base_model_has_no_template_to_apply(
+    model: Path, task_files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(model), "--tasks", "choices", "--task-files", str(task_files), "--apply-chat-template"]
+    assert cli.run(words) == 2
+    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_long_requests_are_logged(both: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:

@@ -114,7 +114,9 @@ def test_served_bytes_are_those_of_the_quantizer(precision: str) -> None:
         if isinstance(stored, Int8):
             expected += stored.values.nbytes + stored.scales.nbytes
         elif isinstance(stored, Int4):
-            expected += stored.values.nbytes // 2 + stored.scales.nbytes  # two to a byte once packed
+            expected += (
+                stored.values.nbytes // 2 + stored.scales.nbytes + stored.minima.nbytes
+            )  # two to a byte once packed
         else:
             expected += stored.nbytes
     assert summarise(UNTIED, 128).serving_memory["weights"][precision] == expected

@@ -18,6 +18,7 @@ examples:
   smolforge eval HuggingFaceTB/SmolLM2-135M --data wiki.jsonl --json
   smolforge eval runs/pocket --data tales --quantize int8 int4       what fewer bits cost
   smolforge eval HuggingFaceTB/SmolLM2-135M --tasks hellaswag,arc_easy
+  smolforge eval smollm2 --tasks arc_easy --apply-chat-template
   smolforge eval runs/pocket --tasks my_task --task-files my_tasks/     your own YAML files, without a network
 """
 
@@ -53,6 +54,9 @@ def add(verbs: Any) -> None:
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
     tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
     tasks.add_argument("--batch", type=int, default=8, metavar="N", help="questions at a time (default 8)")
+    tasks.add_argument(
+        "--apply-chat-template", action="store_true", help="ask each question as a message of a conversation"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -145,8 +149,9 @@ def _score_tasks(args: argparse.Namespace) -> int:
     directory = resolve_model(args.model)
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its tasks print to stdout
         found = run_tasks(
-            directory, names, task_files=args.task_files, shots=args.shots, limit=args.limit, batch=args.batch
-        )
+            directory, names, task_files=args.task_files, shots=args.shots, limit=args.limit, batch=args.batch,
+            apply_chat_template=args.apply_chat_template,
+        )  # fmt: skip
     print_result(args, {"model": str(directory), "tasks": found}, _task_table(found))
     return 0
 

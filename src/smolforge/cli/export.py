@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, add_json, print_result
+from smolforge.cli.options import MODEL_HELP, add_json, parse_sources, print_result
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
 examples:
   smolforge export runs/pocket --to gguf --out pocket.gguf                     for llama.cpp, in f16
   smolforge export runs/pocket --to gguf --out pocket.gguf --quantize q8_0
+  smolforge export smollm2 --to gguf --out talker.gguf --quantize q4_1 --check  and compare its text in llama.cpp
   smolforge export smollm2 --to ollama --out talker                            ollama create talker -f talker/Modelfile
   smolforge export runs/pocket --to space --out pocket-space                   python pocket-space/app.py
   smolforge export runs/pocket --to checkpoint --out pocket-model              the model without training state
@@ -21,7 +22,15 @@ examples:
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 # Which options belong to which goal; another one is an error, not ignored.
 _FILES = ("gguf", "ollama")
-_ONLY = {"quantize": _FILES, "name": _FILES, "title": ("space",), "private": ("hub",), "dry_run": ("hub",)}
+_ONLY = {
+    "quantize": _FILES,
+    "name": _FILES,
+    "check": _FILES,
+    "calibration": _FILES,
+    "title": ("space",),
+    "private": ("hub",),
+    "dry_run": ("hub",),
+}
 
 
 def add(verbs: Any) -> None:
@@ -38,7 +47,14 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="the new file or directory; OWNER/NAME of the Hub")
     parser.add_argument("--quantize", choices=KINDS, help="gguf, ollama: type of the weights (default f16, q8_0)")
+    parser.add_argument(
+        "--calibration", nargs="+", action="extend", metavar="SRC[=WEIGHT]",
+        help="q4_0, q4_1: text to choose the rounding by (default: text that the model writes)",
+    )  # fmt: skip
     parser.add_argument("--name", help="gguf, ollama: the name in the file (default: the directory's)")
+    parser.add_argument(
+        "--check", action="store_true", default=None, help="gguf, ollama: compare greedy text of the file in llama.cpp"
+    )
     parser.add_argument("--title", help="space: its title (default: the model's name)")
     parser.add_argument("--private", action="store_true", default=None, help="hub: a new repository is private")
     parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only list what would be uploaded")
@@ -69,21 +85,56 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     from smolforge.export.space import name_of
 
     name = args.name or name_of(args.model)
-    done = export_gguf(args.model, Path(args.out), kind=args.quantize or "f16", name=name)
+    _require(args)
+    done = export_gguf(
+        args.model, Path(args.out), kind=args.quantize or "f16", name=name, calibration=_calibration(args)
+    )
     outcome = {"to": "gguf", "path": str(done.path), "bytes": done.bytes, "kind": done.kind, "tensors": done.tensors}
     return outcome, [
         f"{done.path}: {done.kind}, {done.tensors} tensors, {done.bytes:,} bytes",
+        *_check(args, done.path, outcome),
         f"run it:  llama-completion -m {done.path} -p 'Once upon a time' -n 100 -no-cnv",
     ]
+
+
+def _calibration(args: argparse.Namespace) -> dict[str, float] | None:
+    if args.calibration and not (args.quantize or "").startswith("q4"):
+        raise BadInput("belongs to --quantize q4_0 or q4_1", field="--calibration")
+    return parse_sources(args.calibration, "--calibration") if args.calibration else None
+
+
+def _require(args: argparse.Namespace) -> None:
+    """Refuse --check before anything is written where it cannot be done."""
+    if args.check:
+        from smolforge.export.check import require_llama_cpp
+
+        require_llama_cpp()
+
+
+def _check(args: argparse.Namespace, path: Path, outcome: dict[str, Any]) -> list[str]:
+    """With --check, what llama.cpp writes from a file: into the outcome, and as a line for people."""
+    if not args.check:
+        return []
+    from dataclasses import asdict
+
+    from smolforge.export.check import compare_with_llama_cpp, summarize
+
+    found = compare_with_llama_cpp(path)
+    outcome["check"] = [asdict(each) for each in found]
+    return [summarize(found)]
 
 
 def _ollama(args: argparse.Namespace) -> Outcome:
     from smolforge.export.ollama import export_ollama
 
-    done = export_ollama(args.model, Path(args.out), kind=args.quantize or "q8_0", name=args.name)
+    _require(args)
+    done = export_ollama(
+        args.model, Path(args.out), kind=args.quantize or "q8_0", name=args.name, calibration=_calibration(args)
+    )
     outcome = {"to": "ollama", "path": str(done.path), "bytes": done.bytes, "kind": done.kind}
     return outcome, [
         f"{done.path}: model.gguf ({done.kind}, {done.bytes:,} bytes) and Modelfile",
+        *_check(args, done.path / "model.gguf", outcome),
         f"run it:  ollama create {done.path.name} -f {done.path / 'Modelfile'} && ollama run {done.path.name}",
     ]
 

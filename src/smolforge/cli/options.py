@@ -152,7 +152,7 @@ def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -
     print(json.dumps(outcome, ensure_ascii=False) if args.json else text)
 
 
-def parse_sources(words: list[str]) -> dict[str, float]:
+def parse_sources(words: list[str], field: str = "--data") -> dict[str, float]:
     """`A=0.7` → {A: 0.7}; a source without a weight weighs 1.
 
     A path that exists is a source as it stands, so `--data year=2024` reads that folder.
@@ -166,7 +166,7 @@ def parse_sources(words: list[str]) -> dict[str, float]:
         weighted = bool(equals) and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) and not Path(word).expanduser().exists()
         source = name if weighted else word
         if source in sources:
-            raise BadInput(f"{source} is given twice", field="--data")
+            raise BadInput(f"{source} is given twice", field=field)
         sources[source] = float(weight) if weighted else 1.0
     return sources
 

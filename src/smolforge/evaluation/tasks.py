@@ -37,6 +37,7 @@ from smolforge.devices import choose_device
 from smolforge.errors import BadInput, SmolforgeError, SourceUnavailable, nearest
 from smolforge.gguf_file import is_gguf
 from smolforge.model.architecture import architecture_of
+from smolforge.tokenizer import Tokenizer
 
 
 class _Wrapped(PreTrainedModel, GenerationMixin):
@@ -81,6 +82,7 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     batch: int = 8,
+    apply_chat_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of a model on tasks: {task: {metric: value}}, as lm-eval names them.
 
@@ -91,14 +93,20 @@ def run_tasks(
         shots: examples before each question; the task's own number unless given.
         limit: questions of each task; all unless given.
         batch: questions scored at a time.
+        apply_chat_template: put each question into the model's chat template, with its examples as earlier turns.
 
     Raises:
-        BadInput: there is no such task, or its file or data cannot be used.
+        BadInput: there is no such task, its file or data cannot be used, or the model has no chat template.
         SourceUnavailable: the data of a task is on the Hub, which cannot be reached.
     """
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if apply_chat_template and Tokenizer.from_pretrained(directory).chat_template is None:
+        raise BadInput(
+            f"{directory} has no chat template", field="--apply-chat-template",
+            hint="A base model continues text: score it without a template.",
+        )  # fmt: skip
     manager = _task_manager(tasks, task_files)
     device = str(choose_device())
     if architecture_of(read_config(directory)).in_transformers and not is_gguf(directory):
@@ -110,7 +118,7 @@ def run_tasks(
     try:
         found = simple_evaluate(
             model=model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
-            bootstrap_iters=1000,
+            bootstrap_iters=1000, apply_chat_template=apply_chat_template,
         )  # fmt: skip
     except SmolforgeError:
         raise

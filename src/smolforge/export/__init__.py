@@ -6,10 +6,12 @@ training state), adds something (an app) or writes another format (GGUF). Each r
 
 Read in this order:
 
-    push.py    a model without its training state: copied to a directory, or uploaded to the Hub
-    space.py   a Hugging Face Space: a Gradio app with the model and this package
-    gguf.py    one GGUF file for llama.cpp, with its tokenizer
-    ollama.py  the same in a directory for Ollama, with its chat template
+    push.py       a model without its training state: copied to a directory, or uploaded to the Hub
+    space.py      a Hugging Face Space: a Gradio app with the model and this package
+    gguf.py       one GGUF file for llama.cpp, with its tokenizer
+    calibrate.py  four bits for it, chosen by text
+    check.py      what llama.cpp writes from that file, beside what smolforge writes
+    ollama.py     the same in a directory for Ollama, with its chat template
 
 templates/ holds the files of a Space.
 """

@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ from smolforge.checkpoint.locate import resolve_model
 from smolforge.checkpoint.weights import read_weights
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, unknown
+from smolforge.export.calibrate import calibrated_weights
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
-from smolforge.gguf_file import is_gguf
+from smolforge.generation.quantize import BLOCK_BYTES, quantize_blocks
+from smolforge.gguf_file import blocks_of, is_gguf
 from smolforge.gguf_tokenizer import ENDS_OF_TURN, PATTERNS, merges_of_scores
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
@@ -57,13 +60,18 @@ class Exported:
     tensors: int
 
 
-def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | None = None) -> Exported:
+def export_gguf(
+    model: str | Path, out: Path, *, kind: str = "f16", name: str | None = None,
+    calibration: Mapping[str, float] | None = None,
+) -> Exported:  # fmt: skip
     """Write `model` to the GGUF file `out`; an export that fails leaves no file.
 
     Args:
         model: anything that `checkpoint.locate.resolve_model` takes.
-        kind: f32, f16, bf16, q8_0, q4_0 or q4_1 (whose head is q8_0). Norms are always f32.
+        kind: f32, f16, bf16, q8_0, q4_0 or q4_1 (whose head is q8_0). Norms are always f32. Four bits are chosen by
+            text (`calibrate.py`), unless they come from a file that has them already.
         name: the name in the file; that of the directory unless given.
+        calibration: sources of that text by their weight; what the model writes itself unless given.
 
     Raises:
         BadInput: an unknown kind, an architecture or tokenizer that llama.cpp does not have, a directory as `out`.
@@ -87,6 +95,8 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     tokenizer = Tokenizer.from_pretrained(directory)
     check_vocabulary(config, tokenizer)
     weights = check_weights(config, read_weights(directory), str(directory))
+    if kind.startswith("q4") and not _has_blocks(weights, kind.upper()):
+        weights = calibrated_weights(directory, kind.upper(), calibration)
     if config.rope_scaling:
         weights[ROPE_FACTORS] = rope_factors(config)
     out = Path(out)
@@ -104,6 +114,10 @@ def export_gguf(model: str | Path, out: Path, *, kind: str = "f16", name: str | 
     if kept:
         logger.info("%d tensors stay f16: their rows are not a multiple of %d (first: %s)", len(kept), _BLOCK, kept[0])
     return Exported(out, out.stat().st_size, kind, len(plan))
+
+
+def _has_blocks(weights: Mapping[str, Tensor], kind: str) -> bool:
+    return any(blocks is not None and blocks.kind == kind for blocks in map(blocks_of, weights.values()))
 
 
 @dataclass(frozen=True)
@@ -143,18 +157,28 @@ def _write_tensors(gguf: Any, writer: Any, config: ModelConfig, weights: dict[st
     writer.write_ti_data_to_file()
     try:
         for item in plan:
-            array = _converted(config, item, weights[item.source])
-            writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[item.type]))
+            writer.write_tensor_data(_encoded(gguf, config, item, weights[item.source]))
     finally:
         writer.close()
 
 
-def _converted(config: ModelConfig, item: _Item, tensor: Tensor) -> np.ndarray:
+def _encoded(gguf: Any, config: ModelConfig, item: _Item, tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes: its own blocks where they are of the type, else rounded here or by the package."""
+    heads = permuted_heads(config, item.source)
+    array, blocks = _converted(item, tensor), blocks_of(tensor)
+    if blocks is not None and blocks.kind == item.type:
+        array = blocks.rows
+    elif item.type in BLOCK_BYTES:
+        array = quantize_blocks(tensor, item.type)
+    else:
+        array = gguf.quants.quantize(array, gguf.GGMLQuantizationType[item.type])
+    return permute(array, heads) if heads else array
+
+
+def _converted(item: _Item, tensor: Tensor) -> np.ndarray:
     import numpy as np
 
-    array = tensor.float().numpy()
-    if heads := permuted_heads(config, item.source):
-        array = permute(array, heads)
+    array = tensor.detach().float().numpy()
     if not np.isfinite(array).all():
         raise BadInput(f"tensor {item.source!r} holds values that are not finite", field="model")
     if item.type == "F16" and np.abs(array).max(initial=0.0) > _F16_MAX:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,13 +114,22 @@ def role_template(tokenizer: Tokenizer) -> RoleTemplate:
     return found
 
 
-def export_ollama(model: str | Path, out: Path, *, kind: str = "q8_0", name: str | None = None) -> Exported:
-    """Write `out`/model.gguf and `out`/Modelfile; raises what `export_gguf`, `role_template` and `new_directory` do."""
+def export_ollama(
+    model: str | Path, out: Path, *, kind: str = "q8_0", name: str | None = None,
+    calibration: Mapping[str, float] | None = None,
+) -> Exported:  # fmt: skip
+    """Write `out`/model.gguf, whose options `export_gguf` has, and `out`/Modelfile.
+
+    Raises:
+        BadInput, RunFailed: as `export_gguf`, `role_template` and `new_directory`.
+    """
     directory = resolve_model(model)
     tokenizer, defaults = Tokenizer.from_pretrained(directory), read_generation_defaults(directory)
     template = role_template(tokenizer)
     with new_directory(Path(out), needed=0) as place:
-        done = export_gguf(directory, place / "model.gguf", kind=kind, name=name or Path(out).name)
+        done = export_gguf(
+            directory, place / "model.gguf", kind=kind, name=name or Path(out).name, calibration=calibration
+        )
         ends = dict.fromkeys([tokenizer.eos_id, *end_ids(open_gguf(done.path).metadata)])
         lines = ["FROM ./model.gguf", f'TEMPLATE """{template.go()}"""']
         lines += [f'SYSTEM """{template.system}"""'] if template.system else []

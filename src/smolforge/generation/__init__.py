@@ -13,6 +13,7 @@ In the order to read them:
     sequence.py           Request, Sequence, ScheduledChunk, StepOutput: the data of a step; Detokenizer: its text
     scheduler.py          continuous batching: which sequences run in the next step
     kv_cache.py           memory of keys and values, and the pool that allocates it
+    quantize.py           four bits per weight: the search for scales, and rounding by what layers see
     runners/__init__.py   Runner, and the choice of one and of a precision; names the files next to it
     sampling_params.py    SamplingParams: the settings of a request
     grammar.py            constrained decoding: JSON of a schema, and other grammars

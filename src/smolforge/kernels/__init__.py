@@ -14,7 +14,8 @@ In the order to read them:
     memory.h       memory that starts at a cache line
     vectors.h      vectors as wide as the processor's, bfloat16, powers of two
     layout.h       how weights, keys and values lie in memory for decoding
-    pack.cpp       weights of a checkpoint into that layout, in fp32, bf16, int8 or int4
+    quantize.h     four bits per weight: the search for scales and minima
+    pack.cpp       weights of a checkpoint into that layout, in fp32, bf16, int8 or int4; blocks of GGUF
     matmul.h       rows times a packed matrix
     decode.cpp     one step of a Llama: embedding, layers, head
     attention.cpp  attention for training in bf16, forward and backward

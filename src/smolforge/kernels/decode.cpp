@@ -31,7 +31,7 @@ void put_input(int kind, char* row, int i, float v) {
   else ((uint16_t*)row)[i] = to_bf16(v);
 }
 
-struct Prepared { Buffer data, scales, corrections; };
+struct Prepared { Buffer data, scales, corrections, sums; };
 
 struct Span { int first, last; };
 Span share(int n, int id, int of) { return {(int)((int64_t)n * id / of), (int)((int64_t)n * (id + 1) / of)}; }
@@ -75,15 +75,15 @@ struct Model {
       for (int i = 0; i < k; i += LANES) put_inputs(w.kind, row(0), i, value(i));
       return;
     }
-    const int step = w.kind == I8 ? GROUP : w.group, offset = w.kind == I4 ? 8 : w.kind == B4 ? -1 : I8_OFFSET;
+    const int step = w.kind == I8 ? GROUP : BLOCK;
     for (int g = 0; g < k; g += GROUP) {
       F v[GROUP / LANES];
       for (int j = 0; j < GROUP / LANES; j++) v[j] = value(g + LANES * j);
-      for (int p = 0; p < parts; p++) quantize(v, w.kind, step, offset, to, (size_t)r * parts + p, g, row(p));
+      for (int p = 0; p < parts; p++) quantize(v, w.kind, step, to, (size_t)r * parts + p, g, row(p));
     }
   }
   // Round the 64 inputs `v` from g on to 8 bits, as row `r` of inputs; what that leaves stays in `v`.
-  static void quantize(F* v, int kind, int step, int offset, const Inputs& to, size_t r, int g, char* row) {
+  static void quantize(F* v, int kind, int step, const Inputs& to, size_t r, int g, char* row) {
     const int k = to.stride;
     F most = {};
     for (int j = 0; j < GROUP / LANES; j++) {
@@ -104,7 +104,8 @@ struct Model {
     for (int j = 0; j < GROUP / step; j++) {
       int32_t total = 0;
       for (int i = 0; i < step; i++) total += q[j * step + i];
-      to.corrections[r * (k / step) + g / step + j] = -offset * total;
+      to.corrections[r * (k / step) + g / step + j] = -I8_OFFSET * total;
+      to.sums[r * (k / step) + g / step + j] = scale * total;
     }
   }
 
@@ -120,7 +121,7 @@ struct Model {
   }
   Inputs inputs_of(Prepared& p, int rows, int stride) {
     return {p.data.get<float>((size_t)rows * stride), stride, p.scales.get<float>((size_t)rows * 2 * stride / GROUP),
-            p.corrections.get<int32_t>((size_t)rows * 2 * stride / UNIT)};
+            p.corrections.get<int32_t>((size_t)rows * 2 * stride / BLOCK), p.sums.get<float>((size_t)rows * 2 * stride / BLOCK)};
   }
 
   template <class Done> void rows_times(const Matrix& w, const Inputs& in, int id, int rows, Done done) {
@@ -143,8 +144,8 @@ struct Model {
     for (int i = 0; i < w.k; i++) {
       if (w.kind == F32) to[i] = load<float>(p + ((size_t)i * UNIT + lane) * 4);
       else if (w.kind == BF16) to[i] = from_bf16(load<uint16_t>(p + ((size_t)(i / 2) * UNIT + lane) * 4 + i % 2 * 2));
-      else {  // I8, or blocks of GGUF
-        const size_t word = (size_t)(w.kind == B4 ? i / 8 : i / 4) * UNIT + lane, group = (size_t)unit * (round_up(w.k, GROUP) / UNIT) + i / UNIT;
+      else {  // I8, B8 or nibbles
+        const size_t word = (size_t)(is_nibbles(w.kind) ? i / 8 : i / 4) * UNIT + lane, group = (size_t)unit * (round_up(w.k, GROUP) / BLOCK) + i / BLOCK;
         const int byte = p[word * 4 + i % 4];
         const auto fine = [&](size_t at) { return from_f16(((const uint16_t*)w.scales)[at * UNIT + lane]); };
         to[i] = w.kind == I8   ? (byte - 128) * ((const float*)w.scales)[unit * UNIT + lane]
@@ -157,12 +158,12 @@ struct Model {
   // A layer's keys [unit of 32 positions] and values [unit of 32 columns] in the cache of a sequence.
   Matrix keys(uint8_t* cache, int capacity, int layer, int kv) const {
     const size_t e = bytes_per_input(s.cache_kind), per = e * capacity * s.head_dim;
-    return {s.cache_kind, capacity, s.head_dim, 0, cache + per * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
+    return {s.cache_kind, capacity, s.head_dim, cache + per * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
   }
   Matrix values(uint8_t* cache, int capacity, int layer, int kv) const {
     const size_t e = bytes_per_input(s.cache_kind), columns = round_up(s.head_dim, UNIT);
     uint8_t* base = cache + e * capacity * s.head_dim * s.layers * s.kv_heads;
-    return {s.cache_kind, s.head_dim, capacity, 0, base + e * capacity * columns * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
+    return {s.cache_kind, s.head_dim, capacity, base + e * capacity * columns * ((size_t)layer * s.kv_heads + kv), nullptr, nullptr};
   }
   void put(const Matrix& m, size_t bytes, int output, int input, float value) const {
     uint8_t* p = (uint8_t*)m.data + bytes * (output / UNIT);
@@ -212,7 +213,7 @@ struct Model {
     float* score = scores[id].get<float>((size_t)n * padded);
     const int in = input_bytes(s.cache_kind);
     char* weight = weights[id].get<char>((size_t)n * padded * in);
-    const Inputs q = {queries.p + in * ((size_t)row * s.heads + head) * d, n_heads > 1 ? d : s.heads * d, nullptr, nullptr};
+    const Inputs q = {queries.p + in * ((size_t)row * s.heads + head) * d, n_heads > 1 ? d : s.heads * d, nullptr, nullptr, nullptr};
     product(k, e * UNIT * d, d, q, n, 0, padded / UNIT, [&](int unit, int m, int count, F(*out)[V]) {
       for (int i = 0; i < count; i++) memcpy(score + (size_t)(m + i) * padded + unit * UNIT, out[i], 4 * UNIT);
     });
@@ -232,7 +233,7 @@ struct Model {
       }
       inverse[i] = 1.f / sum(total);
     }
-    const Inputs w = {weight, padded, nullptr, nullptr};
+    const Inputs w = {weight, padded, nullptr, nullptr, nullptr};
     product(v, e * UNIT * capacity, round_up(seen, 2), w, n, 0, (d + UNIT - 1) / UNIT, [&](int unit, int m, int count, F(*out)[V]) {
       for (int i = 0; i < count; i++) {
         const int r = n_heads > 1 ? row : row + m + i, h_ = n_heads > 1 ? head + m + i : head;

@@ -10,14 +10,14 @@
 //                                                           else float; sums in fp32
 //   I8    [k/4][32][4] value + 128; a scale per output      int8 with a scale per 64 inputs, widened to 16 bits
 //                                                           where the processor does not multiply quads of bytes
-//   I4    [k/8][32][4] bytes of two 4-bit values + 8;       int8 with a scale per 64 inputs
-//         a scale per output and 32 or 64 inputs
+//   I4    [k/8][32][4] bytes of two 4-bit values from 0;    int8 with a scale per 64 inputs
+//         a scale and a minimum per output and 32 inputs
 //   B8    as I8, with a scale per output and 32 inputs      as I8, twice: what the first rounding leaves is rounded too
-//   B4    as I4, values from 0; a scale and a minimum       as B8
-//         per output and 32 inputs
+//   B4    as I4                                             as B8
 //
-// B8 and B4 hold the blocks of GGUF files, number for number: Q8_0, Q4_0 (whose minimum is -8 scales) and Q4_1. Their inputs
-// have 15 bits, so that the results are those of the file's numbers; on one row this costs no time, as memory limits it.
+// I4, B8 and B4 hold the blocks of GGUF files, number for number: Q8_0, Q4_0 (whose minimum is -8 scales) and Q4_1. The inputs
+// of B8 and B4 have 15 bits, so that the results are those of the file's numbers; on one row this costs no time, as memory
+// limits it.
 
 #pragma once
 
@@ -27,20 +27,21 @@
 enum Kind { F32, BF16, I8, I4, B8, B4 };
 constexpr int UNIT = 32;   // outputs of one unit
 constexpr int GROUP = 64;  // inputs that share one activation scale
+constexpr int BLOCK = 32;  // inputs that share a weight scale in I4, B8 and B4
 
 extern "C" struct Matrix {  // as packed by pack.cpp
   int32_t kind, n, k;       // outputs and inputs, before padding
-  int32_t group;            // I4, B8, B4: inputs that share a weight scale
   const uint8_t* data;
-  const void* scales;       // I8: float [units][32]; I4: bfloat16 [units][k / group][32]; B8: the same in half precision;
-                            // B4: [units][k / group][2][32], scales and minima
+  const void* scales;       // I8: float [units][32]; B8: half precision [units][k / 32][32];
+                            // I4, B4: [units][k / 32][2][32], scales and minima
   const float* bias;        // [units][32] added to the outputs, or null
 };
 
 inline int planes(int kind) { return kind == B8 || kind == B4 ? 2 : 1; }  // rows of inputs for one row
+constexpr bool is_nibbles(int kind) { return kind == I4 || kind == B4; }
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; I4, B4: half of it
+inline int bytes_per_input(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }  // of a weight; of nibbles half of it
 inline size_t unit_bytes(const Matrix& w) {
   const size_t k = round_up(w.k, GROUP);
-  return w.kind == I4 || w.kind == B4 ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
+  return is_nibbles(w.kind) ? k * UNIT / 2 : k * UNIT * bytes_per_input(w.kind);
 }

@@ -104,7 +104,8 @@ struct Inputs {
   void* data;
   int stride;
   float* scales;         // of 8 and 4 bits: [row][stride / GROUP]; `planes` rows follow each other
-  int32_t* corrections;  // -(offset of the stored weights) * (sum of the group's inputs); B4: the sum itself
+  int32_t* corrections;  // of 8 bits: -(offset of the stored weights) * (sum of the inputs that share a weight scale)
+  float* sums;           // of 4 bits: the sum of those inputs
 };
 
 // Prefetch weights of 8 and 4 bits 1 KiB ahead. The processor's own prefetcher is faster with wider ones, but does not
@@ -145,14 +146,15 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
       });
     each<M>([&](int m, int v) { out[m][v] = acc[m][v]; });
   } else {
-    constexpr int FINE = KIND == I8 ? 0 : KIND == B4 ? 2 : 1;  // scales and minima of an output and a group
-    const int groups = in.stride / GROUP, step = FINE ? w.group : GROUP;
+    constexpr int FINE = KIND == I8 ? 0 : KIND == B8 ? 1 : 2;  // scales and minima of an output and a block
+    constexpr int step = FINE ? BLOCK : GROUP;
+    const int groups = in.stride / GROUP;
     const uint16_t* fine = FINE ? (const uint16_t*)w.scales + (size_t)unit * (round_up(k, GROUP) / step) * FINE * UNIT : nullptr;
     F total[M][V] = {};
     for (int g = 0; g < k; g += step) {
       I acc[M][V];
-      const auto correction = [&](int m) { return in.corrections[(size_t)(row + m) * (in.stride / step) + g / step]; };
-      each<M>([&](int m, int v) { acc[m][v] = splat(KIND == B4 ? 0 : correction(m)); });
+      const auto of_group = [&](const auto* all, int m) { return all[(size_t)(row + m) * (in.stride / step) + g / step]; };
+      each<M>([&](int m, int v) { acc[m][v] = splat(FINE == 2 ? 0 : of_group(in.corrections, m)); });
       if constexpr (KIND == I8 || KIND == B8) {
         for (int i = g; i < g + step; i += 4, p += 4 * UNIT) {
           prefetch(p);
@@ -161,28 +163,25 @@ void tile(const Matrix& w, int unit, size_t bytes, int k, const Inputs& in, int 
       } else {
         const auto low = [&](int v) { return word(v) & 0x0f0f0f0f; };
         const auto high = [&](int v) { return (I)((U)word(v) >> 4) & 0x0f0f0f0f; };
-        for (int half = g; half < g + step; half += 32) {
-          Small small[M][V] = {};
-          for (int i = half; i < half + 32; i += 8, p += 4 * UNIT) {
-            prefetch(p);
-            each<M>([&](int m, int v) {
-              const int8_t* x = input(m, i);
-              if constexpr (QUADS) acc[m][v] = dot_quads(dot_quads(acc[m][v], low(v), x), high(v), x + 4);
-              else small[m][v] = dot_small(dot_small(small[m][v], low(v), x), high(v), x + 4);
-            });
-          }
-          if constexpr (!QUADS) each<M>([&](int m, int v) { acc[m][v] += widen(small[m][v]); });
+        Small small[M][V] = {};
+        for (int i = g; i < g + step; i += 8, p += 4 * UNIT) {
+          prefetch(p);
+          each<M>([&](int m, int v) {
+            const int8_t* x = input(m, i);
+            if constexpr (QUADS) acc[m][v] = dot_quads(dot_quads(acc[m][v], low(v), x), high(v), x + 4);
+            else small[m][v] = dot_small(dot_small(small[m][v], low(v), x), high(v), x + 4);
+          });
         }
+        if constexpr (!QUADS) each<M>([&](int m, int v) { acc[m][v] += widen(small[m][v]); });
       }
       const auto scale = [&](int v) {
-        if constexpr (KIND == I4) return from_bf16(load<Halves>(fine + v * LANES));
-        else if constexpr (FINE > 0) return from_f16(load<Halves>(fine + v * LANES));
+        if constexpr (FINE > 0) return from_f16(load<Halves>(fine + v * LANES));
         else return splat(1.f);
       };
       each<M>([&](int m, int v) {
         const float size = in.scales[(size_t)(row + m) * groups + g / GROUP];
         total[m][v] += __builtin_convertvector(acc[m][v], F) * (scale(v) * size);
-        if constexpr (KIND == B4) total[m][v] += from_f16(load<Halves>(fine + UNIT + v * LANES)) * (size * (float)correction(m));
+        if constexpr (FINE == 2) total[m][v] += from_f16(load<Halves>(fine + UNIT + v * LANES)) * of_group(in.sums, m);
       });
       fine += FINE * UNIT;
     }
@@ -200,8 +199,8 @@ template <int KIND, int... M> Tile pick(int rows, std::integer_sequence<int, M..
 Tile pick(int kind, int rows) {
   constexpr auto all = std::make_integer_sequence<int, TILE>();
   return kind == F32 ? pick<F32>(rows, all) : kind == BF16 ? pick<BF16>(rows, all)
-       : kind == I8  ? pick<I8>(rows, all)  : kind == I4   ? pick<I4>(rows, all)
-       : kind == B8  ? pick<B8>(rows, all)  : pick<B4>(rows, all);
+       : kind == I8  ? pick<I8>(rows, all)  : kind == B8   ? pick<B8>(rows, all)
+                     : pick<B4>(rows, all);  // I4 has the same weights
 }
 
 // rows x w for the units first..last; each tile goes to done(unit, row, rows, out).

@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -36,14 +39,34 @@ inline Halves to_bf16(F v) { const U u = (U)v; return __builtin_convertvector((u
 inline F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); }
 // Half precision, finite: exponents of bias 15 are read as those of bias 127, and the difference is multiplied in.
 inline F from_f16(Halves h) {
+#if defined(__AVX512VNNI__)
+  return (F)_mm512_cvtph_ps((__m256i)h);
+#else
   const U u = __builtin_convertvector(h, U);
   return (F)((U)((F)((u & 0x7fff) << 13) * 0x1p112f) | (u & 0x8000) << 16);
+#endif
 }
 inline float from_f16(uint16_t h) {
   const uint32_t u = (uint32_t)(h & 0x7fff) << 13;
   float x;
   memcpy(&x, &u, 4);
   return h & 0x8000 ? -x * 0x1p112f : x * 0x1p112f;
+}
+// A number rounded to one that half precision holds, the nearest, ties to even; beyond the greatest one, that.
+inline F half(F x) {
+  x = x > 65504.f ? splat(65504.f) : x < -65504.f ? splat(-65504.f) : x;
+  const U u = (U)x;
+  const F normal = (F)((u + 0xfff + ((u >> 13) & 1)) & ~0x1fffu), steps = x * 0x1p24f + 12582912.f;
+  const F small = (steps - 12582912.f) * 0x1p-24f;  // below the smallest normal one steps have one size
+  return (x < 0 ? -x : x) < 0x1p-14f ? small : normal;
+}
+// Half precision of a number that it holds exactly.
+inline uint16_t to_f16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const int exponent = (int)(u >> 23 & 255) - 112;
+  const uint32_t small = (uint32_t)((x < 0 ? -x : x) * 0x1p24f);  // below the smallest normal one
+  return (uint16_t)(u >> 16 & 0x8000) | (uint16_t)(exponent > 0 ? exponent << 10 | (u >> 13 & 0x3ff) : small);
 }
 inline uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
 inline float from_bf16(uint16_t h) { const uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }

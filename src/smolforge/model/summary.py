@@ -25,8 +25,8 @@ CONVENTIONS = {
     "16-bit copy of the matrices; activations: what backward needs without recomputation and with fused norms (eager "
     "norms on a CPU keep about a sixth more); head: the logits and gradients of one chunk; saving: the copy that an "
     "asynchronous save writes from",
-    "serving_memory": "int8: one fp32 scale per row; int4: one bf16 scale per 32 weights of a row, embedding and head "
-    "in int8; norms in fp32; the cache holds keys and values of all layers",
+    "serving_memory": "int8: one fp32 scale per row; int4: a 16-bit scale and minimum per 32 weights of a row, "
+    "embedding and head in int8; norms in fp32; the cache holds keys and values of all layers",
 }
 # By precision: the type of weights, gradients and moments, and the type of matrix products and activations.
 TRAINING_TYPES = {
@@ -239,4 +239,4 @@ def _stored_bytes(group: str, shape: torch.Size, precision: str) -> int:
     rows, columns = shape
     if precision == "int8" or group in ("embedding", "head"):
         return rows * (columns + 4)
-    return rows * -(-columns // 32) * (32 // 2 + 2)
+    return rows * -(-columns // 32) * (32 // 2 + 4)

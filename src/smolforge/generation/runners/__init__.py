@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Many
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from smolforge.config import ModelConfig
 from smolforge.devices import half_precision
-from smolforge.errors import RunFailed, unknown
+from smolforge.errors import unknown
 from smolforge.generation.kv_cache import KVCache
+from smolforge.generation.quantize import check_finite
 from smolforge.generation.runners.cpu import PRECISIONS, CpuRunner, Precision
 from smolforge.generation.runners.cuda import CudaRunner
 from smolforge.generation.runners.module import ModuleRunner
@@ -103,7 +103,7 @@ def select_runner(module: Any, quantize: str = "auto", *, threads: int | None = 
         runner = CudaRunner(module, precision)
         return runner, [f"precision: {reason}", f"engine: {runner.name}"]
     if precision in ("int8", "int4", "file"):
-        _check_finite(module)
+        check_finite(module)
     try:
         runner = CpuRunner(module, precision, threads=threads)
     except NativeUnavailable as error:
@@ -129,14 +129,3 @@ def _choose_precision(wanted: str, parameters: int, device: torch.device) -> tup
         size = 4 * parameters >> 20
         return "fp32", f"fp32 ({size} MiB of weights fit in the CPU cache; quantizing would not be faster)"
     return "int8", "int8 (the bytes of the weights limit decoding; loss within 0.5%, see smolforge eval --quantize)"
-
-
-def _check_finite(module: torch.nn.Module) -> None:
-    """Check that all weights are finite before they are quantized, since no integer stands for NaN."""
-    for name, parameter in module.named_parameters():
-        if not math.isfinite(parameter.detach().sum(dtype=torch.float32)):
-            raise RunFailed(
-                f"{name} contains NaN or infinite values, which quantizing would hide",
-                field="quantize",
-                hint="The weights are damaged, or training diverged; fp32 and bf16 keep them as they are.",
-            )

@@ -3,9 +3,10 @@
 `kernels/decode.cpp` describes the layout of weights and caches. The packed weights lie on pages of 2 MiB, one matrix
 behind the other, since looking up the addresses of small pages takes a good part of the time of reading (docs/log.md).
 
-int8: one scale per output row, symmetric, rounding to nearest. int4: one scale per row and group of 32 inputs, chosen
-among a few for the least squared error; the head and the embeddings stay int8, since every token passes through them
-and no other layer can correct them. "file": the blocks of a GGUF file, number for number. Norms are fp32 everywhere.
+int8: one scale per output row, symmetric, rounding to nearest. int4: the blocks of a GGUF file where a matrix has some
+of four bits, else a scale and a minimum per 32 weights of a row, searched for the least squared error (quantize.py).
+The head and the embeddings stay int8, since every token passes through them and no other layer can correct them.
+"file": the blocks of a GGUF file, number for number, with inputs of 15 bits where int4 has 8. Norms are fp32.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch import Tensor
 from smolforge.config import ModelConfig
 from smolforge.generation.kv_cache import KVCache
 from smolforge.generation.sequence import ScheduledChunk
-from smolforge.gguf_file import blocks_of
+from smolforge.gguf_file import Blocks, blocks_of
 from smolforge.kernels import NativeUnavailable, library
 from smolforge.model.architecture import architecture_of
 from smolforge.model.llama import rotary_angles
 
 Precision = Literal["fp32", "bf16", "int8", "int4", "file"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")  # to ask for
-UNIT, GROUP, INT4_GROUP = 32, 64, 32  # as in decode.cpp
+UNIT, GROUP = 32, 64  # as in layout.h
 F32, BF16, I8, I4, B8, B4 = range(6)
 _BITS = {F32: 32, BF16: 16, I8: 8, I4: 4, B8: 8, B4: 4}
 LARGE_PAGE = 2 << 20  # bytes, on x86-64, and on ARM with small pages of 4 KiB
@@ -40,7 +41,7 @@ SMALL_CACHE = 8 << 20  # bytes; to clear memory that was used before is quicker 
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
-        ("kind", ctypes.c_int32), ("n", ctypes.c_int32), ("k", ctypes.c_int32), ("group", ctypes.c_int32),
+        ("kind", ctypes.c_int32), ("n", ctypes.c_int32), ("k", ctypes.c_int32),
         ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -194,11 +195,12 @@ class CpuRunner:
     def _matrix(self, modules: list[Any], precision: Precision, *, head: bool = False, interleave: int = 0) -> _Matrix:
         """Pack the matrices of modules as one: below each other, or by turns so many rows of each."""
         weights = [module.weight for module in modules]
-        blocks = [blocks_of(weight) for weight in weights] if precision == "file" else []
-        stored = blocks[0].kind if blocks and len({b and b.kind for b in blocks}) == 1 and blocks[0] else None
-        if stored:
-            rows = [_rows(b.rows.ctypes.data, b.rows.strides[0], len(b.rows), interleave) for b in blocks if b]
-            kind = B8 if stored == "Q8_0" else B4
+        kind = {"fp32": F32, "bf16": BF16, "int4": I8 if head else I4}.get(precision, I8)
+        taken = ("Q4_0", "Q4_1") if kind == I4 else ("Q8_0", "Q4_0", "Q4_1") if precision == "file" else ()
+        blocks = _common_blocks(weights, taken)
+        if blocks:
+            rows = [_rows(b.rows.ctypes.data, b.rows.strides[0], len(b.rows), interleave) for b in blocks]
+            kind = kind if kind == I4 else B8 if blocks[0].kind == "Q8_0" else B4
         else:
             for weight in weights:
                 if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
@@ -206,26 +208,25 @@ class CpuRunner:
                         f"the native step packs contiguous fp32 or bf16 weights, not {weight.dtype}"
                     )
             rows = [_rows(w.data_ptr(), w.stride(0) * w.itemsize, len(w), interleave) for w in weights]
-            kind = {"fp32": F32, "bf16": BF16, "int4": I8 if head else I4}.get(precision, I8)
         order = _by_turns(rows, interleave)
         n, k = len(order), weights[0].shape[1]
-        units, padded, group = _up(n, UNIT) // UNIT, _up(k, GROUP), 0 if kind in (F32, BF16, I8) else INT4_GROUP
+        units, padded = _up(n, UNIT) // UNIT, _up(k, GROUP)
         data = self._hold(self._arena.allocate(units * UNIT * padded * _BITS[kind] // 8))
-        scale_bytes = {I8: 4, I4: padded // 16, B8: padded // 16, B4: padded // 8}.get(kind, 0)  # of a row
+        scale_bytes = {I8: 4, B8: padded // 16, I4: padded // 8, B4: padded // 8}.get(kind, 0)  # of a row
         scales = self._hold(self._arena.allocate(units * UNIT * scale_bytes))
         addresses = (ctypes.c_void_p * (units * UNIT))(*order)
         to = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(scales.data_ptr()), self.threads
-        if stored:
-            minima = int(stored == "Q4_1")
+        if blocks:
+            minima = int(blocks[0].kind == "Q4_1")
             self._library.smolforge_pack_blocks(_BITS[kind], minima, units, k, padded, addresses, *to)
         else:
             is_bf16 = int(weights[0].dtype == torch.bfloat16)
-            self._library.smolforge_pack(kind, group, units, k, padded, addresses, is_bf16, *to)
+            self._library.smolforge_pack(kind, units, k, padded, addresses, is_bf16, *to)
         bias = None
         if getattr(modules[0], "bias", None) is not None:
             parts = [F.pad(m.bias.detach().float(), (0, -len(m.bias) % (interleave or 1))).tolist() for m in modules]
             bias = self._vector(torch.tensor(_by_turns(parts, interleave)))
-        return _Matrix(kind, n, k, group, data.data_ptr(), scales.data_ptr(), bias)
+        return _Matrix(kind, n, k, data.data_ptr(), scales.data_ptr(), bias)
 
     def _vector(self, weight: Tensor) -> ctypes.c_void_p:
         vector = weight.detach().float()
@@ -235,6 +236,13 @@ class CpuRunner:
     def _hold(self, tensor: Tensor) -> Tensor:
         self._held.append(tensor)
         return tensor
+
+
+def _common_blocks(weights: list[Any], kinds: tuple[str, ...]) -> list[Blocks]:
+    """The blocks of GGUF that all these weights have, where they are of one of these kinds; else none."""
+    found = [blocks_of(weight) for weight in weights]
+    same = {each.kind if each else "" for each in found}
+    return [each for each in found if each] if len(same) == 1 and same <= {*kinds} else []
 
 
 def _rows(start: int, stride: int, count: int, multiple: int = 0) -> list[int | None]:

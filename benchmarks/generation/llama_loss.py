@@ -1,0 +1,36 @@
+"""llama.cpp's loss on windows of tokens: `python llama_loss.py FILE.gguf WINDOWS.npz THREADS` prints the nats as JSON.
+
+Runs in an environment that has llama_cpp, and knows nothing of smolforge. WINDOWS holds the `tokens` and `targets` of
+all windows behind each other, and their `lengths`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import llama_cpp
+import numpy as np
+
+
+def main() -> None:
+    """Score all windows."""
+    file, windows, threads = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
+    ends = np.cumsum(windows["lengths"])
+    model = llama_cpp.Llama(
+        file, n_ctx=int(max(windows["lengths"])), n_batch=512, n_threads=threads, n_threads_batch=threads,
+        logits_all=True, verbose=False,
+    )  # fmt: skip
+    nats = 0.0
+    for start, end in zip([0, *ends], ends, strict=False):
+        wanted = windows["targets"][start:end]
+        model.reset()
+        model.eval(windows["tokens"][start:end].tolist())
+        for row, target in enumerate(wanted):
+            logits = model.scores[row].astype(np.float64)
+            nats += float(logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target])
+    print(json.dumps({"nats": nats}))
+
+
+if __name__ == "__main__":
+    main()
