@@ -295,9 +295,13 @@ def test_a_last_message_of_the_assistant_is_continued(chat_model, tokenizer):
         for message, words in (
             ({"role": "user", "content": [{"type": "text", "text": "a"}, image]}, "reads text only"),
             ({"role": "user"}, "no content"), ({"role": "system", "content": None}, "no content"),
+            ({"role": "user", "content": []}, "no part"), ({"role": "user", "content": [{"type": "text"}]}, "each part must"),
+            ({"role": "user", "content": ["Hi"]}, "each part must"),
         ):  # fmt: skip
             refusal = chat(message)
             assert refusal.status_code == 400 and words in refusal.json()["error"]["message"]
+        empty = {"input": [{"role": "user", "content": []}]}
+        assert client.post("/v1/responses", json=empty).status_code == 400
 
 
 def test_variables_of_the_chat_template(chat_model, tmp_path):

@@ -47,7 +47,7 @@ class InputMessage(StrictModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def message(self) -> Message:
         """As a chat has it."""

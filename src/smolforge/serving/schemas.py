@@ -216,10 +216,14 @@ class Message(StrictModel, extra="allow"):
     @field_validator("content", mode="before")
     @classmethod
     def _check_parts(cls, content: Any) -> Any:
+        if content == []:
+            raise ValueError("the list has no part; give a text")
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if isinstance(kind, str) and kind != "text":
                 raise ValueError(f"this model reads text only, not a part of type {kind[:50]!r}")
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError('each part must look like {"type": "text", "text": "..."}')
         return content
 
     @model_validator(mode="after")
