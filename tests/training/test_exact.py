@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import clone, finish, interrupt, start, start_ranks, steps_done, wait_until
+from launch import clone, finish, interrupt, start, start_new, start_ranks, steps_done, wait_until
 from tiny import steps_of, tiny_file, validations_of, weights_of
 
 from faults.server import Drop, FaultServer, Slow, Status, every
@@ -39,7 +39,7 @@ def arguments(place: Path, run: Path, *more: str) -> list[str]:
 def whole(place: Path) -> Run:
     """The run that nothing happened to."""
     run = Run(place / "whole")
-    finish(start(arguments(place, run.path)))
+    finish(start_new(arguments(place, run.path)))
     assert [step for step, _, _ in steps_of(run)] == list(range(1, STEPS + 1))
     return run
 
@@ -150,7 +150,8 @@ def test_a_network_that_stays_away_saves_and_stops(place: Path) -> None:
 
 def test_a_signal_while_compiling(place: Path) -> None:
     run = Run(place / "compiling")
-    process = start([tiny_file(place), "--out", str(run.path), "--steps", "500", "--set", "training.compile=on"])
+    words = [tiny_file(place), "--out", str(run.path), "--steps", "500", "--set", "training.compile=on"]
+    process = start_new(words)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("model:"):
