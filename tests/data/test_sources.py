@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from data.conftest import Bytes, batches, digests, jsonl, named, parquet
 from smolforge.data import Loader
+from smolforge.data.cache import Cache
 from smolforge.data.readers.text import PIECE, first_piece, pieces, pieces_of_file
 from smolforge.errors import DataError, SmolforgeError, SourceChanged
 
@@ -341,6 +342,24 @@ def test_a_dotted_column_next_to_a_struct(opened: Any, tmp_path: Path) -> None:
     struct = pa.array([{"b": "inner"}] * 3)
     pq.write_table(pa.table({"a": struct, "a.b": ["one", "two", "three"]}), tmp_path / "a.parquet")
     assert texts(opened(tmp_path / "a.parquet", text_column="a.b")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664)])
+def test_other_users_can_read_the_cache(tmp_path: Path, monkeypatch, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        cache = Cache(tmp_path, 1 << 20)
+        cache.keep_range("a", b"range")
+        path = cache.file("b", [b"file"], what="b")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {mode}
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)  # as for the files of another user
+    assert cache.range("a") == b"range" and cache.file("b", iter(()), what="b").read_bytes() == b"file"
 
 
 def test_a_huge_document_is_tokenized_in_parts(opened: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def command(*arguments: str, blocked: Path | None = None) -> subprocess.Complete
 
 
 def test_one_part_small(tmp_path: Path) -> None:
-    done = command("--rehearse", "--out", str(tmp_path), "--only", "machine", "kernels")
+    done = command("--rehearse", "--out", str(tmp_path), "--only", "kernels")
     assert done.returncode == 0, done.stdout + (tmp_path / "kernels.log").read_text()
     found = json.loads((tmp_path / "first_day.json").read_text())
     assert all(row["passed"] == "yes" for row in found["kernels"]["rows"]) and len(found["kernels"]["rows"]) > 8

@@ -54,9 +54,9 @@ class Cache:
         path = self._path(key, "range")
         try:
             data = path.read_bytes()
-            os.utime(path)
         except OSError:
             return None
+        _mark_used(path)
         if hashlib.blake2b(data[16:], digest_size=16).digest() != data[:16]:
             self.drop_range(key)
             return None
@@ -84,8 +84,8 @@ class Cache:
         path = self._path(key, "file")
         with self._lock:
             self._in_use.add(path)
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        if os.access(path, os.R_OK):
+            _mark_used(path)
             return path
         try:
             self.trim(self._write(path, blocks, self.limit or SCRATCH_LIMIT, what))
@@ -142,9 +142,9 @@ class Cache:
         # Not through files.py: what a cache loses in a crash is fetched again, so nothing here waits for the disk.
         path.parent.mkdir(parents=True, exist_ok=True)
         size = 0
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        partial = path.with_name(f"{path.name}.{os.urandom(8).hex()}.partial")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("xb") as file:  # with the mode of the umask, which mkstemp has not
                 for block in blocks:
                     size += len(block)
                     if bound is not None and size > bound:
@@ -152,12 +152,16 @@ class Cache:
                         problem = f"{what} is larger than the cache may be ({bound:,} bytes)"
                         raise DataError(problem, field="data.cache", hint=hint)
                     file.write(block)
-            Path(name).replace(path)
+            partial.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
+            partial.unlink(missing_ok=True)
             raise
         return size
+
+
+def _mark_used(path: Path) -> None:
+    with contextlib.suppress(OSError):  # of another user, who shares the folder
+        os.utime(path)
 
 
 def decompress(path: Path, compression: str) -> Iterator[bytes]:
