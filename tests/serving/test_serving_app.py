@@ -320,6 +320,9 @@ def test_variables_of_the_chat_template(chat_model, tmp_path):
             text = client.post("/v1/completions", json={"prompt": raw, **settings}).json()["choices"][0]["text"]
             assert answer["choices"][0]["message"]["content"] == text
         assert raw == [*tokenizer.encode_chat(messages), *tokenizer.encode("nothing")]
+        for value, status in ((False, 200), (True, 400)):  # the template says how a conversation begins
+            body = {"messages": messages, "max_tokens": 1, "add_special_tokens": value}
+            assert client.post("/v1/chat/completions", json=body).status_code == status
         for wrong, words in (
             ({"thinking": True}, "It reads enable_thinking."), ({"tools": []}, "not a variable to set"), ([], "dict"),
             ("x", "dict"),

@@ -45,7 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repeat_penalty": (1,), "no_repeat_ngram_size": (0,), "n_probs": (0,), "bad_words": (), "allowed_token_ids": (),
     "prompt_logprobs": (), "truncate_prompt_tokens": (), "return_token_ids": (), "return_tokens_as_token_ids": (),
     "image_data": (), "lora": (), "continue_final_message": (), "include_stop_str_in_output": (),
-    "skip_special_tokens": (True,), "add_special_tokens": (True,), "add_special": (True,), "parse_special": (),
+    "skip_special_tokens": (True,), "add_special_tokens": (), "add_special": (), "parse_special": (),
     "chat_template": (), "chat_template_kwargs": (), "add_generation_prompt": (True,), "echo": (), "best_of": (1,),
 }  # fmt: skip
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
