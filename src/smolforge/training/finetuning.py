@@ -124,7 +124,8 @@ def learned_targets(batch: Batch, tokens: Tensor, ranks: DistributedContext) -> 
     """The targets of chat data, (B, T), and how many of the global batch are learned; None where all are."""
     if batch.learned is None:
         return None, None
-    learned = np.ascontiguousarray(batch.learned[:, 1:])
-    mask = to_device(torch.from_numpy(learned), tokens.device)
+    with ranks.together():
+        learned = np.ascontiguousarray(batch.learned[:, 1:])
+        mask = to_device(torch.from_numpy(learned), tokens.device)
     count = sum(ranks.all_gather(int(learned.sum())))
     return tokens[:, 1:].masked_fill(~mask, IGNORE), max(count, 1)
