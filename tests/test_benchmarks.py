@@ -69,3 +69,13 @@ PROGRAMS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if "ArgumentParser
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.relative_to(BENCHMARKS).as_posix())
 def test_programs_start(program: Path) -> None:
     assert run(program, "--help") == []
+
+
+def test_tuning(workspace: Path) -> None:
+    rows = [{"instruction": f"Question {i}?", "output": f"once upon a time {i}"} for i in range(64)]
+    (workspace / "faq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = run(
+        "finetuning/compare.py", workspace / "hf", workspace / "faq.jsonl", "--epochs", 3, "--only", "smolforge"
+    )
+    assert set(found) == {"smolforge full", "smolforge lora"}
+    assert all(each["tokens_per_second"] > 0 and each["memory"] > 0 for each in found.values())

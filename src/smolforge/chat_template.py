@@ -106,8 +106,11 @@ class ChatTemplate:
         kept = begun.lstrip()  # blanks at its end are continued where the template keeps them
         return self._tokens(text[: at + len(kept if text.startswith(kept, at) else begun.strip())])[0]
 
-    def encode_answers(self, messages: Sequence[Message], *, tools: Any = None) -> ChatTokens:
+    def encode_answers(self, messages: Sequence[Message], *, tools: Any = None, after: int = 0) -> ChatTokens:
         """Token ids of a whole conversation, and which of them are the assistant's answers, with their end tokens.
+
+        Args:
+            after: how many messages at the beginning have no answers that count.
 
         Raises:
             BadInput: the template refuses the conversation, or a turn makes the answers impossible to find exactly.
@@ -118,7 +121,7 @@ class ChatTemplate:
         spans = [
             self._answer(messages, number, whole, tools)
             for number, message in enumerate(messages)
-            if message.get("role") == "assistant"
+            if message.get("role") == "assistant" and number >= after
         ]
         ids, offsets = self._tokens(whole)
         answers = [any(first < last and end > begin for begin, last in spans) for first, end in offsets]

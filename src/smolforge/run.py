@@ -38,6 +38,8 @@ class Run:
         """Every shard and row group of the sources."""
         self.metrics_path = self.path / "metrics.jsonl"
         """One row per logged step, validation or event."""
+        self.reference_path = self.path / "reference.json"
+        """Log-probabilities of the answers of preferences, by the model that the run starts from."""
         self.samples_path = self.path / "samples.jsonl"
         """The fixed prompts' continuations through time."""
         self.tensorboard_path = self.path / "tensorboard"
@@ -93,9 +95,8 @@ class Run:
             raise BadInput(f"{self.path} is a file", field="out", hint="Give a directory for the run.")
         found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _LITTER)
         # A run that was killed while it started has only these.
-        began = (
-            {"checkpoints"} if "lock" not in found else {"checkpoints", "lock", "data_index.json", "tokenizer", "cache"}
-        )
+        prepared = {"checkpoints", "lock", "data_index.json", "tokenizer", "cache", "reference.json"}
+        began = prepared if "lock" in found else {"checkpoints"}
         if set(found) <= began and not any(self.checkpoints_path.glob("*")):
             return
         if "config.json" in found or any(name.endswith(".safetensors") for name in found):

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from chat_files import conversations, rows_of, write
+from chat_runs import QUICK, SHAPE, kill_and_resume, make_base, run_on_two_ranks, steps_of, words
 from chat_templates import ENDLESS, EOS, SPECIALS, TEMPLATES
 
 from smolforge import tales
@@ -22,7 +18,7 @@ from smolforge.chat_template import CHATML, ChatTemplate
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.locate import load_model
 from smolforge.cli import run as smolforge
-from smolforge.config import ModelConfig, build_config
+from smolforge.config import build_config
 from smolforge.data import Corpus, Loader
 from smolforge.distributed import DistributedContext
 from smolforge.generation.engine import Engine
@@ -33,17 +29,6 @@ from smolforge.tokenizer import Tokenizer
 from smolforge.training.finetuning import learned_targets, with_chat_template
 from smolforge.training.plan import make_plan
 
-SHAPE = ModelConfig(
-    vocab_size=420, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, rope_theta=10000.0,
-)  # fmt: skip
-QUICK = [
-    "--set", "training.precision=fp32", "--set", "training.threads=1", "--set", "training.compile=off",
-    "--set", "logging={every: 1, trackers: []}", "--set", "samples.max_tokens=8", "--set", "data.holdout=0.1",
-    "--set", "data.workers=1", "--set", "checkpoint.every=4", "--set", "evaluation.every=6", "--batch-size", "4",
-]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,10 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(place: Path) -> Path:
-    """A model without a chat template."""
-    tokenizer = Tokenizer.train([tales.document(i).text for i in range(60)], SHAPE.vocab_size)
-    write_model(place / "base", SHAPE, build_model(SHAPE, seed=1).state_dict(), tokenizer)
-    return place / "base"
+    return make_base(place / "base")
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +45,11 @@ def data(place: Path) -> Path:
     return write(place / "chat.jsonl", rows_of(conversations(60)))
 
 
-def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return ["finetune", str(base), "--data", str(data), "--out", str(out), "--epochs", "3", *QUICK, *more]
-
-
 @pytest.fixture(scope="module")
 def whole(place: Path, base: Path, data: Path) -> Run:
     """The run that nothing happened to."""
     assert smolforge(words(base, data, place / "whole")) == 0
     return Run(place / "whole")
-
-
-def steps_of(run: Run) -> list[tuple[int, float, str]]:
-    return [(row["step"], row["loss"], row["data_digest"]) for row in read_metrics(run) if "loss" in row]
-
-
-def weights_of(run: Run) -> bytes:
-    return (run.checkpoints_path / "last" / "model.safetensors").read_bytes()
 
 
 def test_a_base_model_gets_chatml_and_learns_to_answer(whole: Run) -> None:
@@ -196,41 +166,14 @@ def test_what_ends_a_turn_ends_a_text(base: Path) -> None:
     assert with_chat_template(strange).eos_id == strange.eos_id
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "smolforge", *arguments],
-        env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(place: Path, base: Path, data: Path, whole: Run) -> None:
     run = Run(place / "killed")
-    process = start(words(base, data, run.path))
-    dice = random.Random(3)
-    wanted = dice.randint(5, 8)
-    while process.poll() is None and max((step for step, *_ in steps_of(run)), default=0) < wanted:
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 0 < len(steps_of(run)) < len(steps_of(whole))
-    assert smolforge(words(base, data, run.path)) == 0
-    assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
+    kill_and_resume(words(base, data, run.path), run, whole=whole)
 
 
 def test_two_ranks_learn_from_the_same_batches(place: Path, base: Path, data: Path, whole: Run) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     run = Run(place / "ranks")
-    command = words(base, data, run.path)
-    processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output[-2000:]
+    run_on_two_ranks(words(base, data, run.path))
     one, two = steps_of(whole), steps_of(run)
     assert [(step, digest) for step, _, digest in two] == [(step, digest) for step, _, digest in one]
     np.testing.assert_allclose([loss for _, loss, _ in two], [loss for _, loss, _ in one], rtol=2e-4)

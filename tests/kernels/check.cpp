@@ -236,6 +236,8 @@ void check_loss(bool narrow) {
   std::vector<int64_t> targets;
   for (int r = 0; r < ROWS; r++) targets.push_back(r == 3 ? IGNORED : rand() % VOCAB);
   Doubles expected, sums, cross_entropy(ROWS), z_loss(ROWS);
+  std::vector<float> scales(ROWS);  // of each row
+  for (int r = 0; r < ROWS; r++) scales[r] = scale * (1 + r % 3);
   for (int r = 0; r < ROWS; r++) {
     double total = 0;
     for (int i = 0; i < VOCAB; i++) total += std::exp((double)logits[r * VOCAB + i]);
@@ -244,11 +246,11 @@ void check_loss(bool narrow) {
     sums.push_back(counts ? z_weight * std::pow(std::log(total), 2) : 0);
     for (int i = 0; i < VOCAB; i++) {
       const double p = std::exp((double)logits[r * VOCAB + i]) / total * (1 + 2 * z_weight * std::log(total)) - (i == targets[r]);
-      expected.push_back(counts ? scale * p : 0);
+      expected.push_back(counts ? scales[r] * p : 0);
     }
   }
-  find<void(int64_t, int64_t, void*, int, const int64_t*, int64_t, float, float, double*, double*, int)>("smolforge_loss")(
-      ROWS, VOCAB, narrow ? (void*)halves.data() : logits.data(), narrow, targets.data(), IGNORED, scale, z_weight, cross_entropy.data(), z_loss.data(), THREADS);
+  find<void(int64_t, int64_t, void*, int, const int64_t*, int64_t, const float*, float, double*, double*, int)>("smolforge_loss")(
+      ROWS, VOCAB, narrow ? (void*)halves.data() : logits.data(), narrow, targets.data(), IGNORED, scales.data(), z_weight, cross_entropy.data(), z_loss.data(), THREADS);
   Doubles found;
   for (int r = 0; r < ROWS; r++) found.push_back(cross_entropy[r]), found.push_back(z_loss[r]);
   for (size_t i = 0; narrow && i < halves.size(); i++) logits[i] = from_bf16(halves[i]);

@@ -9,7 +9,8 @@ from smolforge.config import RunConfig
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
 from smolforge.training.optim import build_optimizer
-from smolforge.training.plan import Plan, Precision
+from smolforge.training.plan import Plan
+from smolforge.training.precision import Precision
 from smolforge.training.step import train_step
 
 CPU, WORDS, SEQUENCES, LENGTH = torch.device("cpu"), 512, 16, 32

@@ -16,7 +16,8 @@ from smolforge.model import attention
 from smolforge.model.architecture import build_model
 from smolforge.training import optim, plan
 from smolforge.training.optim import adamw
-from smolforge.training.plan import choose_precision, make_plan, memory_of
+from smolforge.training.plan import make_plan, memory_of
+from smolforge.training.precision import choose_precision
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 format.py       the directory: config, weights, tokenizer, card
 gguf.py         the same from a GGUF file: config, generation defaults, weights
 weights.py      read untrusted safetensors files; write them
+adapter.py      low-rank adapters in peft's form
 state.py        what only training needs, in safetensors and JSON
 commit.py       write, fsync, rename; verify, find, prune
 background.py   the same in a thread

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable
 from importlib import resources
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smolforge.model.architecture import Architecture
 
 _ROWS = 10
+MAX_CARD = 1 << 20
 # hf://datasets/OWNER/NAME... or OWNER/NAME:CONFIG; a local path of two parts has no colon.
 _HUB_SOURCE = re.compile(r"^(?:hf://datasets/(?=[\w.-]+/)|(?=[\w.-]+/[\w.-]+(?:@[\w.-]+)?:))([\w.-]+/[\w.-]+)")
 
@@ -57,6 +58,14 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
         curve=_curve(past),
         entropy=next((_number(row["entropy_bits_per_byte"]) for row in past if row.get("entropy_bits_per_byte")), ""),
     )
+
+
+def optimizer_of(directory: Path) -> str | None:
+    """The optimizer that made the weights in a model directory, as its card says; None where it does not."""
+    card = directory / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace")[:MAX_CARD] if card.is_file() else ""
+    found = re.search(r"^\| optimizer \| (\w+),", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 @functools.cache

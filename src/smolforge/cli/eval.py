@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, PRECISIONS, add_json, parse_positive, parse_sources, print_result
+from smolforge.cli.options import (
+    MODEL_HELP,
+    PRECISIONS,
+    add_adapter,
+    add_json,
+    parse_positive,
+    parse_sources,
+    print_result,
+)
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -49,6 +57,7 @@ def add(verbs: Any) -> None:
         help="also score these precisions (none: that of the file), as the CPU serves them, and show what each costs",
     )  # fmt: skip
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
+    add_adapter(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="a folder of task files, used before lm-eval's")
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
@@ -76,7 +85,7 @@ def _score_text(args: argparse.Namespace) -> int:
     from smolforge.generation.runners import select_runner
 
     tokens = parse_positive(args.tokens, "--tokens")
-    model, tokenizer, directory = load_model(args.model)
+    model, tokenizer, directory = load_model(args.model, adapter=args.adapter)
     positions = model.config.max_position_embeddings
     length = args.length or min(positions, 2048)
     if not 1 <= length <= positions:
@@ -146,6 +155,9 @@ def _score_tasks(args: argparse.Namespace) -> int:
         raise BadInput(
             f"tasks need the package {error.name}", field="--tasks", hint="Install it: pip install 'smolforge[eval]'"
         ) from None
+    if args.adapter is not None:
+        hint = "`smolforge export MODEL --adapter DIR --to merged --out NEW` makes a model of both."
+        raise BadInput("tasks are given to a whole model", field="--adapter", hint=hint)
     directory = resolve_model(args.model)
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its tasks print to stdout
         found = run_tasks(

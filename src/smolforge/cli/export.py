@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, add_json, parse_sources, print_result
+from smolforge.cli.options import MODEL_HELP, add_adapter, add_json, parse_sources, print_result
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -17,6 +17,7 @@ examples:
   smolforge export smollm2 --to ollama --out talker                            ollama create talker -f talker/Modelfile
   smolforge export runs/pocket --to space --out pocket-space                   python pocket-space/app.py
   smolforge export runs/pocket --to checkpoint --out pocket-model              the model without training state
+  smolforge export smollm2 --adapter runs/faq --to merged --out faq-model      one model of both
   smolforge export runs/pocket --to hub --out OWNER/NAME --dry-run             what would be uploaded
 """
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
@@ -28,6 +29,7 @@ _ONLY = {
     "check": _FILES,
     "calibration": _FILES,
     "title": ("space",),
+    "adapter": ("merged",),
     "private": ("hub",),
     "dry_run": ("hub",),
 }
@@ -43,7 +45,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--to", required=True, choices=("gguf", "ollama", "space", "checkpoint", "hub"), help="what to make"
+        "--to", required=True, choices=("gguf", "ollama", "space", "checkpoint", "merged", "hub"), help="what to make"
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="the new file or directory; OWNER/NAME of the Hub")
     parser.add_argument("--quantize", choices=KINDS, help="gguf, ollama: type of the weights (default f16, q8_0)")
@@ -55,6 +57,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--check", action="store_true", default=None, help="gguf, ollama: compare greedy text of the file in llama.cpp"
     )
+    add_adapter(parser)
     parser.add_argument("--title", help="space: its title (default: the model's name)")
     parser.add_argument("--private", action="store_true", default=None, help="hub: a new repository is private")
     parser.add_argument("--dry-run", action="store_true", default=None, help="hub: only list what would be uploaded")
@@ -70,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
                 f"is an option of --to {' and '.join(goals)}, not of --to {args.to}",
                 field=f"--{option.replace('_', '-')}",
             )
-    outcome, lines = {"gguf": _gguf, "ollama": _ollama, "space": _space, "checkpoint": _checkpoint, "hub": _hub}[
-        args.to
-    ](args)
+    outcome, lines = {
+        "gguf": _gguf, "ollama": _ollama, "space": _space, "checkpoint": _checkpoint, "merged": _merged, "hub": _hub,
+    }[args.to](args)  # fmt: skip
     print_result(args, outcome, "\n".join(lines))
     return 0
 
@@ -157,6 +160,14 @@ def _checkpoint(args: argparse.Namespace) -> Outcome:
     out = Path(args.out)
     copy_model(resolve_model(args.model), out)
     return {"to": "checkpoint", "path": str(out)}, [f"{out}: the model without training state"]
+
+
+def _merged(args: argparse.Namespace) -> Outcome:
+    from smolforge.export.push import export_merged
+
+    out = Path(args.out)
+    export_merged(args.model, args.adapter, out)
+    return {"to": "merged", "path": str(out)}, [f"{out}: the model with its adapter merged"]
 
 
 def _hub(args: argparse.Namespace) -> Outcome:

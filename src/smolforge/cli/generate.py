@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling_params(args)  # an error now, not after the model is loaded
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts] or list(THREE_PROMPTS)
-    engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft)
+    engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft, adapter=args.adapter)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     if engine.tokenizer.chat_template is not None and not (args.chat or args.special_tokens):

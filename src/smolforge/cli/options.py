@@ -92,12 +92,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add `--adapter`."""
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="merge this adapter into MODEL: a LoRA run, or what peft wrote"
+    )
+
+
 def add_inference(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a model that generates: precision, draft model and device."""
+    """Add the options of a model that generates: precision, adapter, draft model and device."""
     parser.add_argument(
         "--quantize", default="auto", choices=("auto", "none", *PRECISIONS),
         help="precision of the weights (default: the fastest that keeps the quality)",
     )  # fmt: skip
+    add_adapter(parser)
     parser.add_argument(
         "--draft", metavar="DRAFT_MODEL",
         help="a smaller model with the same tokenizer for speculative decoding; the output stays the same",

@@ -3,7 +3,9 @@
 A configuration is built from layers, later ones winning: the defaults, a preset or a YAML file, and `--set key=value`.
 All errors are reported together, each with the closest valid key.
 
-    sections.py    the tree: keys, types, defaults, meanings; counts and memory as people write them
+    values.py      counts as people write them; the base of all sections
+    tuning.py      the sections that only tuning has
+    sections.py    the tree: keys, types, defaults, meanings
     layers.py      a configuration from presets, files and overrides; its errors; the table of all keys
 """
 
@@ -16,10 +18,11 @@ from smolforge.config.sections import (
     RunConfig,
     ScheduleConfig,
     TokenizerConfig,
-    parse_count,
 )
+from smolforge.config.tuning import LoraConfig, PreferenceConfig
+from smolforge.config.values import parse_count
 
 __all__ = [
-    "THREE_PROMPTS", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig",
-    "build_config", "key_table", "parse_count", "preset_names", "read_preset",
+    "THREE_PROMPTS", "DataConfig", "LoraConfig", "ModelConfig", "OptimizerConfig", "PreferenceConfig", "RunConfig",
+    "ScheduleConfig", "TokenizerConfig", "build_config", "key_table", "parse_count", "preset_names", "read_preset",
 ]  # fmt: skip

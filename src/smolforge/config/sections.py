@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
-# Counts as people write them: 64k, 1M, 10B (decimal).
-_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kmbt]?)\s*$", re.IGNORECASE)
-
-
-def parse_count(value: Any) -> Any:
-    """`"64k"` → 64000; other types pass through to pydantic's own check.
-
-    Raises:
-        ValueError: not a count.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _COUNT.match(value)
-    if not match:
-        raise ValueError(f"{value!r} is not a whole number; write it as 512, 64k, 1M or 10B")
-    number = float(match[1].replace("_", "")) * _SUFFIX[match[2].lower()]
-    if not number.is_integer():
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(number)
-
-
-Count = Annotated[int, BeforeValidator(parse_count)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+from smolforge.config.tuning import LoraConfig, PreferenceConfig
+from smolforge.config.values import Count, Section
 
 
 def _head_width(data: dict[str, int]) -> int:
@@ -46,7 +21,7 @@ def _embedding_std(data: dict[str, int]) -> float:
     return 1 / math.sqrt(data["hidden_size"])
 
 
-class RopeScaling(_Section):
+class RopeScaling(Section):
     """Llama 3's scaling of the rotary frequencies, under Hugging Face's names: low ones are divided by `factor`."""
 
     rope_type: Literal["llama3"] = "llama3"
@@ -56,7 +31,7 @@ class RopeScaling(_Section):
     original_max_position_embeddings: Count = Field(ge=1)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The shape of the model, under Hugging Face's names. Defaults are SmolLM2-135M as released.
 
     Here is checked what holds for every architecture; what one of them needs besides, its record in
@@ -121,7 +96,7 @@ class ModelConfig(_Section):
         return self
 
 
-class TrainTokenizer(_Section):
+class TrainTokenizer(Section):
     """A tokenizer to be trained on the run's own sources."""
 
     vocab_size: Count = Field(default=4096, ge=273)
@@ -129,19 +104,19 @@ class TrainTokenizer(_Section):
     """How many training documents to learn the merges from."""
 
 
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     """`{train: {...}}`, the alternative to naming a directory or a Hub id."""
 
     train: TrainTokenizer
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where text comes from and how it is dealt into batches."""
 
     sources: dict[str, float] = Field(default_factory=lambda: {"tales": 1.0}, min_length=1)
     """SRC: weight. A source is a file, folder, glob, URL, hf://…, OWNER/NAME:CONFIG or `tales`."""
-    format: Literal["text", "chat"] = "text"
-    """Whether rows are texts, or conversations for a model that answers (docs/finetuning.md)."""
+    format: Literal["text", "chat", "preferences"] = "text"
+    """Whether rows are texts, conversations, or two answers of which one is better (docs/finetuning.md)."""
     text_column: str = "text"
     """Column of a parquet, jsonl, csv or json source that holds the text."""
     loss_on: Literal["assistant", "all"] = "assistant"
@@ -181,7 +156,7 @@ class DataConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     name: str = "adamw"
     """adamw, muon or adamw8bit. muon needs fewer steps; adamw8bit less memory, bitsandbytes and a CUDA device."""
     lr: float = Field(default=3e-3, gt=0)
@@ -212,7 +187,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     name: Literal["wsd", "cosine", "onecycle", "constant"] = "wsd"
     """Shape of the learning rate over the run; a pure function of the step."""
     warmup: float = Field(default=0.02, ge=0)
@@ -230,7 +205,7 @@ class ScheduleConfig(_Section):
 PRECISIONS = Literal["auto", "fp32", "fp32-high", "bf16", "bf16-pure", "fp16"]
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     tokens_per_step: Count | None = Field(default=None, ge=1)
     """Global batch in tokens; 524,288 on a GPU and 8,192 on a CPU unless given, and fixed with the run."""
     micro_batch: Count | Literal["auto"] = "auto"
@@ -271,7 +246,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every: Count | None = Field(default=None, ge=1)
     """Steps between checkpoints; a tenth of the run unless given. The last step is always saved."""
     keep: int = Field(default=3, ge=1)
@@ -284,17 +259,19 @@ class CheckpointConfig(_Section):
     """Whether training goes on while the disk writes."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     every: Count | None = Field(default=None, ge=1)
     """Steps between validations; a tenth of the run unless given."""
     tokens: Count = Field(default=65_536, ge=2)
     """Size of the frozen slice of held-out documents."""
+    patience: int | None = Field(default=None, ge=1)
+    """Validations without a lower held-out loss after which the run ends; it goes to its end unless given."""
 
 
 THREE_PROMPTS = ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy")
 
 
-class SamplesConfig(_Section):
+class SamplesConfig(Section):
     every: Count | None = Field(default=None, ge=1)
     """Steps between samples; a tenth of the run unless given."""
     prompts: list[str] = Field(default_factory=lambda: list(THREE_PROMPTS))
@@ -307,7 +284,7 @@ class SamplesConfig(_Section):
     """Of the samples."""
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     every: Count = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl; the first and the last step always have one."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
@@ -316,7 +293,7 @@ class LoggingConfig(_Section):
     """Name of the project at wandb and trackio."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
     preset: str | None = None
@@ -327,6 +304,8 @@ class RunConfig(_Section):
     init: str | None = None
     """MODEL whose weights the run starts from; new weights unless given."""
     data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
@@ -342,7 +321,9 @@ class RunConfig(_Section):
                 f"data.sequence_length: {self.data.sequence_length} is longer than the model's "
                 f"{self.model.max_position_embeddings} positions (model.max_position_embeddings)"
             )
-        if self.training.epochs is not None and self.data.format != "chat":
+        if self.lora.r and self.data.format == "text":
+            raise ValueError("lora.r: an adapter learns from chat data (smolforge finetune); set it to 0")
+        if self.training.epochs is not None and self.data.format == "text":
             raise ValueError("training.epochs: a text has no fixed number of windows; give steps or tokens")
         per_step = self.training.tokens_per_step
         if per_step is not None and per_step % self.data.sequence_length:

@@ -33,12 +33,21 @@ BLOCK = 16  # windows that the conversations of a block would fill without a gap
 
 @dataclass
 class Tokenized:
-    """A conversation as tokens, int32 (n,), which of them are learned, bool (n,), and where it is."""
+    """A conversation as tokens, int32 (n,), which of them are learned, bool (n,), and where it is.
+
+    Of two answers to choose from, both conversations follow each other: the chosen one is the first `first` tokens.
+    """
 
     ids: np.ndarray
     learned: np.ndarray
     address: Address
     too_long: bool
+    first: int = 0
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """The tokens of each of its conversations."""
+        return [self.ids[: self.first], self.ids[self.first :]] if self.first else [self.ids]
 
 
 @dataclass
@@ -63,22 +72,35 @@ class ChatEncoder:
             BadRow: the template refuses it, or it cannot be learned exactly; file and row are named.
         """
         found = json.loads(document.text)
+        chosen, rejected = found["messages"], found.get("rejected")
+        same = 0  # messages that both begin with: they are not what is chosen between
+        while rejected and chosen[same : same + 1] == rejected[same : same + 1] != []:
+            same += 1
         try:
-            ids, answers = self.template.encode_answers(found["messages"], tools=found.get("tools"))
+            sides = [
+                self.template.encode_answers(side, tools=found.get("tools"), after=same)
+                for side in (chosen, rejected)
+                if side
+            ]
         except BadInput as error:
             at = document.address
             where = f"{at.file}, row group {at.row_group}, row {at.row}"
             raise BadRow(f"{where}: {error.message}", field="data.sources", hint=error.hint) from None
-        learned = np.array(answers, dtype=bool)
-        if self.config.loss_on == "all":
-            learned[:] = True
-        learned[0] = False  # nothing comes before it, from which it could be predicted
-        tokens = np.array(ids, dtype=np.int32)
-        return Tokenized(tokens[: self.length], learned[: self.length], document.address, len(ids) > self.length)
+        learned = [np.array(answers, dtype=bool) for _, answers in sides]
+        for mask in learned:
+            if self.config.loss_on == "all" and not rejected:
+                mask[:] = True
+            mask[0] = False  # nothing comes before it, from which it could be predicted
+        tokens, mask = (np.concatenate(each) for each in ([ids for ids, _ in sides], learned))
+        return Tokenized(
+            tokens[: self.length].astype(np.int32), mask[: self.length], document.address, len(tokens) > self.length,
+            first=len(learned[0]) if rejected else 0,
+        )  # fmt: skip
 
     def usable(self, conversation: Tokenized) -> bool:
-        """Whether a conversation is learned from."""
-        return bool(conversation.learned.any()) and not (conversation.too_long and self.config.too_long == "skip")
+        """Whether a conversation is learned from; of a pair that is too long no part is."""
+        skips = self.config.too_long == "skip" or conversation.first
+        return bool(conversation.learned.any()) and not (conversation.too_long and skips)
 
 
 class ChatSource:
@@ -165,7 +187,7 @@ def pack(conversations: Sequence[Tokenized], length: int, padding: int) -> list[
     windows = []
     for members in best_fit([len(conversation.ids) for conversation in conversations], length):
         chosen = [conversations[i] for i in members]
-        parts, learned = [each.ids for each in chosen], [each.learned for each in chosen]
+        parts, learned = [part for each in chosen for part in each.parts], [each.learned for each in chosen]
         if missing := length - sum(map(len, parts)):
             parts.append(np.full(missing, padding, dtype=np.int32))
             learned.append(np.zeros(missing, dtype=bool))

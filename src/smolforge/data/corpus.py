@@ -94,14 +94,14 @@ class Corpus:
         config = config.model_copy(update={"sources": expand_names(config.sources)})
         no_hub = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
         context = Context(
-            column="conversation" if config.format == "chat" else config.text_column,
+            column={"chat": "conversation", "preferences": "pair"}.get(config.format, config.text_column),
             separator=config.separator or None,
             on_error=config.on_error,
             read_ahead=ReadAhead(config.read_ahead),
             offline=offline or no_hub,
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
-            chat=config.format == "chat",
+            format=config.format,
         )
         context.cache.trim()
         try:

@@ -188,7 +188,7 @@ class Lane:
         self.positions = positions
         numbered = list(enumerate(positions))
         self.sources: list[LaneSource] | list[ChatSource]
-        if config.format == "chat":
+        if config.format != "text":
             chat = ChatEncoder(encoder, config)
             self.sources = [ChatSource(corpus, chat, s, lane, position) for s, position in numbered]
         else:

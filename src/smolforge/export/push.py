@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from smolforge.checkpoint.adapter import ADAPTER
 from smolforge.checkpoint.format import (
     CARD,
     CONFIG,
@@ -26,7 +27,7 @@ from smolforge.checkpoint.format import (
     read_generation_defaults,
     write_model,
 )
-from smolforge.checkpoint.locate import resolve_model
+from smolforge.checkpoint.locate import load_model, resolve_adapter, resolve_model
 from smolforge.checkpoint.weights import SHARD_INDEX, read_weights, weight_files
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.files import replacing_directory
@@ -69,6 +70,32 @@ def copy_model(directory: Path, out: Path) -> None:
     with new_directory(Path(out), needed=sum(path.stat().st_size for path in files)) as temporary:
         for path in files:
             shutil.copyfile(path, temporary / path.name)
+
+
+def export_merged(model: str, adapter: str | None, out: Path) -> None:
+    """Write a model with its adapter merged to the new directory `out`, in the precision of the base.
+
+    Args:
+        model, adapter: as of `resolve_adapter`. Checkpoints of a LoRA run are merged already, and copied.
+
+    Raises:
+        BadInput: there is no adapter, or `out` exists.
+        CheckpointError: model or adapter cannot be used.
+    """
+    base, found = resolve_adapter(model, adapter)
+    if found is None:
+        directory = resolve_model(base)
+        if not (directory / ADAPTER).is_dir():
+            hint = "Name an adapter with --adapter, or use --to checkpoint for a copy."
+            raise BadInput(f"{model} has no adapter to merge", field="model", hint=hint)
+        copy_model(directory, out)
+        return
+    module, tokenizer, directory = load_model(base, adapter=found)
+    with new_directory(out, needed=4 * count_parameters(module.config)) as temporary:
+        write_model(temporary, module.config, module.state_dict(), tokenizer)
+        written = json.loads((temporary / GENERATION_CONFIG).read_text(encoding="utf-8"))
+        defaults = read_generation_defaults(directory) | {"eos_token_id": written["eos_token_id"]}
+        (temporary / GENERATION_CONFIG).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
 
 
 def new_directory(out: Path, *, needed: int) -> AbstractContextManager[Path]:

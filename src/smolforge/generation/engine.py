@@ -130,7 +130,7 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls, model: str | Path, *, quantize: str = "auto", device: str = "auto", draft: str | Path | None = None,
-        **settings: Any,
+        adapter: str | Path | None = None, **settings: Any,
     ) -> Engine:  # fmt: skip
         """An engine for a run, a checkpoint, a Hugging Face Llama directory or a Hub id.
 
@@ -141,6 +141,7 @@ class Engine:
             quantize: fp32, bf16, int8, int4, "auto", or "none" for the precision of the file.
             device: as of `devices.choose_device`.
             draft: a smaller model of the same tokenizer, named as `model` is, that drafts the next tokens.
+            adapter: a LoRA run or an adapter that peft wrote, which is merged into the model.
             settings: as of `from_model`.
 
         Raises:
@@ -152,7 +153,7 @@ class Engine:
         from smolforge.checkpoint.locate import load_model
 
         place = choose_device(device)
-        module, tokenizer, directory = load_model(model, device=place)
+        module, tokenizer, directory = load_model(model, device=place, adapter=adapter)
         known = range(module.config.vocab_size)
         ends = [i for i in (tokenizer.eos_id, *read_end_ids(directory)) if i in known]
         defaults = _sampling_defaults(read_generation_defaults(directory), directory)
@@ -167,6 +168,8 @@ class Engine:
             settings["draft_name"] = f"{where}{itself}"
         engine = cls.from_model(module, tokenizer, quantize=quantize, **settings)
         engine.directory = directory
+        if adapter is not None:
+            engine.decisions.append(f"adapter: {adapter}, merged")
         if defaults:
             told = ", ".join(f"{name} {value}" for name, value in defaults.items())
             engine.decisions.append(f"sampling: {told} (generation_config.json), unless given")

@@ -54,7 +54,7 @@ template <class T> void row(T* logits, int64_t words, int64_t target, float scal
   put(logits + target, scratch[target] * factor - scale);
 }
 
-template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, float scale,
+template <class T> void rows(int64_t count, int64_t words, T* logits, const int64_t* targets, int64_t ignored, const float* scales,
                              float z_weight, double* cross_entropy, double* z_loss, int threads) {
   constexpr int ROWS = 16;  // that a thread takes at a time
   parallel_for((int)((count + ROWS - 1) / ROWS), threads, [&](int part) {
@@ -62,16 +62,16 @@ template <class T> void rows(int64_t count, int64_t words, T* logits, const int6
     for (int64_t r = (int64_t)part * ROWS; r < std::min(count, (int64_t)(part + 1) * ROWS); r++) {
       T* at = logits + r * words;
       if (targets[r] == ignored) std::fill(at, at + words, T{}), cross_entropy[r] = z_loss[r] = 0;
-      else row(at, words, targets[r], scale, z_weight, scratch.data(), cross_entropy + r, z_loss + r);
+      else row(at, words, targets[r], scales[r], z_weight, scratch.data(), cross_entropy + r, z_loss + r);
     }
   });
 }
 
 }  // namespace
 
-// logits: (count, words), fp32 or bfloat16, overwritten; targets: (count,) below `words`, or `ignored`.
+// logits: (count, words), fp32 or bfloat16, overwritten; targets: (count,) below `words`, or `ignored`; scales: (count,).
 EXPORT void smolforge_loss(int64_t count, int64_t words, void* logits, int is_bf16, const int64_t* targets, int64_t ignored,
-                               float scale, float z_weight, double* cross_entropy, double* z_loss, int threads) {
-  if (is_bf16) rows(count, words, (uint16_t*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);
-  else rows(count, words, (float*)logits, targets, ignored, scale, z_weight, cross_entropy, z_loss, threads);
+                               const float* scales, float z_weight, double* cross_entropy, double* z_loss, int threads) {
+  if (is_bf16) rows(count, words, (uint16_t*)logits, targets, ignored, scales, z_weight, cross_entropy, z_loss, threads);
+  else rows(count, words, (float*)logits, targets, ignored, scales, z_weight, cross_entropy, z_loss, threads);
 }

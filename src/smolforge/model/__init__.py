@@ -16,6 +16,7 @@ In the order to read them:
     attention.py     exact causal attention: torch's, in blocks, in C++
     loss.py          the loss of the next token, without storing the logits as a whole
     recreation.py    the seed's own architecture
+    lora.py          low-rank adapters beside a model's matrices
     hf_config.py     config.json's keys and back
     summary.py       parameters, FLOPs, memory
 """

@@ -33,7 +33,7 @@ def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: f
     Args:
         logits: (n, V), any precision; the gradient by them takes their place.
         targets: (n,), `IGNORE` where a position does not count.
-        scale: (), factor of the gradient.
+        scale: () or (n,), factor of the gradient.
         z_weight: weight of the squared log normaliser (z-loss; Chowdhery et al. 2022, arXiv:2204.02311).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -46,7 +46,7 @@ def torch_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: f
     z_loss = z_weight * torch.where(counts, log_z.square(), 0.0).sum()
     # d/dlogits of log_z - logit[target] + w log_z^2 is p (1 + 2 w log_z) - [column = target]. In place, for each pass
     # through (n, V) counts outside of torch.compile; inside, a scatter would prevent the fusion of these passes.
-    factor = torch.where(counts, scale, 0.0)
+    factor = torch.where(counts, scale if scale.dim() == 0 else scale[:, None], 0.0)
     gradient = log_p.exp_().mul_(factor * (1 + 2 * z_weight * log_z))
     if torch.compiler.is_compiling():
         columns = torch.arange(logits.shape[1], device=logits.device)
@@ -71,10 +71,11 @@ def native_chunk_loss(logits: Tensor, targets: Tensor, scale: Tensor, z_weight: 
     if count and not bool(((targets == IGNORE) | ((targets >= 0) & (targets < words))).all()):
         raise IndexError(f"a target is outside of the {words:,} columns")
     cross_entropy, z_loss = torch.empty(2, count, dtype=torch.float64)
+    scales = scale.float().expand(count).contiguous()
     kernels.library().smolforge_loss(
         ctypes.c_int64(count), ctypes.c_int64(words), ctypes.c_void_p(logits.data_ptr()),
         int(logits.dtype == torch.bfloat16), ctypes.c_void_p(targets.data_ptr()), ctypes.c_int64(IGNORE),
-        ctypes.c_float(float(scale)), ctypes.c_float(z_weight), ctypes.c_void_p(cross_entropy.data_ptr()),
+        ctypes.c_void_p(scales.data_ptr()), ctypes.c_float(z_weight), ctypes.c_void_p(cross_entropy.data_ptr()),
         ctypes.c_void_p(z_loss.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
     return cross_entropy.sum().float(), z_loss.sum().float()
@@ -103,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, z_weight: float,
-        chunk_loss: ChunkLoss,
+        chunk_loss: ChunkLoss, factors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = hidden.shape[0]
         # Once per micro-batch; a weight in the precision of the hidden states is used as it is.
@@ -112,22 +113,30 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         # Summed over chunks in fp32, whatever the weight is stored in.
         summed = torch.promote_types(weight.dtype, torch.float32)
-        weight_gradient = torch.empty_like(weight, dtype=summed) if count else torch.zeros_like(weight, dtype=summed)
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # beside an adapter the head stays as it is
+            weight_gradient = (torch.empty_like if count else torch.zeros_like)(weight, dtype=summed)
         loss, extra = torch.zeros(2, dtype=wide, device=hidden.device)
         # 1 / tokens is below what fp16 holds: there the gradients are made unscaled, and scaled in the backward pass,
         # together with the gradient scaler's factor.
         made_with = 1.0 if hidden.dtype == torch.float16 else scale
         factor = torch.full((), made_with, dtype=wide, device=hidden.device)
+        if factors is not None:
+            factor = factors.to(wide) * factor
         # One buffer for all chunks: fresh memory of this size costs as much as a pass through it.
         buffer = hidden.new_empty(min(count, chunk), weight.shape[0])
         for start in range(0, count, chunk):
             rows = hidden[start : start + chunk]
             gradient = torch.mm(rows, used.t(), out=buffer[: rows.shape[0]])
-            cross_entropy, z_loss = chunk_loss(gradient, targets[start : start + chunk], factor, z_weight)
+            part = factor if factors is None else factor[start : start + chunk]
+            cross_entropy, z_loss = chunk_loss(gradient, targets[start : start + chunk], part, z_weight)
             loss, extra = loss + cross_entropy, extra + z_loss
             torch.mm(gradient, used, out=hidden_gradient[start : start + chunk])
-            _add_product(weight_gradient, gradient, rows, first=start == 0)
-        ctx.gradients, ctx.rest = (hidden_gradient, weight_gradient.to(weight.dtype)), scale / made_with
+            if weight_gradient is not None:
+                _add_product(weight_gradient, gradient, rows, first=start == 0)
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.to(weight.dtype)
+        ctx.gradients, ctx.rest = (hidden_gradient, weight_gradient), scale / made_with
         ctx.mark_non_differentiable(loss)
         return (loss + extra) * scale, loss
 
@@ -135,25 +144,24 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("backward through the chunked loss a second time needs retain_graph=True")
-        made = ctx.gradients
+        made = [each for each in ctx.gradients if each is not None]  # none of a head that does not learn
         if ctx.rest == 1:
             factors = [gradient.to(each.dtype) for each in made]
         else:
-            factors = [
-                (gradient * ctx.rest).reshape(1)
-            ] * 2  # with a dimension, torch multiplies in fp32 and rounds once
+            # With a dimension, torch multiplies in fp32 and rounds once.
+            factors = [(gradient * ctx.rest).reshape(1)] * len(made)
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             scaled = [(each * factor).to(each.dtype) for each, factor in zip(made, factors, strict=True)]
         else:
             # The gradient of the head is as large as the head: scaled in place, and not kept.
             ctx.gradients = None
             scaled = [each.mul_(factor) for each, factor in zip(made, factors, strict=True)]
-        return scaled[0], scaled[1], None, None, None, None, None
+        return scaled[0], scaled[1] if len(scaled) > 1 else None, None, None, None, None, None, None
 
 
 def chunked_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None, z_weight: float = 0.0,
-    chunk_loss: ChunkLoss = torch_chunk_loss,
+    factors: Tensor | None = None, chunk_loss: ChunkLoss = torch_chunk_loss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scale` times the sum of cross-entropies and z-losses, (), and the sum of cross-entropies in nats, ().
 
@@ -164,10 +172,11 @@ def chunked_loss(
         scale: see `CausalLM.loss`.
         chunk: tokens whose logits exist at a time; `chunk_of` the device unless given.
         z_weight: weight of the z-loss.
+        factors: (N,) of the gradient of each token; 1 unless given.
         chunk_loss: as `torch_chunk_loss`.
     """
     chunk = chunk or chunk_of(hidden.device)
-    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, chunk_loss)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk, z_weight, chunk_loss, factors)  # type: ignore[return-value]
 
 
 def full_loss(
@@ -211,6 +220,16 @@ def evaluation_loss(
         part, part_nats = full_loss(rows, used, words, scale=1.0, z_weight=z_weight)
         loss, nats = loss + part, nats + part_nats
     return loss * scale, nats
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token in nats, fp32 (N,), 0 where a target is `IGNORE`; arguments as of `chunked_loss`."""
+    used, losses = weight.to(hidden.dtype), []
+    chunk = chunk_of(hidden.device) // 4  # fp32 logits, and twice more of them
+    for rows, words in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        losses.append(F.cross_entropy((rows @ used.t()).float(), words, ignore_index=IGNORE, reduction="none"))
+    return torch.cat(losses)
 
 
 LOSSES: dict[str, LossFunction] = {

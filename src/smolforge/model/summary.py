@@ -105,6 +105,7 @@ def estimate_memory(
     attention: str | None = None,
     masked: bool = False,
     save_copy: bool = False,
+    adapter: int = 0,
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
@@ -121,11 +122,11 @@ def estimate_memory(
         attention: a key of `attention.ATTENTION`, where it is known; expanded keeps more.
         masked: whether attention stops at document borders.
         save_copy: whether checkpoints are saved asynchronously from a copy in this memory.
+        adapter: parameters of an adapter, in fp32, where only these learn.
     """
     groups = count_groups(config)
     width, inner = stored.itemsize, (computed or stored).itemsize
-    count, hidden = sum(groups.values()), groups["attention"] + groups["mlp"]
-    moments = {"muon": (2 * count - hidden) * width, "adamw8bit": 2 * count}.get(optimizer, 2 * count * width)
+    weights, learned, moments, casts = _state_bytes(groups, width, inner, optimizer, adapter)
     tokens, layers = sequences * length, config.num_hidden_layers
     # What autograd keeps for each token and layer of `llama.py`: inputs and outputs of both norms, queries and the
     # output of attention, keys and values, and of the MLP gate, silu(gate), up and their product.
@@ -138,16 +139,26 @@ def estimate_memory(
     rows = tokens if loss in ("full", "linear") else min(tokens, chunk)
     # The logits take their gradients' place; torch's own operations need them twice more, in fp32.
     per_logit = inner if loss == "native" else inner + 8
-    table = config.vocab_size * config.hidden_size * inner if inner != width else 0  # its gradient before it is widened
+    # The gradient of the table before it is widened.
+    table = config.vocab_size * config.hidden_size * inner if inner != width and not adapter else 0
     return MemoryEstimate(
-        weights=count * width,
-        gradients=count * width,
+        weights=weights,
+        gradients=learned,
         moments=moments,
-        casts=(count - groups["norm"]) * inner if inner != width else 0,
+        casts=casts,
         activations=mask + (layers * entries + layer if recompute else layers * layer),
         head=rows * config.vocab_size * per_logit + table + 2 * entries,
-        saving=count * width + moments if save_copy else 0,
+        saving=learned + moments if save_copy else 0,
     )
+
+
+def _state_bytes(groups: dict[str, int], width: int, inner: int, optimizer: str, adapter: int) -> tuple[int, ...]:
+    """Bytes of weights, gradients, moments and casts, of numbers of `width` bytes stored and `inner` computed."""
+    count, hidden = sum(groups.values()), groups["attention"] + groups["mlp"]
+    if adapter:  # the model itself is stored in the precision that it computes in
+        return count * inner + 4 * adapter, 4 * adapter, 8 * adapter, 0
+    moments = {"muon": (2 * count - hidden) * width, "adamw8bit": 2 * count}.get(optimizer, 2 * count * width)
+    return count * width, count * width, moments, (count - groups["norm"]) * inner if inner != width else 0
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:

@@ -222,7 +222,7 @@ def summarize(history: History) -> RunSummary:
     return RunSummary(
         name=history.name,
         path=str(history.run.path),
-        finished=steps is not None and total is not None and steps >= total,
+        finished=steps is not None and total is not None and (steps >= total or _ended_early(history, steps)),
         steps=None if steps is None else int(steps),
         total_steps=total,
         tokens=_last(training["tokens"]),
@@ -287,6 +287,11 @@ def _reduce(function: Callable[[np.ndarray], Any], values: np.ndarray) -> float 
     """`function` of the finite values, or None where there is none."""
     known = values[np.isfinite(values)]
     return float(function(known)) if len(known) else None
+
+
+def _ended_early(history: History, step: int) -> bool:
+    """Whether the run ended at this step, before its length, because the held-out loss rose."""
+    return any(event["event"] == "ended" and event["step"] >= step for event in history.events[-1:])
 
 
 def _last(values: np.ndarray) -> float | None:

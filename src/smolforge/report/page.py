@@ -60,6 +60,7 @@ def write_report(run_path: str | Path | Run) -> Path:
         page=charts(history, summary),
         numbers=_numbers(history),
         samples=samples,
+        asked=history.setting("data.format", "text") != "text",  # the prompts are questions
         hidden_samples=sum(sample.hidden for sample in samples),
         command=shlex.join(["smolforge", "train", clean(_relative(history.run.config_path)), "--out", "NEW"]),
         sections=_configuration(history),

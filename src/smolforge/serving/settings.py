@@ -30,6 +30,7 @@ class ServeSettings:
         name: id of the model in the API; the name of the directory or Hub repository unless given.
         quantize: as in `Engine.from_pretrained`.
         draft: a smaller model that drafts tokens, as in `Engine.from_pretrained`; none unless given.
+        adapter: merged into the model, as in `Engine.from_pretrained`; none unless given.
         max_batch: sequences that run at once.
         max_queue: sequences that can wait; further ones get 429.
         max_per_client: unfinished requests of one client; further ones get 429. Where there are several keys, a key is
@@ -55,6 +56,7 @@ class ServeSettings:
     name: str | None = None
     quantize: str = "auto"
     draft: str | None = None
+    adapter: str | None = None
     max_batch: int = 16
     max_queue: int = 256
     max_per_client: int = 64

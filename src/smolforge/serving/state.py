@@ -77,7 +77,10 @@ class ModelSource:
                 raise CheckpointError(f"there is no checkpoint of step {step}", field="steps")
             model = self.run.checkpoints_path / commit.step_name(step)
         draft = settings.draft if step is None else None
-        engine = Engine.from_pretrained(model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft)
+        engine = Engine.from_pretrained(
+            model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft,
+            adapter=settings.adapter if step is None else None,
+        )  # fmt: skip
         assert engine.directory is not None
         directory = engine.directory
         weights = directory if is_gguf(directory) else directory / "model.safetensors"

@@ -15,6 +15,9 @@ In the order to read them:
     setup.py           from a request to configuration, data, tokenizer, model and optimizer
     run_data.py        where the data of a run lies, and what happens where it moved or changed
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
+    run_model.py       the model of a run: new weights, those of `init`, an adapter beside them
+    preferences.py     which of two answers is better: the reference, the loss, the held-out margin
+    precision.py       the numbers that a run computes in
     plan.py            device, precision, batch, memory and kernels, each with its reason
     forecast.py        a run on GPUs that need not be here: the plan, time, storage and cost
     launch.py          `--nproc`: several processes on this machine
@@ -22,7 +25,8 @@ In the order to read them:
     apply_plan.py      threads and allocator of the process, the first compiled step
     optim/             optimizers, parameter groups, learning-rate schedules
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
-    metrics.py         metrics of steps, validations, samples, progress bar, outcome
+    metrics.py         metrics of steps, validations, samples, outcome
+    progress.py        tokens per second, and the progress bar
     trackers.py        TensorBoard, wandb, trackio
     shutdown.py        signals and the time limit
     profiling.py       a trace of a few steps

@@ -3,7 +3,8 @@
 `state_tree` gathers the state; the committer copies it to the host, and `write_checkpoint` writes the checkpoint's
 directory from the copy, in a background thread where saving is asynchronous. A checkpoint is a model directory with a
 folder `training/`: optimizer moments by parameter name, the data cursor, the random generators of every rank, the
-gradient scaler, and the data ranges that are skipped.
+gradient scaler, and the data ranges that are skipped. Of a LoRA run it is the model with the adapter merged, with the
+adapter itself in a folder `adapter/`, from which the run continues.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smolforge.checkpoint import commit, format
+from smolforge.checkpoint import commit, format, locate
+from smolforge.checkpoint.adapter import ADAPTER, write_adapter
 from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
 from smolforge.data.cursor import accepted_cursor
 from smolforge.errors import CheckpointError
 from smolforge.files import read_json_lines
-from smolforge.training.setup import TrainContext, load_weights
+from smolforge.model.lora import adapter_state, merged_state
+from smolforge.training.run_model import check_base, load_adapter, load_weights
+from smolforge.training.setup import TrainContext
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,9 @@ class Position:
 def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
     """Everything to save, not yet copied. Called by all ranks together; rank 0's tree is complete."""
     cursors = context.ranks.all_gather(position.cursor)
+    lora = context.config.lora.r > 0  # then the model's own weights never change, and need no copy
     return {
-        "weights": context.model.state_dict(),
+        "weights": adapter_state(context.model) if lora else context.model.state_dict(),
         "training": {
             "step": position.step,
             "cursor": merge_cursors(cursors),
@@ -59,6 +64,7 @@ def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
             "rollbacks": position.rollbacks,
             "optimizer": optimizer_state(context.model, context.optimizer),
             "optimizer_name": context.config.optimizer.name,
+            **({"base": context.base} if lora else {}),
             "random": context.ranks.all_gather(random_state(context.plan.device)),
             "scaler": context.scaler.state_dict() if context.scaler else None,
         },
@@ -69,14 +75,25 @@ def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
     """Fill a checkpoint's directory from the copied tree."""
     rows = list(read_json_lines(context.run.metrics_path))
     card = card_text(context.config, step=tree["training"]["step"], rows=rows)
-    format.write_model(directory, context.config.model, tree["weights"], context.tokenizer, card=card)
+    config, state = context.config, tree["weights"]
+    if config.lora.r:
+        base = config.init or ""
+        place = str(locate.resolve_model(base)) if Path(base).is_dir() else base
+        write_adapter(directory / ADAPTER, config.lora, state, place)
+        context.tokenizer.save(directory / ADAPTER, max_length=config.model.max_position_embeddings)
+        state = merged_state(context.model, state)
+    format.write_model(directory, config.model, state, context.tokenizer, card=card)
     save_state(directory / "training", tree["training"])
 
 
 def restore(context: TrainContext, directory: Path) -> Position:
     """Load a checkpoint into `context`; its position. CheckpointError where it is damaged or of another model."""
-    load_weights(context.model, directory)
     tree = load_state(directory / "training")
+    if context.config.lora.r:
+        check_base(context.config, tree.get("base"), context.base)
+        load_adapter(context.model, directory / ADAPTER)
+    else:
+        load_weights(context.model, directory)
     saved, name = tree["optimizer"], context.config.optimizer.name
     wrote = tree.get("optimizer_name") or _writer_of(saved)
     if wrote != name:
@@ -99,7 +116,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> None:
     """Replace the optimizer's state by one that `optimizer_state` returned of an equal model."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if tree and set(tree) != set(parameters):
         name = sorted(set(tree) ^ set(parameters))[0]
         raise CheckpointError(f"the optimizer's state does not fit the model at {name}", field="training/")
@@ -171,4 +188,7 @@ def prune_checkpoints(context: TrainContext) -> None:
         return
     config = context.config.checkpoint
     best = _best_step(context) if config.best else None
-    commit.prune(context.run.checkpoints_path, keep=config.keep, keep_every=config.keep_every, best=best)
+    folder = context.run.checkpoints_path
+    commit.prune(folder, keep=config.keep, keep_every=config.keep_every, best=best)
+    if best is not None:
+        commit.point(folder, commit.BEST, commit.step_name(best))

@@ -11,8 +11,7 @@ import resource
 import shlex
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,14 @@ import torch
 from smolforge.checkpoint import commit
 from smolforge.data import Batch, data_digest
 from smolforge.devices import known_peak_flops, to_host
-from smolforge.evaluation import Score, evaluate
+from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
-from smolforge.formatting import size
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
-from smolforge.logging import console
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
 from smolforge.report import write_report
+from smolforge.training.progress import ProgressBar, Throughput
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
 from smolforge.training.trackers import Trackers
@@ -198,46 +196,71 @@ class MetricsLogger:
                 self.samples.truncate_after(step - 1)
             self.sample(step)
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out."""
+        preferences = self.context.preferences
+        return self.context.eval_set is not None or bool(preferences and preferences.held_out)
+
+    def best_step(self, step: int) -> int | None:
+        """The step of the lowest held-out loss, where `evaluation.patience` ends the run at `step`; else None."""
+        patience, found = self.config.evaluation.patience, None
+        if patience and self.ranks.is_main:
+            rows = [row for row in read_json_lines(self.context.run.metrics_path) if "validation" in row]
+            losses = [row["validation"]["loss"] for row in rows]
+            if rows and rows[-1]["step"] == step:
+                best = min(range(len(losses)), key=lambda i: math.inf if losses[i] is None else losses[i])
+                found = rows[best]["step"] if len(rows) - 1 - best >= patience else None
+        return self.ranks.broadcast(found)
+
     def missing(self, step: int) -> tuple[bool, bool]:
         """Whether the step that the run stands at still lacks its validation, and its samples."""
         found = (False, False)
-        if self.ranks.is_main and step:
+        # A model that answers already is scored before it is tuned.
+        if self.ranks.is_main and (step or self.config.data.format != "text"):
             rows = read_json_lines(self.context.run.metrics_path)
             validated = any("validation" in row and row["step"] == step for row in rows)
             texts = read_json_lines(self.context.run.samples_path)
             sampled = sum(row["step"] == step for row in texts) >= len(self._prompts())
-            evaluates = self.context.eval_set is not None and is_due(self.config.evaluation.every, step, self.total)
+            evaluates = self.has_validation and is_due(self.config.evaluation.every, step, self.total)
             samples = is_due(self.config.samples.every, step, self.total)
             found = (evaluates and not validated, samples and not sampled)
         return self.ranks.broadcast(found)
 
     def validate(self, step: int) -> None:
         """Score the held-out documents and record the result. Called by all ranks together."""
-        if self.context.eval_set is None:
+        preferences, held_out = self.context.preferences, self.context.eval_set
+        if preferences is not None and preferences.held_out:
+            scores = preferences.validate(self.context.model, self.ranks, self._poll_single_rank)
+            margin = f"margin {scores['margin']:.4f}  chosen {scores['accuracy']:.1%}"
+            self._record_scores(step, scores, f"held-out loss {scores['loss']:.4f}  {margin}")
+        if held_out is None:
             return
         score = evaluate(
-            self.context.model, self.context.eval_set, length=self.config.data.sequence_length,
-            batch=self.plan.micro_batch, device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
+            self.context.model, held_out, length=self.config.data.sequence_length, batch=self.plan.micro_batch,
+            device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
             context=lambda: self.plan.precision.context(self.plan.device),
         )  # fmt: skip
-        with self.ranks.together():
-            self._write_score(step, score)
-
-    def _write_score(self, step: int, score: Score) -> None:
-        """Write the row of a validation on rank 0."""
-        if not (self.metrics and self.trackers):
-            return
         scores = {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}
-        row: dict[str, Any] = {"step": step, "tokens": step * self.config.tokens_per_step, "validation": scores}
-        text = f"step {step:,}  held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+        text = f"held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
         text += f"bits per byte {score.bits_per_byte:.4f}"
+        more: dict[str, Any] = {}
         entropy = self.context.corpus.entropy_bits_per_byte
         if entropy:
-            row["entropy_bits_per_byte"] = entropy
+            more["entropy_bits_per_byte"] = entropy
             text += f"  ({score.bits_per_byte / entropy - 1:.1%} above the source's own entropy of {entropy:.4f})"
-        self.metrics.append({**row, "time": time.time()})
-        logger.info(text)
-        self.trackers.scalars(step, {f"validation/{k}": v for k, v in scores.items()})
+        self._record_scores(step, scores, text, more)
+
+    def _record_scores(
+        self, step: int, scores: dict[str, float], text: str, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """Log a validation, on rank 0. Called by all ranks together."""
+        row = {"step": step, "tokens": step * self.config.tokens_per_step, "validation": scores, **(more or {})}
+        with self.ranks.together():
+            if self.metrics and self.trackers:
+                self.metrics.append({**row, "time": time.time()})
+                logger.info(f"step {step:,}  {text}")
+                self.trackers.scalars(step, {f"validation/{k}": v for k, v in scores.items()})
 
     def sample(self, step: int) -> None:
         """Continue the fixed prompts on rank 0. Called by all ranks together."""
@@ -270,7 +293,7 @@ class MetricsLogger:
 
     def _encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt; of a question for a model that is tuned on chat data."""
-        if self.config.data.format == "chat":
+        if self.config.data.format != "text":
             return self.context.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         return self.context.tokenizer.encode(prompt)
 
@@ -278,88 +301,6 @@ class MetricsLogger:
         # With several ranks an exception on one would leave the others waiting; they stop at the next step.
         if self.ranks.world_size == 1:
             self.shutdown.poll()
-
-
-class ProgressBar:
-    """The run's progress: one live line on a terminal, a log line per logged step elsewhere. Both on stderr."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._bar: Any = None
-        self._task: Any = None
-        self._started = 0.0
-
-    def start(self, step: int) -> None:
-        """Show the live line where messages are shown on a terminal."""
-        self._started = time.monotonic()
-        if not (logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
-            return
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._bar = Progress(
-            TextColumn("step {task.completed:,}/{task.total:,}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            console=console(),
-            transient=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self.total, completed=step, status="starting")
-
-    def advance(self, step: int) -> None:
-        """Move the live line to `step`."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
-
-    def show(self, row: dict[str, Any], seconds_per_step: float) -> None:
-        """Show the row of a logged step."""
-        loss = f"{row['loss']:.4f}" if math.isfinite(row["loss"]) else "not finite"
-        parts = [f"loss {loss}", f"lr {row['lr']:.2e}"]
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-        if "mfu" in row:
-            parts.append(f"MFU {row['mfu']:.0%}")
-        parts.append(size(row["memory_bytes"]))
-        left = (self.total - row["step"]) * seconds_per_step
-        times = [f"ETA {clock(left)}"] if left else []
-        if self._bar:
-            times.append(f"elapsed {clock(time.monotonic() - self._started)}")
-            self._bar.update(self._task, completed=row["step"], status="  ".join([*parts, " · ".join(times)]))
-        else:
-            logger.info(f"step {row['step']:,}/{self.total:,}  {'  '.join([*parts, *times])}")
-
-    def close(self) -> None:
-        """Remove the live line."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
-
-
-class Throughput:
-    """Tokens per second over the last steps, without the first one as soon as there are others: it compiles."""
-
-    def __init__(self, tokens_per_step: int, window: int = 20) -> None:
-        self.tokens_per_step = tokens_per_step
-        self._times: deque[float] = deque(maxlen=window + 1)
-        self._began = time.perf_counter()
-
-    def tick(self) -> None:
-        """A step ended."""
-        self._times.append(time.perf_counter())
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training, such as an evaluation."""
-        self._times = deque((t + seconds for t in self._times), self._times.maxlen)
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean over the window; 0 until two steps ended."""
-        steps = len(self._times) - 1
-        return (self._times[-1] - self._times[0]) / steps if steps > 0 else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all ranks together, once a step ended."""
-        return self.tokens_per_step / (self.seconds_per_step or self._times[-1] - self._began)
 
 
 def is_due(every: int | None, step: int, total: int) -> bool:
@@ -377,21 +318,15 @@ def memory_in_use(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    whole = round(max(0.0, seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
 def tell_outcome(context: TrainContext) -> None:
     """Write the report of a complete run, and tell what to do with it."""
     run = context.run
     scores = [row for row in read_json_lines(run.metrics_path) if "validation" in row]
     if scores:
-        bits, entropy = scores[-1]["validation"]["bits_per_byte"], scores[-1].get("entropy_bits_per_byte")
+        bits, entropy = scores[-1]["validation"].get("bits_per_byte"), scores[-1].get("entropy_bits_per_byte")
         above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
-        logger.info(f"held-out bits per byte: {bits:.4f}{above}")
+        if bits is not None:
+            logger.info(f"held-out bits per byte: {bits:.4f}{above}")
     logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
     logger.info(f"report:     {write_report(run.path)}")
     logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")

@@ -2,19 +2,10 @@
 
 A plan depends on the configuration and the machine only, never on a measurement: the same machine decides the same
 again, so a resumed run computes exactly what the uninterrupted one would have.
-
-The precisions:
-
-    fp32        everything in fp32
-    fp32-high   fp32 storage, matrix products through oneDNN (CPU) or TF32 (CUDA): `set_float32_matmul_precision`
-    bf16        weights and moments in fp32, matrix products in bf16 by autocast
-    bf16-pure   weights, gradients and moments in bf16, updates rounded stochastically so that small ones count
-    fp16        as bf16 in fp16, with a gradient scaler: for GPUs without bf16, such as a T4
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +16,16 @@ from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.devices import Gpu, gpu_of, physical_cores
 from smolforge.errors import BadInput
-from smolforge.kernels.variants import cpu_flags
 from smolforge.model import attention as attentions
+from smolforge.model.lora import count_adapter_parameters
 from smolforge.model.loss import chunk_of
 from smolforge.model.summary import MemoryEstimate, estimate_memory, flops_per_token
+from smolforge.training.precision import Precision, choose_precision
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
 CPU_MICRO_TOKENS = 4096
+# What tuning on a CPU stays within by itself: a laptop's memory, shared with its other programs.
+TUNING_MEMORY, LORA_MEMORY = 4_000_000_000, 2_000_000_000
 # Global batches where the configuration leaves them open: what one GPU accumulates in seconds, a laptop in minutes.
 GPU_STEP_TOKENS = 1 << 19
 CPU_STEP_TOKENS = 1 << 13
@@ -41,29 +35,6 @@ SHORT = 1024
 COMPILE_SECONDS = {"cpu": 40.0, "cuda": 90.0}
 COMPILE_GAIN = 1.25
 ASSUMED_FLOPS = {"cpu": 2e11, "cuda": 2e14}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The numbers that a run computes in.
-
-    Attributes:
-        name: one of those above.
-        weights: precision in which weights are stored and updated.
-        autocast: precision of the matrix products, None where it is that of the weights.
-        matmul: value for `torch.set_float32_matmul_precision`.
-        scaler: whether gradients are scaled against fp16's narrow range.
-    """
-
-    name: str
-    weights: torch.dtype
-    autocast: torch.dtype | None
-    matmul: str
-    scaler: bool = False
-
-    def context(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """The context of forward passes."""
-        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -179,53 +150,21 @@ def _check_shares(config: RunConfig, world_size: int) -> None:
         )
 
 
-def choose_precision(asked: str, device: torch.device, gpu: Gpu | None = None) -> tuple[Precision, str]:
-    """The precision for a device, and the reason; BadInput where the device cannot do what was asked."""
-    name, reason = _best_precision(device, gpu or gpu_of(device)) if asked == "auto" else (asked, "as asked")
-    if name == "fp16" and device.type != "cuda":
-        raise BadInput(
-            "fp16 needs a CUDA device",
-            field="training.precision",
-            hint="Use auto: bf16 where the processor has it, fp32 elsewhere.",
-        )
-    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    # On a CPU "medium" means oneDNN instead of MKL: 2.3 times faster on AMD at unchanged fp32 accuracy. Where the
-    # processor multiplies bf16 with AMX, oneDNN would round the inputs, so there it stays exact. fp32 attention inside
-    # of bf16 runs uses it too.
-    fast = "high" if device.type != "cpu" else "highest" if "amx_bf16" in cpu_flags() else "medium"
-    precision = {
-        "fp32": Precision("fp32", fp32, None, "highest"),
-        "fp32-high": Precision("fp32-high", fp32, None, fast),
-        "bf16": Precision("bf16", fp32, bf16, fast),
-        "bf16-pure": Precision("bf16-pure", bf16, None, fast),
-        "fp16": Precision("fp16", fp32, fp16, "high", scaler=True),
-    }[name]
-    return precision, reason
-
-
-def _best_precision(device: torch.device, gpu: Gpu | None) -> tuple[str, str]:
-    if gpu:
-        if gpu.has_bf16:
-            return "bf16", f"{gpu.name} has bf16"
-        return "fp16", f"{gpu.name} has no bf16; gradients are scaled"
-    if device.type == "cpu":
-        if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
-            return "bf16", "this processor multiplies bf16"
-        return "fp32-high", "this processor has no bf16 arithmetic"
-    return "fp32", f"not known whether bf16 is faster on {device.type}"
-
-
 def _fit_memory(
     config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None
 ) -> tuple[int, bool, str]:
     """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
     budget, asked = config.training.memory, config.training.micro_batch
+    tunes = budget == "auto" and device.type == "cpu" and config.data.format != "text"
+    if tunes:
+        budget = LORA_MEMORY if config.lora.r else TUNING_MEMORY
     if budget == "auto":
         micro = _micro_batch(config, device, precision, sequences, gpu)
         return micro, False, _memory_by_part(config, device, precision, micro, gpu) if gpu else ""
     choices = _divisors(sequences)
-    if asked != "auto":
-        choices = [_micro_batch(config, device, precision, sequences, gpu)]
+    if asked != "auto" or tunes:
+        most = _micro_batch(config, device, precision, sequences, gpu)
+        choices = [most] if asked != "auto" else [micro for micro in choices if micro <= most]
     for recompute in (False, True):
         for micro in choices:
             needed = memory_of(config, device, precision, micro, recompute=recompute, gpu=gpu).total
@@ -233,6 +172,8 @@ def _fit_memory(
                 how = "activations computed again in the backward pass" if recompute else "activations kept"
                 return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
     least = memory_of(config, device, precision, choices[-1], recompute=True, gpu=gpu).total
+    if tunes:
+        return choices[-1], True, f"about {least / 1e9:.2f} GB, activations computed again in the backward pass"
     raise BadInput(
         f"{budget / 1e9:.2f} GB are not enough: at least about {least / 1e9:.2f} GB are needed",
         field="training.memory",
@@ -254,19 +195,14 @@ def memory_of(
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
     gpu = gpu or gpu_of(device)
     return estimate_memory(
-        config.model,
-        sequences=micro_batch,
-        length=config.data.sequence_length,
-        stored=precision.weights,
-        computed=precision.autocast,
-        optimizer=config.optimizer.name,
-        recompute=recompute,
-        loss=config.training.loss,
-        chunk=chunk_of(device),
+        config.model, sequences=micro_batch, length=config.data.sequence_length,
+        stored=precision.weights, computed=precision.autocast, optimizer=config.optimizer.name, recompute=recompute,
+        loss=config.training.loss, chunk=chunk_of(device),
         attention=_choose_gpu_attention(config, gpu, precision)[0] if gpu else None,
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
-    )
+        adapter=count_adapter_parameters(config.model, config.lora),
+    )  # fmt: skip
 
 
 def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from smolforge.checkpoint import commit, format, locate, weights
+from smolforge.checkpoint import commit, format, locate
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
@@ -29,23 +29,25 @@ from smolforge.errors import BadInput, CheckpointError, DataError, SmolforgeErro
 from smolforge.evaluation import EvalSlice, tokenize_eval_set
 from smolforge.files import write_atomically
 from smolforge.metrics_log import read_metrics
-from smolforge.model.architecture import CausalLM, build_model
+from smolforge.model.architecture import CausalLM
 from smolforge.run import Run, lock_run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import finetuning
 from smolforge.training.apply_plan import apply_plan
 from smolforge.training.optim import build_optimizer, check_optimizer, schedule_factor
 from smolforge.training.plan import Plan, make_plan, with_training
+from smolforge.training.preferences import Preferences, open_preferences
 from smolforge.training.run_data import check_weights, keep_places, open_corpus
+from smolforge.training.run_model import base_digest, build_run_model, check_adapter
 from smolforge.training.shutdown import StopRequested
 
 logger = logging.getLogger(__name__)
 
 # What a run is. Changing one of these makes another run, whose checkpoints do not fit.
 IDENTITY = (
-    "model", "tokenizer", "init", "training.tokens_per_step", "training.seed",
+    "model", "tokenizer", "init", "lora", "training.tokens_per_step", "training.seed",
     "data.text_column", "data.separator", "data.sequence_length", "data.lanes", "data.holdout",
-    "data.seed", "data.mask_documents", "data.format", "data.loss_on", "data.too_long",
+    "data.seed", "data.mask_documents", "data.format", "data.loss_on", "data.too_long", "preference",
 )  # fmt: skip
 
 
@@ -95,6 +97,10 @@ class TrainContext:
     eval_set: EvalSlice | None
     scaler: torch.amp.GradScaler | None
     command: str | None
+    base: str | None = None
+    """Hash of the weights that an adapter learns beside; None where every weight learns."""
+    preferences: Preferences | None = None
+    """What is learned of pairs of answers; None where the next token is."""
 
 
 # The run's directory
@@ -141,7 +147,8 @@ def forget_preparations(run: Run) -> None:
             f"{run.path} has {len(found)} checkpoints, none of them whole",
             hint=f"`smolforge verify {run.path}` names the damage. --fresh starts over and moves them aside.",
         )
-    run.index_path.unlink(missing_ok=True)
+    for path in (run.index_path, run.reference_path):
+        path.unlink(missing_ok=True)
     shutil.rmtree(run.path / "tokenizer", ignore_errors=True)
 
 
@@ -219,7 +226,7 @@ def adopt_init(config: RunConfig, newest: Path | None, request: TrainRequest) ->
     Raises:
         BadInput: the request itself (its preset or file does not count) asks for another shape or tokenizer.
     """
-    if config.init is None and config.data.format == "chat":
+    if config.init is None and config.data.format != "text":
         raise BadInput(
             "chat data needs a model to start from",
             field="init",
@@ -233,9 +240,11 @@ def adopt_init(config: RunConfig, newest: Path | None, request: TrainRequest) ->
     # A name that is none of the Hub's, such as that of a file which is installed, means the file.
     local = Path(config.init).expanduser().exists() or not directory.is_dir()
     tokenizer = str(directory) if local else config.init
-    if config.data.format == "chat":
+    rows = model.vocab_size
+    if config.data.format != "text":
         model = finetuning.with_room(model, finetuning.with_chat_template(Tokenizer.from_pretrained(directory)))
     adopted = config.model_copy(update={"model": model, "tokenizer": tokenizer})
+    check_adapter(adopted, rows)
     asked, has = (_flatten(c.model_dump(mode="json", include={"model", "tokenizer"})) for c in (config, adopted))
     named = {override.partition("=")[0].strip() for override in request.overrides} | set(_flatten(request.layers))
     for key in sorted(asked.keys() | has.keys()):
@@ -291,13 +300,17 @@ def build_context(
         plan = make_plan(config, device, ranks.world_size)
         corpus = open_corpus(run, config, newest, ranks, accept_changes=request.accept_changed_data)
         tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
-        if config.data.format == "chat" and newest is None:
+        if config.data.format != "text" and newest is None:
             config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
             plan = make_plan(config, device, ranks.world_size)
         apply_plan(plan)
-        model = _build_model(config, plan, newest)
+        learns_pairs = config.data.format == "preferences"
+        is_reference = learns_pairs and not run.reference_path.is_file()  # it is computed with the weights of `init`
+        model = build_run_model(config, plan, newest, with_init=newest is None or is_reference)
         optimizer = build_optimizer(model, config.optimizer, update=plan.update)
-        eval_set = _open_eval_set(config, corpus, tokenizer)
+        eval_set, preferences = _open_eval_set(config, corpus, tokenizer), None
+        if learns_pairs:
+            preferences = open_preferences(run, config, plan, corpus, tokenizer, model, ranks)
     except (SmolforgeError, StopRequested):
         if ranks.is_main and not run.exists:
             forget_preparations(run)
@@ -306,8 +319,9 @@ def build_context(
         raise
     scaler = torch.amp.GradScaler(device.type) if plan.precision.scaler else None
     return TrainContext(
-        run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler, request.command
-    )
+        run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler, request.command,
+        base_digest(config), preferences,
+    )  # fmt: skip
 
 
 def _open_tokenizer(
@@ -322,40 +336,14 @@ def _open_tokenizer(
             Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
         ranks.barrier()
     tokenizer = Tokenizer.from_pretrained(source)
-    if config.data.format == "chat":
+    if config.data.format != "text":
         tokenizer = finetuning.with_chat_template(tokenizer)
     format.check_vocabulary(config.model, tokenizer)
     return tokenizer
 
 
-def _build_model(config: RunConfig, plan: Plan, newest: Path | None) -> CausalLM:
-    """The model with new weights or those of `init`; unfilled where there is a checkpoint to restore."""
-    is_new = newest is None
-    seed = config.training.seed if is_new and config.init is None else None
-    model = build_model(config.model, seed=seed, **plan.model_options)
-    if is_new and config.init is not None:
-        load_weights(model, locate.resolve_model(config.init))
-        logger.info(f"weights and tokenizer: from {config.init}")
-    count = sum(p.numel() for p in model.parameters())
-    logger.info(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
-    return model
-
-
-def load_weights(model: CausalLM, directory: Path) -> None:
-    """Copy the weights of a model directory into `model`; CheckpointError where they are damaged or do not fit."""
-    own = format.read_config(directory)
-    shape = model.config.model_copy(update={"vocab_size": min(own.vocab_size, model.config.vocab_size)})
-    found = format.check_weights(shape, weights.read_weights(directory), str(directory))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            rows = found[name]
-            parameter[: len(rows)].copy_(rows)
-            # New tokens begin as the mean of the others: a token that was never trained must not stand out.
-            parameter[len(rows) :].copy_(rows.mean(0, keepdim=True))
-
-
 def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> EvalSlice | None:
-    if not config.data.holdout:
+    if not config.data.holdout or config.data.format == "preferences":
         return None
     if config.data.format == "chat":
         return finetuning.answers_eval_set(config, corpus, tokenizer)

@@ -16,12 +16,16 @@ from smolforge.model.architecture import CausalLM
 from smolforge.training.optim import optimizer_step
 from smolforge.training.plan import Plan
 
+# (model, rows of the batch, inputs (B, T), targets (B, T), document ids (B, T) or None) -> the loss to differentiate,
+# which adds up over micro-batches and ranks, and the sum of losses to report.
+Objective = Callable[[CausalLM, slice, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
 
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
     lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
-    span: Callable[[str], AbstractContextManager[Any]] = record_function,
+    span: Callable[[str], AbstractContextManager[Any]] = record_function, objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
 
@@ -31,6 +35,7 @@ def train_step(
         targets: (B, T) of the next tokens, `IGNORE` where one is not learned; all of `tokens` unless given.
         count: targets that are learned, in the global batch; all unless given.
         span: the context of each part ("forward", "backward", "update"), for profiles and timings.
+        objective: what is learned instead of the next token.
 
     Returns:
         Sum of the losses in nats over all ranks (), norm of the gradient before clipping (), and whether the update was
@@ -44,10 +49,13 @@ def train_step(
             inputs = tokens[rows, :-1].contiguous()
             wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
             with span("forward"), plan.precision.context(tokens.device):
-                loss, part = model.loss(
-                    inputs, wanted, document_ids=ids,
-                    scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
-                )  # fmt: skip
+                if objective is not None:
+                    loss, part = objective(model, rows, inputs, wanted, ids)
+                else:
+                    loss, part = model.loss(
+                        inputs, wanted, document_ids=ids,
+                        scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
+                    )  # fmt: skip
             with span("backward"):
                 (scaler.scale(loss) if scaler else loss).backward()
             nats += part.float()

@@ -33,10 +33,11 @@ from smolforge.training import checkpointing, setup
 from smolforge.training.apply_plan import compiled_graphs, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
-from smolforge.training.metrics import MetricsLogger, StepMetrics, Throughput, is_due, tell_outcome
+from smolforge.training.metrics import MetricsLogger, StepMetrics, is_due, tell_outcome
 from smolforge.training.optim import schedule_factor
 from smolforge.training.plan import resolve_batch
 from smolforge.training.profiling import build_profiler
+from smolforge.training.progress import Throughput
 from smolforge.training.ranks import check_ranks
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
@@ -66,7 +67,7 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
             context, position = open_run(request, run, ranks, device, stack)
             shutdown.immediate = False
             trainer = Trainer(context, position, shutdown)
-            if not trainer.is_complete():
+            if not trainer.is_complete(request.more_steps):
                 if not run.exists:
                     setup.record(context)
                 if request.profile and ranks.is_main:
@@ -134,11 +135,13 @@ class Trainer:
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
         )
 
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do; the user is told."""
+    def is_complete(self, more_steps: int | None = None) -> bool:
+        """Whether nothing is left to do; the user is told. `more_steps` as of `TrainRequest`."""
         step, run = self.position.step, self.context.run
-        if step < self.total or any(self.metrics.missing(step)):
+        if any(self.metrics.missing(step)):
             return False
+        if step < self.total:
+            return not more_steps and self._stops_early()
         asked = f"; you asked for {self.total:,}" if step > self.total else ""
         logger.info(
             f"{run.path} already has {step:,} steps{asked}. "
@@ -237,9 +240,13 @@ class Trainer:
             document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
         targets, count = learned_targets(batch, tokens, self.ranks)
+        objective = None
+        if context.preferences is not None:
+            objective, count = context.preferences.objective(batch, self.ranks)
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
             targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
+            objective=objective,
         )  # fmt: skip
         self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor
@@ -313,11 +320,27 @@ class Trainer:
             self.metrics.validate(step)
         if sample:
             self.metrics.sample(step)
+        if validate and self._stops_early():
+            self.total = step
+            self.metrics.event(step, "ended")
+            self._save(last=True)
         if validate and save:
             self._wait_for_save()
             with self.ranks.together():
                 checkpointing.prune_checkpoints(self.context)
         self.metrics.throughput.pause(time.perf_counter() - began)
+
+    def _stops_early(self) -> bool:
+        """Whether the held-out loss has not fallen for as long as `evaluation.patience` says; the user is told."""
+        step = self.position.step
+        best = self.metrics.best_step(step)
+        if best is None:
+            return False
+        logger.info(
+            f"ends at step {step:,} of {self.config.total_steps:,}: the held-out loss is lowest at step {best:,} "
+            f"(evaluation.patience={self.config.evaluation.patience}; with null it trains on)"
+        )
+        return True
 
     def _save(self, *, last: bool = False) -> None:
         """Save the run's state, unless it is saved; wait for the end of it where nothing comes after it."""

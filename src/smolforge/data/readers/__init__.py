@@ -83,6 +83,6 @@ class Reader(ABC):
 def open_reader(shard: Shard, context: Context) -> Reader:
     """The reader of the shard's format; nothing is read yet."""
     # A conversation is in several columns, or in one with others inside: not what the parquet reader has ranges of.
-    format = "csv" if context.chat and shard.format == "parquet" else shard.format
+    format = "csv" if context.format != "text" and shard.format == "parquet" else shard.format
     module, _, name = READERS[format].partition(":")
     return getattr(importlib.import_module(module), name)(shard, context)

@@ -29,22 +29,36 @@ PAIRS = (
     ("question", "answer"), ("q", "a"),
 )  # fmt: skip
 INPUTS = ("input", "context")
+PREFERENCES = ("chosen", "rejected")
 FORMS = (
     "Known forms: messages, conversations, prompt + completion, instruction + output, question + answer, "
     "chosen + rejected."
 )
 
 
-def conversation_text(row: Mapping[str, Any]) -> str:
+def conversation_text(row: Mapping[str, Any], *, pair: bool = False) -> str:
     """The conversation in a row, as JSON: {"messages": [...]}, and "tools" where it has some.
+
+    Args:
+        pair: read a pair of answers: "messages" is the conversation with the chosen one, "rejected" with the other.
 
     Raises:
         BadRow: the row has no known form, more than one, or is broken; the error does not say where the row is.
     """
-    messages = _messages(row)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("has no message of the assistant to learn from")
-    found: dict[str, Any] = {"messages": messages}
+    if pair and any(row.get(name) is None for name in PREFERENCES):
+        names = ", ".join(map(repr, list(row)[:20])) or "nothing"
+        hint = "It needs the columns chosen and rejected, and prompt where they do not begin with it."
+        raise BadRow(f"is not a pair of answers: it has {names}", field="data.sources", hint=hint)
+    found: dict[str, Any] = {"messages": _alternative(row, "chosen") if pair else _messages(row)}
+    if pair:
+        found["rejected"] = _alternative(row, "rejected")
+        if found["rejected"] == found["messages"]:
+            raise BadRow("has the same answer as chosen and as rejected")
+        if found["rejected"][0] != found["messages"][0]:
+            raise BadRow("has no question that both answers have", hint="Put it into the column prompt.")
+    for messages in (found["messages"], found.get("rejected", found["messages"])):
+        if messages[-1]["role"] != "assistant" if pair else all(m["role"] != "assistant" for m in messages):
+            raise BadRow("has no message of the assistant to learn from")
     if row.get("tools"):
         found["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
     return replace_lone_surrogates(json.dumps(found, ensure_ascii=False, sort_keys=True))
@@ -59,7 +73,7 @@ def _forms(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     forms: list[tuple[str, ...]] = [(name,) for name in ("messages", "conversations") if row.get(name) is not None]
     forms += [pair for pair in PAIRS if all(row.get(name) is not None for name in pair)]
     # Collections of preferences often have the chosen conversation as messages too.
-    return forms or [form for form in [("chosen", "rejected")] if all(row.get(name) is not None for name in form)]
+    return forms or [form for form in [PREFERENCES] if all(row.get(name) is not None for name in form)]
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -73,19 +87,24 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     form = forms[0]
     if len(form) == 1:
         return _listed(row[form[0]], form[0])
+    if form == PREFERENCES:
+        return _alternative(row, "chosen")
     system = [_message("system", row["system"], "system")] if row.get("system") else []
     question, answer = form
-    if form == ("chosen", "rejected"):
-        prompt = row.get("prompt")
-        chosen = _side(row["chosen"], "assistant", "chosen")
-        # A chosen side may be the whole conversation, or only what follows the prompt.
-        whole = len(chosen) > 1 and chosen[0]["role"] != "assistant"
-        return chosen if whole or prompt is None else [*system, *_side(prompt, "user", "prompt"), *chosen]
     asked = row[question]
     extra = next((row[name] for name in INPUTS if question == "instruction" and row.get(name)), None)
     if extra is not None and isinstance(asked, str):
         asked = f"{asked}\n\n{extra}"
     return [*system, *_side(asked, "user", question), *_side(row[answer], "assistant", answer)]
+
+
+def _alternative(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The conversation with the chosen or the rejected answer, which may be all of it or what follows the prompt."""
+    found, prompt = _side(row[name], "assistant", name), row.get("prompt")
+    if prompt is None or (len(found) > 1 and found[0]["role"] != "assistant"):
+        return found
+    system = [_message("system", row["system"], "system")] if row.get("system") else []
+    return [*system, *_side(prompt, "user", "prompt"), *found]
 
 
 def _side(value: Any, role: str, name: str) -> list[dict[str, Any]]:

@@ -187,8 +187,8 @@ class JsonLinesReader(TextReader):
         if not isinstance(value, dict):
             kind, hint = type(value).__name__, f'It must look like {{"{column}": "..."}}.'
             raise BadRow(f"is not a JSON object but {kind}", field="data.sources", hint=hint)
-        if self.context.chat:
-            return conversation_text(value)
+        if self.context.format != "text":
+            return conversation_text(value, pair=self.context.format == "preferences")
         if column not in value:
             hint = f"It has: {', '.join(map(repr, list(value)[:20])) or 'nothing'}."
             if has_conversation(value):

@@ -71,7 +71,7 @@ class Context:
     offline: bool
     cache: Cache
     network: Network
-    chat: bool = False  # whether rows are conversations
+    format: str = "text"  # of rows, as `data.format`
 
 
 class Shard(ABC):

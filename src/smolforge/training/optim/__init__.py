@@ -60,7 +60,7 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, update: str = "torch") -> torch.optim.Optimizer:
-    """The optimizer of `config` over all parameters of `model`; arguments as of `OptimizerBuilder`."""
+    """The optimizer of `config` over the parameters of `model` that learn; arguments as of `OptimizerBuilder`."""
     check_optimizer(config.name)
     return builders()[config.name](model, config, update=update)
 
@@ -78,6 +78,8 @@ def parameter_groups(
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # beside an adapter
+            continue
         chosen = next((values for pattern, values in config.groups.items() if re.search(pattern, name)), {})
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         key = (float(chosen.get("lr", 1.0)), float(chosen.get("weight_decay", decay)), name in orthogonal)

@@ -186,7 +186,7 @@ def _key(seed: int, number: int, step: Tensor) -> Tensor:
 def build_adamw(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
     """torch's fused AdamW, where one kernel updates all parameters; weights in bf16 are rounded stochastically."""
     groups = parameter_groups(model, config)
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+    if any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad):
         return StochasticAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, update=update)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -62,7 +62,7 @@ def _precision(device: torch.device) -> torch.dtype:
 @register("muon")
 def build_muon(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
     """Muon over the layers' matrices, AdamW over the rest."""
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+    if any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad):
         raise BadInput(
             "muon keeps its weights in fp32",
             field="optimizer.name",
