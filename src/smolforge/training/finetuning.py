@@ -66,8 +66,10 @@ def resolve_chat(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks:
         DataError: there is nothing to learn from, or a conversation cannot be learned from.
     """
     steps, prompts = ranks.broadcast(_look(config, corpus, tokenizer) if ranks.is_main else None)
-    samples = config.samples.model_copy(update={"prompts": prompts})
     training = config.training.model_copy(update={"steps": steps})
+    # Answering takes longer than scoring: at the start, at the end and three times between.
+    every = config.samples.every or max(config.model_copy(update={"training": training}).total_steps // 4, 1)
+    samples = config.samples.model_copy(update={"prompts": prompts, "every": every})
     return config.model_copy(update={"training": training, "samples": samples})
 
 

@@ -318,12 +318,12 @@ class Trainer:
             self._save()
         if validate:
             self.metrics.validate(step)
-        if sample:
-            self.metrics.sample(step)
-        if validate and self._stops_early():
+        if ends := validate and self._stops_early():
             self.total = step
             self.metrics.event(step, "ended")
             self._save(last=True)
+        if sample or ends:
+            self.metrics.sample(step)
         if validate and save:
             self._wait_for_save()
             with self.ranks.together():
