@@ -206,20 +206,26 @@ def tiny_run(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-@pytest.fixture(scope="session")
-def chat_model(tiny_run, tmp_path_factory) -> Path:
-    """Its last checkpoint with a chat template."""
+def write_chat_model(run: Path, place: Path, **generation) -> Path:
+    """The last checkpoint of a run with a chat template; `generation`: what its generation_config.json says."""
     import shutil
 
-    newest = max((tiny_run / "checkpoints").glob("step-*"))
-    place = tmp_path_factory.mktemp("models") / "tiny-chat"
+    newest = max((run / "checkpoints").glob("step-*"))
     place.mkdir()
     for file in newest.iterdir():
         if file.is_file() and file.name != "manifest.json":
             shutil.copy(file, place)
     path = place / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT_TEMPLATE}))
+    path = place / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **generation}))
     return place
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_run, tmp_path_factory) -> Path:
+    """The last checkpoint of the tiny run with a chat template."""
+    return write_chat_model(tiny_run, tmp_path_factory.mktemp("models") / "tiny-chat")
 
 
 @pytest.fixture(scope="session")

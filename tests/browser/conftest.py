@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serving_fixtures import Server, serving, write_run
+from serving_fixtures import Server, serving, wait_until, write_chat_model, write_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 # A new browser looks for updates, syncs and reports by itself; none of that belongs to the page.
@@ -24,10 +25,25 @@ SHOTS = Path(__file__).parents[2] / "screenshots"
 
 
 @pytest.fixture(scope="session")
-def page_server(tmp_path_factory) -> Iterator[Server]:
+def page_run(tmp_path_factory) -> Path:
+    """A run whose model writes slowly enough to be watched."""
+    return write_run(tmp_path_factory.mktemp("runs") / "tales-tiny", idle_layers=72)
+
+
+@pytest.fixture(scope="session")
+def page_server(page_run) -> Iterator[Server]:
     """A server with the page."""
-    run = write_run(tmp_path_factory.mktemp("runs") / "tales-tiny", idle_layers=72)
-    with serving(run, "--quantize", "fp32") as running:
+    with serving(page_run, "--quantize", "fp32") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def chat_server(page_run, tmp_path_factory) -> Iterator[Server]:
+    """A server of the same model with a chat template and a generation_config, below a path."""
+    model = write_chat_model(
+        page_run, tmp_path_factory.mktemp("models") / "tales-chat", temperature=0.6, top_p=0.95, max_new_tokens=60
+    )
+    with serving(model, "--quantize", "fp32", "--root-path", "/llm") as running:
         yield running
 
 
@@ -67,18 +83,42 @@ class Visit:
         assert self.errors == [], self.errors
 
 
-@pytest.fixture
-def visit(chromium, page_server):
-    """Opens pages, and checks each at the end."""
+@contextlib.contextmanager
+def visits(chromium, server: Server, path: str = "/"):
+    """Opens pages of a server, and checks each at the end."""
     opened: list[Visit] = []
 
-    def open_page(path: str = "/", **context) -> Visit:
-        opened.append(Visit(chromium, page_server, path, **context))
+    def open_page(path: str = path, **context) -> Visit:
+        opened.append(Visit(chromium, server, path, **context))
         return opened[-1]
 
     yield open_page
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def visit(chromium, page_server):
+    """Opens the page of the run."""
+    with visits(chromium, page_server) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def visit_chat(chromium, chat_server):
+    """Opens the page of the model that has a chat template."""
+    with visits(chromium, chat_server, "/llm/") as open_page:
+        yield open_page
+
+
+def until(page, true: str) -> None:
+    """Wait until a JavaScript expression is true. Playwright's own way needs eval, which the page forbids."""
+    wait_until(lambda: page.evaluate(true), 20, lambda: true)
+
+
+def open_tab(visit: Visit, name: str) -> None:
+    """Click a tab."""
+    visit.page.get_by_role("tab", name=name).click()
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from conftest import SHOTS, Visit
-from serving_fixtures import STEPS, wait_until
+from conftest import SHOTS, Visit, open_tab, until
+from serving_fixtures import STEPS
 
 ONCE = "Once upon a time"
 DONE = "#text[aria-busy=false] .token"
@@ -27,11 +27,6 @@ def submit(visit: Visit, prompt: str = ONCE, tokens: int | None = None) -> None:
         page.fill("#max-tokens input[type=number]", str(tokens))
         page.press("#max-tokens input[type=number]", "Tab")
     page.click("#submit")
-
-
-def until(page, true: str) -> None:
-    """Wait until a JavaScript expression is true. Playwright's own way needs eval, which the page forbids."""
-    wait_until(lambda: page.evaluate(true), 20, lambda: true)
 
 
 def finished(visit: Visit) -> str:
@@ -52,10 +47,6 @@ def keep_seed(visit: Visit, seed: int) -> None:
     visit.page.fill("#seed", str(seed))
     visit.page.press("#seed", "Tab")
     visit.page.check("#keep")
-
-
-def open_tab(visit: Visit, name: str) -> None:
-    visit.page.get_by_role("tab", name=name).click()
 
 
 def test_text_grows_and_shows_its_figures(visit):

@@ -13,8 +13,9 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from serving_fixtures import STEPS, metric
+from serving_fixtures import STEPS, metric, write_chat_model
 from smolforge.errors import BadInput, CheckpointError
+from smolforge.generation import CHAT_SAMPLING
 from smolforge.run import Run
 from smolforge.serving import streaming
 from smolforge.serving.app import create_app
@@ -442,6 +443,39 @@ def test_the_page_writes_branches_and_continues(tiny_run):
         assert "".join(token["text"] for news in branch[1:] for token in news["tokens"]) == direct
         state = client.get("/page/state").json()
         assert state["steps"] == list(STEPS) and state["ready"] and state["context"] == 1024
+
+
+def test_the_page_starts_at_the_models_own_sampling_and_takes_only_what_changed(tiny_run, tmp_path):
+    """A model's generation_config reaches the page's texts; a model without one gets the page's usual values."""
+    own = {"temperature": 0.3, "top_p": 0.5, "max_new_tokens": 9}
+    for name, told in (("silent", {}), ("own", own), ("greedy", {"do_sample": False})):
+        model = write_chat_model(tiny_run, tmp_path / name, **told)
+        with app_of(model, page=True) as client:
+            state, body = client.get("/page/state").json(), {"prompt": "Once upon a time", "seed": 3}
+            rest = events(client.post("/page/write", json=body))[1:]
+            text = "".join(token["text"] for news in rest for token in news["tokens"])
+            write = {name: state["write"][name] for name in ("temperature", "top_p", "max_tokens")}
+            assert text == client.post("/v1/completions", json={**body, **write}).json()["choices"][0]["text"]
+            values, suggested = state["chat"]["values"], state["chat"]["suggested"]
+        if name == "own":
+            assert write == {"temperature": 0.3, "top_p": 0.5, "max_tokens": 9} and suggested == {}
+            assert (values["temperature"], values["top_p"], values["max_tokens"]) == (0.3, 0.5, 9)
+        elif name == "silent":
+            assert write == {"temperature": 0.8, "top_p": 0.9, "max_tokens": 100}
+            assert suggested == {**CHAT_SAMPLING, "top_p": 0.9}
+        else:
+            assert write["temperature"] == values["temperature"] == 0 and suggested == {"max_tokens": 1024}
+    with app_of(tiny_run, page=True) as client:
+        assert client.get("/page/state").json()["chat"] is None
+
+
+def test_a_file_that_was_sent_whole_is_no_client_that_left(tiny_run):
+    with app_of(tiny_run, page=True) as client:
+        for _ in range(5):
+            assert client.get("/page/static/vendor/marked.umd.js").status_code == 200
+        text = client.get("/metrics").text
+        assert metric(text, "smolforge_requests_total", route="other", status="200") == 5
+        assert metric(text, "smolforge_requests_total", route="other", status="499") == 0
 
 
 def test_time_lapse_shows_each_checkpoint_under_one_seed(tiny_run):

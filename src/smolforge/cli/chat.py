@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampling, print_result, sampling_params
 from smolforge.errors import BadInput, SmolforgeError, unknown
+from smolforge.generation import CHAT_SAMPLING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,9 +50,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: the newest run in runs/)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="answer this and exit; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first (default: the template's own)")
-    # An answer is to be right rather than surprising; 0.2 is what the makers of SmolLM2 recommend.
-    # What SmolLM2's authors advise, and Ollama's penalty: without it a small model often ends in a loop.
-    add_sampling(parser, max_tokens=1024, temperature=0.2, repetition_penalty=1.1, several=False)
+    add_sampling(parser, **CHAT_SAMPLING, several=False)
     add_inference(parser)
     add_json(parser)
     parser.set_defaults(run=run)

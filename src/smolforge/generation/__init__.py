@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from smolforge.generation.sequence import Request as Request
     from smolforge.generation.sequence import StepOutput as StepOutput
 
+# Of an answer, where neither the user nor the model says: right rather than surprising, as SmolLM2's authors advise,
+# and with Ollama's penalty. Without it a small model often ends in a loop.
+CHAT_SAMPLING = {"max_tokens": 1024, "temperature": 0.2, "repetition_penalty": 1.1}
+
 _HOMES = {
     "Conversation": "conversation",
     "Engine": "engine",

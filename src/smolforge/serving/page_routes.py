@@ -1,7 +1,8 @@
 """The page at /, and what its script asks for: text with probabilities, the time-lapse, a run's curves.
 
 The page (`page/`) is plain HTML, JavaScript modules and styles: it needs no build step and loads nothing from other
-servers. Its charts are drawn by uPlot, vendored in `smolforge/report/static`.
+servers. Its Chat tab asks /v1/chat/completions and keeps conversations in the browser. Markdown is read by marked and
+cleaned by DOMPurify (`page/static/vendor`), charts are drawn by uPlot (`smolforge/report/static`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from starlette.responses import HTMLResponse, Response
 
 from smolforge.config import THREE_PROMPTS
 from smolforge.errors import SmolforgeError
+from smolforge.generation import CHAT_SAMPLING
 from smolforge.generation.sampling_params import Count, Mass, SamplingParams, Share
 from smolforge.report.charts import Columns, thin
 from smolforge.report.history import read_history, total_steps
@@ -27,12 +29,16 @@ from smolforge.run import Run
 from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import as_api_error, refused
 from smolforge.serving.openai_routes import prompt_ids, token_string
-from smolforge.serving.schemas import StrictModel, Text
+from smolforge.serving.schemas import API_SAMPLING, StrictModel, Text
 from smolforge.serving.state import ServerState
 from smolforge.serving.streaming import EventStream, cancel_on_exit, event
 
+if TYPE_CHECKING:
+    from smolforge.generation import Engine
+
 ALTERNATIVES = 5
 MAX_TOKENS = 1024
+SHOWN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # settings with a control
 MAX_CHECKPOINTS = 8  # of one time-lapse
 CURVES = ("loss", "lr", "tokens_per_second", "grad_norm")
 BUCKETS = 150  # of the steps of a curve; each keeps its extremes
@@ -42,20 +48,22 @@ LIVE_SECONDS = 60.0  # a log written to this recently belongs to a running train
 
 
 class PageSettings(StrictModel):
-    """The sampling settings of the page."""
+    """A prompt, and the sampling settings that the visitor changed; the others are the model's own."""
 
     prompt: Text = ""
-    max_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=0.8, ge=0, le=2)
-    top_p: Mass = 0.9
-    top_k: Count = 0
-    min_p: Share = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: Mass | None = None
+    top_k: Count | None = None
+    min_p: Share | None = None
+    repetition_penalty: float | None = None
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
 
-    def sampling(self, logprobs: int | None) -> SamplingParams:
-        """The parameters for the engine."""
-        return SamplingParams(**self.model_dump(exclude={"prompt", "ids", "steps"}), logprobs=logprobs)
+    def sampling(self, engine: Engine, logprobs: int | None = None) -> SamplingParams:
+        """The parameters for `engine`."""
+        return engine.params(
+            **self.model_dump(exclude={"prompt", "ids", "steps"}, exclude_none=True), logprobs=logprobs
+        )
 
 
 class WriteRequest(PageSettings):
@@ -90,7 +98,7 @@ def router(state: ServerState) -> APIRouter:
         [ids] = await prompt_ids(state, body.prompt or None)
         with contextlib.ExitStack() as stack:
             stack.enter_context(state.client(request))
-            submitted = await state.submit([ids + body.ids], body.sampling(ALTERNATIVES))
+            submitted = await state.submit([ids + body.ids], body.sampling(state.model.engine, ALTERNATIVES))
             stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
             return EventStream(write_events(submitted, body.ids), stack.pop_all())
 
@@ -132,7 +140,30 @@ def describe(state: ServerState) -> dict[str, Any]:
         "waiting": thread.waiting,
         "key": state.settings.api_key is not None,
         "examples": list(THREE_PROMPTS),
+        "write": write_values(model.engine) if model else {},
+        "chat": chat_values(model.engine) if model and model.engine.tokenizer.chat_template else None,
     }
+
+
+def write_values(engine: Engine) -> dict[str, Any]:
+    """What the controls of the Write tab start at: the values of a request that gives none."""
+    params = PageSettings().sampling(engine)
+    return {name: getattr(params, name) for name in SHOWN}
+
+
+def chat_values(engine: Engine) -> dict[str, Any]:
+    """What the controls of the Chat tab start at.
+
+    Returns:
+        values: of the controls, by name.
+        suggested: those that the page sends although the visitor did not change them. A model that says nothing of
+            sampling would get the API's temperature of 1, at which a small one talks nonsense.
+    """
+    own, usual = engine.defaults, {**CHAT_SAMPLING, "top_p": SamplingParams().top_p}
+    names = ("max_tokens",) if "temperature" in own else usual
+    suggested = {name: usual[name] for name in names if name not in own}
+    params = SamplingParams(**{**API_SAMPLING, **own, **suggested})
+    return {"values": {name: getattr(params, name) for name in SHOWN}, "suggested": suggested}
 
 
 async def write_events(request: ServerRequest, kept: list[int]) -> AsyncGenerator[bytes, None]:
@@ -180,7 +211,7 @@ async def timelapse_events(
                 model = await loop.run_in_executor(thread.loader, state.source.open, settings, step)
                 tokenizer = model.engine.tokenizer
                 ids = tokenizer.encode_prompt(body.prompt) or [tokenizer.eos_id]
-                submitted = await state.submit([ids], body.sampling(None), model)
+                submitted = await state.submit([ids], body.sampling(model.engine), model)
             except SmolforgeError as error:  # a checkpoint that was deleted or damaged meanwhile
                 yield event({"step": step, "state": "failed", "message": as_api_error(error).message})
                 continue

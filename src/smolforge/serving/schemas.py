@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 5  # OpenAI's bound for completions
 MAX_TOP_LOGPROBS = 20  # and for chat
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions
+API_SAMPLING = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's, for models that say nothing else
 MAX_MESSAGES = 1024
 
 # Fields about the account, the transport or the cache of another service; the answer does not depend on them.
@@ -170,7 +171,7 @@ class SampledRequest(Body):
             given["top_k"] = 0
         if given.get("seed") == -1:  # llama.cpp's word for a random one
             del given["seed"]
-        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **defaults, **given, **more})
+        return SamplingParams(**{**API_SAMPLING, **defaults, **given, **more})
 
 
 class CompletionRequest(SampledRequest):

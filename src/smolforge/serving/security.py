@@ -180,13 +180,15 @@ class BodyMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), CLIENT_GONE
+        began, status, whole = time.monotonic(), CLIENT_GONE, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            # From here on the server says that the client is gone, while a route may still close its file.
+            whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             try:
@@ -194,7 +196,7 @@ class BodyMiddleware:
             except ApiError as error:
                 await error.response()(scope, receive, counted)
                 return
-            if body is None or not await self._run(scope, receive, counted, body):
+            if body is None or not (await self._run(scope, receive, counted, body) or whole):
                 status = CLIENT_GONE
         finally:
             route = getattr(scope.get("route"), "path", "other")

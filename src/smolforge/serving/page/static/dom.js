@@ -54,7 +54,7 @@ export async function events(path, body, signal, take) {
     for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {
       const line = text.slice(0, end);
       text = text.slice(end + 2);
-      if (!line.startsWith("data: ")) continue;
+      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
       const news = JSON.parse(line.slice(6));
       if (news.error) throw new Error(news.error.message);
       take(news);

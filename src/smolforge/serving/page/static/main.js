@@ -1,17 +1,22 @@
-// Puts the page's parts together: tabs, the state of the server, and the buttons of the form.
+// Puts the page's parts together: tabs, the state of the server, and the buttons of the Write tab.
 
 import { api } from "./api.js";
+import { Chat } from "./chat.js";
 import { make, number } from "./dom.js";
 import { Paper } from "./paper.js";
 import * as settings from "./settings.js";
+import { Tabs } from "./tabs.js";
 import { timelapse } from "./timelapse.js";
 import { training } from "./training.js";
 
 const byId = (id) => document.getElementById(id);
 const paper = new Paper(byId("paper"));
+const tabs = new Tabs("write");
+const chat = new Chat();
 const watchers = new Set(); // functions that are told the server's state
 const STATE_EVERY = 3000;
 let state = {};
+let used = "write"; // the tab whose request the API tab shows
 
 async function refresh() {
   try {
@@ -32,6 +37,8 @@ function showState(now) {
   byId("status").textContent = now.ready ? `ready${step} · context ${number(now.context)}` : (now.problem ?? "…");
   byId("status").classList.toggle("bad", !now.ready);
   byId("status").classList.toggle("ready", now.ready);
+  tabs.offer("chat", Boolean(now.chat), "write");
+  settings.sampling.learn(now.write);
   if (!byId("examples").childElementCount) byId("examples").append(...(now.examples ?? []).map(example));
 }
 
@@ -41,46 +48,33 @@ const example = (text) => make("button", { type: "button", class: "example", onc
 } }, text);
 
 function write() {
-  const seed = settings.current.keep && settings.current.seed !== null ? settings.current.seed : settings.drawSeed();
-  settings.set({ seed });
-  paper.submit({ ...settings.current });
+  const { keep, seed } = settings.current();
+  settings.set({ seed: keep && seed !== null ? seed : settings.drawSeed() });
+  paper.submit(settings.current());
 }
 
-function tabs() {
-  const all = [...document.querySelectorAll("[role=tab]")];
-  function open(chosen) {
-    for (const tab of all) {
-      tab.setAttribute("aria-selected", String(tab === chosen));
-      tab.tabIndex = tab === chosen ? 0 : -1;
-      byId(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
-    }
-  }
-  all.forEach((tab, i) => {
-    tab.addEventListener("click", () => open(tab));
-    tab.addEventListener("keydown", (key) => {
-      const go = { ArrowRight: 1, ArrowLeft: -1 }[key.key];
-      if (!go) return;
-      const next = all[(i + go + all.length) % all.length];
-      next.focus();
-      open(next);
-    });
-  });
-  open(all[0]);
-}
-
-tabs();
 settings.mount();
+tabs.chosen = settings.linked();
 byId("theme").addEventListener("click", window.toggleTheme);
 byId("controls").addEventListener("submit", (submit) => { submit.preventDefault(); write(); });
+byId("controls").addEventListener("input", () => { tabs.chosen = true; });
 byId("stop").addEventListener("click", () => paper.stop());
 byId("clear").addEventListener("click", () => { paper.clear(); settings.set({ prompt: "" }); byId("prompt").focus(); });
 document.addEventListener("keydown", (key) => {
+  if (tabs.shown === "chat") chat.shortcut(key);
+  if (tabs.shown !== "write") return;
   if (key.key === "Escape") paper.stop();
   if (key.key === "Enter" && (key.ctrlKey || key.metaKey)) { key.preventDefault(); write(); }
 });
-const showSnippet = api(byId("api"), () => state);
+const showSnippet = api(byId("api"), () => state, () => (used === "chat" ? chat : settings).forApi());
+tabs.addEventListener("open", () => {
+  if (["chat", "write"].includes(tabs.shown)) used = tabs.shown;
+  if (tabs.shown === "chat") chat.draw(); // what came while it was hidden could not be scrolled to
+  showSnippet();
+});
 watchers.add(showState);
 watchers.add((now) => paper.know(now));
+watchers.add((now) => chat.know(now));
 watchers.add(timelapse(byId("timelapse"), () => state));
 watchers.add(showSnippet);
 settings.onChange(showSnippet);

@@ -93,7 +93,7 @@ export class Paper {
   prolong() {
     if (!this.take || this.running) return;
     const take = this.take;
-    this.write(take, take.tokens.map((token) => token.id), { ...settings.current, seed: take.seed });
+    this.write(take, take.tokens.map((token) => token.id), { ...settings.current(), seed: take.seed });
   }
 
   branch(index, choice) {
@@ -102,7 +102,7 @@ export class Paper {
     const kept = from.tokens.slice(0, index);
     const taken = { id: choice[0], text: choice[1].startsWith("bytes:") ? "" : choice[1], p: choice[2],
       top: from.tokens[index].top, chosen: true };
-    const left = Math.max(16, from.knobs.max_tokens - index - 1);
+    const left = Math.max(16, (from.knobs.max_tokens ?? settings.sampling.values.max_tokens) - index - 1);
     this.start({ knobs: { ...from.knobs, max_tokens: left }, prompt: from.prompt, tokens: [...kept, taken] },
       [...kept, taken].map((token) => token.id));
   }

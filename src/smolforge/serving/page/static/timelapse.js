@@ -17,8 +17,9 @@ export function timelapse(place, state) {
   async function start() {
     running?.abort();
     running = new AbortController();
-    const seed = settings.current.seed ?? settings.drawSeed();
-    const knobs = { ...settings.forPage(settings.current), prompt: prompt.value || settings.current.prompt || "Once upon a time", seed };
+    const chosen = settings.forPage(settings.current());
+    const seed = chosen.seed ?? settings.drawSeed();
+    const knobs = { ...chosen, prompt: prompt.value || chosen.prompt || "Once upon a time", seed };
     const found = new Map();
     button.disabled = true;
     stop.disabled = false;
@@ -54,7 +55,7 @@ export function timelapse(place, state) {
   prompt.addEventListener("keydown", (key) => { if (key.key === "Enter") start(); });
   place.replaceChildren(
     make("h2", {}, "Watch it learn"),
-    make("p", {}, "The same prompt through the run's checkpoints, oldest first: watch the model learn to write. Settings are those of the first tab."),
+    make("p", {}, "The same prompt through the run's checkpoints, oldest first: watch the model learn to write. Settings are those of the Write tab."),
     make("div", { class: "line" }, prompt, button, stop), note, cards);
   return () => {
     const steps = state().steps ?? [];
