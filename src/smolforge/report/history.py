@@ -289,7 +289,7 @@ def _reduce(function: Callable[[np.ndarray], Any], values: np.ndarray) -> float 
     return float(function(known)) if len(known) else None
 
 
-def _ended_early(history: History, step: int) -> bool:
+def _ended_early(history: History, step: float) -> bool:
     """Whether the run ended at this step, before its length, because the held-out loss rose."""
     return any(event["event"] == "ended" and event["step"] >= step for event in history.events[-1:])
 
