@@ -11,6 +11,7 @@ import pytest
 
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
+from smolforge.generation import Engine, SamplingParams
 from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
 
@@ -89,3 +90,23 @@ def test_texts_without_a_limit_hold_what_they_use(directories) -> None:
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["running"] == 16 and said["used"] < said["whole"], "sixteen texts take less than one whole context"
     assert said["grown"] < said["used"] + 16e6
+
+
+def test_texts_without_a_limit_begin_like_those_with_one(directories) -> None:
+    """Fifteen beside one that runs, as many as a server runs at once: after the same step all have a token, and the same memory is counted."""
+    seen = []
+    for limit in (500, None):
+        engine = Engine.from_pretrained(directories[0], quantize="int8")
+        first = engine.add([5] * 20, SamplingParams(max_tokens=engine.room(20), ignore_eos=True))
+        while first.written < 5:
+            engine.step()
+        params = SamplingParams(max_tokens=limit or engine.room(20), ignore_eos=True)
+        requests = [engine.add([6 + i] * 20, params) for i in range(15)]
+        written, reserved = [], []
+        while any(request.written < 3 for request in requests):
+            before = first.written
+            engine.step()
+            written.append((first.written - before, sum(request.written > 0 for request in requests)))
+            reserved.append(engine.memory()["cache_reserved"])
+        seen.append((written, reserved))
+    assert seen[0] == seen[1] and all(more == 1 for more, _ in seen[0][0])
