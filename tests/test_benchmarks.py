@@ -79,3 +79,11 @@ def test_tuning(workspace: Path) -> None:
     )
     assert set(found) == {"smolforge full", "smolforge lora"}
     assert all(each["tokens_per_second"] > 0 and each["memory"] > 0 for each in found.values())
+
+
+def test_ddp_beside_plain_sums() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(BENCHMARKS / "training/ddp.py"), "pocket", "1", "training.tokens_per_step=1024"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=True)
+    [found] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert found["largest_difference_of_weights"] == 0 and found["processes"] == 2

@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -24,15 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from smolforge.errors import BadInput, OtherProcessFailed, RunFailed, SmolforgeError
 
 # How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
 # the others wait, and after the first step.
 START_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=20), timedelta(minutes=3)
-# Gradients are summed in flat buckets: large enough to use a link fully, small enough not to double the memory.
-BUCKET_BYTES = 32 << 20
 SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 
@@ -105,15 +102,10 @@ class DistributedContext:
         """Wait until all ranks have called this."""
         self.max(0)
 
-    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over the ranks in place, in flat buckets of equal precision."""
-        if self.world_size == 1:
-            return
-        for bucket in _take_tensors(list(tensors), BUCKET_BYTES):
-            flat = _flatten_dense_tensors(bucket)
-            dist.all_reduce(flat)
-            for tensor, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-                tensor.copy_(summed)
+    def sum_(self, tensor: Tensor) -> None:
+        """Sum a tensor over the ranks in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
 
     def expect_steps(self, *, long: bool = False) -> None:
         """The first step is done: from now on no rank is silent for long, unless rank 0 writes within a step."""

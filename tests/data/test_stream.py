@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.conftest import Bytes, batches, configured, digests, jsonl, named, parquet, resumed
-from smolforge.data import Corpus, Loader, batch_of_step
+from smolforge.data import Corpus, Loader, batch_of_step, data_digest
 from smolforge.data.holdout import is_held_out
 from smolforge.errors import BadInput, CheckpointError, DataError
 
@@ -43,8 +43,8 @@ def expected_lane(corpus: Corpus, source: int, lane: int, tokens: int) -> list[i
 def streams(draw: st.DrawFn) -> dict[str, Any]:
     """A corpus, a shape, and a way of being interrupted."""
     lanes = draw(st.sampled_from([1, 2, 4, 6]))
-    worlds = [w for w in (1, 2, 3) if lanes % w == 0]
-    world = st.sampled_from(worlds)
+    sequences = draw(st.integers(1, 7))
+    world = st.integers(1, sequences)
     return {
         "shards": draw(
             st.lists(
@@ -57,7 +57,7 @@ def streams(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 2**31)),
         "holdout": draw(st.sampled_from([0.0, 0.3])),
         "length": draw(st.integers(2, 60)),
-        "sequences": draw(st.integers(1, 4)) * int(np.lcm.reduce(worlds)),
+        "sequences": sequences,
         "segments": draw(
             st.lists(
                 st.tuples(st.integers(0, 4), world, st.sampled_from([0, 0, 1, 3]), st.integers(1, 3)),
@@ -258,9 +258,23 @@ def test_a_foreign_or_damaged_cursor_is_refused(opened: Any, tmp_path: Path) -> 
         batches(corpus, 1, cursor={**cursor, "lanes": {"0": cursor["lanes"]["0"]}})
 
 
-def test_shapes_that_do_not_divide_are_refused(opened: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [3, 7, 64])
+def test_any_number_of_ranks_reads_what_one_does(opened: Any, tmp_path: Path, world: int) -> None:
+    corpus = opened(parquet(tmp_path / "a.parquet", named(200), 20), lanes=16)
+    shape = {"sequences_per_step": 80, "workers": 0}
+    alone = digests(batches(corpus, 4, **shape))
+    ranks = [batches(corpus, 4, rank=rank, world=world, **shape) for rank in range(world)]
+    assert [
+        data_digest([pair for part in parts for pair in part.digests]) for parts in zip(*ranks, strict=True)
+    ] == alone
+    cursor = resumed([made[1].cursor for made in ranks])
+    assert cursor == batches(corpus, 2, **shape)[-1].cursor
+    assert digests(batches(corpus, 2, cursor=cursor, **shape)) == alone[2:]
+
+
+def test_more_ranks_than_sequences_are_refused(opened: Any, tmp_path: Path) -> None:
     corpus = opened(parquet(tmp_path / "a.parquet", named(10)))
-    for keys in ({"world": 3}, {"world": 2, "sequences_per_step": 3}, {"rank": 1}, {"sequences_per_step": 0},
+    for keys in ({"world": 3, "sequences_per_step": 2}, {"rank": 1}, {"sequences_per_step": 0},
                  {"skip_steps": [(3, 3)]}):  # fmt: skip
         with pytest.raises(BadInput):
             batches(corpus, 1, **keys)

@@ -132,13 +132,17 @@ def finish(process: Process, code: int = 0) -> str:
 
 def start_ranks(arguments: Sequence[str], world: int, *, first: str = "") -> list[Forked]:
     """The same on several ranks, as torchrun would start them."""
+    return [start(arguments, environment, first=first) for environment in ranks_of(world)]
+
+
+def ranks_of(world: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of several ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    return [start(arguments, environment, first=first) for environment in ranks]
+    return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
 def wait_until(condition: Callable[[], bool], process: Process, interval: float = 0.005) -> bool:

@@ -212,3 +212,13 @@ def test_memory_counts_the_copy_of_an_asynchronous_save_and_is_printed_as_it_was
 def test_configuration_reads_sizes() -> None:
     for text, amount in (("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("auto", "auto")):
         assert configuration.build_config("pocket", [f"training.memory={text}"]).training.memory == amount
+
+
+def test_any_number_of_ranks_gets_a_share() -> None:
+    config = configured(micro_batch=8)
+    chosen = make_plan(config, CPU, 3)
+    assert (chosen.sequences, chosen.micro_batch) == (3, 3)  # eight sequences: 3, 3 and 2
+    assert any("3 processes × at most 1 micro-batch × 3 sequences" in reason for reason in chosen.reasons)
+    assert make_plan(config, CPU, 2).micro_batch == 4
+    with pytest.raises(BadInput, match=r"(?s)8 sequences, too few for 9 processes.*Start at most 8"):
+        make_plan(config, CPU, 9)

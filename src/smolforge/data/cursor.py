@@ -91,7 +91,7 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The run's one cursor from those of all ranks at the same step.
 
     Raises:
-        CheckpointError: the cursors are of different steps or streams, or two of them hold the same lane.
+        CheckpointError: the cursors are of different steps or streams, or two of them differ in a lane.
     """
     first = cursors[0]
     lanes: dict[str, Any] = {}
@@ -100,8 +100,10 @@ def merge_cursors(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in ("version", "step", "index", "seed", "lane_count"):
             if cursor.get(key) != first.get(key):
                 raise CheckpointError(f"the ranks' cursors differ in {key}: {first.get(key)!r} and {cursor.get(key)!r}")
-        if twice := set(lanes) & set(cursor["lanes"]):
-            raise CheckpointError(f"two ranks hold the same lanes: {sorted(twice, key=int)}")
+        if differ := [
+            lane for lane in cursor["lanes"] if lanes.get(lane, cursor["lanes"][lane]) != cursor["lanes"][lane]
+        ]:
+            raise CheckpointError(f"the ranks' cursors differ in lanes {sorted(differ, key=int)}")
         lanes |= cursor["lanes"]
         bad |= cursor.get("bad_rows", {})
     merged = {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}

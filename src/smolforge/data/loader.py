@@ -11,9 +11,10 @@ import hashlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Batch:
     learned: np.ndarray | None = None  # bool (S_local, L+1): the tokens that are learned; None where all are
 
     @property
-    def bad_rows(self) -> int:
-        """How many rows this rank's lanes have left out from the beginning on."""
-        return sum(bad_rows(self.cursor).values())
+    def bad_rows(self) -> dict[int, int]:
+        """How many rows each of this rank's lanes has left out from the beginning on; lanes without any are missing."""
+        return bad_rows(self.cursor)
 
 
 def data_digest(digests: Sequence[tuple[int, bytes]]) -> str:
@@ -57,17 +58,18 @@ def data_digest(digests: Sequence[tuple[int, bytes]]) -> str:
 class Loader(Iterator[Batch]):
     """Endless iterator over a rank's batches from a cursor on; a context manager.
 
-    Global sequence g = step * S + i belongs to lane g mod lanes, and lane l to rank l mod world. Lanes, seed,
-    window length, workers and prefetch are those of `corpus.config`; the corpus stays open when the loader is closed.
+    Sequence i of a step, g = step * S + i of all, is the next window of lane g mod lanes, and belongs to rank i mod
+    world. A rank that shares a lane makes all of its windows and passes over those of the others. Lanes, seed, window
+    length, workers and prefetch are those of `corpus.config`; the corpus stays open when the loader is closed.
 
     Args:
-        sequences_per_step: S, sequences in the global batch; `world`, the number of ranks, divides it and the lanes.
+        sequences_per_step: S, sequences in the global batch; `world`, the number of ranks, is at most that.
         cursor: a (merged) cursor to continue from; the beginning unless given.
         skip_steps: half-open ranges [a, b) of steps that are left out: the batch after step a - 1 is that of step b.
         workers: threads instead of `data.workers`; 0 makes each batch when it is asked for.
 
     Raises:
-        BadInput: the numbers do not divide, or a range of steps is empty.
+        BadInput: there are more ranks than sequences, or a range of steps is empty.
         CheckpointError: the cursor is damaged or belongs to another stream.
     """
 
@@ -84,11 +86,11 @@ class Loader(Iterator[Batch]):
         workers: int | None = None,
     ) -> None:
         config = corpus.config
-        _check_shape(config.lanes, sequences_per_step, rank, world, skip_steps)
+        _check_shape(sequences_per_step, rank, world, skip_steps)
         self.corpus, self.sequences, self.rank, self.world = corpus, sequences_per_step, rank, world
         self.skip_steps = sorted((a, b) for a, b in skip_steps)
         sources = len(corpus.specs)
-        owned = range(rank, config.lanes, world)
+        owned = lanes_of(rank, world=world, lanes=config.lanes, sequences=sequences_per_step)
         self._step, start = 0, {lane: [Position() for _ in range(sources)] for lane in owned}
         if cursor is not None:
             self._step, start = read_cursor(
@@ -146,19 +148,19 @@ class Loader(Iterator[Batch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _mine(self, step: int) -> list[tuple[int, int]]:
-        """(number in the global batch, lane) of this rank's sequences of a step."""
+    def _turns(self, step: int) -> list[tuple[int, int]]:
+        """(number in the global batch, lane) of a step's sequences in this rank's lanes, also of other ranks'."""
         lanes, first = self.corpus.config.lanes, step * self.sequences
         numbered = ((i, (first + i) % lanes) for i in range(self.sequences))
-        return [(i, lane) for i, lane in numbered if lane % self.world == self.rank]
+        return [(i, lane) for i, lane in numbered if lane in self._lanes]
 
     def _needed(self) -> Counter[int]:
         """Windows of each lane in the batch of the current step."""
-        return Counter(lane for _, lane in self._mine(self._step))
+        return Counter(lane for _, lane in self._turns(self._step))
 
     def _pass_over(self) -> None:
         """Skip the current step."""
-        for _, lane in self._mine(self._step):
+        for _, lane in self._turns(self._step):
             self._window(lane)
         self._step += 1
 
@@ -179,8 +181,8 @@ class Loader(Iterator[Batch]):
         wanted = self._next_step()
         while self._step < wanted:
             self._pass_over()
-        mine = self._mine(wanted)
-        windows = [self._window(lane) for _, lane in mine]
+        made = [(i, self._window(lane)) for i, lane in self._turns(wanted)]
+        numbers, windows = zip(*[(i, window) for i, window in made if i % self.world == self.rank], strict=True)
         self._step += 1
         masks = [window.learned for window in windows if window.learned is not None]
         contents = [
@@ -203,26 +205,28 @@ class Loader(Iterator[Batch]):
             step=wanted,
             tokens=np.stack([window.tokens for window in windows]),
             document_ids=np.stack([window.document_ids for window in windows]),
-            digests=[(i, digest) for (i, _), digest in zip(mine, hashes, strict=True)],
+            digests=list(zip(numbers, hashes, strict=True)),
             documents=list(dict.fromkeys(address for window in windows for address in window.documents)),
-            left_out=[row for window in windows for row in window.left_out],
+            left_out=[row for _, window in made for row in window.left_out],
             cursor=cursor,
             learned=np.stack(masks) if masks else None,
         )
 
 
-def _check_shape(lanes: int, sequences: int, rank: int, world: int, skips: Sequence[tuple[int, int]]) -> None:
+def lanes_of(rank: int, *, world: int, lanes: int, sequences: int) -> range:
+    """The lanes that hold a rank's sequences, of `sequences` in a step; ranks equal mod gcd of the three share them."""
+    groups = gcd(world, lanes, sequences)
+    return range(rank % groups, lanes, groups)
+
+
+def _check_shape(sequences: int, rank: int, world: int, skips: Iterable[tuple[int, int]]) -> None:
     if sequences < 1:
         raise BadInput(f"a step needs at least one sequence, not {sequences}", field="training.tokens_per_step")
     if not 0 <= rank < world:
         raise BadInput(f"rank {rank} of {world}")
-    if lanes % world:
-        hint = f"Set data.lanes to a multiple of {world}."
-        raise BadInput(f"{lanes} lanes cannot be shared by {world} processes", field="data.lanes", hint=hint)
-    if sequences % world:
-        problem = f"a step has {sequences} sequences, which {world} processes cannot share"
-        hint = f"Set it to a multiple of {world} × data.sequence_length."
-        raise BadInput(problem, field="training.tokens_per_step", hint=hint)
+    if sequences < world:
+        problem = f"a step has {sequences} sequences, too few for {world} processes"
+        raise BadInput(problem, field="training.tokens_per_step", hint=f"Start at most {sequences} processes.")
     for a, b in skips:
         if not 0 <= a < b:
             hint = "Write FIRST:END; END itself is trained on."

@@ -51,8 +51,13 @@ def compiled_graphs() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def run_first_step(step: Callable[[], None], model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Run the first compiled step and report what compiling took; where compiling fails, run the step without it."""
+def run_first_step(
+    step: Callable[[], None], model: CausalLM, optimizer: torch.optim.Optimizer, *, retry: Callable[[], None]
+) -> None:
+    """Run the first compiled step and report what compiling took.
+
+    Where compiling fails, the step runs without it, after `retry` has made good for a backward pass that has not ended.
+    """
     before, began = compiled_graphs(), time.perf_counter()
     try:
         step()
@@ -66,6 +71,7 @@ def run_first_step(step: Callable[[], None], model: CausalLM, optimizer: torch.o
             if hasattr(part, "uncompile"):
                 part.uncompile()  # type: ignore[union-attr]
         model.zero_grad(set_to_none=True)
+        retry()
         step()
         return
     seconds = time.perf_counter() - began

@@ -152,12 +152,13 @@ class MetricsLogger:
             self.data_seconds = 0.0
         self.progress.advance(metrics.step)
 
-    def _write_row(self, metrics: StepMetrics, parts: list[tuple[Any, int, str | None]]) -> None:
+    def _write_row(self, metrics: StepMetrics, parts: list[tuple[Any, dict[int, int], str | None]]) -> None:
         """Write the row of a step on rank 0; `parts` are what each rank read."""
         if not (self.metrics and self.trackers):
             return
         row = self._row(metrics, [pair for digests, _, _ in parts for pair in digests])
-        if bad_rows := sum(rows for _, rows, _ in parts):
+        by_lane = {lane: count for _, rows, _ in parts for lane, count in rows.items()}  # ranks may share a lane
+        if bad_rows := sum(by_lane.values()):
             row["bad_rows"] = bad_rows
         if problem := next((problem for *_, problem in parts if problem), None):
             logger.warning(f"step {metrics.step:,}: {bad_rows:,} rows were left out so far, such as {problem}")

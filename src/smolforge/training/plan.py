@@ -42,8 +42,8 @@ class Plan:
     """Decisions of one run on one machine.
 
     Attributes:
-        sequences: sequences of the global batch that this rank computes in a step.
-        micro_batch: sequences of one forward pass; divides `sequences`.
+        sequences: most sequences of the global batch that a rank computes in a step.
+        micro_batch: sequences of one forward pass; divides `sequences`. A rank with fewer ends with a smaller one.
         compile: whether blocks, loss and update go through torch.compile.
         threads: of matrix products on a CPU.
         attention: a key of `model.attention.ATTENTION`.
@@ -101,17 +101,17 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     Args:
         gpu: a GPU to plan for, of each process; that of `device` unless given.
     """
-    _check_shares(config, world_size)
+    sequences = _share(config, world_size)
     gpu = gpu or gpu_of(device)
     processes = _plural(world_size, "process", "es")
     reasons = [f"device: {gpu or device.type}" + (f", {processes}" if world_size > 1 else "")]
     precision, reason = choose_precision(config.training.precision, device, gpu)
     reasons.append(f"precision: {precision.name} ({reason})")
-    sequences = config.sequences_per_step // world_size
     attention, attention_reason = _choose_attention(config, device, precision, gpu)
     micro, recompute, memory = _fit_memory(config, device, precision, sequences, gpu)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
+        f"{'at most ' if config.sequences_per_step % world_size else ''}"
         f"{_plural(sequences // micro, 'micro-batch', 'es')} × "
         f"{_plural(micro, 'sequence')} of {_plural(config.data.sequence_length, 'token')}"
     )
@@ -134,20 +134,16 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, reasons)
 
 
-def _check_shares(config: RunConfig, world_size: int) -> None:
-    sequences, length = config.sequences_per_step, config.data.sequence_length
-    if sequences % world_size:
+def _share(config: RunConfig, world_size: int) -> int:
+    """Sequences of a step that the rank with the most of them computes."""
+    sequences = config.sequences_per_step
+    if sequences < world_size:
         raise BadInput(
-            f"a step has {_plural(sequences, 'sequence')}, which {world_size} processes cannot share",
+            f"a step has {_plural(sequences, 'sequence')}, too few for {world_size} processes",
             field="training.tokens_per_step",
-            hint=f"Set it to a multiple of {world_size * length:,} ({world_size} × {length:,}).",
+            hint=f"Start at most {sequences}.",
         )
-    if config.data.lanes % world_size:
-        raise BadInput(
-            f"{world_size} processes cannot share {config.data.lanes} lanes",
-            field="data.lanes",
-            hint=f"Set it to a multiple of {world_size}, or start another number of processes.",
-        )
+    return -(-sequences // world_size)
 
 
 def _fit_memory(
@@ -206,16 +202,20 @@ def memory_of(
 
 
 def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None) -> int:
-    """The micro-batch as asked; otherwise the largest that fits half of a GPU's memory, or few enough for a CPU."""
+    """The micro-batch as asked; otherwise the largest that fits half of a GPU's memory, or few enough for a CPU.
+
+    It divides the `sequences` of a rank: where what was asked for does not, it is the next smaller number that does.
+    """
     asked, choices = config.training.micro_batch, _divisors(sequences)
     if asked != "auto":
-        if asked not in choices:
+        whole = config.sequences_per_step
+        if whole % asked:
             raise BadInput(
-                f"{asked} does not divide the {sequences} sequences that a rank computes per step",
+                f"{asked} does not divide the {whole} sequences of a step",
                 field="training.micro_batch",
-                hint=f"Divisors: {', '.join(map(str, reversed(choices)))}.",
+                hint=f"Divisors: {', '.join(map(str, reversed(_divisors(whole))))}.",
             )
-        return asked
+        return next(d for d in choices if d <= asked)
     if not gpu:
         most = max(1, CPU_MICRO_TOKENS // config.data.sequence_length)
         return next(d for d in choices if d <= most)

@@ -1,13 +1,17 @@
-"""One step: the gradients of a batch in micro-batches, then one update."""
+"""One step: the gradients of a batch in micro-batches, summed over the ranks, then one update."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from smolforge.config import RunConfig
@@ -21,10 +25,55 @@ from smolforge.training.plan import Plan
 Objective = Callable[[CausalLM, slice, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
+class _Forward(nn.Module):
+    """Calls a function of the model: DDP wants the whole way from the parameters to the loss in one `forward`."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[CausalLM], Any]) -> Any:
+        return compute(self.model)
+
+
+def _sum(_, bucket):
+    """DDP's hook for the gradients of a bucket; without annotations, because DDP would compare their text with types.
+
+    By itself DDP divides by the number of ranks. Here the loss is scaled by the tokens of the global batch.
+    """
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _any_loss(model: CausalLM) -> Tensor:
+    """Something with a gradient for each parameter that learns, the last one's first."""
+    return torch.stack([parameter.flatten()[0] for parameter in model.parameters() if parameter.requires_grad]).sum()
+
+
+def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = False) -> DistributedDataParallel | None:
+    """Calls functions of a model so that gradients are summed over ranks in the backward pass; None for a single rank.
+
+    After its first backward pass DDP lays the gradients out in the order in which they came. From three ranks on, the
+    last bits of a sum depend on the layout, so that happens here, always in the same way: the first step of a resumed
+    run sums as the same step of the uninterrupted one.
+    """
+    if ranks.world_size == 1:
+        return None
+    if compiled:  # block by block, so DDP need not cut what is compiled to sum early
+        torch._dynamo.config.optimize_ddp = False
+    replica = DistributedDataParallel(_Forward(model), gradient_as_bucket_view=True)
+    replica.register_comm_hook(None, _sum)
+    for _ in range(2):
+        replica(_any_loss).backward()
+        model.zero_grad(set_to_none=True)
+    return replica
+
+
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
     lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
+    replica: DistributedDataParallel | None = None,
     span: Callable[[str], AbstractContextManager[Any]] = record_function, objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
@@ -34,6 +83,7 @@ def train_step(
         document_ids: (B, T + 1) on the host where attention stops at document borders, else None.
         targets: (B, T) of the next tokens, `IGNORE` where one is not learned; all of `tokens` unless given.
         count: targets that are learned, in the global batch; all unless given.
+        replica: of several ranks, as `replicate` made it of the model.
         span: the context of each part ("forward", "backward", "update"), for profiles and timings.
         objective: what is learned instead of the next token.
 
@@ -41,24 +91,32 @@ def train_step(
         Sum of the losses in nats over all ranks (), norm of the gradient before clipping (), and whether the update was
         skipped because one of them is not finite (); all on the device.
     """
+
+    def compute(model: CausalLM, rows: slice) -> tuple[Tensor, Tensor]:
+        ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
+        inputs = tokens[rows, :-1].contiguous()
+        wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
+        if objective is not None:
+            return objective(model, rows, inputs, wanted, ids)
+        scale = 1 / (count or config.tokens_per_step)
+        return model.loss(inputs, wanted, document_ids=ids, scale=scale, z_weight=config.training.z_loss)
+
     nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
+    loss = nats
     with ranks.together():
         for start in range(0, len(tokens), plan.micro_batch):
             rows = slice(start, start + plan.micro_batch)
-            ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
-            inputs = tokens[rows, :-1].contiguous()
-            wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
-            with span("forward"), plan.precision.context(tokens.device):
-                if objective is not None:
-                    loss, part = objective(model, rows, inputs, wanted, ids)
-                else:
-                    loss, part = model.loss(
-                        inputs, wanted, document_ids=ids,
-                        scale=1 / (count or config.tokens_per_step), z_weight=config.training.z_loss,
-                    )  # fmt: skip
-            with span("backward"):
-                (scaler.scale(loss) if scaler else loss).backward()
+            is_last = rows.stop >= len(tokens)
+            with contextlib.nullcontext() if replica is None or is_last else replica.no_sync():
+                with span("forward"), plan.precision.context(tokens.device):
+                    loss, part = replica(partial(compute, rows=rows)) if replica else compute(model, rows)
+                loss = scaler.scale(loss) if scaler else loss
+                if not is_last:
+                    with span("backward"):
+                        loss.backward()
             nats += part.float()
+    with span("backward"):  # with the sums over the ranks, so it is not `together`
+        loss.backward()
     with span("update"):
         norm, skipped = optimizer_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, record_function
 
 from smolforge.checkpoint import commit
@@ -41,7 +42,7 @@ from smolforge.training.progress import Throughput
 from smolforge.training.ranks import check_ranks
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
-from smolforge.training.step import train_step
+from smolforge.training.step import replicate, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class Trainer:
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
         self.updating = False  # the weights are between two steps
+        self.replica: DistributedDataParallel | None = None
         self.profiler: profile | None = None
         self.committer = Committer(
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
@@ -161,6 +163,7 @@ class Trainer:
         with contextlib.closing(self.metrics), self.committer, self.profiler or contextlib.nullcontext():
             try:
                 self.metrics.catch_up(self.position.step)
+                self._replicate()
                 while self.position.step < self.total:
                     try:
                         self._steps()
@@ -172,6 +175,10 @@ class Trainer:
             except Exception as error:
                 self._save_before(error)
                 raise
+
+    def _replicate(self) -> None:
+        self.replica = None  # at most one may hear of the gradients
+        self.replica = replicate(self.context.model, self.ranks, compiled=self.plan.compile)
 
     def _steps(self) -> None:
         """Step until the end, a stop, or a roll-back."""
@@ -186,7 +193,9 @@ class Trainer:
                 with record_function("wait for data"):
                     batch = self._next_batch(loader)
                 if graphs is None and self.plan.compile:
-                    run_first_step(lambda b=batch: self._step(b), context.model, context.optimizer)
+                    run_first_step(
+                        lambda b=batch: self._step(b), context.model, context.optimizer, retry=self._replicate
+                    )
                 else:
                     self._step(batch)
                 if graphs is not None and compiled_graphs() > graphs:
@@ -245,8 +254,8 @@ class Trainer:
             objective, count = context.preferences.objective(batch, self.ranks)
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
-            targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
-            objective=objective,
+            targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler,
+            replica=self.replica, span=self._span, objective=objective,
         )  # fmt: skip
         self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor

@@ -105,7 +105,7 @@ def optimizer_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, nats: Tensor, *,
     lr: float, clip: float, ranks: DistributedContext, scaler: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum gradients over ranks, clip them, update the weights unless something is not finite, and clear the gradients.
+    """Clip the gradients, update the weights unless something is not finite, and clear the gradients.
 
     The fused optimizers skip an update on the device (`found_inf`), so the host does not wait for it.
 
@@ -119,7 +119,7 @@ def optimizer_step(
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    ranks.all_reduce_([*gradients, nats])
+    ranks.sum_(nats)
     set_learning_rate(optimizer, lr)
     if scaler:
         scaler.unscale_(optimizer)
