@@ -31,7 +31,7 @@ test: $(VENV)/installed-dev      ## all tests but the long ones (about 12 minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m "browser and not slow"
 
 lint: $(VENV)/installed-dev      ## ruff, pyright, and the layers of the code
 	$(BIN)/ruff check .
