@@ -322,6 +322,24 @@ def test_an_empty_file_in_a_folder_is_passed_over(opened: Any, tmp_path: Path) -
         opened(tmp_path / "a.txt")
 
 
+def test_linked_files_are_read_once(opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    root = tmp_path / "data"
+    root.mkdir()
+    for folder, name in ((root, "b.txt"), (tmp_path / "elsewhere", "c.txt")):
+        (folder / name).write_text(name)
+    (root / "a.txt").symlink_to("b.txt")
+    (root / "f.raw").write_text("f.txt")
+    (root / "f.txt").symlink_to("f.raw")  # whose own name has no known ending
+    for name in ("d.txt", "e.txt"):
+        (root / name).symlink_to(tmp_path / "elsewhere" / "c.txt")
+    assert sorted((d.address.file, d.text) for d in opened(root).documents()) == [
+        ("b.txt", "b.txt"),
+        ("d.txt", "c.txt"),
+        ("f.txt", "f.txt"),
+    ]
+
+
 def test_linked_folders_are_followed_once_and_names_need_not_be_utf_8(opened: Any, tmp_path: Path) -> None:
     root = tmp_path / "root"
     (tmp_path / "elsewhere").mkdir()

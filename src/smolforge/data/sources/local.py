@@ -117,7 +117,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
 
 
 def _walk(root: Path) -> list[Path]:
-    """Files of known formats below a folder; linked folders are followed, each folder once, and runs left out."""
+    """Files of known formats below a folder; links are followed, to each folder and file once, and runs left out."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         place = Path(folder).resolve()
@@ -127,8 +127,14 @@ def _walk(root: Path) -> list[Path]:
         seen.add(place)
         # A run lies often among its data, and its logs and tokenizer are no text to train on.
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_run(Path(folder, f)))
-        found += [Path(folder, f) for f in files if not f.startswith(".")]
-    return of_known_format(found, lambda path: path.name)
+        found += [Path(folder, f) for f in sorted(files) if not f.startswith(".")]
+    found = of_known_format(found, lambda path: path.name)
+    if not any(path.is_symlink() for path in found):
+        return found
+    once: dict[Path, Path] = {}
+    for path in sorted(found, key=Path.is_symlink):  # a link to a file that is there as well is left out
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
 
 
 def _is_run(folder: Path) -> bool:
