@@ -29,7 +29,7 @@ sys.exit(code)
 def test_peak_memory_of_tuning(more: tuple[str, ...], limit: float, smollm2: Path, tmp_path: Path) -> None:
     write(str(tmp_path / "dialogues.jsonl"), kind="jsonl", documents=range(60), chat=True)
     words = ["finetune", str(smollm2), "--data", str(tmp_path / "dialogues.jsonl"), "--out", str(tmp_path / "run")]
-    settings = ["training.steps=2", "data.holdout=0", "logging.trackers=[]", "training.compile=off"]
+    settings = ["training.steps=1", "data.holdout=0", "logging.trackers=[]", "training.compile=off"]
     command = [sys.executable, "-c", PROGRAM, *words, *more, *(f"--set={setting}" for setting in settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

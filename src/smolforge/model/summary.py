@@ -133,21 +133,22 @@ def estimate_memory(
     heads = config.num_attention_heads
     heads += heads if attention == "expanded" else config.num_key_value_heads
     kept = 4 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
+    if adapter and inner == 2:
+        kept += 12 * config.hidden_size  # eager norms compute in fp32: three copies in each of both
     layer = tokens * kept * inner
     mask = sequences * length**2 * inner if attention == "expanded" and masked else 0  # the only one that keeps it
     entries = tokens * config.hidden_size * inner
     rows = tokens if loss in ("full", "linear") else min(tokens, chunk)
     # The logits take their gradients' place; torch's own operations need them twice more, in fp32.
     per_logit = inner if loss == "native" else inner + 8
-    # The gradient of the table before it is widened.
-    table = config.vocab_size * config.hidden_size * inner if inner != width and not adapter else 0
+    narrow_table = config.vocab_size * config.hidden_size * inner if inner != width and not adapter else 0
     return MemoryEstimate(
         weights=weights,
         gradients=learned,
         moments=moments,
         casts=casts,
         activations=mask + (layers * entries + layer if recompute else layers * layer),
-        head=rows * config.vocab_size * per_logit + table + 2 * entries,
+        head=rows * config.vocab_size * per_logit + narrow_table + 2 * entries,
         saving=learned + moments if save_copy else 0,
     )
 

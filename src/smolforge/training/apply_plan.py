@@ -44,6 +44,12 @@ def _keep_freed_memory() -> None:
             mallopt(name, value)
 
 
+def release_freed_memory() -> None:
+    """Give freed memory back to the system: loading, validating and saving take more than a step, at other times."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+
+
 def compiled_graphs() -> int:
     """Number of graphs that this process has compiled."""
     # Importing dynamo takes seconds; where nobody has, nothing was compiled.

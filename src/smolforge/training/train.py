@@ -31,7 +31,7 @@ from smolforge.errors import RunFailed, SourceUnavailable
 from smolforge.run import Run, lock_run
 from smolforge.slurm import read_slurm
 from smolforge.training import checkpointing, setup
-from smolforge.training.apply_plan import compiled_graphs, run_first_step
+from smolforge.training.apply_plan import compiled_graphs, release_freed_memory, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
 from smolforge.training.metrics import MetricsLogger, StepMetrics, is_due, tell_outcome
@@ -164,6 +164,8 @@ class Trainer:
             try:
                 self.metrics.catch_up(self.position.step)
                 self._replicate()
+                if self.config.data.format != "text":  # a laptop tunes beside other programs
+                    release_freed_memory()
                 while self.position.step < self.total:
                     try:
                         self._steps()
@@ -337,6 +339,8 @@ class Trainer:
             self._wait_for_save()
             with self.ranks.together():
                 checkpointing.prune_checkpoints(self.context)
+        if config.data.format != "text":
+            release_freed_memory()
         self.metrics.throughput.pause(time.perf_counter() - began)
 
     def _stops_early(self) -> bool:
