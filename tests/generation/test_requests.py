@@ -53,11 +53,12 @@ class Requests(RuleBasedStateMachine):
         self.seen[request.id] = []
         Requests.added += 1
 
-    @rule(data=st.data())
-    def cancel(self, data):
+    @rule(which=st.integers(0, 9))
+    def cancel(self, which):
+        # What is drawn must not depend on who is live: speculation goes by measured times, so that can differ.
         live = [request for request in self.requests.values() if not request.finished]
         if live:
-            request = data.draw(st.sampled_from(live))
+            request = live[which % len(live)]
             self.engine.cancel(request)
             assert request.finished and all(choice.cache is None for choice in request.sequences)
 
