@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 # torch is pinned in constraints.txt: the newest on the index would bring gigabytes of CUDA to a laptop.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DEMO := runs/demo
+DEMO := runs/pocket
 # Native code generates several times as fast as torch's own kernels; where no compiler can build it, pip brings one.
 COMPILER := $(shell command -v g++ || command -v clang++ || command -v c++)
 COMMA := ,

@@ -9,7 +9,12 @@ import pytest
 from smolforge import cli, config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "llms.txt",
+    ROOT / "examples" / "README.md",
+]
 COMMAND = re.compile(rf"(?:^|`|-m )(smolforge (?:{'|'.join(cli.VERBS)})\b[^`\n|#]*)", re.MULTILINE)
 
 

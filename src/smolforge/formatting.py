@@ -71,6 +71,11 @@ def whole(value: float | None) -> str:
     return f"{value:,.0f}" if is_known(value) else MISSING
 
 
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    """1 file, 2 files, 3 processes."""
+    return f"{count:,} {noun}{ending if count != 1 else ''}"
+
+
 def duration(seconds: float | None) -> str:
     """The two largest units: 45 s, 2 min 41 s, 3 h 05 min, 2 d 4 h."""
     if not is_known(seconds):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -63,6 +64,34 @@ class Run:
     def resume_command(self) -> str:
         """The command that continues the run."""
         return f"smolforge train --out {shlex.quote(str(self.path))}"
+
+    def history(self, *, frame: bool | None = None) -> Any:
+        """The rows of metrics.jsonl, in the order written: steps, validations and events.
+
+        Args:
+            frame: a pandas DataFrame (True) or a list of dicts (False); where pandas is installed a DataFrame unless
+                given.
+
+        Raises:
+            BadInput: there is no run here, or a DataFrame is wanted and pandas is not installed.
+
+        >>> import smolforge
+        >>> rows = smolforge.Run("runs/pocket").history(frame=False)
+        >>> [row["step"] for row in rows if "loss" in row][:1]
+        [1]
+        """
+        from smolforge.metrics_log import read_metrics
+
+        if not self.exists:
+            raise BadInput(f"{self.path} holds no run")
+        rows = read_metrics(self)
+        if frame is False or (frame is None and importlib.util.find_spec("pandas") is None):
+            return rows
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise BadInput("needs pandas", field="frame", hint="Install it: pip install pandas") from None
+        return pandas.json_normalize(rows)
 
     @property
     def begun(self) -> bool:

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -109,9 +110,12 @@ def test_python_loads_and_generates_as_the_command_line_does(run: Path, capsys) 
     (expected,) = json.loads(capsys.readouterr().out)["completions"]
     settings = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 4, "seed": 1}
     assert smolforge.generate(run, "Once", **settings) == expected["text"]
-    model, tokenizer, directory = smolforge.load(run)
-    assert directory == (run / "checkpoints" / "last").resolve()
-    assert tokenizer.vocab_size <= model.config.vocab_size
+    model = smolforge.load(run)
+    assert model.directory == (run / "checkpoints" / "last").resolve()
+    assert model.generate("Once", **settings) == expected["text"]
+    assert cli.run(["eval", str(run), "--data", "tales", "--tokens", "2k", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert asdict(smolforge.evaluate(run, "tales", tokens=2000)).items() <= scored.items()
 
 
 def test_summary_shows_the_tree(capsys) -> None:

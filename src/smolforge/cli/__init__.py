@@ -4,6 +4,7 @@ A verb's module has `add(verbs)`, which describes its arguments and names the fu
 what it needs and returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one
 JSON object.
 
+    words.py         the words of a command line in any order
     options.py       the parser, options that verbs share, and how their values are read
     train.py         start a run, or resume one
     plan.py          what a run would take on other GPUs
@@ -14,7 +15,9 @@ JSON object.
     eval.py          loss on a source, or lm-eval's tasks
     export.py        a model for other programs
     inspect.py       summary of a model, comparison of runs, verification of checkpoints
+    config.py        presets; the keys of a configuration
     data.py          which documents fed a step; the embedded corpus as a file
+    doctor.py        what works on this machine
     bench.py         speed on this machine; the kernels compiled for it ahead of time
 """
 
@@ -29,8 +32,9 @@ from importlib import import_module
 # Each verb and its module.
 VERBS = {
     **{verb: verb for verb in ("train", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
+    **dict.fromkeys(("presets", "config"), "config"),
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
-    "data": "data",
+    **{verb: verb for verb in ("data", "doctor")},
     **dict.fromkeys(("bench", "build-native"), "bench"),
 }
 

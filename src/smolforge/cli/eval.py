@@ -79,38 +79,33 @@ def _score_text(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from smolforge.checkpoint.locate import load_model
-    from smolforge.config import DataConfig
-    from smolforge.data import Corpus
-    from smolforge.evaluation import EvalSlice, evaluate, evaluate_runner, tokenize_eval_set
+    from smolforge.evaluation import evaluate_runner, score_sources
     from smolforge.generation.runners import select_runner
 
     tokens = parse_positive(args.tokens, "--tokens")
     model, tokenizer, directory = load_model(args.model, adapter=args.adapter)
-    positions = model.config.max_position_embeddings
-    length = args.length or min(positions, 2048)
-    if not 1 <= length <= positions:
-        raise BadInput(f"{length} does not fit the model's {positions} positions", field="--length")
 
-    def score(sources: dict[str, float]) -> tuple[EvalSlice, dict[str, Any]]:
-        config = DataConfig(sources=sources, text_column=args.text_column, on_error="skip")  # told, not scored
-        with Corpus.open(config) as corpus:
-            texts = corpus.parts(held_out=True if args.held_out else None)
-            piece, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
-        windows = -(-(len(piece.tokens) - 1) // length)
-        found = asdict(evaluate(model, piece, length=min(length, len(piece.tokens) - 1), batch=min(4, windows)))
-        return piece, found | ({"entropy_bits_per_byte": entropy} if entropy else {})
+    def score(sources: dict[str, float]) -> Any:
+        return score_sources(
+            model, tokenizer, sources,
+            tokens=tokens, length=args.length, held_out=args.held_out, text_column=args.text_column,
+        )  # fmt: skip
+
+    def described(one: Any) -> dict[str, Any]:
+        entropy = one.entropy_bits_per_byte
+        return asdict(one.score) | ({"entropy_bits_per_byte": entropy} if entropy else {})
 
     sources = parse_sources(args.data)
-    piece, found = score(sources)
-    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **found}
+    whole = score(sources)
+    outcome: dict[str, Any] = {"model": str(directory), "data": args.data, **described(whole)}
     if len(sources) > 1:
-        outcome["sources"] = {source: score({source: 1.0})[1] for source in sources}
+        outcome["sources"] = {source: described(score({source: 1.0})) for source in sources}
     if args.quantize:
         outcome["precisions"] = {}
         for precision in dict.fromkeys(args.quantize):
             runner, _ = select_runner(model, precision)
-            served = evaluate_runner(runner, piece, length=min(length, len(piece.tokens) - 1))
-            price = served.bits_per_byte / found["bits_per_byte"] - 1
+            served = evaluate_runner(runner, whole.text, length=whole.length)
+            price = served.bits_per_byte / whole.score.bits_per_byte - 1
             outcome["precisions"][precision] = {**asdict(served), "price": price, "runner": runner.name}
     print_result(args, outcome, _score_table(outcome))
     return 0

@@ -14,12 +14,13 @@ from smolforge.cli.options import (
     add_device,
     add_json,
     add_run,
+    add_usual,
     parse_positive,
     parse_seconds,
     parse_sources,
+    usual_layers,
 )
 from smolforge.cli.train import print_outcome
-from smolforge.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,7 @@ def add(verbs: Any) -> None:
         "--lora", metavar="RANK", help="learn an adapter of this rank beside the weights, which stay as they are"
     )
     parser.add_argument("--preset", metavar="PRESET|FILE.yaml", help="settings (default: sft; lora with --lora)")
-    parser.add_argument("--epochs", type=float, metavar="X", help="passes through the conversations (sft: 3)")
-    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate (sft: 1e-4, lora: 5e-4)")
-    parser.add_argument("--batch-size", metavar="N", help=f"windows in one update (default {BATCH})")
+    add_usual(parser, epochs="sft: 3", lr="sft: 1e-4, lora: 5e-4", batch=f"default {BATCH}")
     add_run(parser, out="runs/MODEL-PRESET", setting="data.too_long=truncate")
     add_device(parser)
     add_json(parser)
@@ -103,14 +102,7 @@ def _layers(args: argparse.Namespace) -> dict[str, Any]:
     from smolforge.config import build_config
 
     positions = read_config(resolve_model(args.model)).max_position_embeddings
-    layers: dict[str, Any] = {"init": args.model, "data": {"sources": parse_sources(args.data)}}
-    for name, value in (("--epochs", args.epochs), ("--lr", args.lr)):
-        if value is not None and not value > 0:
-            raise BadInput(f"{value} must be above 0", field=name)
-    if args.epochs is not None:
-        layers["training"] = {"epochs": args.epochs}
-    if args.lr is not None:
-        layers["optimizer"] = {"lr": args.lr}
+    layers = {"init": args.model, "data": {"sources": parse_sources(args.data)}, **usual_layers(args)}
     if args.lora is not None:
         layers["lora"] = {"r": parse_positive(args.lora, "--lora")}
     length = build_config(args.preset, args.overrides, **layers).data.sequence_length

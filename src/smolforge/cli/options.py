@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from smolforge.cli.words import arrange
 from smolforge.errors import BadInput, nearest
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         hint = f"Did you mean {guess}? " if guess else ""
         print(f"error: {message}\n  {hint}`{self.prog} --help` lists the options.", file=sys.stderr)
         sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse, for words in any order."""
+        return super().parse_known_args(arrange(self, sys.argv[1:] if args is None else args), namespace)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse, but unknown words are reported by the verb they were given to."""
@@ -85,6 +90,30 @@ def add_run(parser: argparse.ArgumentParser, *, out: str, setting: str) -> None:
     parser.add_argument(
         "--nproc", metavar="N|auto", help="processes on this machine (default auto: one for each GPU, else one)"
     )
+
+
+def add_usual(parser: argparse.ArgumentParser, *, epochs: str, lr: str, batch: str, length: Any = None) -> None:
+    """Add the settings that other trainers have as options; the texts say what holds where one is not given.
+
+    Args:
+        length: the group of options of which only one may give the length of a run.
+    """
+    (length or parser).add_argument("--epochs", type=float, metavar="X", help=f"passes through the data ({epochs})")
+    parser.add_argument("--lr", type=float, metavar="X", help=f"peak learning rate ({lr})")
+    parser.add_argument("--batch-size", metavar="N", help=f"windows in one update ({batch})")
+
+
+def usual_layers(args: argparse.Namespace) -> dict[str, Any]:
+    """The sections that `--epochs` and `--lr` set; BadInput where one is not above 0."""
+    for name, value in (("--epochs", args.epochs), ("--lr", args.lr)):
+        if value is not None and not value > 0:
+            raise BadInput(f"{value} must be above 0", field=name)
+    layers: dict[str, Any] = {}
+    if args.epochs is not None:
+        layers["training"] = {"epochs": args.epochs}
+    if args.lr is not None:
+        layers["optimizer"] = {"lr": args.lr}
+    return layers
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

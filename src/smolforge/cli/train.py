@@ -13,16 +13,19 @@ from smolforge.cli.options import (
     add_device,
     add_json,
     add_run,
+    add_usual,
     parse_positive,
     parse_seconds,
     parse_sources,
     parse_step_range,
+    usual_layers,
 )
 
 EXAMPLES = """\
 examples:
   smolforge train                                   the pocket preset on the embedded corpus
-  smolforge train pocket --data my_texts/*.txt      your own text
+  smolforge train --data my_texts/                  your own text; size and length follow from it
+  smolforge train --data my_texts/ --minutes 30     the most that half an hour gives
   smolforge train smollm2-135m --tokens 1B          SmolLM2-135M on Cosmopedia-v2
   smolforge train smollm2-135m --data A.parquet=0.7 B.jsonl=0.3 --set optimizer.lr=1e-3
   smolforge train --out runs/pocket --steps +50     fifty more steps on an existing run
@@ -44,13 +47,21 @@ def add(verbs: Any) -> None:
         description="Train a model; an existing run continues exactly where it stopped.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("base", nargs="?", metavar="PRESET|FILE.yaml", help="what to train (default: pocket)")
+    base = parser.add_argument(
+        "base", nargs="?", metavar="PRESET|FILE.yaml", help="what to train (default: what suits --data)"
+    )
+    base.is_name = _is_base  # type: ignore[attr-defined]
     parser.add_argument("--data", nargs="+", action="extend", metavar="SRC[=WEIGHT]", help="sources of text")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", metavar="N|+N", help="length of the run in steps; +N adds N to an existing run")
     length.add_argument("--tokens", metavar="N", help="length of the run in tokens: 500k, 10M, 1B")
+    length.add_argument(
+        "--minutes", type=float, metavar="X", help="train for about so long; without a preset the size follows too"
+    )
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a model directory or Hub id")
+    add_usual(parser, epochs="by an estimate", lr="optimizer.lr", batch="training.tokens_per_step", length=length)
     add_run(parser, out="runs/PRESET", setting="optimizer.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="tell every decision, and stop before the first step")
     parser.add_argument(
         "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
     )
@@ -71,20 +82,23 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
-    layers: dict[str, Any] = {}
+    layers = usual_layers(args)
     more_steps = None
     if args.steps is not None and args.steps.startswith("+"):
         more_steps = parse_positive(args.steps[1:], "--steps")
     elif args.steps is not None:
-        layers["training"] = {"steps": parse_positive(args.steps, "--steps")}
+        layers.setdefault("training", {})["steps"] = parse_positive(args.steps, "--steps")
     elif args.tokens is not None:
-        layers["training"] = {"tokens": parse_positive(args.tokens, "--tokens")}
+        layers.setdefault("training", {})["tokens"] = parse_positive(args.tokens, "--tokens")
     if args.data:
         layers["data"] = {"sources": parse_sources(args.data)}
     if args.init:
         layers["init"] = args.init
+    if args.batch_size is not None:
+        layers.setdefault("training", {})["tokens_per_step"] = _batch_tokens(args)
     time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
     skip = [parse_step_range(text, "--skip-steps") for text in args.skip_steps]
+    from smolforge.training.auto import choose
     from smolforge.training.launch import launch
     from smolforge.training.setup import TrainRequest, choose_run
     from smolforge.training.train import run_training
@@ -103,8 +117,14 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         command=shlex.join(["smolforge", *args.words]),
     )
+    if args.dry_run:
+        from smolforge.training.dry_run import rehearse
+
+        rehearse(choose(request, args.minutes))
+        return 0
     if (code := launch(request, args.nproc, args.words)) is not None:
         return code
+    request = choose(request, args.minutes)
     with contextlib.ExitStack() as stack:
         if args.serve is not None and os.environ.get("RANK", "0") == "0":
             from smolforge.serving.sidecar import sidecar
@@ -115,6 +135,24 @@ def run(args: argparse.Namespace) -> int:
         print_outcome(finished)
     sys.stdout.flush()
     return shutdown.exit_code
+
+
+def _is_base(word: str) -> bool:
+    """Whether a word that could be a source names what to train instead."""
+    from smolforge.config import preset_names
+
+    return word.endswith((".yaml", ".yml")) or word in preset_names()
+
+
+def _batch_tokens(args: argparse.Namespace) -> int:
+    """Tokens in one update of so many windows, as long as those of the run or the preset are."""
+    from smolforge.config import build_config
+    from smolforge.run import Run
+
+    run = None if args.out is None or args.fresh else Run(args.out)
+    base = str(run.config_path) if run is not None and run.exists else args.base or "pocket"
+    length = build_config(base, args.overrides).data.sequence_length
+    return parse_positive(args.batch_size, "--batch-size") * length
 
 
 def print_outcome(finished: Any) -> None:

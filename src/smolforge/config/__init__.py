@@ -9,7 +9,7 @@ All errors are reported together, each with the closest valid key.
     layers.py      a configuration from presets, files and overrides; its errors; the table of all keys
 """
 
-from smolforge.config.layers import build_config, key_table, preset_names, read_preset
+from smolforge.config.layers import build_config, key_records, key_table, preset_about, preset_names, read_preset
 from smolforge.config.sections import (
     THREE_PROMPTS,
     DataConfig,
@@ -24,5 +24,6 @@ from smolforge.config.values import parse_count
 
 __all__ = [
     "THREE_PROMPTS", "DataConfig", "LoraConfig", "ModelConfig", "OptimizerConfig", "PreferenceConfig", "RunConfig",
-    "ScheduleConfig", "TokenizerConfig", "build_config", "key_table", "parse_count", "preset_names", "read_preset",
+    "ScheduleConfig", "TokenizerConfig", "build_config", "key_records", "key_table", "parse_count", "preset_about",
+    "preset_names", "read_preset",
 ]  # fmt: skip

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ByteSize, ValidationError
 
 from smolforge.config.sections import RunConfig
 from smolforge.errors import BadInput, ConfigError, nearest, unknown
@@ -29,8 +30,16 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise unknown("preset", name, preset_names())
-    text = (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    return yaml.safe_load(_preset_text(name))
+
+
+def preset_about(name: str) -> str:
+    """The first line of a preset, which says what it is."""
+    return _preset_text(name).partition("\n")[0].strip("# .")
+
+
+def _preset_text(name: str) -> str:
+    return (resources.files("smolforge") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -62,11 +71,7 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
         BadInput: the base cannot be read.
         ConfigError: one or several keys or values are wrong.
     """
-    tree: dict[str, Any] = {}
-    if base is not None:
-        looks_like_path = base.endswith((".yaml", ".yml")) or "/" in base
-        merge(tree, read_file(Path(base)) if looks_like_path else read_preset(base))
-        tree.setdefault("preset", Path(base).stem if looks_like_path else base)
+    tree = {} if base is None else _read_base(base)
     problems: list[BadInput] = []
     for override in overrides or []:
         key, equals, text = override.partition("=")
@@ -91,6 +96,20 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _read_base(base: str) -> dict[str, Any]:
+    """The keys of a preset, or of a file over those of the preset that it names."""
+    if not (base.endswith((".yaml", ".yml")) or "/" in base):
+        return {"preset": base, **read_preset(base)}
+    path = Path(base)
+    found = read_file(path)
+    is_whole = found.keys() >= RunConfig.model_fields.keys()  # as the configuration of a run is
+    if is_whole and path.name == "config.yaml":
+        return found
+    tree = {} if is_whole or found.get("preset") is None else read_preset(str(found["preset"]))
+    merge(tree, found)
+    return {**tree, "preset": path.stem}
 
 
 # What pydantic says of a default that it could not derive, because the key it derives from is wrong and reported too.
@@ -157,10 +176,25 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+class KeyRecord(NamedTuple):
+    """A key of a configuration: the values it takes, its default (None where it is derived or open), its meaning."""
+
+    key: str
+    allowed: str
+    default: str | None
+    meaning: str
+
+
+def key_records() -> list[KeyRecord]:
+    """All keys, in the order of the sections."""
+    return [_record(key, field) for key, field in _leaves()]
+
+
 def key_table() -> str:
     """All keys with their defaults and meanings, as the Markdown tables of docs/configuration.md."""
     head = ["| key | default | meaning |", "|---|---|---|"]
-    return "\n".join([*head, *(_row(key, field) for key, field in _leaves())])
+    rows = (f"| `{r.key}` | {'' if r.default is None else f'`{r.default}`'} | {r.meaning} |" for r in key_records())
+    return "\n".join([*head, *rows])
 
 
 def _leaves() -> Iterator[tuple[str, Any]]:
@@ -173,9 +207,33 @@ def _leaves() -> Iterator[tuple[str, Any]]:
             yield name, field
 
 
-def _row(key: str, field: Any) -> str:
+def _record(key: str, field: Any) -> KeyRecord:
     derived = field.default_factory_takes_validated_data  # from other keys: its meaning says how
     default = None if derived else field.get_default(call_default_factory=True)
     shown = default.model_dump() if isinstance(default, BaseModel) else default
     meaning = " ".join((field.description or "").split())
-    return f"| `{key}` | `{'' if shown is None else shown}` | {meaning} |".replace("``", "")
+    return KeyRecord(key, _allowed(field.annotation), None if shown is None else str(shown), meaning)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    NoneType: "null",
+    ByteSize: "memory",
+}
+
+
+def _allowed(kind: Any) -> str:
+    """The values of a type, for people."""
+    inner, origin = get_args(kind), get_origin(kind)
+    if origin is Literal:
+        return ", ".join(map(str, inner))
+    if origin is Annotated:
+        return _allowed(inner[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_allowed(option) for option in inner)
+    if origin is list or origin is tuple:
+        return f"a list of: {_allowed(inner[0])}"
+    return _KINDS.get(kind, "a mapping")

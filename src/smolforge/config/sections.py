@@ -215,7 +215,7 @@ class TrainingConfig(Section):
     tokens: Count | None = Field(default=None, ge=1)
     """Length of the run in tokens, rounded up to whole steps; give one of the two."""
     epochs: float | None = Field(default=None, gt=0)
-    """chat data only: length of the run in passes through the conversations; how many steps that is, is kept."""
+    """Length of the run in passes through the data, of text by an estimate; how many steps that is, is kept."""
     precision: PRECISIONS = "auto"
     """Numbers that the run computes in; auto takes bf16, fp16 or fp32 by what the device has."""
     compile: Literal["auto", "on", "off"] | bool = "auto"
@@ -323,8 +323,6 @@ class RunConfig(Section):
             )
         if self.lora.r and self.data.format == "text":
             raise ValueError("lora.r: an adapter learns from chat data (smolforge finetune); set it to 0")
-        if self.training.epochs is not None and self.data.format == "text":
-            raise ValueError("training.epochs: a text has no fixed number of windows; give steps or tokens")
         per_step = self.training.tokens_per_step
         if per_step is not None and per_step % self.data.sequence_length:
             raise ValueError(

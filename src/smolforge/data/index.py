@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 THREADS = 8  # shards scanned at the same time
 LOG_EVERY = 50  # shards
+MOST_ERRORS = 20  # files that one error names
 
 
 def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any], list[tuple[Source, list[Reader]]]]:
@@ -74,16 +75,39 @@ def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
         shard = reader.shard
         head = {"file": shard.name, "size": shard.size, "identity": shard.identity()}
         bad = {"bad_rows": reader.bad_rows} if reader.bad_rows else {}
-        return {**head, **shard.notes, **bad, "groups": groups}
+        return {**head, **shard.notes, **bad, **reader.counted, "groups": groups}
 
-    described = []
+    def tried(reader: Reader) -> dict[str, Any] | DataError:
+        try:
+            return one(reader)
+        except DataError as error:
+            return error
+
+    described, errors = [], []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
-        # After an error the rest is not started: what closes `map`'s iterator cancels it.
-        for done, entry in enumerate(pool.map(one, readers), 1):
-            described.append(entry)
+        for done, entry in enumerate(pool.map(tried, readers), 1):
+            if isinstance(entry, DataError):
+                errors.append(entry)
+                if len(errors) == MOST_ERRORS:  # what closes `map`'s iterator cancels the rest
+                    break
+            else:
+                described.append(entry)
             if done % LOG_EVERY == 0:
                 logger.info("%s: %d of %d shards indexed", source.spec, done, count)
+    if errors:
+        raise _one_error(source.spec, errors, count)
     return described
+
+
+def _one_error(spec: str, errors: list[DataError], count: int) -> DataError:
+    """The error for all files that cannot be used; that of the only one as it is."""
+    if len(errors) == 1:
+        return errors[0]
+    more = "at least " if len(errors) == MOST_ERRORS else ""
+    listed = "".join(f"\n  {error.message}" for error in errors)
+    hints = dict.fromkeys(error.hint for error in errors if error.hint)
+    problem = f"{spec}: {more}{len(errors)} of {count:,} files cannot be used:{listed}"
+    return DataError(problem, field=errors[0].field, hint=" ".join(hints) or None)
 
 
 def _tell_bad_rows(source: Source, readers: list[Reader]) -> None:

@@ -201,6 +201,8 @@ class Engine:
         Raises:
             BadInput: as of `add`; nothing has run then.
         """
+        if isinstance(prompts, str):
+            raise BadInput("must be a list of prompts, not one text", field="prompts", hint="Write [text].")
         requests: list[Request] = []
         try:
             requests.extend(self.add(prompt, params) for prompt in prompts)

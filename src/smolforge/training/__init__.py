@@ -13,7 +13,11 @@ In the order to read them:
     train.py           open, step, save, evaluate
     step.py            one step: micro-batches and the update
     setup.py           from a request to configuration, data, tokenizer, model and optimizer
+    prepare.py         what is decided and opened before there is a model
+    dry_run.py         `smolforge train --dry-run`
     run_data.py        where the data of a run lies, and what happens where it moved or changed
+    auto.py            size and length of a run that names no preset
+    data_size.py       how much text there is, and how often the run reads it
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
     run_model.py       the model of a run: new weights, those of `init`, an adapter beside them
     preferences.py     which of two answers is better: the reference, the loss, the held-out margin

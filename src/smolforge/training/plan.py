@@ -16,6 +16,7 @@ from smolforge import kernels
 from smolforge.config import RunConfig
 from smolforge.devices import Gpu, gpu_of, physical_cores
 from smolforge.errors import BadInput
+from smolforge.formatting import plural
 from smolforge.model import attention as attentions
 from smolforge.model.lora import count_adapter_parameters
 from smolforge.model.loss import chunk_of
@@ -103,7 +104,7 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     """
     sequences = _share(config, world_size)
     gpu = gpu or gpu_of(device)
-    processes = _plural(world_size, "process", "es")
+    processes = plural(world_size, "process", "es")
     reasons = [f"device: {gpu or device.type}" + (f", {processes}" if world_size > 1 else "")]
     precision, reason = choose_precision(config.training.precision, device, gpu)
     reasons.append(f"precision: {precision.name} ({reason})")
@@ -112,8 +113,8 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
         f"{'at most ' if config.sequences_per_step % world_size else ''}"
-        f"{_plural(sequences // micro, 'micro-batch', 'es')} × "
-        f"{_plural(micro, 'sequence')} of {_plural(config.data.sequence_length, 'token')}"
+        f"{plural(sequences // micro, 'micro-batch', 'es')} × "
+        f"{plural(micro, 'sequence')} of {plural(config.data.sequence_length, 'token')}"
     )
     if memory:
         reasons.append(f"memory: {memory}")
@@ -139,7 +140,7 @@ def _share(config: RunConfig, world_size: int) -> int:
     sequences = config.sequences_per_step
     if sequences < world_size:
         raise BadInput(
-            f"a step has {_plural(sequences, 'sequence')}, too few for {world_size} processes",
+            f"a step has {plural(sequences, 'sequence')}, too few for {world_size} processes",
             field="training.tokens_per_step",
             hint=f"Start at most {sequences}.",
         )
@@ -330,7 +331,3 @@ def _choose_compile(config: RunConfig, device: torch.device, world_size: int) ->
 
 def _for_people(choice: str) -> str:
     return "native C++" if choice == "native" else choice
-
-
-def _plural(count: int, noun: str, ending: str = "s") -> str:
-    return f"{count:,} {noun}{ending if count != 1 else ''}"

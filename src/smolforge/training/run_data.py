@@ -28,7 +28,7 @@ def keep_places(config: RunConfig) -> RunConfig:
     Short names of sources are replaced by what they stand for, which a later release may choose otherwise.
     """
     sources: dict[str, float] = {}
-    for source, weight in expand_names(config.data.sources).items():
+    for source, weight in expand_names(_without_empty_files(config.data.sources)).items():
         sources[absolute(source)] = sources.get(absolute(source), 0.0) + weight
     places = {
         key: os.path.abspath(path)  # noqa: PTH100 (links stay: `last` of a run may point elsewhere later)
@@ -36,6 +36,15 @@ def keep_places(config: RunConfig) -> RunConfig:
         if isinstance(name := getattr(config, key), str) and (path := Path(name).expanduser()).exists()
     }
     return _with_sources(config.model_copy(update=places), sources)
+
+
+def _without_empty_files(sources: dict[str, float]) -> dict[str, float]:
+    """The sources without empty files, which a shell's `*.txt` names like others; all where nothing else is left."""
+    empty = [source for source in sources if (path := Path(source)).is_file() and not path.stat().st_size]
+    if not empty or len(empty) == len(sources):
+        return sources
+    logger.warning(f"{len(empty)} empty files are passed over: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}")
+    return {source: weight for source, weight in sources.items() if source not in empty}
 
 
 def check_weights(run: Run, saved: RunConfig, changed: RunConfig) -> RunConfig:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from smolforge.checkpoint import commit, format, locate
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
-from smolforge.errors import BadInput, CheckpointError, DataError, SmolforgeError
-from smolforge.evaluation import EvalSlice, tokenize_eval_set
+from smolforge.errors import BadInput, CheckpointError, SmolforgeError
+from smolforge.evaluation import EvalSlice
 from smolforge.files import write_atomically
 from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import CausalLM
@@ -34,10 +34,11 @@ from smolforge.run import Run, lock_run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import finetuning
 from smolforge.training.apply_plan import apply_plan
-from smolforge.training.optim import build_optimizer, check_optimizer, schedule_factor
-from smolforge.training.plan import Plan, make_plan, with_training
+from smolforge.training.optim import build_optimizer, schedule_factor
+from smolforge.training.plan import Plan, with_training
 from smolforge.training.preferences import Preferences, open_preferences
-from smolforge.training.run_data import check_weights, keep_places, open_corpus
+from smolforge.training.prepare import prepare
+from smolforge.training.run_data import check_weights, keep_places
 from smolforge.training.run_model import base_digest, build_run_model, check_adapter
 from smolforge.training.shutdown import StopRequested
 
@@ -169,9 +170,10 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if not run.exists:
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
-        new = keep_places(build_config(request.base or "pocket", list(request.overrides), **request.layers))
-        more = request.more_steps
-        return new if more is None else with_training(new, steps=more, tokens=None, epochs=None)
+        if request.more_steps is not None:
+            hint = f"--steps {request.more_steps} starts one."
+            raise BadInput(f"{run.path} holds no run to extend", field="--steps", hint=hint)
+        return keep_places(build_config(request.base or "pocket", list(request.overrides), **request.layers))
     saved = keep_places(build_config(str(run.config_path)))
     base = request.base or ""
     name = Path(base).stem if base.endswith((".yaml", ".yml")) or "/" in base else base
@@ -265,9 +267,18 @@ def adopt_init(config: RunConfig, newest: Path | None, request: TrainRequest) ->
     return adopted
 
 
-def announce_rate(run: Run, config: RunConfig, step: int) -> None:
-    """Say where another length, schedule or peak makes the learning rate jump, which changes what is learned."""
+def announce_changes(run: Run, config: RunConfig, step: int) -> None:
+    """Say which keys of the configuration differ from those that the run had until `step`."""
     saved = build_config(str(run.config_path))
+    before, after = (_flatten(c.model_dump(mode="json", exclude={"data": {"sources"}})) for c in (saved, config))
+    for key in after:
+        if before.get(key) != after[key]:
+            logger.info(f"{key}: {before.get(key)} → {after[key]} from step {step + 1:,} on")
+    _announce_rate(saved, config, step)
+
+
+def _announce_rate(saved: RunConfig, config: RunConfig, step: int) -> None:
+    """Say where another length, schedule or peak makes the learning rate jump, which changes what is learned."""
     last, expected, rate = (
         c.optimizer.lr * schedule_factor(c.schedule, at, c.total_steps)
         for c, at in ((saved, step - 1), (saved, min(step, saved.total_steps - 1)), (config, step))
@@ -296,21 +307,16 @@ def build_context(
 ) -> TrainContext:  # fmt: skip
     """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory."""
     try:
-        check_optimizer(config.optimizer.name)
-        plan = make_plan(config, device, ranks.world_size)
-        corpus = open_corpus(run, config, newest, ranks, accept_changes=request.accept_changed_data)
-        tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
-        if config.data.format != "text" and newest is None:
-            config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
-            plan = make_plan(config, device, ranks.world_size)
+        prepared = prepare(run, config, newest, ranks, device, accept_changes=request.accept_changed_data)
+        config, plan = prepared.config, prepared.plan
         apply_plan(plan)
         learns_pairs = config.data.format == "preferences"
         is_reference = learns_pairs and not run.reference_path.is_file()  # it is computed with the weights of `init`
         model = build_run_model(config, plan, newest, with_init=newest is None or is_reference)
         optimizer = build_optimizer(model, config.optimizer, update=plan.update)
-        eval_set, preferences = _open_eval_set(config, corpus, tokenizer), None
+        preferences = None
         if learns_pairs:
-            preferences = open_preferences(run, config, plan, corpus, tokenizer, model, ranks)
+            preferences = open_preferences(run, config, plan, prepared.corpus, prepared.tokenizer, model, ranks)
     except (SmolforgeError, StopRequested):
         if ranks.is_main and not run.exists:
             forget_preparations(run)
@@ -319,43 +325,9 @@ def build_context(
         raise
     scaler = torch.amp.GradScaler(device.type) if plan.precision.scaler else None
     return TrainContext(
-        run, config, plan, ranks, corpus, tokenizer, model, optimizer, eval_set, scaler, request.command,
-        base_digest(config), preferences,
+        run, config, plan, ranks, prepared.corpus, prepared.tokenizer, model, optimizer, prepared.eval_set, scaler,
+        request.command, base_digest(config), preferences,
     )  # fmt: skip
-
-
-def _open_tokenizer(
-    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext
-) -> Tokenizer:
-    """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now."""
-    source = newest or config.tokenizer
-    if not isinstance(source, (Path, str)):
-        wanted, source = source.train, run.path / "tokenizer"
-        if ranks.is_main and not (source / "tokenizer.json").is_file():
-            logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
-            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
-        ranks.barrier()
-    tokenizer = Tokenizer.from_pretrained(source)
-    if config.data.format != "text":
-        tokenizer = finetuning.with_chat_template(tokenizer)
-    format.check_vocabulary(config.model, tokenizer)
-    return tokenizer
-
-
-def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> EvalSlice | None:
-    if not config.data.holdout or config.data.format == "preferences":
-        return None
-    if config.data.format == "chat":
-        return finetuning.answers_eval_set(config, corpus, tokenizer)
-    try:
-        return tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
-    except DataError:
-        documents = sum(1 for _ in corpus.documents())
-        raise BadInput(
-            f"None of the {documents:,} documents was chosen for validation",
-            field="data.holdout",
-            hint="Use --set data.holdout=0.1, or 0 to train without validation.",
-        ) from None
 
 
 # What is written

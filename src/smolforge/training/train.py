@@ -105,7 +105,7 @@ def open_run(
     if newest is not None:
         position = checkpointing.restore(context, newest)
         logger.info(f"resuming {run.path} from step {position.step:,}")
-        setup.announce_rate(run, config, position.step)
+        setup.announce_changes(run, context.config, position.step)
     if request.skip:
         position = replace(position, skip=sorted({*position.skip, *request.skip}))
     return context, position

@@ -1,9 +1,10 @@
 """Readers: from a shard to rows of text. A reader counts the rows of each row group once, then reads any of them.
 
     parquet.py     the text column of a parquet file, by row group
-    text.py        jsonl and txt, in row groups of about a megabyte
+    text.py        jsonl, txt and other plain text, in row groups of about a megabyte
     json_array.py  json, as jsonl
-    table.py       csv, and parquet with nested columns, as jsonl
+    table.py       csv and tsv, and parquet with nested columns, as jsonl
+    document.py    html, pdf, docx and epub, as txt
     conversation.py  from a row to a conversation, in every form of chat data
 
 Adding a format is a file here, a line in `READERS`, and its ending in `sources.ENDINGS`.
@@ -22,9 +23,10 @@ from smolforge.errors import DataError
 READERS = {
     "parquet": "smolforge.data.readers.parquet:ParquetReader",
     "jsonl": "smolforge.data.readers.text:JsonLinesReader",
-    "csv": "smolforge.data.readers.table:TableReader",
+    **dict.fromkeys(("csv", "tsv"), "smolforge.data.readers.table:TableReader"),
     "json": "smolforge.data.readers.json_array:JsonReader",
-    "txt": "smolforge.data.readers.text:PlainTextReader",
+    **dict.fromkeys(("txt", "md", "code"), "smolforge.data.readers.text:PlainTextReader"),
+    **dict.fromkeys(("html", "pdf", "docx", "epub"), "smolforge.data.readers.document:DocumentReader"),
     "tales": "smolforge.tales.source:TalesReader",
 }
 
@@ -58,6 +60,7 @@ class Reader(ABC):
         self.shard, self.context = shard, context
         self.bad_rows = 0  # that `scan` found, as far as it looks at rows
         self.first_bad: BadRow | None = None
+        self.counted: dict[str, int] = {}  # documents and bytes of their text, where `scan` looks at each
 
     @abstractmethod
     def scan(self) -> list[list[int]]:

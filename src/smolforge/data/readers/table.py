@@ -1,4 +1,4 @@
-"""Read csv and, for chat data, parquet with nested columns: copied once into the cache, each row as a line of JSON."""
+"""Read csv, tsv and, for chat data, parquet with nested columns: copied once into the cache, rows as lines of JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINES = 1000  # written at a time
 
 
 class TableReader(JsonLinesReader):
-    """Rows of a csv or parquet file, through JSON lines."""
+    """Rows of a csv, tsv or parquet file, through JSON lines."""
 
     def place(self, number: int) -> str:
         return f"{self.shard.name}, row {number}"
@@ -37,17 +37,19 @@ class TableReader(JsonLinesReader):
             file = io.StringIO(b"".join(blocks).decode("utf-8-sig"), newline="")
         except UnicodeDecodeError as error:
             raise not_utf8(self.shard.name, error, 0) from None
-        rows = csv.DictReader(file, strict=True)
+        rows = csv.DictReader(file, strict=True, delimiter="\t" if self.shard.format == "tsv" else ",")
         try:
             for row in rows:
                 if None in row or None in row.values():
                     problem = (
                         f"{self.shard.name}, line {rows.line_num} has another number of columns than the first line"
                     )
-                    raise DataError(problem, field="data.sources", hint="Quote values that contain commas.")
+                    raise DataError(
+                        problem, field="data.sources", hint="Quote values that contain commas (in .tsv, tabs)."
+                    )
                 yield row
         except csv.Error as error:
-            problem = f"{self.shard.name}, line {rows.line_num} is not valid csv: {error}"
+            problem = f"{self.shard.name}, line {rows.line_num} is not valid {self.shard.format}: {error}"
             raise DataError(problem, field="data.sources") from None
 
     def _parquet(self) -> Iterator[dict[str, Any]]:

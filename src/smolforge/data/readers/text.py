@@ -1,4 +1,4 @@
-"""Read jsonl and txt, in row groups of about a megabyte of consecutive bytes.
+"""Read jsonl, txt and other plain text, in row groups of about a megabyte of consecutive bytes.
 
 jsonl has a JSON object per line; blank lines are passed over. A txt file is a document, or several, split at the
 separator. A document longer than 64 KiB becomes several rows, cut where a line ends: a book in one file can so be
@@ -11,7 +11,9 @@ corpus may have more files than a process may have open.
 
 from __future__ import annotations
 
+import codecs
 import functools
+import itertools
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -69,31 +71,40 @@ class TextReader(Reader):
 
     def scan(self) -> list[list[int]]:
         groups: list[list[int]] = []
-        rows = size = offset = total = 0
+        rows = size = offset = total = documents = text = 0
+        ends = True
         try:
             for number, (raw, count) in enumerate(self.raw_rows(self._plain()), 1):
                 if count:
-                    self._look(raw, number, offset)
+                    text += self._look(raw, number, offset)
+                    ends = self.ends_document(raw)
+                    documents += ends
                 rows, size, offset, total = rows + count, size + len(raw), offset + len(raw), total + count
                 if size >= GROUP_BYTES:
                     groups.append([rows, size])
                     rows = size = 0
         except OSError as error:
             raise DataError(f"cannot read {self.shard.name}: {error.strerror}") from None
+        self.counted = {"documents": documents + (not ends), "text_bytes": text}
         if self.first_bad and self.bad_rows == total:
             hint = (self.first_bad.hint or "").removesuffix(SKIP_HINT).strip() or None
             raise DataError(self.first_bad.message, field=self.first_bad.field, hint=hint)
         return [*groups, [rows, size]] if size else groups
 
-    def _look(self, raw: bytes, number: int, offset: int) -> None:
-        """Look at a row while the index is made: one that cannot be used is an error, or counted."""
+    def _look(self, raw: bytes, number: int, offset: int) -> int:
+        """The bytes of a row's text, while the index is made; a row that cannot be used is an error, or counted."""
         try:
-            self.checked(raw, lambda: self.place(number), offset)
+            return len(self.checked(raw, lambda: self.place(number), offset).encode("utf-8", "replace"))
         except BadRow as error:
             if self.context.on_error == "fail":
                 raise
             self.bad_rows += 1
             self.first_bad = self.first_bad or error
+            return 0
+
+    def ends_document(self, raw: bytes) -> bool:
+        """Whether the document of a row ends with it, wherever the row is."""
+        return True
 
     def use(self, groups: list[list[int]]) -> None:
         super().use(groups)
@@ -120,22 +131,22 @@ class TextReader(Reader):
         return COMPRESSIONS.get(Path(self.shard.name.lower()).suffix)
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes of the file without compression."""
+        """The bytes of the file without compression, and in UTF-8 where its mark says UTF-16 or UTF-32."""
         path = self.shard.whole()
         try:
-            if self._compression:
-                yield from decompress(path, self._compression)
-            else:
-                with path.open("rb") as file:
-                    while block := file.read(BLOCK):
-                        yield block
+            blocks = decompress(path, self._compression) if self._compression else _blocks_of(path)
+            yield from _in_utf8(blocks, self.shard.name)
         except EOFError as error:
             hint = "Fetch or write the file again."
             raise DataError(f"{self.shard.name} is damaged: {error}", field="data.sources", hint=hint) from None
 
     def is_copied(self) -> bool:
-        """Whether the file is read from a copy in the cache: decompressed, or converted."""
-        return self._compression is not None
+        """Whether the file is read from a copy in the cache: decompressed, converted, or in UTF-8."""
+        return self._compression is not None or self._marked
+
+    @functools.cached_property
+    def _marked(self) -> bool:
+        return encoding_of(read_file(self.shard.whole(), 0, 4)) is not None
 
     def convert(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
         """What the copy holds."""
@@ -215,8 +226,10 @@ class PlainTextReader(TextReader):
 
     def row(self, group: int, number: int, raw: bytes, *, last: bool) -> Row:
         text = self.checked(raw, lambda: f"{self.shard.name}, row group {group}, row {number}")
-        ends = last or bool(self.separator and self.separator in raw)
-        return Row(text if group or number else text.removeprefix("\ufeff"), ends)
+        return Row(text if group or number else text.removeprefix("\ufeff"), last or self.ends_document(raw))
+
+    def ends_document(self, raw: bytes) -> bool:
+        return bool(self.separator and self.separator in raw)
 
     def text(self, raw: bytes) -> str:
         # A row holds at most one separator, with nothing but line ends after it.
@@ -224,14 +237,48 @@ class PlainTextReader(TextReader):
         return (raw if found < 0 else raw[:found].rstrip(b"\r\n")).decode("utf-8")
 
 
+def encoding_of(start: bytes) -> str | None:
+    """The encoding that the mark at the start of a file says, where it is not UTF-8."""
+    return next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+
+
+# The mark of UTF-32 in little-endian order begins as that of UTF-16, so it is looked for first.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def _blocks_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def _in_utf8(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    first = next(blocks, b"")
+    encoding = encoding_of(first)
+    if encoding is None:
+        yield first
+        yield from blocks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for block in itertools.chain([first], blocks):
+            yield decoder.decode(block).encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+    except UnicodeError as error:
+        problem = f"{name} begins as {encoding.upper()} and is not: {error}"
+        raise DataError(problem, field="data.sources", hint="Write it again, as UTF-8.") from None
+
+
 def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> BadRow:
     """The error for bytes that are not UTF-8; `offset` is the place of the decoded bytes in the file."""
     at = offset + error.start
-    encoding = "utf-16" if not at and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
     return BadRow(
         f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,}",
         field="data.sources",
-        hint=f"Convert it, for example with `iconv -f {encoding} -t utf-8`. {SKIP_HINT}",
+        hint=f"Convert it, for example with `iconv -f latin1 -t utf-8`. {SKIP_HINT}",
     )
 
 

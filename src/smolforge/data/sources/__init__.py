@@ -2,6 +2,7 @@
 
     names.py   short names of datasets, as `fineweb-edu`
     local.py   files, folders and globs on this machine
+    folder.py  which files of a folder on this machine are its text
     url.py     files behind http(s)://, and behind s3://, gs://, az:// and any other protocol of fsspec
     hub.py     datasets of the Hugging Face Hub
 
@@ -18,7 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -28,23 +29,38 @@ from smolforge.errors import DataError
 
 T = TypeVar("T")
 
-ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".txt": "txt"}
+ENDINGS = {
+    ".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt",
+    ".html": "html", ".htm": "html", ".xhtml": "html", ".pdf": "pdf", ".docx": "docx", ".epub": "epub",
+    **dict.fromkeys((".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".text", ".log", ".srt"), "md"),
+    **dict.fromkeys((".py", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".vue", ".css", ".php", ".rb", ".pl"), "code"),
+    **dict.fromkeys((".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".rs", ".go", ".zig", ".swift", ".asm"), "code"),
+    **dict.fromkeys((".java", ".kt", ".scala", ".cs", ".fs", ".dart", ".hs", ".ml", ".ex", ".erl", ".clj"), "code"),
+    **dict.fromkeys((".sh", ".bash", ".sql", ".lua", ".r", ".jl", ".el", ".lisp", ".f90", ".pas", ".tcl"), "code"),
+}  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # may follow the ending of a text format
-KNOWN_ENDINGS = ".parquet, .jsonl, .json, .csv and .txt; all but the first also with .gz, .zst, .bz2 or .xz"
+NEVER_COMPRESSED = {"parquet", "pdf", "docx", "epub"}
+KNOWN_ENDINGS = (
+    ".txt, .md, .html, .jsonl, .json, .csv, .tsv, .parquet, .pdf, .docx, .epub and those of source code; "
+    "all but .parquet and the three after it also with .gz, .zst, .bz2 or .xz"
+)
+# A folder elsewhere is chosen from by names alone: the first of these groups that has files, which the others describe.
+GROUPS = ({"parquet", "jsonl", "txt"}, {"json", "csv", "tsv"}, {"html", "md", "code", "pdf", "docx", "epub"})
 
 
 def format_of(name: str) -> str | None:
     """The format that the ending of a file's name tells, or None."""
     lower = name.lower()
     stem = next((lower.removesuffix(c) for c in COMPRESSIONS if lower.endswith(c)), lower)
-    found = next((format for ending, format in ENDINGS.items() if stem.endswith(ending)), None)
-    return None if found == "parquet" and stem != lower else found
+    found = ENDINGS.get(PurePosixPath(stem).suffix)
+    return None if found in NEVER_COMPRESSED and stem != lower else found
 
 
 def of_known_format(files: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
-    """The files of a folder that readers know; .json and .csv only where there are no others, which they describe."""
+    """The files of the first of `GROUPS` that a folder has any of."""
     known = [(file, format) for file in files if (format := format_of(name(file)))]
-    return [file for file, format in known if format not in ("json", "csv")] or [file for file, _ in known]
+    groups = ([file for file, format in known if format in group] for group in GROUPS)
+    return next((group for group in groups if group), [])
 
 
 def check_ending(name: str, named: str) -> str:

@@ -1,6 +1,6 @@
 """SRC is a local file, folder or glob.
 
-A folder is searched for files of known formats; hidden files and other endings are passed over. The identity of a local
+A folder is searched for text (`folder.py`); hidden files are passed over. The identity of a local
 shard is a hash of its bytes (of a large parquet file: of samples, its first and last megabyte among them), so a copied
 or touched corpus is still the same; an unchanged size and modification time saves the hashing.
 """
@@ -15,7 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.sources import Context, Shard, Source, check_ending, no_known_file, of_known_format
+from smolforge.data.sources import Context, Shard, Source, check_ending, format_of, no_known_file
+from smolforge.data.sources.folder import choose_shards, tell_unknown
 from smolforge.errors import DataError, SourceChanged
 from smolforge.run import Run
 
@@ -90,7 +91,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
     path = Path(spec).expanduser()
     problem = f"folder {spec} holds no text"
     if path.is_dir():
-        named, root = _walk(path), path
+        named, root = tell_unknown(spec, _walk(path)), path
     elif path.exists():
         named, root = [path], path.parent
     elif glob.has_magic(spec):
@@ -113,11 +114,13 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         # A file's name need not be UTF-8, but the index is.
         name = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
         shards.append(LocalShard(file, name, format))
+    if path.is_dir() and not (shards := choose_shards(spec, shards, context, recorded)):
+        raise no_known_file(problem)
     return Source(spec, "local", shards)
 
 
 def _walk(root: Path) -> list[Path]:
-    """Files of known formats below a folder; links are followed, to each folder and file once, and runs left out."""
+    """All files below a folder without runs and hidden files; links are followed, to each folder and file once."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         place = Path(folder).resolve()
@@ -128,11 +131,11 @@ def _walk(root: Path) -> list[Path]:
         # A run lies often among its data, and its logs and tokenizer are no text to train on.
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_run(Path(folder, f)))
         found += [Path(folder, f) for f in sorted(files) if not f.startswith(".")]
-    found = of_known_format(found, lambda path: path.name)
     if not any(path.is_symlink() for path in found):
         return found
     once: dict[Path, Path] = {}
-    for path in sorted(found, key=Path.is_symlink):  # a link to a file that is there as well is left out
+    # A link to a file that is there as well is left out, unless only the link has an ending that tells the format.
+    for path in sorted(found, key=lambda path: (format_of(path.name) is None, path.is_symlink())):
         once.setdefault(path.resolve(), path)
     return list(once.values())
 

@@ -1,0 +1,87 @@
+"""What is decided and opened before there is a model: plan, length of the run, data, tokenizer, held-out text."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from smolforge.checkpoint import format
+from smolforge.config import RunConfig
+from smolforge.data import Corpus
+from smolforge.distributed import DistributedContext
+from smolforge.errors import BadInput, DataError
+from smolforge.evaluation import EvalSlice, tokenize_eval_set
+from smolforge.run import Run
+from smolforge.tokenizer import Tokenizer
+from smolforge.training import finetuning
+from smolforge.training.data_size import resolve_epochs
+from smolforge.training.optim import check_optimizer
+from smolforge.training.plan import Plan, make_plan
+from smolforge.training.run_data import open_corpus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """What is decided and opened before there is a model."""
+
+    config: RunConfig
+    plan: Plan
+    corpus: Corpus
+    tokenizer: Tokenizer
+    eval_set: EvalSlice | None
+
+
+def prepare(
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, *,
+    accept_changes: bool = False,
+) -> Prepared:  # fmt: skip
+    """Decide the plan and the length, and open data, tokenizer and held-out text."""
+    check_optimizer(config.optimizer.name)
+    plan = make_plan(config, device, ranks.world_size)
+    corpus = open_corpus(run, config, newest, ranks, accept_changes=accept_changes)
+    tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
+    if newest is None or (config.training.steps is None and config.training.epochs is not None):
+        resolve_length = resolve_epochs if config.data.format == "text" else finetuning.resolve_chat
+        config = resolve_length(config, corpus, tokenizer, ranks)
+        plan = make_plan(config, device, ranks.world_size)
+    return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
+
+
+def _open_tokenizer(
+    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext
+) -> Tokenizer:
+    """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now."""
+    source = newest or config.tokenizer
+    if not isinstance(source, (Path, str)):
+        wanted, source = source.train, run.path / "tokenizer"
+        if ranks.is_main and not (source / "tokenizer.json").is_file():
+            logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
+            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
+        ranks.barrier()
+    tokenizer = Tokenizer.from_pretrained(source)
+    if config.data.format != "text":
+        tokenizer = finetuning.with_chat_template(tokenizer)
+    format.check_vocabulary(config.model, tokenizer)
+    return tokenizer
+
+
+def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> EvalSlice | None:
+    if not config.data.holdout or config.data.format == "preferences":
+        return None
+    if config.data.format == "chat":
+        return finetuning.answers_eval_set(config, corpus, tokenizer)
+    try:
+        return tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
+    except DataError:
+        documents = sum(1 for _ in corpus.documents())
+        raise BadInput(
+            f"None of the {documents:,} documents was chosen for validation",
+            field="data.holdout",
+            hint="Use --set data.holdout=0.1, or 0 to train without validation.",
+        ) from None
