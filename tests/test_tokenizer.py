@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,3 +262,20 @@ def test_special_tokens_named_only_in_their_map(trained: Tokenizer, tmp_path: Pa
     assert (loaded.eos_id, loaded.bos_id) == (2, 1)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     assert Tokenizer.from_pretrained(tmp_path).eos_id == 0, "tokenizer_config.json wins"
+
+
+def test_a_huge_text_is_trained_on_in_pieces(monkeypatch) -> None:
+    import tokenizers
+
+    class Seen(Exception):
+        pass
+
+    def watch(pieces, trainer) -> None:
+        raise Seen(list(pieces))
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", lambda model: SimpleNamespace(train_from_iterator=watch))
+    text = "a line of a huge record\n" * 100_000
+    with pytest.raises(Seen) as caught:
+        Tokenizer.train([text, "short", ""], 300)
+    [seen] = caught.value.args
+    assert max(map(len, seen)) <= 1 << 20 and "".join(seen) == text + "short"

@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
     "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PIECE = 1 << 20  # characters of a text that a tokenizer is trained on at a time
 MAX_FILE_BYTES = 256 << 20  # a tokenizer.json of the largest public vocabularies is about 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -137,7 +138,9 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        # The trainer takes a hundred bytes for each word of a text at once, so a huge one comes in pieces.
+        pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
+        backend.train_from_iterator(pieces, trainer)
         return cls(backend)
 
     @functools.cached_property
