@@ -195,9 +195,14 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
         until("(Ctrl-D leaves)")
         os.write(terminal, b"/undo\n")
         until("taken back: hello")
+        until("> ")  # before it readline does not read, and the end of the input would be lost
         os.write(terminal, b"\x04")
-        assert os.waitpid(pid, 0)[1] == 0
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < deadline, "it does not end"
+            time.sleep(0.05)
         pid = 0
+        assert ended[1] == 0
     finally:
         if pid:
             os.kill(pid, signal.SIGKILL)

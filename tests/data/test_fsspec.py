@@ -46,7 +46,7 @@ def bucket(tmp_path: Path) -> Iterator[str]:
     parquet(local / "a.parquet", named(60), 10)
     parquet(local / "b.parquet", named(30, "b"), 10)
     (local / "c.jsonl.gz").write_bytes(gzip.compress(jsonl(tmp_path / "c.jsonl", named(20, "c")).read_bytes()))
-    (local / "notes.md").write_text("no data")
+    (local / "notes.bin").write_text("no data")
     url = f"flaky://{uuid.uuid4().hex}"
     Flaky.faults.clear()
     filesystem = Flaky()
@@ -86,7 +86,7 @@ def test_refusals_end_at_once(opened: Any, network: Network, bucket: str, clock:
     with pytest.raises(DataError, match="no such file"):
         opened(f"{bucket}/nothing.parquet", network=network)
     with pytest.raises(DataError, match="unknown ending"):
-        opened(f"{bucket}/notes.md", network=network)
+        opened(f"{bucket}/notes.bin", network=network)
     with pytest.raises(DataError, match="matches no file"):
         opened(f"{bucket}/*.txt", network=network)
     assert clock.slept == []

@@ -50,7 +50,7 @@ def hub(server: FaultServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def dataset(folder: Path, more: int = 0) -> dict[str, bytes]:
     """The files of a dataset; `more` documents make another commit."""
-    files = {"README.md": CARD, "plain/notes.md": b"no data"}
+    files = {"README.md": CARD, "plain/notes.bin": b"no data"}
     for name, count in (("cosmo/train-0", 60), ("cosmo/train-1", 30 + more), ("cosmo/test-0", 10), ("plain/b", 20)):
         path = folder / name.replace("/", "-")
         files[f"{name}.parquet"] = parquet(path, named(count, name), 10).read_bytes()
@@ -143,7 +143,7 @@ def test_a_name_is_not_read_as_one_where_it_is_a_path(monkeypatch: pytest.Monkey
         ("owner/none:cosmo", "no dataset 'owner/none'(.|\n)*HF_TOKEN"),
         ("owner/set@nix:cosmo", "no revision 'nix'"),
         ("hf://datasets/owner/set/nix.parquet", "has no 'nix.parquet'"),
-        ("hf://datasets/owner/set/README.md", "unknown ending"),
+        ("hf://datasets/owner/set/plain/notes.bin", "unknown ending"),
         ("hf://datasets/owner/set/nix/*.parquet", "matches no file"),
         ("hf://models/owner/set", "does not name a dataset"),
         ("hf://datasets/-owner-/set--x/a.parquet", "does not name a dataset"),

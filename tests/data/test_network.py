@@ -139,7 +139,7 @@ def test_a_host_that_is_not_there(opened: Any, network: Network) -> None:
     with pytest.raises(SourceUnavailable, match="could not reach"):
         opened("http://127.0.0.1:9/a.parquet", network=network)
     with pytest.raises(DataError, match="unknown ending"):
-        opened("http://127.0.0.1:9/a.tsv", network=network)
+        opened("http://127.0.0.1:9/a.bin", network=network)
 
 
 def test_a_shard_that_changes_under_the_run_is_named(

@@ -139,7 +139,7 @@ def _explain(error: Any) -> BadInput:
     kind, message = error["type"], error["msg"]
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
-        guess = nearest(path[-1], known) or _elsewhere(path[-1])
+        guess = _place_of(path[-1]) or nearest(path[-1], known) or nearest(path[-1], _places())
         hint = f"Did you mean {guess!r}? " if guess else ""
         return BadInput("unknown key", field=field, hint=f"{hint}Known here: {', '.join(known)}.")
     if kind == "value_error":
@@ -167,9 +167,13 @@ def _keys_at(path: list[str]) -> list[str]:
     return sorted(section.model_fields) if _is_section(section) else []
 
 
-def _elsewhere(key: str) -> str | None:
-    places = [place for place, _ in _leaves() if "." in place]
-    return next((place for place in places if place.endswith(f".{key}")), None) or nearest(key, places)
+def _places() -> list[str]:
+    return [place for place, _ in _leaves() if "." in place]
+
+
+def _place_of(key: str) -> str | None:
+    """Where another section has exactly this key: `lr` → optimizer.lr."""
+    return next((place for place in _places() if place.endswith(f".{key}")), None)
 
 
 def _is_section(kind: Any) -> bool:
