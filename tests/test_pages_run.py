@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -34,7 +35,7 @@ PAGES = ["README.md", *(f"docs/{name}.md" for name in (
 SIZES = {
     "model.hidden_size": 48, "model.intermediate_size": 64, "model.num_hidden_layers": 1, "model.vocab_size": 512,
     "model.num_attention_heads": 3, "model.num_key_value_heads": 3, "model.max_position_embeddings": 512,
-    "data.sequence_length": 64, "data.lanes": 2, "training.tokens_per_step": 128, "training.steps": 130,
+    "data.sequence_length": 64, "data.lanes": 2, "training.tokens_per_step": 512, "training.steps": 130,
     "evaluation.tokens": 500, "samples.max_tokens": 4, "checkpoint.every": 65, "evaluation.every": 65, "samples.every": 65,
 }  # fmt: skip
 OWN_TOKENIZER = {"tokenizer.train.vocab_size": 512, "tokenizer.train.documents": 50}
@@ -72,9 +73,11 @@ def words_of(command: str) -> list[str]:
     """The words of a command; those of `train` with sizes before them, so that what it sets itself wins."""
     verb, *rest = shlex.split(command)[1:]
     rest = [name for word in rest for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-    new = verb == "train" and "runs/pocket" not in rest and not any(word.endswith("config.yaml") for word in rest)
+    new = verb == "train" and rest[0] != "--out" and not any(word.endswith("config.yaml") for word in rest)
     if not new or rest[0] == "--data":  # whose size follows from its text
         return [verb, *rest]
+    if "--tokens" in rest:  # of a run that takes days
+        rest[rest.index("--tokens") + 1] = "16k"
     sizes = dict(SIZES)
     if "--init" in rest:
         sizes = {key: value for key, value in sizes.items() if not key.startswith("model.")}
@@ -109,6 +112,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Fault
         lines = "".join(f'{{"text": "{row}"}}\n' for row in rows)
         (folder / "books.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
         (folder / "faq.csv").write_text("question,answer\n" + "".join(f"What is {i}?,A number.\n" for i in range(40)))
+        pair = {"prompt": "What is it?", "chosen": "A number.", "rejected": "A word."}
+        (folder / "pairs.jsonl").write_text(
+            "".join(json.dumps(pair | {"prompt": f"What is {i}?"}) + "\n" for i in range(40))
+        )
         (folder / "my_run.yaml").write_text("preset: pocket\noptimizer: {lr: 0.002}\n")
         run(*words_of("smolforge train pocket --out base"))
         run(
