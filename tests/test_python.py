@@ -80,7 +80,7 @@ def test_several_texts_and_a_stream_are_those_of_one(model: smolforge.Model) -> 
 
 
 def test_a_conversation_is_answered(model: smolforge.Model) -> None:
-    from smolforge.generation import Conversation, Engine
+    from smolforge.generation import CHAT_SAMPLING, Conversation, Engine
     from smolforge.training.finetuning import with_chat_template
 
     with pytest.raises(BadInput, match="no chat template"):
@@ -90,7 +90,7 @@ def test_a_conversation_is_answered(model: smolforge.Model) -> None:
     talker = smolforge.Model(Engine.from_model(module, with_chat_template(tokenizer)))
     messages = [{"role": "user", "content": "Hello?"}]
     answer = talker.chat(messages, max_tokens=6, seed=1)
-    params = smolforge.SamplingParams(max_tokens=6, seed=1, temperature=0.2)
+    params = smolforge.SamplingParams(**{**CHAT_SAMPLING, "max_tokens": 6, "seed": 1})  # as of `smolforge chat`
     assert (
         answer
         == "".join(Conversation(talker.engine, params).ask("Hello?"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from smolforge.errors import BadInput, unknown
+from smolforge.generation import CHAT_SAMPLING
 
 if TYPE_CHECKING:
     from smolforge.evaluation import Score
@@ -105,8 +106,7 @@ class Model:
             )  # fmt: skip
         turns: Messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         prompt = self.tokenizer.encode_chat([dict(turn) for turn in turns])
-        defaults = {"max_tokens": 1024, "temperature": 0.2, **self.engine.defaults}
-        return self.engine.generate(prompt, self._params({**defaults, **settings}))
+        return self.engine.generate(prompt, self._params({**CHAT_SAMPLING, **self.engine.defaults, **settings}))
 
     def score(self, text: str | Sequence[str]) -> Score:
         """How well the model predicts a text, or several: loss in nats per token, perplexity, bits per byte.

@@ -94,7 +94,7 @@ class ChatTemplate:
             continued = generation_prompt and is_answer and not last.get("tool_calls")
         begun = (last.get("content") or "") if continued else ""
         if continued and (not isinstance(begun, str) or not (begun.strip() or is_answer)):
-            raise BadInput("the last message is no text that can be continued", field="messages")
+            raise BadInput("the last message has no text that can be continued", field="messages")
         if not begun.strip():
             if continued:  # nothing of the answer was written yet
                 messages, generation_prompt = messages[:-1], True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ GGUF_ADDRESS = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+\.gg
 def is_model_id(text: str) -> bool:
     """Whether `text` has the form OWNER/NAME[@REVISION]."""
     return bool(MODEL_ID.match(text)) and not text.startswith((".", "/"))
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE says to use only what is on this machine, read as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def fetch_model(model_id: str, patterns: list[str]) -> Path:

@@ -7,22 +7,12 @@ from pathlib import Path
 
 import pytest
 from chat_files import conversations, rows_of, write
-from chat_runs import make_base, steps_of, weights_of, words
+from chat_runs import steps_of, weights_of, words
 
 from smolforge.cli import run as smolforge
 from smolforge.files import read_json_lines
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("early")
-
-
-@pytest.fixture(scope="module")
-def base(place: Path) -> Path:
-    return make_base(place / "base")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from chat_files import conversations, rows_of, write
-from chat_runs import QUICK, SHAPE, kill_and_resume, make_base, run_on_two_ranks, steps_of, words
+from chat_runs import QUICK, SHAPE, kill_and_resume, run_on_two_ranks, steps_of, words
 from chat_templates import ENDLESS, EOS, SPECIALS, TEMPLATES
 
 from smolforge import tales
@@ -28,21 +28,6 @@ from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training.finetuning import learned_targets, with_chat_template
 from smolforge.training.plan import make_plan
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finetune")
-
-
-@pytest.fixture(scope="module")
-def base(place: Path) -> Path:
-    return make_base(place / "base")
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> Path:
-    return write(place / "chat.jsonl", rows_of(conversations(60)))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_files import conversations, rows_of, write
 from chat_runs import QUICK, SHAPE, kill_and_resume, make_base, run_on_two_ranks, steps_of, weights_of, words
 from safetensors.torch import load_file, save_file
 
@@ -27,21 +26,6 @@ from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 
 IDS = torch.arange(3, 63).reshape(2, 30)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lora")
-
-
-@pytest.fixture(scope="module")
-def base(place: Path) -> Path:
-    return make_base(place / "base")
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> Path:
-    return write(place / "chat.jsonl", rows_of(conversations(60)))
 
 
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:

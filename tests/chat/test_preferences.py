@@ -29,11 +29,6 @@ from smolforge.training.preferences import Preferences, preference_losses, read_
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("preferences")
-
-
-@pytest.fixture(scope="module")
 def base(place: Path) -> Path:
     return make_base(place / "base", max_position_embeddings=320)
 

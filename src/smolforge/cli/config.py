@@ -32,22 +32,15 @@ def add(verbs: Any) -> None:
 def _presets(args: argparse.Namespace) -> int:
     from smolforge.config import build_config, preset_about, preset_names
     from smolforge.formatting import count
-    from smolforge.model.summary import summarise
+    from smolforge.model.summary import count_parameters
 
     found = []
     for name in preset_names():
         config = build_config(name)
-        parameters = (
-            None if config.data.format == "chat" else summarise(config.model, config.data.sequence_length).parameters
-        )
-        found.append(
-            {
-                "preset": name,
-                "parameters": parameters,
-                "context": config.data.sequence_length,
-                "about": preset_about(name),
-            }
-        )
+        tunes = config.data.format != "text"  # a model of any size
+        parameters = None if tunes else count_parameters(config.model)
+        length = config.data.sequence_length
+        found.append({"preset": name, "parameters": parameters, "context": length, "about": preset_about(name)})
     found.sort(key=lambda preset: preset["parameters"] or 0)
     lines = [f"{'preset':<16} {'parameters':>10} {'context':>8}  about"]
     lines += [f"{p['preset']:<16} {count(p['parameters']):>10} {p['context']:>8,}  {p['about']}" for p in found]

@@ -124,12 +124,10 @@ def _disk() -> tuple[str, str]:
     from smolforge.formatting import size
 
     here, cache = Path.cwd(), cache_directory(None)
-    free = free_bytes(here)
-    state = "note" if free < 5 << 30 else "ok"
-    if not os.access(here, os.W_OK):
-        state = "fault"
-    writes = "" if os.access(here, os.W_OK) else ", which cannot be written"
-    return state, f"{size(free)} free in {here}{writes}; {size(free_bytes(cache))} in the cache {cache}"
+    free, writes = free_bytes(here), os.access(here, os.W_OK)
+    state = "fault" if not writes else "note" if free < 5 << 30 else "ok"
+    refused = "" if writes else ", which cannot be written"
+    return state, f"{size(free)} free in {here}{refused}; {size(free_bytes(cache))} in the cache {cache}"
 
 
 def _locks() -> tuple[str, str]:
@@ -147,8 +145,10 @@ def _locks() -> tuple[str, str]:
 def _hub() -> tuple[str, str]:
     import httpx
 
+    from smolforge import hub
+
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if hub.is_offline():
         return "note", "HF_HUB_OFFLINE: only what is on this machine is used"
     try:
         status = httpx.head(address, timeout=2.0).status_code

@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   smolforge finetune runs/pocket --data dialogues.jsonl           a model of your own learns to answer
   smolforge finetune smollm2 --data faq.csv --epochs 3 --lr 5e-5
-  smolforge finetune smollm2 --data faq.csv --lora 16            an adapter: half the memory, and faster
+  smolforge finetune smollm2 --data faq.csv --lora 16            an adapter, in half the memory
   smolforge finetune HuggingFaceTB/SmolLM2-135M --data chat.parquet=0.8 faq.jsonl=0.2
   smolforge chat runs/pocket-sft                                  and talk to it
 
@@ -64,6 +64,7 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune."""
+    from smolforge.checkpoint import commit
     from smolforge.training.launch import launch
     from smolforge.training.setup import TrainRequest
     from smolforge.training.train import run_training
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_outcome(finished)
     elif shutdown.exit_code == 0:
-        best = finished.checkpoints_path / "best"
-        differs = best.exists() and best.resolve() != (finished.checkpoints_path / "last").resolve()
+        best, last = (finished.checkpoints_path / name for name in (commit.BEST, commit.LAST))
+        differs = best.exists() and best.resolve() != last.resolve()
         if differs:
             logger.info(f"lowest held-out loss: {best.resolve().name}, in {best}")
         logger.info(f"talk to it: smolforge chat {shlex.quote(str(best if differs else finished.path))}")

@@ -130,7 +130,7 @@ class DataConfig(Section):
     sequence_length: Count = Field(default=2048, ge=2)
     """Tokens that one sequence predicts; the context in training."""
     lanes: int = Field(default=16, ge=1)
-    """Number of independent lanes that the order is dealt to; ranks share lanes where it is no multiple of theirs."""
+    """Independent lanes that the order is dealt to; ranks share lanes where their number does not divide it."""
     holdout: float = Field(default=0.01, ge=0, lt=0.5)
     """Share of documents, chosen by a hash of their text, that training never sees."""
     seed: int = Field(default=0, ge=0)

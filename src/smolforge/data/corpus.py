@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from smolforge.data.readers import BadRow, Reader, Row, Rows
 from smolforge.data.sources import Context, Source
 from smolforge.data.sources.names import expand_names
 from smolforge.errors import DataError
+from smolforge.hub import is_offline
 
 
 class Address(NamedTuple):
@@ -92,13 +92,12 @@ class Corpus:
             SourceUnavailable: the network did not answer for longer than `data.patience`.
         """
         config = config.model_copy(update={"sources": expand_names(config.sources)})
-        no_hub = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
         context = Context(
             column={"chat": "conversation", "preferences": "pair"}.get(config.format, config.text_column),
             separator=config.separator or None,
             on_error=config.on_error,
             read_ahead=ReadAhead(config.read_ahead),
-            offline=offline or no_hub,
+            offline=offline or is_offline(),
             cache=Cache(cache_dir, config.cache),
             network=network or Network(patience=config.patience),
             format=config.format,

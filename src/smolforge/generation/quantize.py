@@ -116,7 +116,7 @@ def calibrate(module: Any, ids: Tensor, kind: str) -> None:
     """Round the matrices of a model's layers to blocks, each for its inputs in a text, and give them those blocks.
 
     All is done in one pass over the text: a matrix is rounded just before it is used, so its inputs have seen the
-    rounding of all matrices before it. Matrices whose rows are no whole blocks stay as they are.
+    rounding of all matrices before it. Matrices whose rows do not fill whole blocks stay as they are.
 
     Args:
         module: a model of `smolforge.model` in fp32 on the CPU.

@@ -19,9 +19,7 @@ from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_
 from smolforge.training.plan import Plan, make_plan, memory_of, resolve_batch
 
 CUDA = torch.device("cuda")
-TEXT_BYTES = (
-    4.1  # of English in a token: 4.0 in WikiText-2, 4.1 in classic books, 4.2 in TinyStories (SmolLM2's tokenizer)
-)
+TEXT_BYTES = 4.1  # in a token of SmolLM2's tokenizer: 4.0 of WikiText-2, 4.1 of classic books, 4.2 of TinyStories
 
 
 def parse_gpus(text: str) -> tuple[int, Gpu]:
@@ -39,7 +37,6 @@ class Forecast:
     Attributes:
         gpus: how many, one process each.
         mfu: assumed share of the GPUs' peak, counted as `flops_per_token` does.
-        step_bytes: gradients that each GPU sends to others in a step, by a ring.
         price: of one GPU for an hour, 0 where it is not given.
     """
 
@@ -84,7 +81,7 @@ class Forecast:
 
     @property
     def step_bytes(self) -> float:
-        """Bytes of gradients that each GPU sends in a step."""
+        """Bytes of gradients that each GPU sends in a step, by a ring."""
         return 2 * (self.gpus - 1) / self.gpus * self.memory.gradients
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,9 +110,7 @@ class Forecast:
             sent = f"{size(self.step_bytes)} of gradients from each GPU a step"
             lines.append(f"network: {sent}; {gigabits:.1f} Gbit/s keep that below a tenth of the step")
         if self.price:
-            lines.append(
-                f"cost: {self.seconds / 3600 * self.gpus * self.price:,.2f} at {self.price:g} per GPU and hour"
-            )
+            lines.append(f"cost: {self.cost:,.2f} at {self.price:g} per GPU and hour")
         if self.gpu_bytes > self.gpu.memory:
             lines.append(f"THIS DOES NOT FIT: {size(self.gpu_bytes)} of {size(self.gpu.memory)}; set training.memory")
         return lines

@@ -26,24 +26,9 @@ logger = logging.getLogger(__name__)
 MAX_UNPACKED = 512 << 20  # bytes of all parts of a book
 _CHARSET = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
 _PARAGRAPHS = {
-    *(
-        "p",
-        "div",
-        "section",
-        "article",
-        "blockquote",
-        "pre",
-        "table",
-        "ul",
-        "ol",
-        "dl",
-        "hr",
-        "figure",
-        "main",
-        "aside",
-    ),
-    *("header", "footer", "nav", "title", "h1", "h2", "h3", "h4", "h5", "h6"),
-}
+    "p", "div", "section", "article", "blockquote", "pre", "table", "ul", "ol", "dl", "hr", "figure", "main", "aside",
+    "header", "footer", "nav", "title", "h1", "h2", "h3", "h4", "h5", "h6",
+}  # fmt: skip
 _LINES = {"br", "li", "tr", "dt", "dd", "figcaption", "option"}
 _HIDDEN = {"script", "style"}
 
