@@ -32,7 +32,11 @@ def test_a_hub_id_is_fetched_without_pickles(model_dir: Path, monkeypatch: pytes
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in HUB_FILES)
 
 
-def test_a_silent_hub_says_that_there_is_no_such_directory_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_says_that_there_is_no_such_directory_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the checkout has a runs/pocket after `make demo`
+
     def silent(name: str, patterns: list[str]) -> Path:
         raise SourceUnavailable("cannot reach the Hub")
 
