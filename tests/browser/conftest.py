@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +116,16 @@ def visit_chat(chromium, chat_server):
 def until(page, true: str) -> None:
     """Wait until a JavaScript expression is true. Playwright's own way needs eval, which the page forbids."""
     wait_until(lambda: page.evaluate(true), 20, lambda: true)
+
+
+def never_end(visit: Visit) -> None:
+    """From now on every text goes on to its last token: a test can stop it wherever it likes."""
+
+    def ignore_eos(route) -> None:
+        body = json.loads(route.request.post_data)
+        route.continue_(post_data=json.dumps({**body, "ignore_eos": True}))
+
+    visit.page.route(re.compile("/v1/(chat/)?completions$"), ignore_eos)
 
 
 def open_tab(visit: Visit, name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SHOTS, Visit, open_tab, until
+from conftest import SHOTS, Visit, never_end, open_tab, until
 
 # What a model could write to do harm, and what it usually writes.
 MARKDOWN = """# Title
@@ -157,7 +157,8 @@ def test_an_edited_question_and_a_retried_answer_are_branches(chat):
 def test_escape_stops_and_continue_goes_on(chat, chat_server):
     one = chat(settings=False)
     page = one.page
-    choose(one, temperature="2", top_p="1", max_tokens="900")  # a hot model rambles
+    never_end(one)
+    choose(one, temperature="2", top_p="1", max_tokens="900")
     page.fill("#question", "Ramble!")
     page.press("#question", "Enter")
     until(page, "document.querySelector('.turn.assistant .said-text').textContent.length > 20")
@@ -180,6 +181,7 @@ def test_escape_stops_and_continue_goes_on(chat, chat_server):
 
 def test_a_page_closed_while_it_writes_keeps_what_was_written(chat):
     one = chat(settings=False)
+    never_end(one)
     choose(one, temperature="2", top_p="1", max_tokens="900")
     one.page.fill("#question", "Ramble!")
     one.page.press("#question", "Enter")
@@ -429,6 +431,7 @@ def test_screenshots_and_accessibility(chat, scheme, device, width, height):
         page.click("#send")
 
     shot("start")
+    never_end(one)
     choose(one, temperature="2", top_p="1", max_tokens="900")
     send("Tell me a long story about a fox, please.")
     until(page, "document.querySelector('.turn.assistant .said-text').textContent.length > 60")
@@ -436,6 +439,7 @@ def test_screenshots_and_accessibility(chat, scheme, device, width, height):
     page.click("#stop-answer")
     finished(one)
     shot("stopped")
+    page.unroute_all()
     answer_with(one, MARKDOWN)
     send("Now show me all of your Markdown.")
     finished(one)
