@@ -49,6 +49,8 @@ class Run:
         """The self-contained page."""
         self.checkpoints_path = self.path / "checkpoints"
         """The directory of step-00000000 directories."""
+        self.average_path = self.path / "average"
+        """The averaged weights, while they predict held-out text best: a directory like that of checkpoints."""
         self.lock_path = self.path / "lock"
         """The file that `lock_run` locks."""
 

@@ -221,7 +221,11 @@ class TrainingConfig(Section):
     compile: Literal["auto", "on", "off"] | bool = "auto"
     """torch.compile; auto compiles where the run is long enough to earn it back."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the new weights."""
+    """Seed of the new weights and of dropout."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of what attention and MLP add to the residual stream that is dropped, in training only."""
+    ema: float = Field(default=0.0, ge=0)
+    """Horizon of an exponential average of the weights: steps, or a share of the run where below 1; 0 for none."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0 turns clipping off."""
     z_loss: float = Field(default=0.0, ge=0)

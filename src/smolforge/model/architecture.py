@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from smolforge.devices import to_device
 from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
 from smolforge.model.attention import Attend, document_mask, positions_in_documents
+from smolforge.model.dropout import Dropout
 from smolforge.model.loss import choose_loss, evaluation_loss
 
 
@@ -44,7 +45,7 @@ class KeyValueCache(Protocol):
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a model computes. None of these choices changes what it computes, nor a name in its state dict.
+    """How a model computes. Only dropout changes what it computes, in training; no choice changes its state dict.
 
     Attributes:
         attention: a key of `attention.ATTENTION`, or a function as described there.
@@ -53,12 +54,14 @@ class ComputeOptions:
             arXiv:1604.06174).
         sparse_embedding: whether the embedding's gradient holds only the rows that were looked up, in a tied model,
             where the head's gradient, to which it is added, covers all.
+        dropout: what blocks call with the output of each branch; see `dropout.py`.
     """
 
     attention: str | Attend = "sdpa"
     loss: str = "chunked"
     recompute: bool = False
     sparse_embedding: bool = False
+    dropout: Dropout = field(default_factory=Dropout)
 
 
 class Decoder(nn.Module):
@@ -115,7 +118,7 @@ class Decoder(nn.Module):
             return layer._call_impl(*args)  # type: ignore[return-value]
         if not self.recompute:
             return layer(*args)
-        # A model without dropout draws no random numbers that would have to be drawn again.
+        # Dropout follows from keys, so no state of a generator would have to be restored.
         out = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(out, Tensor)
         return out
@@ -334,19 +337,20 @@ def build_model(
     device: str | torch.device = "cpu",
     seed: int | None = 0,
     compile: bool = False,
+    dropout: float = 0.0,
     **options: Any,
 ) -> CausalLM:
     """The model of `config`, with new weights of `seed`, or with memory not yet filled where `seed` is None.
 
-    `device="meta"` with `seed=None` takes no memory. `options` are the fields of `ComputeOptions`, and `compile` is
-    whether to call `compile_training`.
+    `device="meta"` with `seed=None` takes no memory. `compile` is whether to call `compile_training`, `dropout` is the
+    rate, and `options` are the other fields of `ComputeOptions`.
 
     Raises:
         BadInput: there is no such architecture, attention or loss, or the architecture cannot have this shape.
     """
     architecture = architecture_of(config)
     with torch.device("meta"), _WithoutInitialisation():
-        model = architecture.build(config, ComputeOptions(**options))
+        model = architecture.build(config, ComputeOptions(**options, dropout=Dropout(dropout)))
     model = model.to(dtype)
     if str(device) != "meta":
         model = model.to_empty(device=device)

@@ -19,6 +19,7 @@ from smolforge.config.sections import RopeScaling
 from smolforge.errors import BadInput
 from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
 from smolforge.model.attention import choose_attention
+from smolforge.model.dropout import branches_of
 
 
 def in_own_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -133,6 +134,7 @@ class LlamaDecoderLayer(nn.Module):
         attention: type[LlamaAttention] = LlamaAttention,
     ) -> None:
         super().__init__()
+        self.dropout, self.branches = options.dropout, branches_of(layer)
         self.self_attn = attention(config, options, layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -141,8 +143,8 @@ class LlamaDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.branches[0])
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)), self.branches[1])
 
 
 class LlamaModel(Decoder):

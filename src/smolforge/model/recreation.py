@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput
 from smolforge.model.architecture import Architecture, CausalLM, ComputeOptions, Decoder, KeyValueCache, register
+from smolforge.model.dropout import branches_of
 from smolforge.model.llama import LlamaAttention, LlamaMLP, in_own_precision, rotary_angles
 
 
@@ -65,6 +66,7 @@ class RecreationBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, options: ComputeOptions, layer: int) -> None:
         super().__init__()
+        self.dropout, self.branches = options.dropout, branches_of(layer)
         self.ln_1 = LayerNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = RecreationAttention(config, options, layer)
         self.ln_2 = LayerNorm(config.hidden_size, config.rms_norm_eps)
@@ -73,8 +75,8 @@ class RecreationBlock(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cos, sin, mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin, mask, cache), self.branches[0])
+        return x + self.dropout(self.mlp(self.ln_2(x)), self.branches[1])
 
 
 class RecreationModel(Decoder):

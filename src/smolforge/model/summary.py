@@ -78,12 +78,13 @@ class MemoryEstimate:
     activations: int
     head: int
     saving: int
+    average: int = 0
     process: int = 500_000_000  # Python and torch before there is a model: an allowance, not a measurement
 
     @property
     def state(self) -> int:
         """What does not depend on the number of tokens."""
-        return self.weights + self.gradients + self.moments + self.casts
+        return self.weights + self.gradients + self.moments + self.casts + self.average
 
     @property
     def total(self) -> int:
@@ -106,6 +107,8 @@ def estimate_memory(
     masked: bool = False,
     save_copy: bool = False,
     adapter: int = 0,
+    dropout: bool = False,
+    average: bool = False,
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
@@ -123,21 +126,18 @@ def estimate_memory(
         masked: whether attention stops at document borders.
         save_copy: whether checkpoints are saved asynchronously from a copy in this memory.
         adapter: parameters of an adapter, in fp32, where only these learn.
+        dropout: whether there is, which keeps a byte for each entry that a branch adds.
+        average: whether an average of the weights that learn is kept, in fp32.
     """
     groups = count_groups(config)
     width, inner = stored.itemsize, (computed or stored).itemsize
     weights, learned, moments, casts = _state_bytes(groups, width, inner, optimizer, adapter)
     tokens, layers = sequences * length, config.num_hidden_layers
-    # What autograd keeps for each token and layer of `llama.py`: inputs and outputs of both norms, queries and the
-    # output of attention, keys and values, and of the MLP gate, silu(gate), up and their product.
-    heads = config.num_attention_heads
-    heads += heads if attention == "expanded" else config.num_key_value_heads
-    kept = 4 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
-    if adapter and inner == 2:
-        kept += 12 * config.hidden_size  # eager norms compute in fp32: three copies in each of both
-    layer = tokens * kept * inner
+    entries = _layer_entries(config, attention, copies=adapter > 0 and inner == 2)
+    layer = tokens * (entries * inner + 2 * config.hidden_size * dropout)
+    averaged = 4 * (adapter or sum(groups.values())) * average
     mask = sequences * length**2 * inner if attention == "expanded" and masked else 0  # the only one that keeps it
-    entries = tokens * config.hidden_size * inner
+    stream = tokens * config.hidden_size * inner
     rows = tokens if loss in ("full", "linear") else min(tokens, chunk)
     # The logits take their gradients' place; torch's own operations need them twice more, in fp32.
     per_logit = inner if loss == "native" else inner + 8
@@ -147,10 +147,23 @@ def estimate_memory(
         gradients=learned,
         moments=moments,
         casts=casts,
-        activations=mask + (layers * entries + layer if recompute else layers * layer),
-        head=rows * config.vocab_size * per_logit + narrow_table + 2 * entries,
-        saving=learned + moments if save_copy else 0,
+        activations=mask + (layers * stream + layer if recompute else layers * layer),
+        head=rows * config.vocab_size * per_logit + narrow_table + 2 * stream,
+        saving=learned + moments + averaged if save_copy else 0,
+        average=averaged,
     )
+
+
+def _layer_entries(config: ModelConfig, attention: str | None, *, copies: bool) -> int:
+    """What autograd keeps for each token and layer of `llama.py`.
+
+    Inputs and outputs of both norms, queries and the output of attention, keys and values, and of the MLP gate,
+    silu(gate), up and their product; `copies`: of each norm three, since eager norms compute in fp32.
+    """
+    heads = config.num_attention_heads
+    heads += heads if attention == "expanded" else config.num_key_value_heads
+    kept = 4 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
+    return kept + (12 * config.hidden_size if copies else 0)
 
 
 def _state_bytes(groups: dict[str, int], width: int, inner: int, optimizer: str, adapter: int) -> tuple[int, ...]:

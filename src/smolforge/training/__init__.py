@@ -18,6 +18,7 @@ In the order to read them:
     run_data.py        where the data of a run lies, and what happens where it moved or changed
     auto.py            size and length of a run that names no preset
     data_size.py       how much text there is, and how often the run reads it
+    small_corpus.py    defaults where the text is read more than once
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
     run_model.py       the model of a run: new weights, those of `init`, an adapter beside them
     preferences.py     which of two answers is better: the reference, the loss, the held-out margin
@@ -28,6 +29,7 @@ In the order to read them:
     ranks.py           what the processes of a run must have in common
     apply_plan.py      threads and allocator of the process, the first compiled step
     optim/             optimizers, parameter groups, learning-rate schedules
+    averaging.py       an exponential average of the weights
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
     metrics.py         metrics of steps, validations, samples, outcome
     progress.py        tokens per second, and the progress bar

@@ -10,7 +10,9 @@ adapter itself in a folder `adapter/`, from which the run continues.
 from __future__ import annotations
 
 import logging
+import math
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from smolforge.checkpoint import commit, format, locate
 from smolforge.checkpoint.adapter import ADAPTER, write_adapter
+from smolforge.checkpoint.background import snapshot, tree_bytes
 from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.state import load_state, save_state
 from smolforge.data import merge_cursors
@@ -54,9 +57,8 @@ class Position:
 def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
     """Everything to save, not yet copied. Called by all ranks together; rank 0's tree is complete."""
     cursors = context.ranks.all_gather(position.cursor)
-    lora = context.config.lora.r > 0  # then the model's own weights never change, and need no copy
     return {
-        "weights": adapter_state(context.model) if lora else context.model.state_dict(),
+        "weights": _weights(context),
         "training": {
             "step": position.step,
             "cursor": merge_cursors(cursors),
@@ -64,18 +66,57 @@ def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
             "rollbacks": position.rollbacks,
             "optimizer": optimizer_state(context.model, context.optimizer),
             "optimizer_name": context.config.optimizer.name,
-            **({"base": context.base} if lora else {}),
+            **({"base": context.base} if context.config.lora.r else {}),
             "random": context.ranks.all_gather(random_state(context.plan.device)),
             "scaler": context.scaler.state_dict() if context.scaler else None,
+            **({"average": context.average.state()} if context.average else {}),
         },
     }
 
 
 def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
     """Fill a checkpoint's directory from the copied tree."""
+    _write_model(context, directory, tree["training"]["step"], tree["weights"])
+    save_state(directory / "training", tree["training"])
+
+
+def keep_average(context: TrainContext, step: int, own: float, averaged: float) -> None:
+    """Keep RUN/average, a second checkpoint, exactly while an average has the lowest held-out loss of the run.
+
+    Called on rank 0 while the model holds the average, before the validation of `step` is recorded.
+
+    Args:
+        own: held-out loss of the weights themselves at this step.
+        averaged: held-out loss of the average.
+    """
+    rows = read_json_lines(context.run.metrics_path)
+    earlier = min((lowest_loss(row) for row in rows if "validation" in row and row["step"] < step), default=math.inf)
+    folder = context.run.average_path
+    if averaged < min(own, earlier):
+        weights = snapshot(_weights(context))
+        size = tree_bytes(weights)
+        commit.commit(folder, step, lambda path: _write_model(context, path, step, weights), expected_bytes=size)
+        commit.prune(folder, keep=1)
+    elif own < earlier:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lowest_loss(row: dict[str, Any]) -> float:
+    """The held-out loss of a validation's row: that of the weights or of their average, whichever is lower."""
+    losses = (row[name]["loss"] for name in ("validation", "average") if name in row)
+    return min((loss for loss in losses if loss is not None), default=math.inf)
+
+
+def _weights(context: TrainContext) -> dict[str, Tensor]:
+    """What learns, by name, without copying; beside an adapter the model's own weights never change."""
+    return adapter_state(context.model) if context.config.lora.r else context.model.state_dict()
+
+
+def _write_model(context: TrainContext, directory: Path, step: int, state: dict[str, Tensor]) -> None:
+    """Write the model with these weights, or with an adapter of these merged and beside it."""
     rows = list(read_json_lines(context.run.metrics_path))
-    card = card_text(context.config, step=tree["training"]["step"], rows=rows)
-    config, state = context.config, tree["weights"]
+    card = card_text(context.config, step=step, rows=rows)
+    config = context.config
     if config.lora.r:
         base = config.init or ""
         place = str(locate.resolve_model(base)) if Path(base).is_dir() else base
@@ -83,7 +124,6 @@ def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
         context.tokenizer.save(directory / ADAPTER, max_length=config.model.max_position_embeddings)
         state = merged_state(context.model, state)
     format.write_model(directory, config.model, state, context.tokenizer, card=card)
-    save_state(directory / "training", tree["training"])
 
 
 def restore(context: TrainContext, directory: Path) -> Position:
@@ -104,6 +144,8 @@ def restore(context: TrainContext, directory: Path) -> Position:
     set_random_state(states[context.ranks.rank % len(states)], context.plan.device)
     if context.scaler and tree["scaler"]:
         context.scaler.load_state_dict(tree["scaler"])
+    if context.average:
+        context.average.load(tree.get("average"))
     cursor = accepted_cursor(tree["cursor"], context.corpus.index)
     return Position(tree["step"], cursor, [(a, b) for a, b in tree["skip"]], tree["rollbacks"])
 

@@ -75,15 +75,17 @@ def _sample(corpus: Corpus, source: int) -> list[str]:
     return found
 
 
-def resolve_epochs(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: DistributedContext) -> RunConfig:
-    """Tell the size of the text; where the length is given in epochs, `config` with the steps that they come to."""
+def resolve_epochs(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: DistributedContext
+) -> tuple[RunConfig, float]:
+    """Tell the size of the text; `config`, with steps where the length is given in epochs, and the most epochs read."""
     sizes = ranks.broadcast(measure(corpus, tokenizer) if ranks.is_main else None)
     if config.training.steps is None and config.training.epochs is not None:
         once = max(epochs(sizes, with_training(config, steps=1)))
         config = with_training(config, steps=max(round(config.training.epochs / once), 1))
     if ranks.is_main:
         tell_size(sizes, config)
-    return config
+    return config, max(epochs(sizes, config))
 
 
 def epochs(sizes: Sequence[SourceSize], config: RunConfig) -> list[float]:

@@ -6,12 +6,11 @@ Rank 0 writes. Validation runs on all ranks, which share its windows.
 from __future__ import annotations
 
 import logging
-import math
 import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from smolforge.generation.sampling_params import SamplingParams
 from smolforge.metrics_log import MetricsLog
 from smolforge.model.summary import flops_per_token
 from smolforge.report import write_report
+from smolforge.training.checkpointing import keep_average, lowest_loss
 from smolforge.training.progress import ProgressBar, Throughput
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
@@ -79,10 +79,10 @@ class StepMetrics:
 class MetricsLogger:
     """Records a run: metrics.jsonl, samples.jsonl, trackers, terminal. Long work polls `shutdown`."""
 
-    def __init__(self, context: TrainContext, shutdown: GracefulShutdown) -> None:
+    def __init__(self, context: TrainContext, shutdown: GracefulShutdown, total: int) -> None:
         self.context, self.shutdown = context, shutdown
         self.config, self.plan, self.ranks = context.config, context.plan, context.ranks
-        self.total = self.config.total_steps
+        self.total = total  # steps to train to
         self.flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
         self.throughput = Throughput(self.config.tokens_per_step)
         self.left_out: str | None = None  # the newest row that could not be used, since the last logged step
@@ -208,9 +208,8 @@ class MetricsLogger:
         patience, found = self.config.evaluation.patience, None
         if patience and self.ranks.is_main:
             rows = [row for row in read_json_lines(self.context.run.metrics_path) if "validation" in row]
-            losses = [row["validation"]["loss"] for row in rows]
             if rows and rows[-1]["step"] == step:
-                best = min(range(len(losses)), key=lambda i: math.inf if losses[i] is None else losses[i])
+                best = min(range(len(rows)), key=lambda i: lowest_loss(rows[i]))
                 found = rows[best]["step"] if len(rows) - 1 - best >= patience else None
         return self.ranks.broadcast(found)
 
@@ -230,38 +229,49 @@ class MetricsLogger:
 
     def validate(self, step: int) -> None:
         """Score the held-out documents and record the result. Called by all ranks together."""
-        preferences, held_out = self.context.preferences, self.context.eval_set
-        if preferences is not None and preferences.held_out:
-            scores = preferences.validate(self.context.model, self.ranks, self._poll_single_rank)
-            margin = f"margin {scores['margin']:.4f}  chosen {scores['accuracy']:.1%}"
-            self._record_scores(step, scores, f"held-out loss {scores['loss']:.4f}  {margin}")
-        if held_out is None:
+        if not self.has_validation:
             return
+        row: dict[str, Any] = {"step": step, "tokens": step * self.config.tokens_per_step, "validation": self._score()}
+        text = self._shown(row["validation"])
+        if entropy := self.context.corpus.entropy_bits_per_byte:
+            row["entropy_bits_per_byte"] = entropy
+            above = row["validation"]["bits_per_byte"] / entropy - 1
+            text += f"  ({above:.1%} above the source's own entropy of {entropy:.4f})"
+        average = self.context.average
+        if average and average.count:
+            with average.in_place():
+                row["average"] = self._score()
+                with self.ranks.together():
+                    if self.metrics:
+                        keep_average(self.context, step, *(row[name]["loss"] for name in ("validation", "average")))
+            text += f"; averaged weights: {self._shown(row['average'])}"
+        with self.ranks.together():
+            if self.metrics and self.trackers:
+                self.metrics.append({**row, "time": time.time()})
+                logger.info(f"step {step:,}  {text}")
+                for name in ("validation", "average"):
+                    self.trackers.scalars(step, {f"{name}/{k}": v for k, v in row.get(name, {}).items()})
+
+    def _score(self) -> dict[str, float]:
+        """The scores of the model's weights on what is held out."""
+        preferences, held_out = self.context.preferences, self.context.eval_set
+        if preferences is not None:
+            return preferences.validate(self.context.model, self.ranks, self._poll_single_rank)
+        assert held_out is not None
         score = evaluate(
             self.context.model, held_out, length=self.config.data.sequence_length, batch=self.plan.micro_batch,
             device=self.plan.device, ranks=self.ranks, between=self._poll_single_rank,
             context=lambda: self.plan.precision.context(self.plan.device),
         )  # fmt: skip
-        scores = {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}
-        text = f"held-out loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-        text += f"bits per byte {score.bits_per_byte:.4f}"
-        more: dict[str, Any] = {}
-        entropy = self.context.corpus.entropy_bits_per_byte
-        if entropy:
-            more["entropy_bits_per_byte"] = entropy
-            text += f"  ({score.bits_per_byte / entropy - 1:.1%} above the source's own entropy of {entropy:.4f})"
-        self._record_scores(step, scores, text, more)
+        return {k: getattr(score, k) for k in ("loss", "perplexity", "bits_per_byte")}
 
-    def _record_scores(
-        self, step: int, scores: dict[str, float], text: str, more: Mapping[str, Any] | None = None
-    ) -> None:
-        """Log a validation, on rank 0. Called by all ranks together."""
-        row = {"step": step, "tokens": step * self.config.tokens_per_step, "validation": scores, **(more or {})}
-        with self.ranks.together():
-            if self.metrics and self.trackers:
-                self.metrics.append({**row, "time": time.time()})
-                logger.info(f"step {step:,}  {text}")
-                self.trackers.scalars(step, {f"validation/{k}": v for k, v in scores.items()})
+    @staticmethod
+    def _shown(scores: dict[str, float]) -> str:
+        """Scores for the terminal."""
+        if "margin" in scores:  # of preferences
+            return f"held-out loss {scores['loss']:.4f}  margin {scores['margin']:.4f}  chosen {scores['accuracy']:.1%}"
+        loss, perplexity, bits = scores["loss"], scores["perplexity"], scores["bits_per_byte"]
+        return f"held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits:.4f}"
 
     def sample(self, step: int) -> None:
         """Continue the fixed prompts on rank 0. Called by all ranks together."""
@@ -328,6 +338,8 @@ def tell_outcome(context: TrainContext) -> None:
         above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
         if bits is not None:
             logger.info(f"held-out bits per byte: {bits:.4f}{above}")
+    if averages := commit.steps(run.average_path):
+        logger.info(f"average:    {run.average_path}, the lowest held-out loss (step {averages[-1]:,})")
     logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
     logger.info(f"report:     {write_report(run.path)}")
     logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")

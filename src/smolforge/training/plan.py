@@ -199,6 +199,7 @@ def memory_of(
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
         adapter=count_adapter_parameters(config.model, config.lora),
+        dropout=config.training.dropout > 0, average=config.training.ema > 0,
     )  # fmt: skip
 
 

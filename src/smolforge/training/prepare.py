@@ -22,6 +22,7 @@ from smolforge.training.data_size import resolve_epochs
 from smolforge.training.optim import check_optimizer
 from smolforge.training.plan import Plan, make_plan
 from smolforge.training.run_data import open_corpus
+from smolforge.training.small_corpus import resolve_small_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,17 @@ def prepare(
     """Decide the plan and the length, and open data, tokenizer and held-out text."""
     check_optimizer(config.optimizer.name)
     plan = make_plan(config, device, ranks.world_size)
+    epochs = 0.0  # through text, by a run that begins
     corpus = open_corpus(run, config, newest, ranks, accept_changes=accept_changes)
     tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
     if newest is None or (config.training.steps is None and config.training.epochs is not None):
-        resolve_length = resolve_epochs if config.data.format == "text" else finetuning.resolve_chat
-        config = resolve_length(config, corpus, tokenizer, ranks)
+        if config.data.format == "text":
+            config, epochs = resolve_epochs(config, corpus, tokenizer, ranks)
+        else:
+            config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
+        config, told = resolve_small_corpus(config, config, epochs)
         plan = make_plan(config, device, ranks.world_size)
+        plan.reasons.extend(told)
     return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
 
 

@@ -30,7 +30,10 @@ def build_run_model(config: RunConfig, plan: Plan, newest: Path | None, *, with_
     if lora:
         options |= {"dtype": plan.precision.autocast or plan.precision.weights, "sparse_embedding": False}
     model = build_model(
-        config.model, seed=config.training.seed if newest is None and config.init is None else None, **options
+        config.model,
+        seed=config.training.seed if newest is None and config.init is None else None,
+        dropout=config.training.dropout,
+        **options,
     )
     if config.init is not None and (with_init or lora):
         load_weights(model, directory := locate.resolve_model(config.init))

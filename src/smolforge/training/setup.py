@@ -34,6 +34,7 @@ from smolforge.run import Run, lock_run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import finetuning
 from smolforge.training.apply_plan import apply_plan
+from smolforge.training.averaging import AveragedWeights
 from smolforge.training.optim import build_optimizer, schedule_factor
 from smolforge.training.plan import Plan, with_training
 from smolforge.training.preferences import Preferences, open_preferences
@@ -64,6 +65,7 @@ class TrainRequest:
         fresh: start over; an existing run there is moved aside.
         more_steps: train so many steps beyond where the run stood when this was first requested.
         time_limit: seconds after which to save and stop.
+        until: train to this step; the schedule is that of the whole run.
         skip: ranges of steps whose data is left out.
         accept_changed_data: continue although the data changed.
         command: the command line, for the report.
@@ -77,6 +79,7 @@ class TrainRequest:
     must_resume: bool = False
     more_steps: int | None = None
     time_limit: float | None = None
+    until: int | None = None
     skip: Sequence[tuple[int, int]] = ()
     accept_changed_data: bool = False
     profile: bool = False
@@ -102,6 +105,7 @@ class TrainContext:
     """Hash of the weights that an adapter learns beside; None where every weight learns."""
     preferences: Preferences | None = None
     """What is learned of pairs of answers; None where the next token is."""
+    average: AveragedWeights | None = None
 
 
 # The run's directory
@@ -314,7 +318,7 @@ def build_context(
         is_reference = learns_pairs and not run.reference_path.is_file()  # it is computed with the weights of `init`
         model = build_run_model(config, plan, newest, with_init=newest is None or is_reference)
         optimizer = build_optimizer(model, config.optimizer, update=plan.update)
-        preferences = None
+        ema, preferences = config.training.ema, None
         if learns_pairs:
             preferences = open_preferences(run, config, plan, prepared.corpus, prepared.tokenizer, model, ranks)
     except (SmolforgeError, StopRequested):
@@ -327,6 +331,7 @@ def build_context(
     return TrainContext(
         run, config, plan, ranks, prepared.corpus, prepared.tokenizer, model, optimizer, prepared.eval_set, scaler,
         request.command, base_digest(config), preferences,
+        AveragedWeights(model, ema, config.total_steps) if ema else None,
     )  # fmt: skip
 
 

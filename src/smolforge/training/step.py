@@ -15,8 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from smolforge.config import RunConfig
+from smolforge.data import Batch
+from smolforge.devices import to_device
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import CausalLM
+from smolforge.model.dropout import sequence_keys
 from smolforge.training.optim import optimizer_step
 from smolforge.training.plan import Plan
 
@@ -69,11 +72,19 @@ def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = Fa
     return replica
 
 
+def dropout_keys(config: RunConfig, batch: Batch, device: torch.device) -> Tensor | None:
+    """(B,) keys of a rank's sequences, from the run's seed and their places in its stream; None without dropout."""
+    if not config.training.dropout:
+        return None
+    numbers = torch.tensor([number for number, _ in batch.digests])
+    return to_device(sequence_keys(config.training.seed, batch.step * config.sequences_per_step, numbers), device)
+
+
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
     lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
-    replica: DistributedDataParallel | None = None,
+    replica: DistributedDataParallel | None = None, keys: Tensor | None = None,
     span: Callable[[str], AbstractContextManager[Any]] = record_function, objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
@@ -84,6 +95,7 @@ def train_step(
         targets: (B, T) of the next tokens, `IGNORE` where one is not learned; all of `tokens` unless given.
         count: targets that are learned, in the global batch; all unless given.
         replica: of several ranks, as `replicate` made it of the model.
+        keys: (B,) of dropout, as `dropout_keys` makes them; without, nothing is dropped.
         span: the context of each part ("forward", "backward", "update"), for profiles and timings.
         objective: what is learned instead of the next token.
 
@@ -93,6 +105,7 @@ def train_step(
     """
 
     def compute(model: CausalLM, rows: slice) -> tuple[Tensor, Tensor]:
+        model.options.dropout.keys = None if keys is None else keys[rows]
         ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
         inputs = tokens[rows, :-1].contiguous()
         wanted = tokens[rows, 1:].contiguous() if targets is None else targets[rows]
@@ -117,6 +130,7 @@ def train_step(
             nats += part.float()
     with span("backward"):  # with the sums over the ranks, so it is not `together`
         loss.backward()
+    model.options.dropout.keys = None  # not in evaluation and samples
     with span("update"):
         norm, skipped = optimizer_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler

@@ -42,7 +42,7 @@ from smolforge.training.progress import Throughput
 from smolforge.training.ranks import check_ranks
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
-from smolforge.training.step import replicate, train_step
+from smolforge.training.step import dropout_keys, replicate, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def run_training(request: TrainRequest) -> tuple[Run, GracefulShutdown]:
         try:
             context, position = open_run(request, run, ranks, device, stack)
             shutdown.immediate = False
-            trainer = Trainer(context, position, shutdown)
+            trainer = Trainer(context, position, shutdown, request.until)
             if not trainer.is_complete(request.more_steps):
                 if not run.exists:
                     setup.record(context)
@@ -121,11 +121,11 @@ class RollBack(Exception):
 class Trainer:
     """Trains a run from its position to its end, or until it is asked to stop."""
 
-    def __init__(self, context: TrainContext, position: Position, shutdown: GracefulShutdown) -> None:
+    def __init__(self, context: TrainContext, position: Position, shutdown: GracefulShutdown, end: int | None) -> None:
         self.context, self.position, self.shutdown = context, position, shutdown
         self.config, self.plan, self.ranks = context.config, context.plan, context.ranks
-        self.total = self.config.total_steps
-        self.metrics = MetricsLogger(context, shutdown)
+        self.total = min(self.config.total_steps, end or self.config.total_steps)
+        self.metrics = MetricsLogger(context, shutdown, self.total)
         self.pending: deque[StepMetrics] = deque()  # steps whose metrics were not read yet
         self.bad: list[StepMetrics] = []  # the last steps, as far as not finite
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
@@ -249,7 +249,7 @@ class Trainer:
         with self.ranks.together():
             tokens = to_device(torch.from_numpy(batch.tokens), device).long()
             document_ids = torch.from_numpy(batch.document_ids) if config.data.mask_documents else None
-        lr = config.optimizer.lr * schedule_factor(config.schedule, step, self.total)
+        lr = config.optimizer.lr * schedule_factor(config.schedule, step, config.total_steps)
         targets, count = learned_targets(batch, tokens, self.ranks)
         objective = None
         if context.preferences is not None:
@@ -257,8 +257,10 @@ class Trainer:
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
             targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler,
-            replica=self.replica, span=self._span, objective=objective,
+            replica=self.replica, span=self._span, objective=objective, keys=dropout_keys(config, batch, device),
         )  # fmt: skip
+        if context.average:
+            context.average.update()
         self.updating = False
         self.position.step, self.position.cursor = step + 1, batch.cursor
         learned = count or config.tokens_per_step

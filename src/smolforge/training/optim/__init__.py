@@ -151,19 +151,19 @@ def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
     return _SCHEDULES[config.name](config, step, total)
 
 
-def _steps_of(value: float, total: int) -> int:
+def steps_of(value: float, total: int) -> int:
     """A length given in steps, or as a share of the run where below 1."""
     return round(value * total) if value < 1 else min(int(value), total)
 
 
 def _warmup(config: ScheduleConfig, step: int, total: int) -> float:
     """The warmup, then constant. The first update already moves: its factor is 1 / (warmup + 1)."""
-    return min(1.0, (step + 1) / (_steps_of(config.warmup, total) + 1))
+    return min(1.0, (step + 1) / (steps_of(config.warmup, total) + 1))
 
 
 def _wsd(config: ScheduleConfig, step: int, total: int) -> float:
     """Warmup, stable, linear decay (Hu et al. 2024, arXiv:2404.06395; SmolLM2's own)."""
-    decay = _steps_of(config.decay, total)
+    decay = steps_of(config.decay, total)
     left = total - step
     falling = 1.0 if left > decay else config.floor + (1 - config.floor) * left / (decay + 1)
     return min(_warmup(config, step, total), falling)
@@ -171,7 +171,7 @@ def _wsd(config: ScheduleConfig, step: int, total: int) -> float:
 
 def _cosine(config: ScheduleConfig, step: int, total: int) -> float:
     """Warmup, then half a cosine to the floor (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
-    warmup = _steps_of(config.warmup, total)
+    warmup = steps_of(config.warmup, total)
     if step < warmup:
         return _warmup(config, step, total)
     return _anneal("cosine", 1.0, config.floor, min(1.0, (step - warmup) / max(1, total - warmup)))
@@ -179,7 +179,7 @@ def _cosine(config: ScheduleConfig, step: int, total: int) -> float:
 
 def _onecycle(config: ScheduleConfig, step: int, total: int) -> float:
     """Up from `start`, down to `floor` times the start, as torch's OneCycleLR (Smith 2017, arXiv:1708.07120)."""
-    peak_at = max(1.0, _steps_of(config.warmup, total) - 1.0)
+    peak_at = max(1.0, steps_of(config.warmup, total) - 1.0)
     last = max(peak_at + 1, total - 1.0)
     if step <= peak_at:
         return _anneal(config.anneal, config.start, 1.0, step / peak_at)
