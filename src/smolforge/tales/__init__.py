@@ -104,6 +104,7 @@ def document(i: int, seed: int = 0) -> TalesDocument:
     return TalesDocument(prompt, "".join(draft.out), genre.audience, genre.format, genre.seed_data, bits)
 
 
+@functools.cache
 def entropy_bits_per_byte(documents: int = 4096, seed: int = 0) -> float:
     """The lower bound: mean of -log2 P(text) over the mean length in UTF-8 bytes, estimated on `documents` documents.
 
