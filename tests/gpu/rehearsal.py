@@ -180,7 +180,8 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     from smolforge.model.architecture import build_model
     from smolforge.training.metrics import StepMetrics
     from smolforge.training.optim import build_optimizer
-    from smolforge.training.plan import make_plan, memory_of, resolve_batch
+    from smolforge.training.plan import make_plan, memory_of
+    from smolforge.training.recipe import resolve_batch
     from smolforge.training.step import train_step
 
     insert_cards([CARDS[card]])

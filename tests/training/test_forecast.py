@@ -14,7 +14,8 @@ from smolforge.devices import gpu_named
 from smolforge.errors import BadInput
 from smolforge.model.summary import count_parameters
 from smolforge.training.forecast import forecast, parse_gpus
-from smolforge.training.plan import make_plan, resolve_batch
+from smolforge.training.plan import make_plan
+from smolforge.training.recipe import resolve_batch
 
 CUDA = torch.device("cuda")
 

@@ -18,6 +18,7 @@ from smolforge.training import optim, plan
 from smolforge.training.optim import adamw
 from smolforge.training.plan import make_plan, memory_of
 from smolforge.training.precision import choose_precision
+from smolforge.training.recipe import resolve_batch
 
 CPU = torch.device("cpu")
 
@@ -147,7 +148,7 @@ def on_card(monkeypatch, card: str, preset: str = "smollm2-135m", *overrides: st
     """The plan of a preset on a GPU."""
     gpu = torch.device("cuda", 0)
     insert_cards([CARDS[card]], put=monkeypatch.setattr)
-    return make_plan(plan.resolve_batch(configuration.build_config(preset, list(overrides)), gpu), gpu, 1)
+    return make_plan(resolve_batch(configuration.build_config(preset, list(overrides)), gpu), gpu, 1)
 
 
 @pytest.mark.parametrize(("card", "overrides", "attention", "reason"), [

@@ -18,7 +18,7 @@ model: {architecture: recreation, vocab_size: 400, hidden_size: 48, intermediate
         num_attention_heads: 3, num_key_value_heads: 3, rope_theta: 10000, max_position_embeddings: 64}
 tokenizer: {train: {vocab_size: 400, documents: 20}}
 data: {sequence_length: 64}
-optimizer: {lr: 3.0e-4, betas: [0.9, 0.999], weight_decay: 1.0e-4}
+optimizer: {name: adamw, lr: 3.0e-4, betas: [0.9, 0.999], weight_decay: 1.0e-4}
 schedule: {name: onecycle, start: 0.04, warmup: 0.2, floor: 0.01}
 training: {steps: 6, micro_batch: 1, tokens_per_step: 128, precision: fp32, threads: 1}
 checkpoint: {every: 3, keep: 5}

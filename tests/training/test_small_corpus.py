@@ -14,7 +14,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.locate import load_model
 from smolforge.checkpoint.state import load_state
 from smolforge.checkpoint.weights import read_weights
-from smolforge.config import build_config
+from smolforge.config import RunConfig, build_config
 from smolforge.metrics_log import read_metrics
 from smolforge.model.summary import estimate_memory
 from smolforge.run import Run
@@ -106,8 +106,14 @@ def test_a_text_that_is_read_more_than_once_changes_what_is_not_given(
         return " ".join(message for message in caplog.messages if message.startswith("small corpus")), run
 
     told, run = train("often", epochs=3)
-    for wanted in ("read 3 times", "training.dropout=0.1", "evaluation.patience=3", "optimizer.weight_decay=0.03"):
+    for wanted in ("read 3 times", "training.dropout=0.1", "evaluation.patience=3"):
         assert wanted in told
+    assert "weight_decay" not in told, "it was given"
+    free = RunConfig()
+    config, lines = small_corpus.resolve_small_corpus(free, free, 3.0)
+    assert (
+        config.optimizer.weight_decay == pytest.approx(3 * free.optimizer.weight_decay) and "weight_decay" in lines[0]
+    )
     config = build_config(str(run.config_path))
     assert (config.training.dropout, config.training.ema, config.evaluation.patience) == (0.1, 0.25, 3)
     assert "dropout" not in train("given", epochs=3, dropout=0.0)[0]

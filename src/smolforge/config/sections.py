@@ -158,17 +158,17 @@ class DataConfig(Section):
 
 class OptimizerConfig(Section):
     name: str = "adamw"
-    """adamw, muon or adamw8bit. muon needs fewer steps; adamw8bit less memory, bitsandbytes and a CUDA device."""
+    """adamw, muon or adamw8bit (bitsandbytes and a CUDA device); new weights take muon unless it is given."""
     lr: float = Field(default=3e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; that of new weights follows from their number and the tokens of the run unless given."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running mean of the gradient, and of its square."""
+    """Decay of the running mean of the gradient, and of its square; the second follows from the batch unless given."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """muon only: decay of the running mean of the gradient of the layers' matrices."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Applied to matrices; norms are never decayed."""
+    """Applied to matrices; norms are never decayed. Follows from peak and steps unless given."""
     groups: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Regular expression over parameter names: {lr: factor, weight_decay: value}; the first match wins."""
 
@@ -193,7 +193,7 @@ class ScheduleConfig(Section):
     warmup: float = Field(default=0.02, ge=0)
     """Steps, or a share of the run where below 1."""
     decay: float = Field(default=0.2, ge=0)
-    """wsd only: steps, or a share of the run where below 1."""
+    """wsd only: steps, or a share of the run where below 1; 0.7 for new weights where the section gives no key."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Last learning rate as a share of the peak (onecycle: of the first one)."""
     start: float = Field(default=0.04, gt=0, le=1)
@@ -207,7 +207,7 @@ PRECISIONS = Literal["auto", "fp32", "fp32-high", "bf16", "bf16-pure", "fp16"]
 
 class TrainingConfig(Section):
     tokens_per_step: Count | None = Field(default=None, ge=1)
-    """Global batch in tokens; 524,288 on a GPU and 8,192 on a CPU unless given, and fixed with the run."""
+    """Global batch in tokens; follows from the length of the run unless given, and is fixed with it."""
     micro_batch: Count | Literal["auto"] = "auto"
     """Sequences in one forward pass of one rank."""
     steps: Count | None = Field(default=None, ge=1)

@@ -22,6 +22,7 @@ In the order to read them:
     finetuning.py      chat data: length in epochs, what is learned, held-out answers, ChatML for a base model
     run_model.py       the model of a run: new weights, those of `init`, an adapter beside them
     preferences.py     which of two answers is better: the reference, the loss, the held-out margin
+    recipe.py          optimizer, peak, batch and decay of new weights, from their number and the tokens of the run
     precision.py       the numbers that a run computes in
     plan.py            device, precision, batch, memory and kernels, each with its reason
     forecast.py        a run on GPUs that need not be here: the plan, time, storage and cost

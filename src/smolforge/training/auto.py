@@ -18,12 +18,15 @@ import torch
 
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
+from smolforge.devices import choose_device
 from smolforge.errors import BadInput
 from smolforge.formatting import count, plural, size
 from smolforge.model.summary import flops_per_token, summarise
 from smolforge.run import Run
 from smolforge.training.bench import measure as measure_speed
 from smolforge.training.data_size import measure
+from smolforge.training.plan import with_training
+from smolforge.training.recipe import resolve_batch
 from smolforge.training.run_data import keep_places
 from smolforge.training.setup import TrainRequest
 
@@ -98,7 +101,7 @@ def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
     if request.base is None:
         why = f"the largest with {TOKENS_PER_PARAMETER} tokens for each parameter" if enough else "the smallest"
         logger.info(f"size: {names[at]}, {count(parameters[at])} parameters ({why} in {minutes:g} min)")
-    config = configs[at]
+    config = resolve_batch(with_training(configs[at], tokens=int(useful[at])), choose_device())
     by_time, by_text = (int(n / config.tokens_per_step) for n in (within[at], MOST_EPOCHS * tokens))
     steps = max(min(by_time, max(by_text, FEWEST_STEPS)), 1)
     speed = f"about {speeds[at]:,.0f} tokens/s here, of a measurement"
@@ -112,14 +115,15 @@ def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
         logger.info(
             "mode: from nothing; of so little text `--init smollm2` learns more, since it knows English already"
         )
-    return replace(request, base=names[at], layers=_with_length(request.layers, steps))
+    length = {"steps": steps, "tokens_per_step": config.tokens_per_step}
+    return replace(request, base=names[at], layers=_with_length(request.layers, length))
 
 
-def _with_length(layers: dict[str, Any], steps: int) -> dict[str, Any]:
+def _with_length(layers: dict[str, Any], length: dict[str, int]) -> dict[str, Any]:
     """The layers, with a length, and with checkpoints, validations and samples that are due within it."""
-    every = max(steps // 5, 1)
+    every = max(length["steps"] // 5, 1)
     due = {name: {"every": every} | layers.get(name, {}) for name in ("checkpoint", "evaluation", "samples")}
-    return {**layers, **due, "training": {**layers.get("training", {}), "steps": steps}}
+    return {**layers, **due, "training": {**layers.get("training", {}), **length}}
 
 
 def _speeds(name: str, overrides: Sequence[str], configs: Sequence[RunConfig]) -> list[float]:

@@ -14,8 +14,8 @@ from smolforge.formatting import count
 from smolforge.model.summary import summarise
 from smolforge.run import Run
 from smolforge.training import setup
-from smolforge.training.plan import resolve_batch
 from smolforge.training.prepare import Prepared, prepare
+from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainRequest
 
 logger = logging.getLogger(__name__)

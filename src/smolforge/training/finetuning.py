@@ -23,6 +23,7 @@ from smolforge.errors import BadInput
 from smolforge.evaluation.loss import AnswerSlice
 from smolforge.model.loss import IGNORE
 from smolforge.tokenizer import Tokenizer
+from smolforge.training.plan import with_training
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,13 @@ def resolve_chat(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks:
         DataError: there is nothing to learn from, or a conversation cannot be learned from.
     """
     steps, prompts = ranks.broadcast(_look(config, corpus, tokenizer) if ranks.is_main else None)
-    training = config.training.model_copy(update={"steps": steps})
-    # Answering takes longer than scoring: at the start, at the end and three times between.
-    every = config.samples.every or max(config.model_copy(update={"training": training}).total_steps // 4, 1)
-    samples = config.samples.model_copy(update={"prompts": prompts, "every": every})
-    return config.model_copy(update={"training": training, "samples": samples})
+    config = with_training(config, steps=steps)
+    # Tuning takes minutes, of which each save and each validation costs seconds, and answering more than scoring.
+    often = {"evaluation": 6, "checkpoint": 6, "samples": 4}
+    every = {name: getattr(config, name).every or max(config.total_steps // n, 1) for name, n in often.items()}
+    sections = {name: getattr(config, name).model_copy(update={"every": steps}) for name, steps in every.items()}
+    sections["samples"] = sections["samples"].model_copy(update={"prompts": prompts})
+    return config.model_copy(update=sections)
 
 
 def _look(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple[int | None, list[str]]:

@@ -16,7 +16,8 @@ from smolforge.devices import Gpu, gpu_named
 from smolforge.errors import BadInput
 from smolforge.formatting import count, duration, size
 from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_token
-from smolforge.training.plan import Plan, make_plan, memory_of, resolve_batch
+from smolforge.training.plan import Plan, make_plan, memory_of
+from smolforge.training.recipe import resolve_batch, resolve_recipe
 
 CUDA = torch.device("cuda")
 TEXT_BYTES = 4.1  # in a token of SmolLM2's tokenizer: 4.0 of WikiText-2, 4.1 of classic books, 4.2 of TinyStories
@@ -122,7 +123,8 @@ def forecast(config: RunConfig, gpus: int, gpu: Gpu, *, mfu: float = 0.4, price:
     Raises:
         BadInput: they cannot share its batch, or the memory that it sets is not enough.
     """
-    config = resolve_batch(config, CUDA)
+    config, recipe = resolve_recipe(resolve_batch(config, CUDA))
     plan = make_plan(config, CUDA, gpus, gpu)
+    plan.reasons.extend(recipe)
     memory = memory_of(config, CUDA, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu)
     return Forecast(config, gpu, gpus, plan, memory, mfu, price)

@@ -21,7 +21,7 @@ import torch
 from smolforge.config import build_config
 from smolforge.errors import BadInput, RunFailed
 from smolforge.slurm import read_slurm
-from smolforge.training.plan import resolve_batch
+from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainRequest, choose_run
 from smolforge.training.shutdown import EXIT_CODES
 

@@ -27,9 +27,6 @@ from smolforge.training.precision import Precision, choose_precision
 CPU_MICRO_TOKENS = 4096
 # What tuning on a CPU stays within by itself: a laptop's memory, shared with its other programs.
 TUNING_MEMORY, LORA_MEMORY = 4_000_000_000, 2_000_000_000
-# Global batches where the configuration leaves them open: what one GPU accumulates in seconds, a laptop in minutes.
-GPU_STEP_TOKENS = 1 << 19
-CPU_STEP_TOKENS = 1 << 13
 # Longest sequence for which blocked attention is chosen in bf16 on a CPU; between the two lengths that were measured.
 SHORT = 1024
 # What compiling costs and gains, from docs/performance.md: it must pay for itself well within the run.
@@ -80,15 +77,6 @@ class Plan:
             "sparse_embedding": sparse,
             "compile": self.compile,
         }
-
-
-def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
-    """Fill in the global batch where the configuration leaves it open; it is fixed with the run."""
-    if config.training.tokens_per_step is not None:
-        return config
-    wanted = GPU_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
-    sequences = max(1, wanted // config.data.sequence_length)
-    return with_training(config, tokens_per_step=sequences * config.data.sequence_length)
 
 
 def with_training(config: RunConfig, **changes: Any) -> RunConfig:

@@ -21,6 +21,7 @@ from smolforge.training import finetuning
 from smolforge.training.data_size import resolve_epochs
 from smolforge.training.optim import check_optimizer
 from smolforge.training.plan import Plan, make_plan
+from smolforge.training.recipe import resolve_recipe
 from smolforge.training.run_data import open_corpus
 from smolforge.training.small_corpus import resolve_small_corpus
 
@@ -53,9 +54,10 @@ def prepare(
             config, epochs = resolve_epochs(config, corpus, tokenizer, ranks)
         else:
             config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
-        config, told = resolve_small_corpus(config, config, epochs)
-        plan = make_plan(config, device, ranks.world_size)
-        plan.reasons.extend(told)
+    derived, recipe = resolve_recipe(config)
+    config, small = resolve_small_corpus(config, derived, epochs)
+    plan = make_plan(config, device, ranks.world_size)
+    plan.reasons.extend([*recipe, *small])
     return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
 
 

@@ -1,0 +1,117 @@
+"""The recipe: what the configuration leaves open follows from the model's size and the length of the run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import TINY, steps_of, undo_after, weights_of
+
+from smolforge.config import RunConfig, build_config
+from smolforge.training.recipe import count_body, resolve_batch, resolve_recipe, step_law
+from smolforge.training.setup import TrainRequest
+from smolforge.training.train import run_training
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+
+
+def config_with(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"model": SHAPE, "data": {"sequence_length": 128}, **sections})
+
+
+def test_step_law_gives_the_papers_values() -> None:
+    """At a billion parameters and 100 billion tokens, worked out by hand from the formulas."""
+    lr, batch = step_law(10**9, 1e11)
+    assert lr == pytest.approx(1.78 * 10 ** (-0.712 * 9 + 0.307 * 11), rel=1e-9)
+    assert batch == pytest.approx(0.573 * 10 ** (0.571 * 11), rel=1e-9)
+
+
+def test_the_body_is_all_but_embedding_and_head() -> None:
+    tied, untied = config_with(), config_with(model={**SHAPE, "tie_word_embeddings": False})
+    assert count_body(tied) == count_body(untied) == 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["muon", "adamw"]))
+def test_decay_of_the_run_is_the_same_at_any_length(steps: int, name: str) -> None:
+    config, _ = resolve_recipe(config_with(optimizer={"name": name}, training={"steps": steps}))
+    o = config.optimizer
+    assert o.lr * o.weight_decay * steps == pytest.approx(min(2.5, 0.01 * steps), rel=0.06)
+    assert 0.95 <= o.betas[1] < 1 and o.betas[0] == 0.9
+
+
+def test_what_is_given_stays_and_every_other_value_is_told() -> None:
+    given_values = {"name": "adamw", "lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.3}
+    schedule = {"name": "cosine"}
+    config, lines = resolve_recipe(config_with(optimizer=given_values, schedule=schedule))
+    assert lines == []
+    assert config == config_with(optimizer=given_values, schedule=schedule)
+    config, lines = resolve_recipe(config_with())
+    assert config.optimizer.name == "muon" and config.schedule.decay == 0.7
+    told = "\n".join(lines)
+    for value in (config.optimizer.lr, config.optimizer.betas[1], config.optimizer.weight_decay):
+        assert f"{value:g}" in told
+    assert "muon" in told and "arXiv" in told
+
+
+def test_a_run_decides_once(tmp_path) -> None:
+    """Its configuration has every value, so a longer run keeps its peak and its decay."""
+    config, _ = resolve_recipe(resolve_batch(config_with(training={"tokens": 1_000_000}), CPU))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    again = build_config(str(path), ["training.tokens=50M"])
+    resolved, lines = resolve_recipe(resolve_batch(again, CUDA))
+    assert lines == [] and resolved == again
+    assert resolved.optimizer == config.optimizer and resolved.tokens_per_step == config.tokens_per_step
+
+
+@pytest.mark.parametrize("changes", [{"init": "smollm2"}, {"data": {"format": "chat", "sequence_length": 128}}])
+def test_weights_that_others_trained_keep_the_defaults(changes: dict[str, Any]) -> None:
+    config, lines = resolve_recipe(config_with(**changes))
+    assert lines == [] and config.optimizer == RunConfig().optimizer
+
+
+def test_weights_in_bf16_take_adamw() -> None:
+    config, lines = resolve_recipe(config_with(training={"precision": "bf16-pure"}))
+    assert config.optimizer.name == "adamw" and "bf16-pure" in lines[0]
+
+
+@given(st.integers(1, 10**7))
+def test_the_batch_of_so_many_steps_is_that_of_so_many_tokens(steps: int) -> None:
+    one = resolve_batch(config_with(training={"steps": steps}), CUDA)
+    other = resolve_batch(config_with(training={"tokens": one.total_steps * one.tokens_per_step}), CUDA)
+    assert one.tokens_per_step == pytest.approx(other.tokens_per_step, rel=0.3, abs=128)
+    law = step_law(1, one.total_steps * one.tokens_per_step)[1]
+    assert one.tokens_per_step <= min(max(law * 1.3, 128), 1 << 19)
+
+
+def test_batches_of_many_sequences_can_be_shared() -> None:
+    big = resolve_batch(config_with(training={"tokens": 10**10}), CUDA)
+    assert big.tokens_per_step == 2_048 * 128
+    assert resolve_batch(config_with(training={"tokens": 10**10}), CPU).tokens_per_step == 8_192
+    assert math.isclose(resolve_batch(config_with(), CPU).tokens_per_step, 8_192)
+
+
+def test_a_run_of_the_default_recipe_resumes_exactly(tmp_path, caplog) -> None:
+    """What follows from the length is told, kept in the run's configuration, and the same after a kill."""
+    caplog.set_level("INFO", logger="smolforge")
+    path = tmp_path / "free.yaml"
+    path.write_text(yaml.safe_dump({key: TINY[key] for key in TINY if key not in ("optimizer", "schedule")}))
+    whole, part = (run_training(TrainRequest(str(path), out=tmp_path / name))[0] for name in ("whole", "part"))
+    assert "optimizer: muon" in caplog.text and "weight decay: " in caplog.text
+    undo_after(part, 5)
+    caplog.clear()
+    run_training(TrainRequest(str(path), out=part.path))
+    assert "weight decay: " not in caplog.text
+    assert steps_of(part) == steps_of(whole) and weights_of(part) == weights_of(whole)
+    kept = build_config(str(part.config_path))
+    assert (kept.optimizer.name, kept.optimizer.weight_decay * kept.optimizer.lr) == (
+        "muon",
+        pytest.approx(0.01, rel=0.06),
+    )
