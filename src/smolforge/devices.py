@@ -192,6 +192,15 @@ def _peak_of(name: str) -> float | None:
     return 1e12 * CARDS[max(found, key=len)][0] if found else None
 
 
+def available_memory() -> int:
+    """Bytes that processes may still take; where the system does not say, half of what the machine has."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
+    except OSError:
+        found = None
+    return int(found[1]) << 10 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def physical_cores(world_size: int) -> int:
     """Physical cores that this process may use, divided by the ranks of this machine."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -94,7 +94,7 @@ def first_problem(error: ValidationError) -> BadInput:
     first = error.errors()[0]
     message = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" else f", not {first['input']!r:.100}"
-    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=str(first["loc"][0]))
+    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=str(first["loc"][0]) if first["loc"] else None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

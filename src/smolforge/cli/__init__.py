@@ -7,6 +7,7 @@ JSON object.
     words.py         the words of a command line in any order
     options.py       the parser, options that verbs share, and how their values are read
     train.py         start a run, or resume one
+    sweep.py         the same run with other values, and which are best
     plan.py          what a run would take on other GPUs
     finetune.py      tune a model on conversations
     generate.py      continue prompts
@@ -31,7 +32,7 @@ from importlib import import_module
 
 # Each verb and its module.
 VERBS = {
-    **{verb: verb for verb in ("train", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
+    **{verb: verb for verb in ("train", "sweep", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
     **dict.fromkeys(("presets", "config"), "config"),
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
     **{verb: verb for verb in ("data", "doctor")},

@@ -1,4 +1,4 @@
-"""The page of a run, and the comparison of runs.
+"""The page of a run, the comparison of runs, and the table and page of a sweep.
 
 A run writes rows to metrics.jsonl; this package reads them at any moment of the run, and writes one HTML file that
 opens without a network. The numbers travel in the page as one JSON object, thinned to what a screen can show, and
@@ -10,6 +10,7 @@ Read in this order:
     charts.py    the data of charts: smoothing, thinning, ranges, one JSON object
     page.py      RUN/report.html
     compare.py   several runs as a table and as a page
+    sweep.py     the candidates of a sweep as a table and as a page
 
 templates/charts.js gives the data to uPlot; templates/*.html are the pages.
 """

@@ -25,7 +25,7 @@ _LOG_FROM = 4.0  # largest over smallest value, from which on a logarithmic axis
 UNITS = {
     "tokens": "tokens", "seconds": "time", "nats": "nats per token", "bits": "bits per byte", "rate": "",
     "norm": "before clipping", "speed": "tokens per second", "bytes": "", "share": "share of time",
-    "peak": "share of the peak",
+    "peak": "share of the peak", "value": "value",
 }  # fmt: skip
 
 

@@ -34,6 +34,9 @@ In the order to read them:
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
     metrics.py         metrics of steps, validations, samples, outcome
     progress.py        tokens per second, and the progress bar
+    sweep_file.py      what the file of `smolforge sweep` says
+    trials.py          the trials of a sweep, each in a process of its own
+    sweep.py           the rounds of a sweep, its table and its winner
     trackers.py        TensorBoard, wandb, trackio
     shutdown.py        signals and the time limit
     profiling.py       a trace of a few steps

@@ -91,7 +91,7 @@ def name_of(sources: dict[str, float]) -> str:
 def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
     names = LADDER if request.base is None else [request.base]
     configs = [build_config(name, list(request.overrides), **request.layers) for name in names]
-    speeds = _speeds(names[0], request.overrides, configs)
+    speeds = measure_speeds(names[0], request.overrides, configs)
     text, tokens = _text_of(configs[0])
     within = [speed * minutes * 60 * SHARE_OF_STEPS for speed in speeds]
     useful = [min(reached, MOST_EPOCHS * tokens) for reached in within]
@@ -126,7 +126,7 @@ def _with_length(layers: dict[str, Any], length: dict[str, int]) -> dict[str, An
     return {**layers, **due, "training": {**layers.get("training", {}), **length}}
 
 
-def _speeds(name: str, overrides: Sequence[str], configs: Sequence[RunConfig]) -> list[float]:
+def measure_speeds(name: str, overrides: Sequence[str], configs: Sequence[RunConfig]) -> list[float]:
     """Tokens per second of each configuration: of the first as measured, of the others by their arithmetic."""
     first = configs[0]
     length = first.data.sequence_length

@@ -40,6 +40,7 @@ const UNITS = {
   norm: { text: (value) => value.toPrecision(3), tick: plain },
   speed: { text: (value) => `${count(value)} tokens/s`, tick: count },
   bytes: { text: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) },
+  value: { name: "value", text: (value) => digits(value, 4), tick: plain },
   share: { text: percent },
   peak: { text: percent },
 };
@@ -167,7 +168,10 @@ function aligned(chart, page, logX) {
   return [x, ...joined.filter((_, i) => names[i] != null), joined[names.indexOf(null)]];
 }
 
-function draw(chart, page, element, logX) {
+function draw(chart, page, element, asked) {
+  const given = aligned(chart, page, false)[0];
+  // The values of a sweep's key may be spread by their ratio.
+  const logX = asked || (chart.x === "value" && given[0] > 0 && given.at(-1) > 4 * given[0]);
   const data = aligned(chart, page, logX);
   const [x] = data;
   const full = [logX ? x[0] : Math.min(0, x[0]), Math.max(x.at(-1), x[0] + 1e-9)];
@@ -187,7 +191,7 @@ function draw(chart, page, element, logX) {
     legend: { show: false },
     padding: [8, 14, 0, 0],
     pxAlign: 0,
-    cursor: { sync: { key: chart.x }, y: false, drag: { x: true, y: false }, dataIdx: nearest, points: { size: 6 } },
+    cursor: { sync: { key: chart.x === "value" ? chart.title : chart.x }, y: false, drag: { x: true, y: false }, dataIdx: nearest, points: { size: 6 } },
     scales: {
       x: { time: false, distr: logX ? 3 : 1, range: (_, low, high) => (isAll(low, high) ? full : [low, high]) },
       y: { distr: chart.log ? 3 : 1, range: rangeOfY },
