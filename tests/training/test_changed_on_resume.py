@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import steps_of
+from tiny import steps_of, undo_after, weights_of
 
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.metrics_log import read_metrics
@@ -130,3 +130,21 @@ def test_a_jump_of_the_learning_rate_is_announced(make_run, caplog) -> None:
     caplog.clear()
     make_run(request={"more_steps": 12}, optimizer={"lr": 6e-4})  # the peak is where the decay had come to
     assert "learning rate:" not in caplog.text
+
+
+def test_a_cooldown_ends_a_run_of_no_fixed_length(make_run, caplog) -> None:
+    """The rate falls from where it is to zero; an interrupted cooldown that is asked for again ends where it would have."""
+    caplog.set_level("INFO")
+    often = {"every": 2, "keep": 9}
+    run = make_run(training={"steps": 10}, schedule={"name": "constant", "warmup": 0}, checkpoint=often)
+    wanted = {"more_steps": "50%", "cooldown": True}
+    make_run(request=wanted)
+    rates = [row["lr"] for row in read_metrics(run) if "lr" in row]
+    assert len(rates) == 15 and rates[9] == 3e-3
+    assert rates[10:] == pytest.approx([3e-3 * left / 6 for left in (5, 4, 3, 2, 1)])
+    weights = weights_of(run)
+    undo_after(run, 12)
+    make_run(request=wanted)
+    assert weights_of(run) == weights and "+50% steps were already requested at step 10: 3 are left" in caplog.text
+    with pytest.raises(BadInput, match=r"--cooldown: .*holds no run to extend"):
+        make_run("another", request=wanted)

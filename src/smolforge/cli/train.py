@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import sys
 from typing import Any
@@ -29,6 +30,7 @@ examples:
   smolforge train smollm2-135m --tokens 1B          SmolLM2-135M on Cosmopedia-v2
   smolforge train smollm2-135m --data A.parquet=0.7 B.jsonl=0.3 --set optimizer.lr=1e-3
   smolforge train --out runs/pocket --steps +50     fifty more steps on an existing run
+  smolforge train --out runs/pocket --cooldown 20%   a fifth more, in which the learning rate falls to zero
   smolforge train my_run.yaml --time-limit 3h50m    save and stop before a scheduler kills the job
   smolforge train smollm2-135m --nproc 8            on eight GPUs; several machines: docs/scale.md
 
@@ -58,6 +60,11 @@ def add(verbs: Any) -> None:
     length.add_argument(
         "--minutes", type=float, metavar="X", help="train for about so long; without a preset the size follows too"
     )
+    length.add_argument(
+        "--cooldown",
+        metavar="N|X%",
+        help="end a run: let its learning rate fall to zero over N more steps, or X%% of its own",
+    )
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a model directory or Hub id")
     add_usual(parser, epochs="by an estimate", lr="optimizer.lr", batch="training.tokens_per_step", length=length)
     add_run(parser, out="runs/PRESET", setting="optimizer.lr=1e-3")
@@ -86,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     more_steps = None
     if args.steps is not None and args.steps.startswith("+"):
         more_steps = parse_positive(args.steps[1:], "--steps")
+    elif args.cooldown is not None:
+        more_steps = _parse_cooldown(args.cooldown)
     elif args.steps is not None:
         layers.setdefault("training", {})["steps"] = parse_positive(args.steps, "--steps")
     elif args.tokens is not None:
@@ -111,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         fresh=args.fresh,
         must_resume=args.resume,
         more_steps=more_steps,
+        cooldown=args.cooldown is not None,
         time_limit=time_limit,
         skip=skip,
         accept_changed_data=args.accept_changed_data,
@@ -142,6 +152,13 @@ def _is_base(word: str) -> bool:
     from smolforge.config import preset_names
 
     return word.endswith((".yaml", ".yml")) or word in preset_names()
+
+
+def _parse_cooldown(text: str) -> int | str:
+    """Steps, or a share of them as it was written; BadInput where it is neither."""
+    if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) > 0:
+        return text
+    return parse_positive(text, "--cooldown")
 
 
 def _batch_tokens(args: argparse.Namespace) -> int:

@@ -92,7 +92,7 @@ class MetricsLogger:
         self.samples: MetricsLog | None = None
         self.trackers: Trackers | None = None
 
-    def open(self, step: int, more_steps: int | None = None) -> None:
+    def open(self, step: int, more_steps: int | str | None = None) -> None:
         """Open the logs of a run at `step`, without rows of later steps; record once that `--steps +N` gave more."""
         if not self.ranks.is_main:
             return

@@ -63,7 +63,9 @@ class TrainRequest:
         layers: sections from other options, such as {"training": {"steps": 100}}.
         out: directory of the run; derived from the base where None.
         fresh: start over; an existing run there is moved aside.
-        more_steps: train so many steps beyond where the run stood when this was first requested.
+        more_steps: train so many steps, or such a share of its steps (`20%`), beyond where the run stood when this was
+            first requested.
+        cooldown: let the learning rate fall to zero over `more_steps`.
         time_limit: seconds after which to save and stop.
         until: train to this step; the schedule is that of the whole run.
         skip: ranges of steps whose data is left out.
@@ -77,7 +79,8 @@ class TrainRequest:
     out: Path | None = None
     fresh: bool = False
     must_resume: bool = False
-    more_steps: int | None = None
+    more_steps: int | str | None = None
+    cooldown: bool = False
     time_limit: float | None = None
     until: int | None = None
     skip: Sequence[tuple[int, int]] = ()
@@ -175,8 +178,8 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
         if request.must_resume:
             raise BadInput(f"{run.path} holds no run to resume", field="--resume")
         if request.more_steps is not None:
-            hint = f"--steps {request.more_steps} starts one."
-            raise BadInput(f"{run.path} holds no run to extend", field="--steps", hint=hint)
+            option = "--cooldown" if request.cooldown else "--steps"
+            raise BadInput(f"{run.path} holds no run to extend", field=option, hint="--steps N without + starts one.")
         return keep_places(build_config(request.base or "pocket", list(request.overrides), **request.layers))
     saved = keep_places(build_config(str(run.config_path)))
     base = request.base or ""
@@ -194,22 +197,27 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
     if changed.training.steps is None and changed.training.epochs == saved.training.epochs:
         changed = with_training(changed, steps=saved.training.steps)
     if request.more_steps is not None:
-        length = _extended_length(run, newest, request.more_steps)
+        begin, length = _extended_length(run, newest, request.more_steps)
         changed = with_training(changed, steps=length, tokens=None, epochs=None)
+        if request.cooldown:
+            falling = changed.schedule.model_copy(update={"name": "wsd", "decay": length - begin, "floor": 0.0})
+            changed = changed.model_copy(update={"schedule": falling})
     return changed
 
 
-def _extended_length(run: Run, newest: Path | None, more: int) -> int:
-    """The run's length in steps after `--steps +more`. Repeating the command of an interrupted run adds nothing."""
+def _extended_length(run: Run, newest: Path | None, more: int | str) -> tuple[int, int]:
+    """Where a run stood when `more` was requested, and its length in steps then.
+
+    Repeating the command of an interrupted run adds nothing.
+    """
     done = (commit.step_of(newest) or 0) if newest else 0
     events = [row for row in read_metrics(run) if row.get("event") == "extend"]
     if events and events[-1]["more"] == more and done < events[-1]["length"]:
-        length = events[-1]["length"]
-        logger.info(
-            f"+{more:,} steps were already requested at step {events[-1]['step']:,}: {length - done:,} are left"
-        )
-        return length
-    return done + more
+        begin, length = events[-1]["step"], events[-1]["length"]
+        logger.info(f"+{more} steps were already requested at step {begin:,}: {length - done:,} are left")
+        return begin, length
+    steps = max(round(done * float(more.rstrip("%")) / 100), 1) if isinstance(more, str) else more
+    return done, done + steps
 
 
 def _check_identity(run: Run, saved: RunConfig, changed: RunConfig) -> None:

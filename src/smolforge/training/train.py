@@ -137,7 +137,7 @@ class Trainer:
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
         )
 
-    def is_complete(self, more_steps: int | None = None) -> bool:
+    def is_complete(self, more_steps: int | str | None = None) -> bool:
         """Whether nothing is left to do; the user is told. `more_steps` as of `TrainRequest`."""
         step, run = self.position.step, self.context.run
         if any(self.metrics.missing(step)):
@@ -151,7 +151,7 @@ class Trainer:
         )
         return True
 
-    def run(self, more_steps: int | None = None) -> None:
+    def run(self, more_steps: int | str | None = None) -> None:
         """Train to the end; `more_steps` as of `TrainRequest`, for the log.
 
         Raises:
