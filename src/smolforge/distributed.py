@@ -77,7 +77,7 @@ class DistributedContext:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Work without collectives: an error of one rank ends it on all of them, at the same place.
+        """Work without collectives, or with those that each rank makes in any case: an error of one ends it on all.
 
         Raises:
             The rank's own error, or OtherProcessFailed; it is one of `agreed`.
@@ -89,6 +89,8 @@ class DistributedContext:
         try:
             yield
         except Exception as caught:
+            if is_lost(caught):
+                raise
             error = caught
         if self.max(int(error is not None)):
             raise self.agree(error)
@@ -123,8 +125,7 @@ class DistributedContext:
             self.is_first("error", "")
             raise
         except RuntimeError as error:
-            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-            if self.world_size == 1 or not lost:
+            if self.world_size == 1 or not is_lost(error):
                 raise
             failure = RunFailed(
                 "another process ended or was silent for too long",
@@ -144,6 +145,11 @@ class DistributedContext:
         """Leave the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error of a collective says that another rank ended, or was silent for too long."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def init_distributed(device: torch.device) -> DistributedContext:

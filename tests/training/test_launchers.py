@@ -1,6 +1,7 @@
 """What launchers do to the processes of a run: signals to all or to one, restarts, silence, and other directories."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,7 @@ import os
 from smolforge.evaluation import loss as evaluation
 from smolforge.training import checkpointing, metrics, train
 from smolforge.training import step as steps
+import torch
 rank, at = os.environ["RANK"], [0]
 step = train.Trainer._step
 def counted(self, batch):
@@ -114,6 +116,7 @@ fails({place}, {name!r}, {when})
         *(
             pytest.param(*words, marks=pytest.mark.slow)
             for words in (
+                (1, "torch.Tensor", "backward", 7, 7),  # before the first sum over the processes
                 (0, "train", "to_device", 7, 7),  # before it
                 (1, "train.Loader", "__next__", 7, 8),  # the batch after the next step
                 (0, "metrics.MetricsLogger", "_row", 7, 8),  # metrics of a step
@@ -132,6 +135,36 @@ def test_an_error_of_any_kind_on_one_process_saves_first(tmp_path: Path, rank, p
     assert "error:" not in outputs[1 - rank] and "Traceback" not in outputs[1 - rank]  # reported once
     assert commit.steps(run.checkpoints_path)[-1] == saved
     assert (f"step {saved} was saved before the error" in outputs[0]) == (saved not in (5, 10))
+
+
+FAILS_AMID_SUMS = """
+import os
+from functools import partialmethod
+from torch.nn.parallel import DistributedDataParallel
+from smolforge.training import step as steps, train
+start = DistributedDataParallel.__init__
+DistributedDataParallel.__init__ = partialmethod(start, bucket_cap_mb=0.01)  # several sums
+step, complete = train.Trainer._step, steps._Sums.complete
+def failing_step(self, batch):
+    if os.environ["RANK"] == "1" and self.position.step == 7:
+        first = next(value for name, value in self.context.model.named_parameters() if "layers.0" in name)
+        first.register_hook(lambda gradient: 1 / 0)
+    step(self, batch)
+def counting(self):
+    print(f"summed: {self.started} of {len(self.buckets)}")
+    complete(self)
+train.Trainer._step, steps._Sums.complete = failing_step, counting
+"""
+
+
+def test_an_error_amid_the_sums_of_gradients_saves_first(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    words = [tiny_file(tmp_path), "--out", str(run.path), "--steps", "20", "--set", "training.micro_batch=4"]
+    outputs = [finish(process, 1) for process in start_ranks(words, 2, first=FAILS_AMID_SUMS)]
+    assert "ZeroDivisionError" in outputs[1] and "Traceback" not in outputs[0]
+    found = re.search(r"summed: (\d+) of (\d+)", outputs[1])
+    assert found and 0 < int(found[1]) < int(found[2]), "the error came before or after all sums"
+    assert commit.steps(run.checkpoints_path)[-1] == 7 and "step 7 was saved before the error" in outputs[0]
 
 
 @pytest.mark.slow

@@ -114,10 +114,10 @@ class Preferences:
     def objective(self, batch: Batch, ranks: DistributedContext) -> tuple[Objective, int]:
         """What `train_step` differentiates for this batch, and the number of pairs in the global batch."""
         assert batch.learned is not None
-        windows = Windows(batch.tokens, batch.document_ids, batch.learned)
-        count = max(sum(ranks.all_gather(int(windows.pairs.sum()))), 1)
         with ranks.together():
+            windows = Windows(batch.tokens, batch.document_ids, batch.learned)
             reference, (_, spread) = self._reference_of(windows), windows.spread()
+        count = max(sum(ranks.all_gather(int(windows.pairs.sum()))), 1)
         valid = torch.arange(reference.shape[1]) < torch.from_numpy(windows.pairs)[:, None]
 
         def compute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from smolforge.config import RunConfig
 from smolforge.data import Batch
 from smolforge.devices import to_device
-from smolforge.distributed import DistributedContext
+from smolforge.distributed import DistributedContext, is_lost
 from smolforge.model.architecture import CausalLM
 from smolforge.model.dropout import sequence_keys
 from smolforge.training.optim import optimizer_step
@@ -39,13 +39,57 @@ class _Forward(nn.Module):
         return compute(self.model)
 
 
-def _sum(_, bucket):
+class _Sums:
+    """DDP's sums of gradients over the ranks in a step: bucket by bucket, in the same order on all of them.
+
+    Attributes:
+        buckets: the gradients of each bucket, in the order of the sums.
+        started: how many of them have been summed in this step.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[Tensor] = []
+        self.started = 0
+
+    def complete(self) -> None:
+        """Take part in the sums that are left, with whatever the buckets hold."""
+        for gradients in self.buckets[self.started :]:
+            dist.all_reduce(gradients)
+        self.started = len(self.buckets)
+
+
+def _sum(sums, bucket):
     """DDP's hook for the gradients of a bucket; without annotations, because DDP would compare their text with types.
 
     By itself DDP divides by the number of ranks. Here the loss is scaled by the tokens of the global batch.
     """
+    index = bucket.index()
+    sums.buckets[index : index + 1] = [bucket.buffer()]
+    if bucket.is_last():  # DDP may have made fewer of them than in its first pass
+        del sums.buckets[index + 1 :]
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    sums.started = index + 1
     return work.get_future().then(lambda done: done.value()[0])
+
+
+class Replica(DistributedDataParallel):
+    """Calls functions of a model so that gradients are summed over ranks in the backward pass."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__(_Forward(model), gradient_as_bucket_view=True)
+        self.sums = _Sums()
+        self.register_comm_hook(self.sums, _sum)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """One step's passes, of which the last sums. Where they fail on this rank alone, no other waits for it."""
+        self.sums.started = 0
+        try:
+            yield
+        except Exception as error:
+            if not is_lost(error):
+                self.sums.complete()
+            raise
 
 
 def _any_loss(model: CausalLM) -> Tensor:
@@ -53,8 +97,8 @@ def _any_loss(model: CausalLM) -> Tensor:
     return torch.stack([parameter.flatten()[0] for parameter in model.parameters() if parameter.requires_grad]).sum()
 
 
-def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = False) -> DistributedDataParallel | None:
-    """Calls functions of a model so that gradients are summed over ranks in the backward pass; None for a single rank.
+def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = False) -> Replica | None:
+    """The `Replica` of a model; None for a single rank.
 
     After its first backward pass DDP lays the gradients out in the order in which they came. From three ranks on, the
     last bits of a sum depend on the layout, so that happens here, always in the same way: the first step of a resumed
@@ -64,8 +108,7 @@ def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = Fa
         return None
     if compiled:  # block by block, so DDP need not cut what is compiled to sum early
         torch._dynamo.config.optimize_ddp = False
-    replica = DistributedDataParallel(_Forward(model), gradient_as_bucket_view=True)
-    replica.register_comm_hook(None, _sum)
+    replica = Replica(model)
     for _ in range(2):
         replica(_any_loss).backward()
         model.zero_grad(set_to_none=True)
@@ -84,7 +127,7 @@ def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
     lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
-    replica: DistributedDataParallel | None = None, keys: Tensor | None = None,
+    replica: Replica | None = None, keys: Tensor | None = None,
     span: Callable[[str], AbstractContextManager[Any]] = record_function, objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
@@ -115,21 +158,16 @@ def train_step(
         return model.loss(inputs, wanted, document_ids=ids, scale=scale, z_weight=config.training.z_loss)
 
     nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    loss = nats
-    with ranks.together():
+    with ranks.together(), replica.step() if replica else contextlib.nullcontext():
         for start in range(0, len(tokens), plan.micro_batch):
             rows = slice(start, start + plan.micro_batch)
             is_last = rows.stop >= len(tokens)
             with contextlib.nullcontext() if replica is None or is_last else replica.no_sync():
                 with span("forward"), plan.precision.context(tokens.device):
                     loss, part = replica(partial(compute, rows=rows)) if replica else compute(model, rows)
-                loss = scaler.scale(loss) if scaler else loss
-                if not is_last:
-                    with span("backward"):
-                        loss.backward()
+                with span("backward"):
+                    (scaler.scale(loss) if scaler else loss).backward()
             nats += part.float()
-    with span("backward"):  # with the sums over the ranks, so it is not `together`
-        loss.backward()
     model.options.dropout.keys = None  # not in evaluation and samples
     with span("update"):
         norm, skipped = optimizer_step(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, record_function
 
 from smolforge.checkpoint import commit
@@ -42,7 +41,7 @@ from smolforge.training.ranks import check_ranks
 from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
-from smolforge.training.step import dropout_keys, replicate, train_step
+from smolforge.training.step import Replica, dropout_keys, replicate, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ class Trainer:
         self.save_began, self.save_seconds = 0.0, 0.0  # the longest save, with the writing in the background
         self.saved_step = position.step if position.cursor else -1
         self.updating = False  # the weights are between two steps
-        self.replica: DistributedDataParallel | None = None
+        self.replica: Replica | None = None
         self.profiler: profile | None = None
         self.committer = Committer(
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
