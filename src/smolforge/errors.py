@@ -52,9 +52,12 @@ class ConfigError(BadInput):
     """
 
     def __init__(self, problems: list[BadInput]) -> None:
+        super().__init__(f"{len(problems)} errors in the configuration")
         self.problems = problems
-        head = "" if len(problems) == 1 else f"{len(problems)} errors in the configuration:\n"
-        super().__init__(head + "\n".join(str(problem) for problem in problems))
+
+    def __str__(self) -> str:
+        told = "\n".join(str(problem) for problem in self.problems)
+        return told if len(self.problems) == 1 else f"{self.message}:\n{told}"
 
 
 class DataError(BadInput):

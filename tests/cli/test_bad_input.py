@@ -9,6 +9,7 @@ import pytest
 from tiny import tiny_file
 
 from smolforge import cli
+from smolforge.errors import BadInput, ConfigError
 from smolforge.tales.source import write
 
 
@@ -85,6 +86,16 @@ def test_options_of_train(fail) -> None:
     assert "not allowed" in fail("train", "TINY", "--steps", "5", "--tokens", "5k")
 
 
+def test_an_option_is_named_as_it_was_typed(fail) -> None:
+    assert fail("train", "TINY", "--data=missing.txt").startswith("error: --data: ")
+    assert fail("train", "TINY", "--init", "nowhere").startswith("error: --init: ")
+    assert fail("train", "TINY", "--set", "init=nowhere").startswith("error: init: ")
+    problems = [BadInput("is too large", field="optimizer.lr"), BadInput("is odd", field="data.lanes")]
+    error = ConfigError(problems)
+    cli.name_options(error, ["train", "--lr", "9"])
+    assert str(error) == "2 errors in the configuration:\n--lr: is too large\ndata.lanes: is odd"
+
+
 def test_data_files(fail, tmp_path) -> None:
     def message(name: str, content: bytes | None) -> str:
         if content is not None:
@@ -111,11 +122,17 @@ def test_generate(fail, tmp_path, capsys) -> None:
     assert "empty" in fail("generate", "run", "")
     message = fail("generate", "run", "word " * 400)
     assert "128" in message
-    assert "temperature" in fail("generate", "run", "--temperature", "-1")
-    assert "top_p" in fail("generate", "run", "--top-p", "0")
-    assert "top_p" in fail("generate", "run", "--top-p", "1.5")
+    assert "--top-p" in fail("generate", "run", "--top-p", "1.5")
     assert "nowhere" in fail("generate", "nowhere")
     assert "missing.txt" in fail("eval", "run", "--data", "missing.txt")
+    for line in (
+        "eval run --data tales --length 0", "generate run --max-tokens -1", "generate run --temperature -1",
+        "generate run --top-p 0", "generate run --draft nowhere",
+        "export run --to merged --out new --adapter nowhere", "export run --to space --out run", "serve run --port 99999",
+        "serve run --max-batch 0",
+    ):  # fmt: skip
+        message = fail(*line.split())
+        assert message.startswith(f"error: {line.split()[-2]}: "), message
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "gpt2" in fail("generate", "other")

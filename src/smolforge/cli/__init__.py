@@ -29,6 +29,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smolforge.errors import SmolforgeError
 
 # Each verb and its module.
 VERBS = {
@@ -38,6 +42,12 @@ VERBS = {
     **{verb: verb for verb in ("data", "doctor")},
     **dict.fromkeys(("bench", "build-native"), "bench"),
 }
+
+# Keys of the configuration that an option gives under another name.
+OPTIONS = {
+    "data.sources": "--data", "training.steps": "--steps", "training.tokens": "--tokens", "training.epochs": "--epochs",
+    "training.tokens_per_step": "--batch-size", "optimizer.lr": "--lr", "lora.r": "--lora",
+}  # fmt: skip
 
 DESCRIPTION = """\
 Pretrain, resume, sample and serve your own SmolLM2-class language model.
@@ -82,6 +92,7 @@ def run(argv: Sequence[str]) -> int:
         return args.run(args)
     except SmolforgeError as error:
         if not error.is_reported:
+            name_options(error, args.words)
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
@@ -91,6 +102,15 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def name_options(error: SmolforgeError, words: Sequence[str]) -> None:
+    """Let an error name the option where its field was given by one of a command line's words."""
+    typed = {word.partition("=")[0] for word in words}
+    for problem in getattr(error, "problems", [error]):
+        option = OPTIONS.get(problem.field, f"--{problem.field}".replace("_", "-"))
+        if option in typed:
+            problem.field = option
 
 
 def parser(verb: str | None = None):

@@ -248,7 +248,11 @@ def adopt_init(config: RunConfig, newest: Path | None, request: TrainRequest) ->
         )
     if config.init is None or newest is not None:
         return config
-    directory = locate.resolve_model(config.init)
+    try:
+        directory = locate.resolve_model(config.init)
+    except CheckpointError as error:
+        error.field = "init" if error.field == "model" else error.field
+        raise
     model = format.read_config(directory)
     format.check_no_dropout(directory)
     # A name that is none of the Hub's, such as that of a file which is installed, means the file.
