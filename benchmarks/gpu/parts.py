@@ -142,15 +142,20 @@ def kernels(part: Part) -> None:
                 part.failed |= row["passed"] == "NO"
     hidden, weight = torch.randn(2048, 64, generator=generator).to(half), torch.randn(999, 64, generator=generator) / 8
     targets = torch.randint(999, (2048,), generator=generator)
-    gradients = []
-    for place, precision, compute in ((torch.device("cpu"), torch.float64, full_loss), (device, half, chunked_loss)):
-        w = weight.to(half).to(place, precision if place.type == "cpu" else torch.float32).requires_grad_()
+    cpu, gradients = torch.device("cpu"), []
+    for place, precision, compute in (
+        (cpu, torch.float64, full_loss),
+        (device, half, full_loss),
+        (device, half, chunked_loss),
+    ):
+        w = weight.to(half).to(place, precision if precision == torch.float64 else torch.float32).requires_grad_()
         compute(hidden.to(place, precision), w, targets.to(place), scale=1 / 524_288)[0].mul(65_536).backward()
         assert w.grad is not None
         gradients.append(w.grad.double().cpu())
-    # A CPU rounds each chunk's product to bf16 before it is added.
-    limit = 1e-3 if device.type == "cuda" or half == torch.float16 else 3e-3
-    part.check("gradient of the head", _relative(gradients[1], gradients[0]), limit)
+    exact, whole, chunks = gradients
+    # In bf16 rounding costs any head more than a thousandth (docs/log.md); the chunks may add one.
+    limit = 1e-3 if half == torch.float16 else _relative(whole, exact) + 1e-3
+    part.check("gradient of the head", _relative(chunks, exact), limit)
     matrices = torch.randn(4, 96, 160, generator=generator)
     part.check(
         "Muon", _relative(orthogonalize(matrices.to(device)).double().cpu(), orthogonalize(matrices).double()), 0.05
