@@ -79,7 +79,7 @@ def test_presets_and_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None
     assert output("config", "training.loss").startswith(
         "training.loss: auto, native, chunked, linear, full (default auto)"
     )
-    assert "optimizer.lr: a number (default 0.003)\n    Peak learning rate." in output("config", "optimizer")
+    assert "optimizer.lr: a number (default 0.003)\n    Peak learning rate; " in output("config", "optimizer")
     assert "data.text_column" in output("config") and "training.memory: memory or auto" in output("config")
     keys = {key["key"]: key for key in json.loads(output("config", "--json"))["keys"]}
     assert keys["training.steps"] == {
