@@ -169,8 +169,36 @@ def test_workers_and_prefetch_are_not_part_of_the_address(place: Path, whole: Ru
 
 
 def test_one_rank_two_ranks_one_rank(place: Path, whole: Run) -> None:
-    run = Run(place / "ranks")
-    words = arguments(place, run.path)
+    run = train_on_other_ranks(place / "ranks", arguments(place, place / "ranks"))
+    assert_close(run, whole)
+    assert {row["ranks"] for row in read_metrics(run) if row.get("event") == "resume"} == {1, 2}
+
+
+@pytest.mark.slow
+def test_dropout_and_average_with_kills_and_on_other_ranks(place: Path) -> None:
+    options = ["--set", "training.dropout=0.2", "--set", "training.ema=8"]
+    calm, killed = Run(place / "dropping"), Run(place / "dropping-killed")
+    finish(start(arguments(place, calm.path, *options)))
+    words = arguments(place, killed.path, *options)
+    dice = random.Random(3)
+    interrupt(words, killed, [(dice.randint(1, 6), i % 2 == 1) for i in range(4)], dice, signal.SIGKILL)
+    finish(start(words))
+    assert_equal(killed, calm)
+    assert averages_of(killed) == averages_of(calm)
+    place = place / "dropping-ranks"
+    ranks = train_on_other_ranks(place, arguments(place.parent, place, *options))
+    assert_close(ranks, calm)
+    for ours, theirs in zip(averages_of(ranks), averages_of(calm), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def averages_of(run: Run) -> list[float]:
+    return [row["average"]["loss"] for row in read_metrics(run) if "average" in row]
+
+
+def train_on_other_ranks(out: Path, words: list[str]) -> Run:
+    """A run that one process begins, two continue and one ends."""
+    run = Run(out)
     for world, until in ((1, 20), (2, 40), (1, STEPS)):
         length = [*words[: words.index("--steps")], "--steps", str(STEPS), *words[words.index("--steps") + 2 :]]
         processes = start_ranks(length, world)
@@ -180,10 +208,14 @@ def test_one_rank_two_ranks_one_rank(place: Path, whole: Run) -> None:
                 process.send_signal(signal.SIGTERM)
         for process in processes:
             finish(process, 0 if until == STEPS else 143)
+    return run
+
+
+def assert_close(run: Run, whole: Run) -> None:
+    """The same data, and losses that differ by what the order of sums changes."""
     ours, theirs = steps_of(run), steps_of(whole)
     assert [(s, d) for s, _, d in ours] == [(s, d) for s, _, d in theirs]
     assert max(abs(a - b) for (_, a, _), (_, b, _) in zip(ours, theirs, strict=True)) < 1e-6
-    assert {row["ranks"] for row in read_metrics(run) if row.get("event") == "resume"} == {1, 2}
 
 
 def test_two_processes_do_not_share_a_run(place: Path, whole: Run) -> None:

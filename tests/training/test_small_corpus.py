@@ -74,6 +74,7 @@ def test_the_average_is_a_second_checkpoint_exactly_while_it_is_best(make_run: C
     best = min(scores, key=lambda row: row[2])
     assert best[2] < min(own for _, own, _ in scores)
     assert commit.steps(noisy.average_path) == [best[0]]
+    assert "averaged weights" in noisy.report_path.read_text()
     kept, _, _ = load_model(noisy.average_path)
     last, _, _ = load_model(noisy.path)
     assert not torch.equal(kept.output_weight, last.output_weight)

@@ -26,7 +26,7 @@ from smolforge.report.charts import Columns, smooth
 from smolforge.run import Run
 
 TRAINING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "data_seconds")
-VALIDATION = ("step", "tokens", "loss", "bits_per_byte")
+VALIDATION = ("step", "tokens", "loss", "bits_per_byte", "average_bits_per_byte")
 MAX_EVENTS = 100
 MAX_TEXT = 4000
 MAX_FILE = 4 << 20
@@ -117,7 +117,10 @@ class _Rows:
             kept = {str(key)[:80]: _short(value) for key, value in list(row.items())[:30]}
             (self.events if len(self.events) < MAX_EVENTS else self.late_events).append(kept)
         elif isinstance(validation, dict):
-            _append(self.validation, {**row, **validation, "step": row["step"], "seconds": seconds})
+            scores = {**row, **validation, "step": row["step"], "seconds": seconds}
+            if isinstance(average := row.get("average"), dict):
+                scores["average_bits_per_byte"] = average.get("bits_per_byte")
+            _append(self.validation, scores)
             entropy = _finite(row.get("entropy_bits_per_byte"))
             self.entropy = entropy if entropy and entropy > 0 else self.entropy
         elif "loss" in row:

@@ -154,6 +154,8 @@ def charts(history: History, summary: RunSummary) -> ChartPage:
 
     loss = [*raw_and_smooth("loss", "training"), Series("loss", "held-out", "points", colour=2, table=1)]
     bits = [Series("bits_per_byte", "held-out", "points", colour=2, table=1)]
+    if np.isfinite(history.validation["average_bits_per_byte"]).any():
+        bits.append(Series("average_bits_per_byte", "averaged weights", "points", colour=3, table=1))
     floor = [Level("the source's own entropy", summary.entropy_bits_per_byte)] if summary.entropy_bits_per_byte else []
     gap = f"The last value is {percent(summary.gap)} above the source's entropy." if (summary.gap or 0) > 0 else ""
     clip = history.setting("training.grad_clip")

@@ -23,8 +23,8 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], list[
     """The head and the rows of the table, as text.
 
     Args:
-        rows: of the candidates, the best first: `values` ({key: value}), `mean`, `spread`, `scores`, `steps`, `tokens`,
-            `seconds` and `error`.
+        rows: of the candidates, the best first: `values` ({key: value}), `mean`, `spread`, `scores`, `rounds`, `steps`,
+            `tokens`, `seconds` and `error`.
         metric: what `mean` is, for the head.
     """
     keys = list(rows[0]["values"])
@@ -99,10 +99,10 @@ def _curves(rows: Sequence[dict[str, Any]], runs: Sequence[Path], tables: list[C
 
 def _against(key: str, rows: Sequence[dict[str, Any]], tables: list[Columns]) -> Chart:
     """The metric against a key: a line for each combination of the others, or of many combinations the best."""
-    longest = max(row["steps"] for row in rows)
+    last = max(row["rounds"] for row in rows)
     lines: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
-        if row["mean"] is not None and row["steps"] == longest:
+        if row["mean"] is not None and row["rounds"] == last:
             lines[_label(row["values"], without=key)][float(row["values"][key])] = row["mean"]
     if len(lines) > MAX_CURVES or max(map(len, lines.values())) < 2:
         best: dict[float, float] = {}

@@ -35,5 +35,6 @@ def resolve_small_corpus(given: RunConfig, config: RunConfig, epochs: float) -> 
             part = getattr(config, section).model_copy(update={key: value})
             config = config.model_copy(update={section: part})
             told.append(f"{section}.{key}={value:g}")
-    lines = [f"small corpus: the text is read {epochs:.2g} times, so {', '.join(told)}"] if told else []
-    return config, lines
+    line = f"small corpus: what is read {epochs:.2g} times is partly learned by heart; expect the training loss to end "
+    line += f"below the held-out one, which counts{'; ' if told else ''}{', '.join(told)}"
+    return config, [line]

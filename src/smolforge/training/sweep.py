@@ -45,6 +45,7 @@ class Candidate:
     Attributes:
         configs: of each trial; empty where the values cannot be, as `error` says.
         memory: bytes that a trial takes.
+        rounds: that it came through; without halving there is one.
         steps: at which its last scores were taken.
         scores: the lowest held-out value of each trial.
     """
@@ -54,6 +55,7 @@ class Candidate:
     configs: list[RunConfig] = field(default_factory=list)
     memory: int = 0
     error: str | None = None
+    rounds: int = 0
     steps: int = 0
     scores: list[float] = field(default_factory=list)
 
@@ -71,6 +73,7 @@ class Candidate:
             "mean": self.mean if self.scores else None,
             "spread": statistics.stdev(self.scores) if len(self.scores) > 1 else None,
             "scores": self.scores,
+            "rounds": self.rounds,
             "steps": self.steps,
             "tokens": int(tokens),
             "seconds": round(seconds, 1),
@@ -180,7 +183,7 @@ def run_sweep(sweep: Sweep, folder: Path, candidates: list[Candidate], jobs: int
 
 
 def _train(sweep: Sweep, candidates: list[Candidate], jobs: int) -> list[Candidate]:
-    """The candidates, the longest trained first and of these the best.
+    """The candidates, those of the last round first and of these the best.
 
     Raises:
         RunFailed: no trial came to its end.
@@ -197,13 +200,13 @@ def _train(sweep: Sweep, candidates: list[Candidate], jobs: int) -> list[Candida
         for each in alive:
             each.error = next((trial.error for trial in each.trials if trial.error), None)
             if each.error is None:
-                each.steps = goals[each.trials[0]]
+                each.rounds, each.steps = i, goals[each.trials[0]]
                 scores = [trial.score(goals[trial]) for trial in each.trials]
                 each.scores = [score for score in scores if score is not None]
         alive = sorted((each for each in alive if each.error is None), key=lambda each: each.mean)
     if not any(candidate.scores for candidate in candidates):
         raise RunFailed("no trial of the sweep came to its end", hint="The messages above say why, the logs say more.")
-    return sorted(candidates, key=lambda each: (-each.steps, each.mean))
+    return sorted(candidates, key=lambda each: (-each.rounds, each.mean))
 
 
 def _write(sweep: Sweep, folder: Path, ranked: Sequence[Candidate], rows: Sequence[dict[str, Any]]) -> None:

@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def _end_with_the_sweep() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not of sys.stdin, whose lock this thread would hold when Python ends
     os.kill(os.getpid(), signal.SIGTERM)
 
 
