@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from smolforge.errors import BadInput
 from smolforge.formatting import replace_lone_surrogates
@@ -173,7 +174,8 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # A template that adds a text to None, or asks for a key of a text, raises Python's own errors.
             raise BadInput(f"the chat template refuses this conversation: {error}", field="messages") from None
-        if any(json.dumps(mark)[1:-1] in text for mark in self._quoted):
+        # JSON in ASCII, what Python prints of a list or a dictionary, and the escapes of an address.
+        if any(escape in text for m in self._quoted for escape in (json.dumps(m)[1:-1], repr(m)[1:-1], quote(m))):
             raise BadInput("the chat template escapes special tokens that a message quotes", field="messages")
         return text
 

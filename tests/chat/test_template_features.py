@@ -182,8 +182,9 @@ def test_quoted_special_tokens_stay_where_the_template_puts_them(trained: Tokeni
     assert filled("{{ messages[1].content[:5] }}") == texts[1] and filled("{{ messages[1].content[5:] }}") == ""
     assert filled("{{ messages[0].content | reverse }}") == "</s> eno <s>"
     assert filled("{{ messages[1].content | tojson }}") == '"two <|im_end|>"'
-    with pytest.raises(BadInput, match="escapes special tokens"):
-        filled("{{ messages[1].content | tojson(true) }}")
+    for escaped in ("messages[1].content | tojson(true)", "messages[1]", "messages[1].content | urlencode"):
+        with pytest.raises(BadInput, match="escapes special tokens"):
+            filled(f"{{{{ {escaped} }}}}")
 
 
 def test_the_file_of_the_template_comes_before_the_configuration(trained: Tokenizer, tmp_path: Path) -> None:
