@@ -1,6 +1,7 @@
 """Chats without max_tokens: all run at once, hold what they use, and take no step from a stream that runs."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def memory_of(server: Server) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
+def cpu_of(server: Server) -> float:
+    """Seconds of processor time that the server's process has taken."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def running(server: Server) -> float:
     return metric(server.get("/metrics").text, "smolforge_running")
 
@@ -57,8 +64,12 @@ def test_sixteen_chats_beside_a_stream_that_runs(long_server, model, limit) -> N
 
     before, held = long_server.get("/metrics").text, memory_of(long_server)
     first = ask(0, 1000)
+    began = cpu_of(long_server)
     chats = [ask(number, limit) for number in range(1, CHATS + 1)]
     now, grown = long_server.get("/metrics").text, memory_of(long_server) - held
+    print(
+        f"limit {limit}: all have a token after {cpu_of(long_server) - began:.2f} s of processor time; {grown >> 20} MiB"
+    )
     for chat in chats:
         chat.close()
     wait_until(lambda: running(long_server) <= 1, 20)
