@@ -17,7 +17,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +39,8 @@ class DistributedContext:
 
     rank: int = 0
     world_size: int = 1
+    local_size: int = 1
+    """How many ranks each machine has; 1 where machines differ."""
     control: Any = None
     """Process group for messages between CPUs; None for a single process."""
     agreed: list[Exception] = field(default_factory=list)
@@ -112,7 +114,7 @@ class DistributedContext:
     def expect_steps(self, *, long: bool = False) -> None:
         """The first step is done: from now on no rank is silent for long, unless rank 0 writes within a step."""
         if self.world_size > 1 and not long:
-            for group in {dist.group.WORLD, self.control}:
+            for group in dist.distributed_c10d._world.pg_map:
                 dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
     @contextlib.contextmanager
@@ -186,7 +188,9 @@ def init_distributed(device: torch.device) -> DistributedContext:
         reason = str(error).strip().splitlines()[0][:200]
         raise RunFailed(f"process {rank} of {world} could not join the others at {host}:{port}: {reason}") from None
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    ranks = DistributedContext(rank, world, control, store=store)
+    ranks = DistributedContext(rank, world, control=control, store=store)
+    sizes = set(ranks.all_gather(int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    ranks = replace(ranks, local_size=sizes.pop() if len(sizes) == 1 else 1)
     if rank > 0:  # what every rank decides alike is reported once
         logging.getLogger("smolforge").setLevel(logging.WARNING)
     for handler in logging.getLogger("smolforge").handlers:
@@ -207,6 +211,28 @@ class _ReportOnce(logging.Filter):
         message = record.getMessage()
         self.seen[message] += 1  # a rank that repeats itself is heard again
         return self.ranks.is_first(f"warning {self.seen[message]}", message)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank holds some rows."""
+    return hasattr(tensor, "placements")  # so that nobody who has none imports what it takes to have one
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of a tensor that this rank holds, without gradient, and the number of the first; all unless sharded."""
+    if not is_sharded(tensor):
+        return tensor.detach(), 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    found: Any = tensor.detach()
+    _, offset = compute_local_shape_and_global_offset(found.shape, found.device_mesh, found.placements)
+    return found.to_local(), offset[0]
+
+
+def copy_whole(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into `target`, of which this rank may hold some rows only."""
+    rows, first = local_rows(target)
+    rows.copy_(whole[first : first + len(rows)] if is_sharded(target) else whole)
 
 
 def interface_to(host: str) -> str | None:

@@ -26,7 +26,7 @@ PATIENCE = 120.0  # seconds until a process that should have ended is a failure
 # Importing takes three quarters of the time of a tiny run. A process that has imported everything is forked for each.
 FORKER = """
 import json, os, sys
-import torch._dynamo, smolforge.training.train
+import torch._dynamo, torch.distributed.fsdp, smolforge.training.train
 from smolforge.cli import main
 for line in sys.stdin:
     wanted = json.loads(line)

@@ -1,13 +1,8 @@
-"""DDP sums as the plain sum would, at every number of ranks, and a resumed run sums in the same order."""
+"""DDP sums as the plain sum would."""
 
 from pathlib import Path
-from typing import Any
 
-import pytest
-from launch import finish, ranks_of, start, start_ranks
-from tiny import steps_of, tiny_file, weights_of
-
-from smolforge.run import Run
+from launch import finish, ranks_of, start
 
 AGAINST_A_PLAIN_SUM = """
 import sys
@@ -61,48 +56,3 @@ def test_bitwise_the_plain_sum_of_two_ranks() -> None:
     program = AGAINST_A_PLAIN_SUM.format(tests=str(Path(__file__).parent))
     for process in [start([], environment, first=program) for environment in ranks_of(2)]:
         finish(process)
-
-
-def trained(place: Path, name: str, world: int, steps: int, *more: str) -> Run:
-    run = Run(place / name)
-    words = [tiny_file(place), "--out", str(run.path), "--steps", str(steps), "--set", "schedule.name=constant",
-             "--set", "evaluation.every=100", "--set", "samples.every=100", "--set", "data.lanes=12",
-             "--set", "training.tokens_per_step=384", *more]  # fmt: skip
-    for process in start_ranks(words, world):
-        finish(process)
-    return run
-
-
-MUON, BF16, PARTS = ("optimizer.name=muon",), ("training.precision=bf16-pure",), ("training.micro_batch=1",)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), MUON, PARTS], ids=["adamw", "muon", "accumulated"])
-def test_one_to_four_ranks(tmp_path: Path, options: tuple[str, ...]) -> None:
-    more: list[Any] = [word for option in options for word in ("--set", option)]
-    one, *others = (trained(tmp_path, f"run-{world}", world, 20, *more) for world in (1, 2, 3, 4))
-    for run in others:
-        ours, theirs = steps_of(run), steps_of(one)
-        assert [(step, digest) for step, _, digest in ours] == [(step, digest) for step, _, digest in theirs]
-        assert max(abs(a - b) for (_, a, _), (_, b, _) in zip(ours, theirs, strict=True)) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), MUON, BF16], ids=["adamw", "muon", "bf16-pure"])
-def test_three_ranks_resume_bitwise(tmp_path: Path, options: tuple[str, ...]) -> None:
-    more = [word for option in options for word in ("--set", option)]
-    whole = trained(tmp_path, "whole", 3, 10, *more)
-    for steps in (5, 10):
-        run = trained(tmp_path, "parts", 3, steps, *more)
-    assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
-
-
-@pytest.mark.slow
-def test_a_run_of_sixteen_lanes_continues_on_any_number_of_ranks(tmp_path: Path) -> None:
-    shape = ["--set", "data.lanes=16", "--set", "training.tokens_per_step=512", "--set", "training.micro_batch=8"]
-    one = trained(tmp_path, "one", 1, 20, *shape)
-    for world, steps in ((1, 5), (3, 10), (5, 15), (2, 20)):
-        run = trained(tmp_path, "several", world, steps, *shape)
-    ours, theirs = steps_of(run), steps_of(one)
-    assert [(step, digest) for step, _, digest in ours] == [(step, digest) for step, _, digest in theirs]
-    assert max(abs(a - b) for (_, a, _), (_, b, _) in zip(ours, theirs, strict=True)) < 1e-6

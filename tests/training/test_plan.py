@@ -1,6 +1,7 @@
 """Decisions before the first step: each has an effect, a reason, and a refusal where it cannot be kept."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -135,13 +136,14 @@ def test_a_gpu_gets_the_largest_micro_batch_that_the_estimate_puts_in_half_of_it
     insert_cards([CARDS["4090"]], put=monkeypatch.setattr)
     precision = choose_precision("bf16", gpu)[0]
     for micro in (1, 2, 4, 8):
-        memory = memory_of(configured(), gpu, precision, micro, recompute=False)
+        estimate = partial(memory_of, configured(), gpu, precision)
+        memory = estimate(micro, recompute=False)
         half = memory.total - memory.process
         for short, expected in ((0, micro), (1, max(1, micro // 2))):
             insert_cards([Card("NVIDIA L4", 2 * (half - short), (8, 9))], put=monkeypatch.setattr)
-            assert plan._micro_batch(configured(), gpu, precision, 8, gpu_of(gpu)) == expected
+            assert plan._micro_batch(configured(), 8, gpu_of(gpu), estimate) == expected
     with pytest.raises(BadInput, match=r"(?s)3 does not divide the 8 sequences.*1, 2, 4, 8"):
-        plan._micro_batch(configured(micro_batch=3), gpu, precision, 8, gpu_of(gpu))
+        plan._micro_batch(configured(micro_batch=3), 8, gpu_of(gpu), memory_of)
 
 
 def on_card(monkeypatch, card: str, preset: str = "smollm2-135m", *overrides: str) -> plan.Plan:

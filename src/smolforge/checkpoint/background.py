@@ -37,22 +37,33 @@ class Committer:
         self._pool = ThreadPoolExecutor(1, "save")
         self._saving: Future[None] | None = None
 
-    def save(self, step: int, tree: Any, write: Callable[[Path, Any], None]) -> None:
+    def save(self, step: int, tree: Any, write: Callable[[Path, Any], None], *, is_copy: bool = False) -> None:
         """Commit `step`. Waits for a save that is still in flight.
 
         Args:
             tree: nested dicts, lists and tuples with the tensors to save; copied to the host here.
             write: called as `write(directory, copy of the tree)`.
+            is_copy: the tree is on the host and nobody changes it, so it is not copied again.
 
         Raises:
             The error of the save before this one; this one is then not started. When not asynchronous, also the
             error of this one.
         """
         self.wait()
+        copies = self.asynchronous and not is_copy
+        self.run(self._commit, step, snapshot(tree) if copies else tree, write)
+
+    def run(self, work: Callable[..., None], *args: Any) -> None:
+        """Do other work in the place of a save: what another process than the first writes of a checkpoint.
+
+        Raises:
+            As `save`.
+        """
+        self.wait()
         if self.asynchronous:
-            self._saving = self._pool.submit(self._commit, step, snapshot(tree), write)
+            self._saving = self._pool.submit(work, *args)
         else:
-            self._commit(step, tree, write)
+            work(*args)
 
     def _commit(self, step: int, tree: Any, write: Callable[[Path, Any], None]) -> None:
         self.last = commit(
@@ -104,7 +115,7 @@ def snapshot(tree: Any) -> Any:
             return copies[key]
         return value.copy() if type(value).__module__ == "numpy" and hasattr(value, "copy") else value
 
-    result = _map_leaves(copy, tree)
+    result = map_leaves(copy, tree)
     for device in devices:
         torch.cuda.synchronize(device)
     return result
@@ -131,16 +142,17 @@ def tree_bytes(tree: Any) -> int:
 
     def visit(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            seen[(value.data_ptr(), value.shape, value.dtype)] = value.nbytes
+            seen[(value.data_ptr() or id(value), value.shape, value.dtype)] = value.nbytes
 
-    _map_leaves(visit, tree)
+    map_leaves(visit, tree)
     return sum(seen.values())
 
 
-def _map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree`, nested dicts, lists and tuples, with `function` of each value in it."""
     if isinstance(tree, dict):
-        return {key: _map_leaves(function, inner) for key, inner in tree.items()}
+        return {key: map_leaves(function, inner) for key, inner in tree.items()}
     if isinstance(tree, (list, tuple)):
-        mapped = [_map_leaves(function, inner) for inner in tree]
+        mapped = [map_leaves(function, inner) for inner in tree]
         return mapped if isinstance(tree, list) else tuple(mapped)
     return function(tree)

@@ -79,12 +79,16 @@ def commit(checkpoints: Path, step: int, write: Callable[[Path], None], *, expec
     except BaseException as error:
         written = tree_bytes(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors reports the operating system's error only in its text.
-        if getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM):
+        if is_no_room(error):
             raise _no_room(checkpoints, step, max(expected_bytes or 0, written)) from error
         raise
     point(checkpoints, LAST, target.name)
     return target
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether a disk is full; safetensors reports the operating system's error only in its text."""
+    return getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM)
 
 
 def _seal(directory: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolforge.checkpoint.gguf import gguf_config, gguf_generation_defaults
-from smolforge.checkpoint.weights import WEIGHTS, write_safetensors
+from smolforge.checkpoint.weights import WEIGHTS, write_safetensors, write_shard_index
 from smolforge.config import ModelConfig
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json
@@ -38,6 +38,7 @@ def write_model(
     *,
     card: str = "",
     dtype: torch.dtype | None = None,
+    part: str = "",
 ) -> None:
     """Write a model directory.
 
@@ -46,6 +47,7 @@ def write_model(
         state: the model's state dict, on any device. The head of a tied model is left out.
         card: the text of README.md; no card where empty.
         dtype: floating type to store; that of `state` unless given.
+        part: end of the name of the file of weights, where other processes have written those without memory (meta).
 
     Raises:
         BadInput: the tokenizer has more tokens than the model.
@@ -54,10 +56,13 @@ def write_model(
     check_vocabulary(config, tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     weights = check_weights(config, state)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    own = {name: tensor.detach() for name, tensor in weights.items() if tensor.device.type != "meta"}
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in own.items()}
     # One key only: the library writes metadata in an order that changes from run to run.
-    write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
-    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_safetensors((directory / WEIGHTS).with_stem(f"model{part}"), tensors, metadata={"format": "pt"})
+    if part:
+        write_shard_index(directory, weights)
+    stored = str(dtype or next(iter(weights.values())).dtype).removeprefix("torch.")
     specials = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(directory / CONFIG, describe(config, stored, specials))
     _write_json(directory / GENERATION_CONFIG, specials)

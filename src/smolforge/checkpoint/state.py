@@ -28,13 +28,15 @@ _FORMAT = 1
 _EXACT = 1 << 53
 
 
-def save_state(directory: Path, tree: Any) -> None:
+def save_state(directory: Path, tree: Any, *, part: str = "") -> None:
     """Write `tree` into `directory` (made if missing).
 
     Args:
         tree: nested dicts, lists and tuples of tensors, numpy arrays, numbers, strings, bytes, booleans and None.
             Tensors come back on the CPU, without gradients; subclasses of dict come back as dict. Other
-            types are refused rather than changed silently.
+            types are refused rather than changed silently. Tensors without memory (meta) are those that another
+            process writes.
+        part: end of the name of the file of tensors, where several processes write one.
 
     Raises:
         TypeError: a value of another type, named by its path in the tree.
@@ -42,8 +44,15 @@ def save_state(directory: Path, tree: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     writer = _Writer()
     encoded = {"format": _FORMAT, "tree": writer.encode(tree, "")}
-    write_safetensors(directory / TENSORS, writer.tensors)
+    write_safetensors((directory / TENSORS).with_stem(f"{Path(TENSORS).stem}{part}"), writer.tensors)
     (directory / TREE).write_text(json.dumps(encoded, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def tensors_of(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by the names under which `save_state` writes them; those without memory are left out."""
+    writer = _Writer()
+    writer.encode(tree, "")
+    return writer.tensors
 
 
 def load_state(directory: Path) -> Any:
@@ -61,7 +70,8 @@ def load_state(directory: Path) -> Any:
     content = read_json(path, limit=MAX_TREE_BYTES)
     if content.get("format") != _FORMAT or "tree" not in content:
         raise CheckpointError(f"has format {content.get('format')!r}, expected {_FORMAT}", field=str(path))
-    tensors = read_safetensors(directory / TENSORS)
+    files = sorted(directory.glob(f"{Path(TENSORS).stem}*.safetensors")) or [directory / TENSORS]
+    tensors = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
     try:
         return _decode(content["tree"], tensors)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error) as error:
@@ -75,6 +85,7 @@ class _Writer:
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[int, tuple[str, Any]] = {}  # by identity: a tensor used twice is stored once
         self._storages: set[int] = set()
+        self._taken = {"__metadata__"}
 
     def encode(self, value: Any, path: str) -> Any:
         import numpy as np
@@ -110,9 +121,12 @@ class _Writer:
         if id(original) in self._names:
             return self._names[id(original)][0]
         name = path.lstrip(".") or "tensor"
-        while name in self.tensors or name == "__metadata__":
+        while name in self._taken:
             name += "_"
+        self._taken.add(name)
         self._names[id(original)] = (name, original)  # the reference keeps the id from being used again
+        if tensor.device.type == "meta":
+            return name
         # A copy where the tensor is a part of a larger storage or shares it: the library stores whole ones only.
         plain = tensor.detach().to("cpu").contiguous()
         storage = plain.untyped_storage()

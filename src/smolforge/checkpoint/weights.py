@@ -11,12 +11,13 @@ Format: https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from smolforge.checkpoint.gguf import read_gguf_weights
-from smolforge.errors import CheckpointError
+from smolforge.errors import CheckpointError, RunFailed
 from smolforge.files import read_json
 from smolforge.gguf_file import is_gguf, open_gguf
 
@@ -74,6 +75,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
+
+
+def write_shard_index(directory: Path, names: Collection[str]) -> None:
+    """Write the index of a model whose weights are in several files of `directory`, which must hold `names` together.
+
+    Raises:
+        RunFailed: they do not.
+    """
+    files = {path.name: read_safetensors(path) for path in sorted(directory.glob("model-*.safetensors"))}
+    mapping = {name: file for file, tensors in files.items() for name in tensors}
+    if different := sorted(mapping.keys() ^ set(names)):
+        raise RunFailed(f"the parts of the checkpoint do not make up the model: {different[0]}")
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    content = {"metadata": {"total_size": size}, "weight_map": {name: mapping[name] for name in names}}
+    (directory / SHARD_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def weight_files(directory: Path) -> list[Path]:

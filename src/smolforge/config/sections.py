@@ -230,6 +230,8 @@ class TrainingConfig(Section):
     """Largest global norm of the gradient; 0 turns clipping off."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log normaliser in the loss."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes share a run; auto shards where a copy of the model on each would not fit."""
     memory: ByteSize | Literal["auto"] = "auto"
     """Memory to stay within, 6GB (10**9 bytes each) or 6GiB (2**30); picks micro_batch and activation checkpointing."""
     loss: Literal["auto", "native", "chunked", "linear", "full"] = "auto"

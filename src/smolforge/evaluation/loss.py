@@ -130,7 +130,8 @@ def evaluate(
         with ranks.together(), torch.no_grad():
             inputs, targets, documents = piece.windows(length)
             mine = range(ranks.rank, len(inputs), ranks.world_size)
-            for start in range(0, len(mine), batch):
+            # As many batches on each rank, because a forward pass of a sharded model is one of all ranks.
+            for start in range(0, -(-len(inputs) // ranks.world_size), batch):
                 between()
                 rows = list(mine[start : start + batch])
                 missing = ((0, batch - len(rows)), (0, 0))

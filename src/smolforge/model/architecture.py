@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from smolforge import model as package
 from smolforge.config import ModelConfig
 from smolforge.devices import to_device
+from smolforge.distributed import copy_whole, local_rows
 from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
 from smolforge.model.attention import Attend, document_mask, positions_in_documents
@@ -323,11 +324,11 @@ def initialise(model: CausalLM, seed: int) -> None:
     std, layers = model.config.initializer_range, model.config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # else the weight of a norm
+            local_rows(parameter)[0].fill_(0.0 if name.endswith("bias") else 1.0)  # else the weight of a norm
             continue
         scale = std / (2 * layers) ** 0.5 if name.endswith(model.residual_projections) else std
         # Drawn on the CPU, so that a seed means the same weights on every device.
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        copy_whole(parameter, torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def build_model(
@@ -338,12 +339,14 @@ def build_model(
     seed: int | None = 0,
     compile: bool = False,
     dropout: float = 0.0,
+    shard: Callable[[CausalLM], None] | None = None,
     **options: Any,
 ) -> CausalLM:
     """The model of `config`, with new weights of `seed`, or with memory not yet filled where `seed` is None.
 
     `device="meta"` with `seed=None` takes no memory. `compile` is whether to call `compile_training`, `dropout` is the
-    rate, and `options` are the other fields of `ComputeOptions`.
+    rate, and `options` are the other fields of `ComputeOptions`. `shard` divides the parameters among ranks while they
+    have no memory yet.
 
     Raises:
         BadInput: there is no such architecture, attention or loss, or the architecture cannot have this shape.
@@ -352,6 +355,8 @@ def build_model(
     with torch.device("meta"), _WithoutInitialisation():
         model = architecture.build(config, ComputeOptions(**options, dropout=Dropout(dropout)))
     model = model.to(dtype)
+    if shard is not None:
+        shard(model)
     if str(device) != "meta":
         model = model.to_empty(device=device)
     if seed is not None:

@@ -79,6 +79,7 @@ class MemoryEstimate:
     head: int
     saving: int
     average: int = 0
+    gathered: int = 0
     process: int = 500_000_000  # Python and torch before there is a model: an allowance, not a measurement
 
     @property
@@ -89,7 +90,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.activations + self.head + self.saving + self.process
+        return self.state + self.activations + self.head + self.saving + self.gathered + self.process
 
 
 def estimate_memory(
@@ -109,6 +110,7 @@ def estimate_memory(
     adapter: int = 0,
     dropout: bool = False,
     average: bool = False,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
@@ -128,10 +130,11 @@ def estimate_memory(
         adapter: parameters of an adapter, in fp32, where only these learn.
         dropout: whether there is, which keeps a byte for each entry that a branch adds.
         average: whether an average of the weights that learn is kept, in fp32.
+        shards: ranks that the state is cut among (FSDP2); then layers are whole only while they compute.
     """
     groups = count_groups(config)
     width, inner = stored.itemsize, (computed or stored).itemsize
-    weights, learned, moments, casts = _state_bytes(groups, width, inner, optimizer, adapter)
+    state = _state_bytes(groups, width, inner, optimizer, adapter, shards)
     tokens, layers = sequences * length, config.num_hidden_layers
     entries = _layer_entries(config, attention, copies=adapter > 0 and inner == 2)
     layer = tokens * (entries * inner + 2 * config.hidden_size * dropout)
@@ -143,14 +146,12 @@ def estimate_memory(
     per_logit = inner if loss == "native" else inner + 8
     narrow_table = config.vocab_size * config.hidden_size * inner if inner != width and not adapter else 0
     return MemoryEstimate(
-        weights=weights,
-        gradients=learned,
-        moments=moments,
-        casts=casts,
+        **state,
         activations=mask + (layers * stream + layer if recompute else layers * layer),
         head=rows * config.vocab_size * per_logit + narrow_table + 2 * stream,
-        saving=learned + moments + averaged if save_copy else 0,
+        saving=state["gradients"] + state["moments"] + averaged if save_copy else 0,
         average=averaged,
+        gathered=_gathered_bytes(groups, layers, inner) if shards > 1 else 0,
     )
 
 
@@ -166,13 +167,28 @@ def _layer_entries(config: ModelConfig, attention: str | None, *, copies: bool) 
     return kept + (12 * config.hidden_size if copies else 0)
 
 
-def _state_bytes(groups: dict[str, int], width: int, inner: int, optimizer: str, adapter: int) -> tuple[int, ...]:
+def _state_bytes(
+    groups: dict[str, int], width: int, inner: int, optimizer: str, adapter: int, shards: int
+) -> dict[str, int]:
     """Bytes of weights, gradients, moments and casts, of numbers of `width` bytes stored and `inner` computed."""
     count, hidden = sum(groups.values()), groups["attention"] + groups["mlp"]
     if adapter:  # the model itself is stored in the precision that it computes in
-        return count * inner + 4 * adapter, 4 * adapter, 8 * adapter, 0
+        return {"weights": count * inner + 4 * adapter, "gradients": 4 * adapter, "moments": 8 * adapter, "casts": 0}
     moments = {"muon": (2 * count - hidden) * width, "adamw8bit": 2 * count}.get(optimizer, 2 * count * width)
-    return count * width, count * width, moments, (count - groups["norm"]) * inner if inner != width else 0
+    # Shards are cast before they are gathered.
+    casts = (count - groups["norm"]) * inner if inner != width and shards == 1 else 0
+    parts = {"weights": count * width, "gradients": count * width, "moments": moments, "casts": casts}
+    return {name: -(-size // shards) for name, size in parts.items()}
+
+
+def _gathered_bytes(groups: dict[str, int], layers: int, inner: int) -> int:
+    """Bytes of what FSDP2 holds whole for a while: embedding and head, two layers, their gradients, and what is summed.
+
+    Args:
+        inner: bytes of a number that is computed with; gradients are summed in fp32.
+    """
+    layer, rest = (groups["attention"] + groups["mlp"]) // layers, groups["embedding"] + groups["head"]
+    return 2 * rest * inner + 3 * layer * inner + 4 * layer
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:

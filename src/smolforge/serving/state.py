@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from smolforge import hub
 from smolforge.checkpoint import commit, locate
+from smolforge.checkpoint.weights import weight_files
 from smolforge.errors import CheckpointError
 from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
@@ -82,9 +82,7 @@ class ModelSource:
             adapter=settings.adapter if step is None else None,
         )  # fmt: skip
         assert engine.directory is not None
-        directory = engine.directory
-        weights = directory if is_gguf(directory) else directory / "model.safetensors"
-        created = int(weights.stat().st_mtime if weights.is_file() else time.time())
+        created = int(weight_files(engine.directory)[0].stat().st_mtime)
         return LoadedModel(engine, commit.step_of(engine.directory.resolve()), created)
 
 

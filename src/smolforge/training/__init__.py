@@ -25,6 +25,7 @@ In the order to read them:
     recipe.py          optimizer, peak, batch and decay of new weights, from their number and the tokens of the run
     precision.py       the numbers that a run computes in
     plan.py            device, precision, batch, memory and kernels, each with its reason
+    parallel.py        copies (DDP) or shards (FSDP2) on several ranks, and whole tensors of shards
     forecast.py        a run on GPUs that need not be here: the plan, time, storage and cost
     launch.py          `--nproc`: several processes on this machine
     ranks.py           what the processes of a run must have in common

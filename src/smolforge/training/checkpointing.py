@@ -14,6 +14,7 @@ import math
 import random
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ from torch import Tensor, nn
 
 from smolforge.checkpoint import commit, format, locate
 from smolforge.checkpoint.adapter import ADAPTER, write_adapter
-from smolforge.checkpoint.background import snapshot, tree_bytes
+from smolforge.checkpoint.background import Committer, snapshot, tree_bytes
 from smolforge.checkpoint.card import card_text
-from smolforge.checkpoint.state import load_state, save_state
+from smolforge.checkpoint.parts import Parts, new_staging
+from smolforge.checkpoint.state import load_state, save_state, tensors_of
 from smolforge.data import merge_cursors
 from smolforge.data.cursor import accepted_cursor
+from smolforge.distributed import copy_whole, is_sharded
 from smolforge.errors import CheckpointError
 from smolforge.files import read_json_lines
 from smolforge.model.lora import adapter_state, merged_state
+from smolforge.training.parallel import share_out
 from smolforge.training.run_model import check_base, load_adapter, load_weights
 from smolforge.training.setup import TrainContext
 
@@ -74,10 +78,35 @@ def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(context: TrainContext, directory: Path, tree: Any) -> None:
-    """Fill a checkpoint's directory from the copied tree."""
-    _write_model(context, directory, tree["training"]["step"], tree["weights"])
-    save_state(directory / "training", tree["training"])
+def start_save(context: TrainContext, position: Position, committer: Committer) -> Parts | None:
+    """Save, in the background where saving is asynchronous. Called by all ranks together.
+
+    Returns:
+        This rank's part in the checkpoint of a sharded run; else None.
+    """
+    tree, ranks, parts = state_tree(context, position), context.ranks, None
+    if context.plan.shards > 1:
+        with ranks.together():
+            staging = new_staging(context.run.checkpoints_path, position.step) if ranks.is_main else None
+        parts = Parts(ranks.broadcast(staging), ranks.rank, ranks.world_size)
+        tree = share_out(tree, ranks)
+    with ranks.together():
+        if ranks.is_main:
+            write = partial(write_checkpoint, context, parts)
+            committer.save(position.step, tree, write, is_copy=parts is not None)
+        elif parts:
+            weights = {name: tensor for name, tensor in tree["weights"].items() if tensor.device.type != "meta"}
+            committer.run(parts.write, weights, tensors_of({"optimizer": tree["training"]["optimizer"]}))
+    return parts
+
+
+def write_checkpoint(context: TrainContext, parts: Parts | None, directory: Path, tree: Any) -> None:
+    """Fill a checkpoint's directory from the copied tree, and from `parts` of it that other ranks write."""
+    if parts:
+        parts.collect(directory)
+    part = parts.suffix if parts else ""
+    _write_model(context, directory, tree["training"]["step"], tree["weights"], part)
+    save_state(directory / "training", tree["training"], part=part)
 
 
 def keep_average(context: TrainContext, step: int, own: float, averaged: float) -> None:
@@ -112,7 +141,7 @@ def _weights(context: TrainContext) -> dict[str, Tensor]:
     return adapter_state(context.model) if context.config.lora.r else context.model.state_dict()
 
 
-def _write_model(context: TrainContext, directory: Path, step: int, state: dict[str, Tensor]) -> None:
+def _write_model(context: TrainContext, directory: Path, step: int, state: dict[str, Tensor], part: str = "") -> None:
     """Write the model with these weights, or with an adapter of these merged and beside it."""
     rows = list(read_json_lines(context.run.metrics_path))
     card = card_text(context.config, step=step, rows=rows)
@@ -123,7 +152,7 @@ def _write_model(context: TrainContext, directory: Path, step: int, state: dict[
         write_adapter(directory / ADAPTER, config.lora, state, place)
         context.tokenizer.save(directory / ADAPTER, max_length=config.model.max_position_embeddings)
         state = merged_state(context.model, state)
-    format.write_model(directory, config.model, state, context.tokenizer, card=card)
+    format.write_model(directory, config.model, state, context.tokenizer, card=card, part=part)
 
 
 def restore(context: TrainContext, directory: Path) -> Position:
@@ -172,6 +201,10 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tre
 def _moved(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """`value` on the parameter's device, where fused kernels want even step counts; moments in its precision."""
     is_moment = value.dim() and value.shape == parameter.shape and value.is_floating_point()
+    if is_moment and is_sharded(parameter):
+        moment = torch.zeros_like(parameter)
+        copy_whole(moment, value)
+        return moment
     return value.to(parameter.device, parameter.dtype if is_moment else value.dtype)
 
 

@@ -20,6 +20,7 @@ from smolforge.training.plan import Plan, make_plan, memory_of
 from smolforge.training.recipe import resolve_batch, resolve_recipe
 
 CUDA = torch.device("cuda")
+PER_MACHINE = 8  # GPUs, where there are more
 TEXT_BYTES = 4.1  # in a token of SmolLM2's tokenizer: 4.0 of WikiText-2, 4.1 of classic books, 4.2 of TinyStories
 
 
@@ -77,13 +78,19 @@ class Forecast:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights and moments."""
-        return self.memory.weights + self.memory.moments
+        """Weights and moments, of all shards."""
+        return self.plan.shards * (self.memory.weights + self.memory.moments)
 
     @property
     def step_bytes(self) -> float:
-        """Bytes of gradients that each GPU sends in a step, by a ring."""
-        return 2 * (self.gpus - 1) / self.gpus * self.memory.gradients
+        """Bytes that each GPU sends in a step: gradients, of fsdp parameters too, of hsdp those between machines."""
+        shards, copies, precision = self.plan.shards, self.gpus // self.plan.shards, self.plan.precision
+        if copies > 1:
+            return 2 * (copies - 1) / copies * self.memory.gradients
+        # Each pass gathers all parameters for forward and backward, and sums the gradients in fp32.
+        passes = self.plan.sequences // self.plan.micro_batch
+        each = 2 * (precision.autocast or precision.weights).itemsize + 4
+        return passes * each * count_parameters(self.config.model) * (shards - 1) / shards
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, JSON-able; bytes and seconds."""
@@ -92,7 +99,11 @@ class Forecast:
         found |= {"gpu": asdict(self.gpu), "steps": self.config.total_steps, "memory": asdict(self.memory)}
         found |= {"tokens_per_step": self.config.tokens_per_step, "micro_batch": self.plan.micro_batch}
         found |= {"precision": self.plan.precision.name, "reasons": self.plan.reasons}
+        found |= {"parallel": self.plan.parallel, "shards": self.plan.shards}
         return found | ({"cost": self.cost} if self.price else {})
+
+    def _written(self) -> str:
+        return f", {size(self.checkpoint_bytes / self.gpus)} written by each process" if self.plan.shards > 1 else ""
 
     def lines(self) -> list[str]:
         """For people: the decisions, then the figures."""
@@ -103,12 +114,13 @@ class Forecast:
             f"length: {steps:,} steps, {count(self.tokens)} tokens, {self.tokens / parameters:.1f} for each parameter",
             f"time: {duration(self.seconds)} at an assumed {self.mfu:.0%} of the peak ({count(rate)} tokens/s, "
             f"{second:.2f} s a step); measured nowhere",
-            f"checkpoint: {size(self.checkpoint_bytes)}",
+            f"checkpoint: {size(self.checkpoint_bytes)}{self._written()}",
             f"data: about {size(rate * TEXT_BYTES)} of text a second",
         ]
         if self.gpus > 1:
             gigabits = 8 * self.step_bytes / (0.1 * second) / 1e9
-            sent = f"{size(self.step_bytes)} of gradients from each GPU a step"
+            what = {"fsdp": "parameters and gradients", "hsdp": "gradients to other machines"}
+            sent = f"{size(self.step_bytes)} of {what.get(self.plan.parallel, 'gradients')} from each GPU a step"
             lines.append(f"network: {sent}; {gigabits:.1f} Gbit/s keep that below a tenth of the step")
         if self.price:
             lines.append(f"cost: {self.cost:,.2f} at {self.price:g} per GPU and hour")
@@ -118,13 +130,15 @@ class Forecast:
 
 
 def forecast(config: RunConfig, gpus: int, gpu: Gpu, *, mfu: float = 0.4, price: float = 0.0) -> Forecast:
-    """What the run of `config` would be on so many of these GPUs, one process each.
+    """What the run of `config` would be on so many of these GPUs, one process each, `PER_MACHINE` in a machine.
 
     Raises:
         BadInput: they cannot share its batch, or the memory that it sets is not enough.
     """
     config, recipe = resolve_recipe(resolve_batch(config, CUDA))
-    plan = make_plan(config, CUDA, gpus, gpu)
+    plan = make_plan(config, CUDA, gpus, gpu, local=min(gpus, PER_MACHINE))
     plan.reasons.extend(recipe)
-    memory = memory_of(config, CUDA, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu)
+    memory = memory_of(
+        config, CUDA, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu, shards=plan.shards
+    )
     return Forecast(config, gpu, gpus, plan, memory, mfu, price)

@@ -25,9 +25,11 @@ from smolforge.files import read_json_lines
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.metrics_log import MetricsLog
+from smolforge.model.architecture import CausalLM
 from smolforge.model.summary import flops_per_token
 from smolforge.report import write_report
 from smolforge.training.checkpointing import keep_average, lowest_loss
+from smolforge.training.parallel import whole_model
 from smolforge.training.progress import ProgressBar, Throughput
 from smolforge.training.setup import TrainContext
 from smolforge.training.shutdown import GracefulShutdown
@@ -275,16 +277,18 @@ class MetricsLogger:
 
     def sample(self, step: int) -> None:
         """Continue the fixed prompts on rank 0. Called by all ranks together."""
+        precision = self.plan.precision
+        model = whole_model(self.context.model, self.ranks, precision.autocast or precision.weights)
         with self.ranks.together():
-            self._write_samples(step)
+            self._write_samples(step, model)
 
-    def _write_samples(self, step: int) -> None:
+    def _write_samples(self, step: int, model: CausalLM) -> None:
         """Continue the fixed prompts on rank 0; the step is the seed, so a resumed run writes the same."""
         prompts = self._prompts()
         if not (self.samples and self.trackers and prompts):
             return
         settings = self.config.samples.model_dump(include={"max_tokens", "temperature", "top_p"})
-        engine = Engine.from_model(self.context.model, self.context.tokenizer)
+        engine = Engine.from_model(model, self.context.tokenizer)
         texts, reasons = [""] * len(prompts), [""] * len(prompts)
         for output in engine.stream(map(self._encode, prompts), SamplingParams(**settings, seed=step)):
             self._poll_single_rank()

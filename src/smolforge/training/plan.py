@@ -7,7 +7,9 @@ again, so a resumed run computes exactly what the uninterrupted one would have.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from smolforge.model import attention as attentions
 from smolforge.model.lora import count_adapter_parameters
 from smolforge.model.loss import chunk_of
 from smolforge.model.summary import MemoryEstimate, estimate_memory, flops_per_token
+from smolforge.training.parallel import choose_parallel
 from smolforge.training.precision import Precision, choose_precision
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
@@ -48,6 +51,8 @@ class Plan:
         loss: a key of `model.loss.LOSSES`.
         update: which code updates weights in bf16, as of `optim.OptimizerBuilder`.
         recompute: whether the backward pass computes each layer's activations again instead of keeping them.
+        parallel: how the ranks share the run, as of `parallel.choose_parallel`.
+        shards: into how many shards the state is cut; 1 where each rank has all of it.
         reasons: one line per decision, for the terminal and the report.
     """
 
@@ -61,6 +66,8 @@ class Plan:
     loss: str = "chunked"
     update: str = "torch"
     recompute: bool = False
+    parallel: str = "single"
+    shards: int = 1
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -84,11 +91,14 @@ def with_training(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
-def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, device: torch.device, world_size: int, gpu: Gpu | None = None, *, local: int | None = None
+) -> Plan:
     """Decide all that the configuration leaves to the machine; BadInput where the machine cannot do what was asked.
 
     Args:
         gpu: a GPU to plan for, of each process; that of `device` unless given.
+        local: processes of each machine; all unless given.
     """
     sequences = _share(config, world_size)
     gpu = gpu or gpu_of(device)
@@ -97,7 +107,11 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     precision, reason = choose_precision(config.training.precision, device, gpu)
     reasons.append(f"precision: {precision.name} ({reason})")
     attention, attention_reason = _choose_attention(config, device, precision, gpu)
-    micro, recompute, memory = _fit_memory(config, device, precision, sequences, gpu)
+    parallel, shards, parallel_reason = _choose_parallel(config, device, precision, world_size, local, gpu)
+    if parallel != "single":
+        reasons.append(f"parallel: {parallel} ({parallel_reason})")
+    estimate = partial(memory_of, config, device, precision, gpu=gpu, shards=shards)
+    micro, recompute, memory = _fit_memory(config, device, sequences, gpu, estimate)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
         f"{'at most ' if config.sequences_per_step % world_size else ''}"
@@ -120,7 +134,10 @@ def make_plan(config: RunConfig, device: torch.device, world_size: int, gpu: Gpu
     threads = config.training.threads or physical_cores(world_size)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
-    return Plan(device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, reasons)
+    return Plan(
+        device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, parallel, shards,
+        reasons,
+    )  # fmt: skip
 
 
 def _share(config: RunConfig, world_size: int) -> int:
@@ -135,28 +152,42 @@ def _share(config: RunConfig, world_size: int) -> int:
     return -(-sequences // world_size)
 
 
+def _choose_parallel(
+    config: RunConfig, device: torch.device, precision: Precision, world: int, local: int | None, gpu: Gpu | None
+) -> tuple[str, int, str]:
+    budget = config.training.memory
+    if budget == "auto":
+        budget = gpu.memory / 2 if gpu else None  # as of `_micro_batch`
+
+    def needed(shards: int) -> int:
+        memory = memory_of(config, device, precision, 1, recompute=False, gpu=gpu, shards=shards)
+        return memory.total - (memory.process if gpu else 0)
+
+    return choose_parallel(config, precision, world, local or world, needed, budget)
+
+
 def _fit_memory(
-    config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None
+    config: RunConfig, device: torch.device, sequences: int, gpu: Gpu | None, estimate: Callable[..., MemoryEstimate]
 ) -> tuple[int, bool, str]:
-    """Micro-batch, whether to recompute activations, and the reason where `training.memory` decided."""
+    """Micro-batch, whether to recompute activations, and the reason where memory decided; `estimate` as `memory_of`."""
     budget, asked = config.training.memory, config.training.micro_batch
     tunes = budget == "auto" and device.type == "cpu" and config.data.format != "text"
     if tunes:
         budget = LORA_MEMORY if config.lora.r else TUNING_MEMORY
     if budget == "auto":
-        micro = _micro_batch(config, device, precision, sequences, gpu)
-        return micro, False, _memory_by_part(config, device, precision, micro, gpu) if gpu else ""
+        micro = _micro_batch(config, sequences, gpu, estimate)
+        return micro, False, _memory_by_part(estimate(micro, recompute=False), gpu) if gpu else ""
     choices = _divisors(sequences)
     if asked != "auto" or tunes:
-        most = _micro_batch(config, device, precision, sequences, gpu)
+        most = _micro_batch(config, sequences, gpu, estimate)
         choices = [most] if asked != "auto" else [micro for micro in choices if micro <= most]
     for recompute in (False, True):
         for micro in choices:
-            needed = memory_of(config, device, precision, micro, recompute=recompute, gpu=gpu).total
+            needed = estimate(micro, recompute=recompute).total
             if needed <= budget:
                 how = "activations computed again in the backward pass" if recompute else "activations kept"
                 return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
-    least = memory_of(config, device, precision, choices[-1], recompute=True, gpu=gpu).total
+    least = estimate(choices[-1], recompute=True).total
     if tunes:
         return choices[-1], True, f"about {least / 1e9:.2f} GB, activations computed again in the backward pass"
     raise BadInput(
@@ -166,16 +197,15 @@ def _fit_memory(
     )
 
 
-def _memory_by_part(config: RunConfig, device: torch.device, precision: Precision, micro: int, gpu: Gpu) -> str:
-    found = memory_of(config, device, precision, micro, recompute=False, gpu=gpu)
-    parts = {"state": found.state, "activations": found.activations, "head": found.head}
-    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+def _memory_by_part(found: MemoryEstimate, gpu: Gpu) -> str:
+    parts = {"state": found.state, "gathered": found.gathered, "activations": found.activations, "head": found.head}
+    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
     return f"about {(found.total - found.process) / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB ({shares})"
 
 
 def memory_of(
     config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool,
-    gpu: Gpu | None = None,
+    gpu: Gpu | None = None, shards: int = 1,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
     gpu = gpu or gpu_of(device)
@@ -187,11 +217,11 @@ def memory_of(
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
         adapter=count_adapter_parameters(config.model, config.lora),
-        dropout=config.training.dropout > 0, average=config.training.ema > 0,
+        dropout=config.training.dropout > 0, average=config.training.ema > 0, shards=shards,
     )  # fmt: skip
 
 
-def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, sequences: int, gpu: Gpu | None) -> int:
+def _micro_batch(config: RunConfig, sequences: int, gpu: Gpu | None, estimate: Callable[..., MemoryEstimate]) -> int:
     """The micro-batch as asked; otherwise the largest that fits half of a GPU's memory, or few enough for a CPU.
 
     It divides the `sequences` of a rank: where what was asked for does not, it is the next smaller number that does.
@@ -211,7 +241,7 @@ def _micro_batch(config: RunConfig, device: torch.device, precision: Precision, 
         return next(d for d in choices if d <= most)
     # Half: what the backward pass holds besides, workspaces and fragments are not in the estimate.
     half = gpu.memory / 2
-    needed = (memory_of(config, device, precision, d, recompute=False, gpu=gpu) for d in choices)
+    needed = (estimate(d, recompute=False) for d in choices)
     return next((d for d, memory in zip(choices, needed, strict=True) if memory.total - memory.process <= half), 1)
 
 

@@ -45,7 +45,7 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Decide the plan and the length, and open data, tokenizer and held-out text."""
     check_optimizer(config.optimizer.name)
-    plan = make_plan(config, device, ranks.world_size)
+    plan = make_plan(config, device, ranks.world_size, local=ranks.local_size)
     epochs = 0.0  # through text, by a run that begins
     corpus = open_corpus(run, config, newest, ranks, accept_changes=accept_changes)
     tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
@@ -56,7 +56,7 @@ def prepare(
             config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
     derived, recipe = resolve_recipe(config)
     config, small = resolve_small_corpus(config, derived, epochs)
-    plan = make_plan(config, device, ranks.world_size)
+    plan = make_plan(config, device, ranks.world_size, local=ranks.local_size)
     plan.reasons.extend([*recipe, *small])
     return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
 

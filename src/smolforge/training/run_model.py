@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from smolforge.checkpoint import commit, format, locate, weights
 from smolforge.checkpoint.adapter import read_adapter
 from smolforge.checkpoint.card import optimizer_of
 from smolforge.config import RunConfig
+from smolforge.distributed import copy_whole
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.model.lora import adapter_state, add_adapter
+from smolforge.training.parallel import shard_model
 from smolforge.training.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ def build_run_model(config: RunConfig, plan: Plan, newest: Path | None, *, with_
     options = plan.model_options
     if lora:
         options |= {"dtype": plan.precision.autocast or plan.precision.weights, "sparse_embedding": False}
+    if plan.shards > 1:
+        options |= {"shard": partial(shard_model, device=plan.device, precision=plan.precision, shards=plan.shards)}
     model = build_model(
         config.model,
         seed=config.training.seed if newest is None and config.init is None else None,
@@ -57,12 +62,12 @@ def load_weights(model: CausalLM, directory: Path) -> None:
     own = format.read_config(directory)
     shape = model.config.model_copy(update={"vocab_size": min(own.vocab_size, model.config.vocab_size)})
     found = format.check_weights(shape, weights.read_weights(directory), str(directory))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            rows = found[name]
-            parameter[: len(rows)].copy_(rows)
+    for name, parameter in model.named_parameters():
+        rows = found[name]
+        if missing := len(parameter) - len(rows):
             # New tokens begin as the mean of the others: a token that was never trained must not stand out.
-            parameter[len(rows) :].copy_(rows.mean(0, keepdim=True))
+            rows = torch.cat((rows, rows.mean(0, keepdim=True).expand(missing, -1)))
+        copy_whole(parameter, rows)
 
 
 def load_adapter(model: CausalLM, directory: Path) -> None:

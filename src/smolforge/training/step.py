@@ -20,6 +20,7 @@ from smolforge.devices import to_device
 from smolforge.distributed import DistributedContext, is_lost
 from smolforge.model.architecture import CausalLM
 from smolforge.model.dropout import sequence_keys
+from smolforge.model.loss import IGNORE
 from smolforge.training.optim import optimizer_step
 from smolforge.training.plan import Plan
 
@@ -123,6 +124,19 @@ def dropout_keys(config: RunConfig, batch: Batch, device: torch.device) -> Tenso
     return to_device(sequence_keys(config.training.seed, batch.step * config.sequences_per_step, numbers), device)
 
 
+def _sums_in_last(model: CausalLM, plan: Plan, replica: Replica | None, is_last: bool) -> AbstractContextManager[Any]:
+    """The context of a pass, in which gradients are summed among copies only if it is the last one of the step."""
+    if plan.parallel == "hsdp":
+        model.set_requires_all_reduce(is_last)  # pyright: ignore[reportCallIssue]
+    return contextlib.nullcontext() if replica is None or is_last else replica.no_sync()
+
+
+def _loss_of_nothing(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As `CausalLM.loss`, of a pass in which nothing is learned."""
+    model.options.dropout.keys = None
+    return model.loss(tokens[:1, :-1].contiguous(), torch.full_like(tokens[:1, 1:], IGNORE))
+
+
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
@@ -148,6 +162,8 @@ def train_step(
     """
 
     def compute(model: CausalLM, rows: slice) -> tuple[Tensor, Tensor]:
+        if rows.start >= len(tokens):  # the other ranks of a sharded model have a sequence more
+            return _loss_of_nothing(model, tokens)
         model.options.dropout.keys = None if keys is None else keys[rows]
         ids = None if document_ids is None else document_ids[rows, :-1].contiguous()
         inputs = tokens[rows, :-1].contiguous()
@@ -158,11 +174,14 @@ def train_step(
         return model.loss(inputs, wanted, document_ids=ids, scale=scale, z_weight=config.training.z_loss)
 
     nats = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    with ranks.together(), replica.step() if replica else contextlib.nullcontext():
-        for start in range(0, len(tokens), plan.micro_batch):
+    # Each pass of a sharded model is a collective: all ranks make as many, and none can fail alone.
+    count_all = plan.sequences if plan.shards > 1 else len(tokens)
+    together = contextlib.nullcontext() if plan.shards > 1 else ranks.together()
+    with together, replica.step() if replica else contextlib.nullcontext():
+        for start in range(0, count_all, plan.micro_batch):
             rows = slice(start, start + plan.micro_batch)
-            is_last = rows.stop >= len(tokens)
-            with contextlib.nullcontext() if replica is None or is_last else replica.no_sync():
+            is_last = rows.stop >= count_all
+            with _sums_in_last(model, plan, replica, is_last):
                 with span("forward"), plan.precision.context(tokens.device):
                     loss, part = replica(partial(compute, rows=rows)) if replica else compute(model, rows)
                 with span("backward"):

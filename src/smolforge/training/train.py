@@ -14,7 +14,6 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.profiler import profile, record_function
 
 from smolforge.checkpoint import commit
 from smolforge.checkpoint.background import Committer
+from smolforge.checkpoint.parts import Parts
 from smolforge.data import Batch, Loader
 from smolforge.devices import choose_device, to_device
 from smolforge.distributed import DistributedContext, init_distributed
@@ -132,6 +132,7 @@ class Trainer:
         self.updating = False  # the weights are between two steps
         self.replica: Replica | None = None
         self.profiler: profile | None = None
+        self.parts: Parts | None = None  # of the checkpoint that is written last
         self.committer = Committer(
             context.run.checkpoints_path, asynchronous=self.config.checkpoint.asynchronous, after=self._after_save
         )
@@ -179,7 +180,8 @@ class Trainer:
 
     def _replicate(self) -> None:
         self.replica = None  # at most one may hear of the gradients
-        self.replica = replicate(self.context.model, self.ranks, compiled=self.plan.compile)
+        if self.plan.parallel == "ddp":
+            self.replica = replicate(self.context.model, self.ranks, compiled=self.plan.compile)
 
     def _steps(self) -> None:
         """Step until the end, a stop, or a roll-back."""
@@ -363,10 +365,7 @@ class Trainer:
             self.save_began = time.perf_counter()
             self._flush_metrics(keep=0)
             self._wait_for_save()
-            tree = checkpointing.state_tree(self.context, self.position)
-            with self.ranks.together():
-                if self.ranks.is_main:
-                    self.committer.save(step, tree, partial(checkpointing.write_checkpoint, self.context))
+            self.parts = checkpointing.start_save(self.context, self.position, self.committer)
             self.saved_step = step
         if last or step == self.total:
             self._wait_for_save()
@@ -381,6 +380,8 @@ class Trainer:
     def _save_before(self, error: Exception) -> None:
         """Save what an error would lose, between two updates; several ranks only where all of them know of it."""
         step = self.position.step
+        if self.parts and error not in self.ranks.agreed:
+            self.parts.abandon()
         can = error in self.ranks.agreed if self.ranks.world_size > 1 else not isinstance(error, RunFailed)
         if self.updating or not can or step in (0, self.saved_step):
             return

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from smolforge.config import OptimizerConfig, ScheduleConfig
-from smolforge.distributed import DistributedContext
+from smolforge.distributed import DistributedContext, is_sharded
 from smolforge.errors import unknown
 
 # (model on its device, section `optimizer` of the configuration, *, update) -> optimizer. `update` is the code that
@@ -123,7 +123,9 @@ def optimizer_step(
     set_learning_rate(optimizer, lr)
     if scaler:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    if is_sharded(norm):
+        norm = norm.full_tensor()
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     finite = torch.isfinite(nats)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smolforge import kernels
 from smolforge.config import OptimizerConfig
+from smolforge.distributed import local_rows
 from smolforge.errors import BadInput
 from smolforge.training.optim import parameter_groups, register, skipped
 
@@ -85,7 +86,7 @@ def update_in_pieces(*args: Any) -> None:
 
 
 def native_update(*args: Any) -> None:
-    """`update_at_once` on a CPU, from adamw.cpp: one pass over the memory. Sharded parameters go to torch."""
+    """`update_at_once` on a CPU, from adamw.cpp: one pass over the memory."""
     *tensors, key, skip, rates, beta1, beta2 = args
     if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in tensors):
         update_in_pieces(*args)
@@ -158,10 +159,15 @@ class StochasticAdamW(torch.optim.Optimizer):
                     skips[device] = skipped(self.found_inf, device)
                 skip = skips[device]
                 state["step"] += (~skip).float()
-                key = _key(self.seed, number, state["step"])
+                weight, first = local_rows(parameter)
+                gradient, mean, square = (
+                    local_rows(each)[0] for each in (parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                )
+                # The bits of an element do not depend on the rank that has it.
+                key = _key(self.seed, number, state["step"]) + first * parameter.shape[1:].numel()
                 self._update(
-                    parameter.view(-1), parameter.grad.contiguous().view(-1), state["exp_avg"].view(-1),
-                    state["exp_avg_sq"].view(-1), key, skip, _rates(group, state["step"]), beta1, beta2,
+                    weight.view(-1), gradient.contiguous().view(-1), mean.view(-1), square.view(-1),
+                    key, skip, _rates(group, state["step"]), beta1, beta2,
                 )  # fmt: skip
         return None
 

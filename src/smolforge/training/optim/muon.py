@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smolforge.config import OptimizerConfig
 from smolforge.devices import half_precision
+from smolforge.distributed import is_sharded, local_rows
 from smolforge.errors import BadInput
 from smolforge.model.architecture import CausalLM
 from smolforge.training.optim import parameter_groups, register, skipped
@@ -57,6 +58,33 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def _precision(device: torch.device) -> torch.dtype:
     """Of the iterations: fp32 on a CPU, 16 bits elsewhere, where matrix products in fp32 are slow."""
     return torch.float32 if device.type == "cpu" else half_precision(device)
+
+
+def _rows(tensors: list[Tensor]) -> list[Tensor]:
+    return [local_rows(tensor)[0] for tensor in tensors]
+
+
+def _orthogonalize_together(rows: Tensor, like: Any) -> Tensor:
+    """`orthogonalize` of matrices that may be sharded: each rank does some of them whole.
+
+    Args:
+        rows: (N, rows of this rank, columns); all rows unless sharded.
+        like: a parameter of the shape of one matrix, sharded as all of them are.
+
+    Returns:
+        As `rows`.
+    """
+    if not is_sharded(like):
+        return orthogonalize(rows)
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, (height, width) = like.device_mesh, like.shape
+    by_rows, by_matrix = ([Shard(dim) if p.is_shard() else p for p in like.placements] for dim in (1, 0))
+    whole: dict[str, Any] = {"shape": (len(rows), height, width), "stride": (height * width, width, 1)}
+    given = DTensor.from_local(rows.contiguous(), mesh, by_rows, run_check=False, **whole)
+    mine = given.redistribute(placements=by_matrix).to_local()
+    done = DTensor.from_local(orthogonalize(mine).contiguous(), mesh, by_matrix, run_check=False, **whole)
+    return done.redistribute(placements=by_rows).to_local()
 
 
 @register("muon")
@@ -116,14 +144,16 @@ class Muon(torch.optim.AdamW):
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            momenta = _rows([self.state[parameter]["momentum"] for parameter in parameters])
+            weights = _rows(parameters)
             # Matrices of one shape go through all of it together: a few large operations instead of many small.
-            gradients, old = torch.stack([p.grad for p in parameters if p.grad is not None]), torch.stack(momenta)
+            gradients = torch.stack(_rows([p.grad for p in parameters if p.grad is not None]))
+            old = torch.stack(momenta)
             means = torch.lerp(gradients, old, self.momentum)
             torch._foreach_copy_(momenta, torch.where(skip, old, means).unbind())  # pyright: ignore[reportPrivateImportUsage]
             looks_ahead = torch.lerp(gradients, means, self.momentum)  # Nesterov's
             del gradients, old, means  # each is as large as all these matrices
-            updates = orthogonalize(looks_ahead).mul(group["lr"] * _SIZE * max(shape) ** 0.5)
-            old = torch.stack(parameters)
+            updates = _orthogonalize_together(looks_ahead, parameters[0]).mul(group["lr"] * _SIZE * max(shape) ** 0.5)
+            old = torch.stack(weights)
             new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(updates)
-            torch._foreach_copy_(parameters, torch.where(skip, old, new).unbind())  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(weights, torch.where(skip, old, new).unbind())  # pyright: ignore[reportPrivateImportUsage]
