@@ -45,6 +45,8 @@ def test_a_run_leaves_what_it_promises(make_run) -> None:
     assert saved.model.hidden_size == 32 and saved.training.steps == 20
     environment = json.loads((run.path / "environment.json").read_text())
     assert any(line.startswith("precision: fp32") for line in environment["decisions"])
+    tokenizer = json.loads((run.checkpoints_path / "last" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == saved.model.max_position_embeddings == 128
 
 
 def test_transformers_loads_the_checkpoint_and_writes_the_same(make_run) -> None:

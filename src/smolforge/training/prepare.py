@@ -70,7 +70,8 @@ def _open_tokenizer(
         wanted, source = source.train, run.path / "tokenizer"
         if ranks.is_main and not (source / "tokenizer.json").is_file():
             logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
-            Tokenizer.train(islice(corpus.texts(held_out=False), wanted.documents), wanted.vocab_size).save(source)
+            texts, longest = corpus.texts(held_out=False), config.model.max_position_embeddings
+            Tokenizer.train(islice(texts, wanted.documents), wanted.vocab_size).save(source, max_length=longest)
         ranks.barrier()
     tokenizer = Tokenizer.from_pretrained(source)
     if config.data.format != "text":
