@@ -11,7 +11,7 @@ COMPILER := $(shell command -v g++ || command -v clang++ || command -v c++)
 COMMA := ,
 EXTRAS := web$(if $(COMPILER),,$(COMMA)native)
 
-.PHONY: demo talk test test-browser lint soak bench wheel wheel-check install clean help
+.PHONY: demo talk test test-browser lint soak bench wheel wheel-check package docs install clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,17 @@ wheel: $(VENV)/installed         ## wheels with the native code ready built, for
 
 wheel-check: $(VENV)/installed-dev     ## a wheel without a compiler: train, generate, serve (downloads torch)
 	$(BIN)/python -m pytest -m slow -s tests/kernels/test_wheel.py
+
+package:         ## sdist and this machine's wheel, checked by twine, in dist/ (needs no torch)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) build twine
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+docs:            ## the site of docs/ in build/site; a warning is an error (needs no torch)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material mkdocstrings-python ruff
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(VENV)/installed-dev     ## make .venv with every extra but the trackers
 

@@ -72,7 +72,7 @@ def gpu_named(text: str) -> Gpu:
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device of a name: cpu, cuda, cuda:N, another of torch's, or auto for CUDA where it works, else the CPU.
+    """The device of a name: cpu, cuda, cuda:N, mps, another of torch's, or auto for CUDA where it works, else the CPU.
 
     The environment variable SMOLFORGE_DEVICE, which `--device` sets, says what `auto` is. Of several processes on a
     machine each takes the GPU of its LOCAL_RANK.
@@ -89,7 +89,11 @@ def choose_device(wanted: str = "auto") -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise BadInput(f"{asked!r} is not a device", field="device", hint="Give cpu, cuda, cuda:N or auto.") from None
+        raise BadInput(
+            f"{asked!r} is not a device", field="device", hint="Give cpu, cuda, cuda:N, mps or auto."
+        ) from None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("torch finds no Apple GPU on this machine", field="device", hint="Use --device cpu.")
     if device.type != "cuda":
         return device
     if missing := _cuda_unavailable():
@@ -172,6 +176,11 @@ def has_bf16(device: torch.device) -> bool:
 def half_precision(device: torch.device) -> torch.dtype:
     """The precision of 16 bits that a device computes fast in: bf16, or fp16 on a GPU without it."""
     return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """What long sums of losses are kept in: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:

@@ -95,18 +95,26 @@ def free_bytes(directory: Path) -> int:
     """Bytes that an ordinary user can still write where `directory` is (or will be)."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(directory).free
+
+
+def user_cache() -> Path:
+    """smolforge's folder in the user's cache, where the system has it: $XDG_CACHE_HOME or ~/.cache on Linux."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("smolforge", appauthor=False)
 
 
 def sync_file(path: Path) -> None:
     """Flush a file to the disk."""
-    with path.open("rb") as file:
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only what could be written
         os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:
     """Flush the names in `directory` to the disk: files are fsynced one by one, their names with this."""
+    if os.name == "nt":  # which opens no directories, and keeps names in its journal
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,7 +23,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)  # without a torn last line
 
     def append(self, row: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ class MetricsLog:
         if len(kept) < len(lines):
             write_atomically(self.path, b"".join(kept))
             os.close(self._descriptor)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
         return len(lines) - len(kept)
 
     def close(self) -> None:

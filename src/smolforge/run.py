@@ -51,6 +51,8 @@ class Run:
         """The directory of step-00000000 directories."""
         self.average_path = self.path / "average"
         """The averaged weights, while they predict held-out text best: a directory like that of checkpoints."""
+        self.frames_path = self.path / "frames"
+        """The directory of early models for the time-lapse, named as checkpoints are."""
         self.lock_path = self.path / "lock"
         """The file that `lock_run` locks."""
 
@@ -77,10 +79,11 @@ class Run:
         Raises:
             BadInput: there is no run here, or a DataFrame is wanted and pandas is not installed.
 
-        >>> import smolforge
-        >>> rows = smolforge.Run("runs/pocket").history(frame=False)
-        >>> [row["step"] for row in rows if "loss" in row][:1]
-        [1]
+        Examples:
+            >>> import smolforge
+            >>> rows = smolforge.Run("runs/pocket").history(frame=False)
+            >>> [row["step"] for row in rows if "loss" in row][:1]
+            [1]
         """
         from smolforge.metrics_log import read_metrics
 
@@ -158,38 +161,48 @@ class Run:
 def lock_run(run: Run) -> Iterator[None]:
     """Keep a second process from writing a run.
 
-    Uses `flock` on RUN/lock: the kernel releases it when the holder ends, however it ends, so no lock is ever stale.
-    The file stays, since removing it would let two processes lock two files of one name. On a network filesystem the
-    lock may hold on one machine only; where locking is not supported at all a warning says so and the run continues.
+    Locks the file RUN/lock as filelock does: the system releases it when the holder ends, however it ends, so no lock
+    is ever stale. The file stays, since removing it would let two processes lock two files of one name. On a network
+    filesystem the lock may hold on one machine only; where locking is not supported at all a warning says so and the
+    run continues.
 
     Raises:
         RunLocked: another process has it; its pid and host are named.
     """
-    import fcntl
+    from filelock import lock_descriptor, unlock_descriptor
 
     run.lock_path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(run.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "another process"
-            raise RunLocked(
-                f"{run.path} is being written by {holder}",
-                field="out",
-                hint="Wait for it, stop it, or give another directory with --out.",
-            ) from None
+            locked = lock_descriptor(descriptor, blocking=False)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             logger.warning(f"{run.path}: this filesystem has no locks; do not start the run twice")
+        else:
+            if not locked:
+                raise RunLocked(
+                    f"{run.path} is being written by {lock_holder(run) or 'another process'}",
+                    field="out",
+                    hint="Wait for it, stop it, or give another directory with --out.",
+                )
         holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        os.write(descriptor, b"\n" + holder.encode())
         os.fsync(descriptor)  # other machines compare it, see `training.ranks`
         yield
     finally:
         # Unlocked by name, not only closed: a forked child may still have a copy of the descriptor.
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            unlock_descriptor(descriptor)
         os.close(descriptor)
+
+
+def lock_holder(run: Run) -> str:
+    """What the process that locked a run wrote of itself; empty where none did."""
+    if not run.lock_path.is_file():
+        return ""
+    with run.lock_path.open("rb", buffering=0) as file:
+        file.seek(1)  # Windows keeps others from reading the first byte, which is the one that is locked
+        return file.read(4096).decode(errors="replace").strip()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
 import sys
 
+import filelock
 import pytest
 
 from smolforge import cli, devices
@@ -29,6 +33,10 @@ def test_everything_is_looked_at(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "nothing is in the way of training here" in capsys.readouterr().out
 
 
+def no_locks(*_: object, **__: object) -> bool:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 def test_what_does_not_work_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
@@ -36,7 +44,7 @@ def test_what_does_not_work_is_said(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("SMOLFORGE_NATIVE", "0")
-    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(filelock, "lock_descriptor", no_locks)
     monkeypatch.setattr(doctor, "EXTRAS", {"web": "fastapi", "wings": "no_such_package"})
 
     def refuse(wanted: str = "auto") -> None:
@@ -46,6 +54,21 @@ def test_what_does_not_work_is_said(
     found = look(capsys, code=1)
     assert found["hub"] == ("note", "http://127.0.0.1:9 does not answer (ConnectError): local text and models work")
     assert found["native"][0] == "note" and "SMOLFORGE_NATIVE=0" in found["native"][1]
-    assert found["locks"][0] == "fault" and "fcntl" in found["locks"][1]
+    assert found["locks"][0] == "fault" and "No locks available" in found["locks"][1]
     assert found["extras"][1] == "web; not here: pip install 'smolforge[wings]'"
     assert found["device"] == ("fault", "device: the driver is too old Install a newer one.")
+
+
+def test_looking_imports_nothing_that_takes_seconds(tmp_path) -> None:
+    """torch has to be imported to be looked at; what is heavy beside it is not."""
+    program = (
+        "import sys\nfrom smolforge import cli\nassert cli.run(['doctor']) == 0\n"
+        "heavy = ('transformers', 'torch._dynamo', 'torch._inductor', 'pyarrow', 'tokenizers', 'tensorboard', 'fastapi',"
+        " 'lm_eval', 'gradio', 'wandb', 'scipy', 'pandas', 'sympy')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr

@@ -19,6 +19,7 @@ JSON object.
     config.py        presets; the keys of a configuration
     data.py          which documents fed a step; the embedded corpus as a file
     doctor.py        what works on this machine
+    completion.py    completion of words in a shell
     bench.py         speed on this machine; the kernels compiled for it ahead of time
 """
 
@@ -39,7 +40,7 @@ VERBS = {
     **{verb: verb for verb in ("train", "sweep", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
     **dict.fromkeys(("presets", "config"), "config"),
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
-    **{verb: verb for verb in ("data", "doctor")},
+    **{verb: verb for verb in ("data", "doctor", "completion")},
     **dict.fromkeys(("bench", "build-native"), "bench"),
 }
 

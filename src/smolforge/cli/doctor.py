@@ -133,12 +133,13 @@ def _disk() -> tuple[str, str]:
 def _locks() -> tuple[str, str]:
     import tempfile
 
-    try:
-        import fcntl
-    except ImportError:
-        return "fault", "this system has no fcntl, which keeps two processes from writing one run"
+    from filelock import lock_descriptor
+
     with tempfile.TemporaryFile(dir=Path.cwd() if os.access(Path.cwd(), os.W_OK) else None) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            lock_descriptor(file.fileno(), blocking=False)
+        except OSError as error:
+            return "fault", f"files cannot be locked here ({error}), so two processes could write one run"
     return "ok", "files can be locked here, so no run is written twice at a time"
 
 

@@ -68,7 +68,9 @@ def add_numbers(parser: Any, kind: type, metavar: str, *options: tuple[str, Any,
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`, which `cli.run` hands on as SMOLFORGE_DEVICE."""
-    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU where one works)")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: a GPU of CUDA where one works)"
+    )
 
 
 def add_run(parser: argparse.ArgumentParser, *, out: str, setting: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.errors import DataError, RunFailed, SmolforgeError
+from smolforge.files import user_cache
 
 SCRATCH_LIMIT = 16 << 30  # bytes of whole files while the cache is off
 TRIM_EVERY = 64 << 20  # bytes written between two looks at the whole folder
@@ -27,8 +28,7 @@ BLOCK = 1 << 20
 
 def cache_directory(given: Path | None) -> Path:
     """`$SMOLFORGE_CACHE`, else the `given` folder, else smolforge's folder in the user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SMOLFORGE_CACHE") or given or Path(user, "smolforge"))
+    return Path(os.environ.get("SMOLFORGE_CACHE") or given or user_cache())
 
 
 class Cache:

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from smolforge.devices import sum_type
 from smolforge.distributed import DistributedContext
 from smolforge.errors import DataError
 from smolforge.generation.runners import Runner
@@ -123,7 +124,7 @@ def evaluate(
         between: called between batches; it may raise to stop.
     """
     ranks = ranks or DistributedContext()
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=sum_type(torch.device(device)), device=device)
     was_training = model.training
     model.eval()
     try:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from smolforge.files import user_cache
 from smolforge.kernels import variants
 from smolforge.kernels.variants import NativeUnavailable, Variant
 
@@ -41,7 +42,7 @@ def build(directory: Path | None = None) -> Path:
         NativeUnavailable: there is no compiler, or it failed; the message holds its last words.
     """
     compiler = find_compiler()
-    directory = directory or _cache_directory()
+    directory = directory or user_cache()
     path = directory / f"kernels-{_key(compiler)}.so"
     if not path.is_file():
         # A wait that nobody asked for is announced, whoever needs the library.
@@ -105,10 +106,6 @@ def _compile(compiler: tuple[str, ...], options: tuple[str, ...], path: Path) ->
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"{path.name} cannot be compiled: {error}") from None
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolforge"
 
 
 def _key(compiler: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolforge import kernels
+from smolforge.devices import sum_type
 from smolforge.errors import BadInput, unknown
 
 # As `torch_chunk_loss`.
@@ -212,9 +213,9 @@ def linear_loss(
 def evaluation_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """As `chunked_loss`, without gradients; sums of chunks are added in fp64."""
+    """As `chunked_loss`, without gradients; sums of chunks are added in fp64 where the device has it."""
     used = weight.to(hidden.dtype)
-    loss, nats = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    loss, nats = torch.zeros(2, dtype=sum_type(hidden.device), device=hidden.device)
     chunk = chunk_of(hidden.device)
     for rows, words in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         part, part_nats = full_loss(rows, used, words, scale=1.0, z_weight=z_weight)

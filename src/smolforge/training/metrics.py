@@ -6,7 +6,7 @@ Rank 0 writes. Validation runs on all ranks, which share its windows.
 from __future__ import annotations
 
 import logging
-import resource
+import mmap
 import shlex
 import sys
 import time
@@ -328,9 +328,14 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, IndexError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        pass
+    try:
+        import resource  # of Unix
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def tell_outcome(context: TrainContext) -> None:

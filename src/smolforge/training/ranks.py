@@ -8,16 +8,16 @@ from importlib.metadata import version
 from smolforge.config import RunConfig
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput
-from smolforge.run import Run
+from smolforge.run import Run, lock_holder
 
 SHARED_SECONDS = 20.0  # until a file is seen on the other machines of a network filesystem
 
 
 def check_ranks(run: Run, config: RunConfig, ranks: DistributedContext) -> None:
     """Raise BadInput on all ranks where one sees another directory, or has another version or configuration."""
-    holder = ranks.broadcast(_holder(run) if ranks.is_main else None)
+    holder = ranks.broadcast(lock_holder(run) if ranks.is_main else None)
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (same := _holder(run) == holder) and time.monotonic() < deadline:
+    while not (same := lock_holder(run) == holder) and time.monotonic() < deadline:
         time.sleep(0.5)
     found = ranks.all_gather((same, version("smolforge"), config.to_yaml()))
     for rank, (same, installed, text) in enumerate(found):
@@ -33,7 +33,3 @@ def check_ranks(run: Run, config: RunConfig, ranks: DistributedContext) -> None:
             pairs = zip(found[0][2].splitlines(), text.splitlines(), strict=False)
             first, other = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
             raise BadInput(f"process {rank} has another configuration than process 0: {other!r}, not {first!r}")
-
-
-def _holder(run: Run) -> str | None:
-    return run.lock_path.read_text() if run.lock_path.is_file() else None

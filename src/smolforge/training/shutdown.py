@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 # A launcher passes a signal on that a scheduler has sent to each process already: that is still the first one.
 REPEATED_SECONDS = 3.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Schedulers send SIGUSR1 as a warning that SIGTERM will follow, hence the same exit code.
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):  # Schedulers send it as a warning that SIGTERM will follow; Windows has none.
+    EXIT_CODES[signal.SIGUSR1] = 143
 
 
 class StopRequested(BaseException):
