@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import shutil
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving_fixtures import STEPS, metric, write_chat_model
+from smolforge.checkpoint import commit
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.generation import CHAT_SAMPLING
 from smolforge.run import Run
@@ -489,6 +491,71 @@ def test_time_lapse_shows_each_checkpoint_under_one_seed(tiny_run):
         assert texts[STEPS[-1]] == served["choices"][0]["text"]
         assert client.post("/page/timelapse", json={**body, "steps": [7]}).status_code == 400
         until(lambda: len(client.service.thread._models) == 1)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tiny_run, tmp_path_factory):
+    """A directory with the tiny run and a shorter one, of which the first was written to last."""
+    folder = tmp_path_factory.mktemp("several") / "runs"
+    shutil.copytree(tiny_run, folder / "long", symlinks=True)
+    shutil.copytree(tiny_run, folder / "short", symlinks=True)
+    shutil.rmtree(folder / "short" / "checkpoints" / commit.step_name(STEPS[-1]))
+    (folder / "notes").mkdir()
+    for run, age in (("short", 100), ("long", 50)):
+        for path in (folder / run).glob("*.*"):
+            os.utime(path, (time.time() - age,) * 2)
+    return folder
+
+
+def test_a_directory_of_runs_serves_the_newest_until_another_is_chosen(two_runs):
+    with app_of(two_runs, page=True) as client:
+        state = client.get("/page/state").json()
+        assert (state["runs"], state["run"], state["step"]) == (["long", "short"], "long", STEPS[-1])
+        body = {"prompt": "Once upon a time", "max_tokens": 12, "seed": 3}
+
+        def written() -> str:
+            news = events(client.post("/page/write", json=body))
+            return "".join(token["text"] for part in news[1:] for token in part["tokens"])
+
+        first = written()
+        chosen = client.post("/page/serve", json={"run": "short"})
+        assert chosen.json()["run"] == "short" and chosen.json()["step"] == STEPS[1]
+        assert client.get("/v1/models").json()["data"][0]["id"] == "short"
+        assert written() != first
+        assert events(client.post("/page/timelapse", json=body))[0] == {"steps": list(STEPS[:2])}
+        back = client.post("/page/serve", json={"run": "long"})
+        assert back.json()["step"] == STEPS[-1] and written() == first
+        for wrong in ("notes", "../runs/long", "", "nothing"):
+            refusal = client.post("/page/serve", json={"run": wrong})
+            assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "run"
+        assert client.get("/page/state").json()["run"] == "long"
+
+
+def test_runs_of_a_directory_are_read_together_and_new_ones_appear(two_runs, tmp_path):
+    shutil.copytree(two_runs, tmp_path / "runs", symlinks=True)
+    with app_of(tmp_path / "runs", page=True) as client:
+        found = client.get("/page/runs", params={"name": ["short", "long", "nothing"]}).json()["runs"]
+        assert [run["run"] for run in found] == ["short", "long"] and all(run["curves"]["loss"] for run in found)
+        assert found[1] == client.get("/page/run").json()
+        shutil.copytree(tmp_path / "runs" / "short", tmp_path / "runs" / "third", symlinks=True)
+        assert client.get("/page/state").json()["runs"] == ["long", "short", "third"]
+        assert client.get("/page/runs", params={"name": ["x"] * 9}).status_code == 400
+
+
+def test_a_run_that_cannot_be_loaded_leaves_the_served_one(two_runs, tmp_path):
+    shutil.copytree(two_runs, tmp_path / "runs", symlinks=True)
+    shutil.rmtree(tmp_path / "runs" / "short" / "checkpoints")
+    (tmp_path / "runs" / "short" / "checkpoints").mkdir()
+    with app_of(tmp_path / "runs", page=True) as client:
+        refusal = client.post("/page/serve", json={"run": "short"})
+        assert refusal.status_code >= 400 and "no checkpoint yet" in refusal.json()["error"]["message"]
+        assert client.get("/page/state").json()["run"] == "long" and client.get("/health").status_code == 200
+
+
+def test_one_run_has_no_others(tiny_run):
+    with app_of(tiny_run, page=True) as client:
+        assert client.get("/page/state").json()["runs"] == []
+        assert client.post("/page/serve", json={"run": tiny_run.name}).status_code == 400
 
 
 def test_training_tab_reads_a_growing_and_a_rewritten_log(tiny_run, tmp_path):

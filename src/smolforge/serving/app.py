@@ -133,16 +133,18 @@ def about(state: ServerState) -> APIRouter:
 
 async def load_and_follow(state: ServerState) -> None:
     """Load the model. For a run: wait for its first checkpoint and take over each newer one."""
-    thread, source, seconds = state.thread, state.source, state.settings.follow_seconds
-    tried: int | None = None  # the newest step that was tried: a damaged checkpoint is read once
+    thread, seconds = state.thread, state.settings.follow_seconds
+    source, tried = state.source, None  # the newest step that was tried: a damaged checkpoint is read once
     while True:
+        if source is not state.source:  # a visitor of the page chose another run
+            source, tried = state.source, None
         newest = max(source.steps(), default=None) if source.follows else None
         served = thread.model.step if thread.model else None
         newer = newest is not None and newest != tried and (served is None or newest > served)
         if newer or (thread.model is None and not source.follows):
             tried = newest
             try:
-                await _load(state)
+                await state.load(source)
             except Exception as error:
                 logger.error("cannot load %s: %s", source.model, error, exc_info=not isinstance(error, SmolforgeError))
                 # A later checkpoint can be whole; a draft that does not fit the first one fits none.
@@ -153,21 +155,6 @@ async def load_and_follow(state: ServerState) -> None:
         if thread.model is not None and not (source.follows and seconds):
             return
         await asyncio.sleep(seconds or 2.0)
-
-
-async def _load(state: ServerState) -> None:
-    thread, source = state.thread, state.source
-    model = await asyncio.get_running_loop().run_in_executor(thread.loader, source.open, state.settings)
-    before = thread.model
-    if before is not None and (model.step or 0) <= (before.step or 0):
-        return  # the newer checkpoint is damaged, and this is an older one
-    await thread.install(model)
-    thread.problem = None
-    logger.info("serving %s from %s", source.name, model.engine.directory)
-    for decision in model.engine.decisions:
-        logger.info("%s", decision)
-    if before is not None:
-        state.metrics.swaps.inc()
 
 
 async def _answer(_: Request, error: Exception) -> Response:

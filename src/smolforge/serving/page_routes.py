@@ -12,10 +12,11 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.responses import HTMLResponse, Response
 
@@ -30,7 +31,7 @@ from smolforge.serving.engine_thread import ServerRequest
 from smolforge.serving.errors import as_api_error, refused
 from smolforge.serving.openai_routes import prompt_ids, token_string
 from smolforge.serving.schemas import API_SAMPLING, StrictModel, Text
-from smolforge.serving.state import ServerState
+from smolforge.serving.state import ModelSource, ServerState
 from smolforge.serving.streaming import EventStream, cancel_on_exit, event
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ ALTERNATIVES = 5
 MAX_TOKENS = 1024
 SHOWN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # settings with a control
 MAX_CHECKPOINTS = 8  # of one time-lapse
+MAX_COMPARED = 8  # runs in one chart
 CURVES = ("loss", "lr", "tokens_per_second", "grad_norm")
 BUCKETS = 150  # of the steps of a curve; each keeps its extremes
 MAX_SAMPLES = 60
@@ -72,6 +74,12 @@ class WriteRequest(PageSettings):
     ids: list[int] = Field(default_factory=list, max_length=1 << 17)
 
 
+class ServeRequest(StrictModel):
+    """The run of the served directory that is wanted."""
+
+    run: str
+
+
 class TimelapseRequest(PageSettings):
     """A prompt, and the steps to show; a selection over the run unless given."""
 
@@ -82,7 +90,7 @@ def router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter(include_in_schema=False)
     index = (resources.files("smolforge.serving") / "page" / "index.html").read_text(encoding="utf-8")
-    view = TrainingView(state.source.run) if state.source.run else None
+    views: dict[Path, TrainingView] = {}
     one_timelapse, one_reader = asyncio.Lock(), asyncio.Lock()
 
     @routes.get("/")
@@ -104,7 +112,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/page/timelapse")
     async def timelapse(body: TimelapseRequest, request: Request) -> Response:
-        known = state.source.steps()
+        known = state.source.timelapse_steps()
         if not known:
             raise refused("steps", "this model does not belong to a run with checkpoints")
         unknown = [step for step in body.steps if step not in known]
@@ -115,12 +123,26 @@ def router(state: ServerState) -> APIRouter:
             stack.enter_context(state.client(request))
             return EventStream(timelapse_events(state, body, steps, one_timelapse), stack.pop_all())
 
+    async def read(run: Run) -> dict[str, Any]:
+        async with one_reader:
+            return await asyncio.to_thread(views.setdefault(run.path, TrainingView(run)).read)
+
     @routes.get("/page/run")
     async def run() -> dict[str, Any]:
-        if view is None:
-            return {"run": None}
-        async with one_reader:
-            return await asyncio.to_thread(view.read)
+        return await read(state.source.run) if state.source.run else {"run": None}
+
+    @routes.get("/page/runs")
+    async def runs(name: Annotated[list[str], Query(max_length=MAX_COMPARED)]) -> dict[str, Any]:
+        known = state.runs()
+        return {"runs": [await read(known[one]) for one in name if one in known]}
+
+    @routes.post("/page/serve")
+    async def serve(body: ServeRequest) -> dict[str, Any]:
+        wanted = state.runs().get(body.run)
+        if wanted is None:
+            raise refused("run", f"there is no run {body.run[:200]!r} in {state.settings.model}")
+        await state.load(ModelSource(str(wanted.path), state.settings.name), switch=True)
+        return describe(state)
 
     return routes
 
@@ -134,9 +156,10 @@ def describe(state: ServerState) -> dict[str, Any]:
         "problem": state.problem,
         "context": model.engine.context if model else None,
         "step": model.step if model else None,
-        "steps": source.steps(),
+        "steps": source.timelapse_steps(),
         "follows": source.follows,
         "run": source.run.path.name if source.run else None,
+        "runs": list(state.runs()),
         "waiting": thread.waiting,
         "key": state.settings.api_key is not None,
         "examples": list(THREE_PROMPTS),
@@ -203,12 +226,12 @@ async def timelapse_events(
 ) -> AsyncGenerator[bytes, None]:
     """The same prompt and seed through checkpoints of the run, oldest first; memory holds two models at a time."""
     yield event({"steps": steps})
-    loop, thread, settings = asyncio.get_running_loop(), state.thread, state.settings
+    loop, thread, settings, source = asyncio.get_running_loop(), state.thread, state.settings, state.source
     async with one_at_a_time:
         for step in steps:
             yield event({"step": step, "state": "loading"})
             try:
-                model = await loop.run_in_executor(thread.loader, state.source.open, settings, step)
+                model = await loop.run_in_executor(thread.loader, source.open, settings, step)
                 tokenizer = model.engine.tokenizer
                 ids = tokenizer.encode_prompt(body.prompt) or [tokenizer.eos_id]
                 submitted = await state.submit([ids], body.sampling(model.engine), model)

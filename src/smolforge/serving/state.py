@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from smolforge.generation.sampling_params import SamplingParams
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
@@ -62,8 +64,12 @@ class ModelSource:
         """Steps with a checkpoint, oldest first; empty for a model outside a run."""
         return commit.steps(self.run.checkpoints_path) if self.run else []
 
+    def timelapse_steps(self) -> list[int]:
+        """Steps with a checkpoint or a frame, oldest first; empty for a model outside a run."""
+        return sorted({*self.steps(), *commit.steps(self.run.frames_path)}) if self.run else []
+
     def open(self, settings: ServeSettings, step: int | None = None) -> LoadedModel:
-        """Load the checkpoint of `step`, or the newest whole one with the draft model of the settings.
+        """Load the checkpoint or frame of `step`, or the newest whole one with the draft model of the settings.
 
         Raises:
             CheckpointError: there is no usable checkpoint.
@@ -73,9 +79,10 @@ class ModelSource:
 
         model: str | Path = self.model
         if step is not None:
-            if self.run is None or step not in self.steps():
+            if self.run is None or step not in self.timelapse_steps():
                 raise CheckpointError(f"there is no checkpoint of step {step}", field="steps")
-            model = self.run.checkpoints_path / commit.step_name(step)
+            folder = self.run.checkpoints_path if step in self.steps() else self.run.frames_path
+            model = folder / commit.step_name(step)
         draft = settings.draft if step is None else None
         engine = Engine.from_pretrained(
             model, quantize=settings.quantize, max_batch=settings.max_batch, draft=draft,
@@ -84,6 +91,19 @@ class ModelSource:
         assert engine.directory is not None
         created = int(weight_files(engine.directory)[0].stat().st_mtime)
         return LoadedModel(engine, commit.step_of(engine.directory.resolve()), created)
+
+
+def runs_below(model: str) -> dict[str, Run]:
+    """The runs right below a directory, by name; none where the name is that of a run or a model itself."""
+    place = Path(model).expanduser()
+    if not place.is_dir() or (place / "config.json").is_file() or Run(place).checkpoints_path.is_dir():
+        return {}
+    return {entry.name: Run(entry) for entry in sorted(place.iterdir()) if Run(entry).exists}
+
+
+def _changed(run: Run) -> float:
+    """When a run was last written to."""
+    return max(path.stat().st_mtime for path in (run.config_path, run.metrics_path) if path.exists())
 
 
 class Metrics:
@@ -135,17 +155,42 @@ class ServerState:
     """The state of one server, on the event loop.
 
     Attributes:
+        source: of the served model. Of a directory of runs it is the run that was written to last, until a visitor of
+            the page chooses another.
         failure: why the model could not be loaded at all; `server.serve` ends with it.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self.keys = Keys(*settings.keys)
-        self.source = ModelSource(settings.model, settings.name)
+        newest = max(self.runs().values(), key=_changed, default=None)
+        self.source = ModelSource(str(newest.path) if newest else settings.model, settings.name)
         self.thread = EngineThread(settings.max_queue)
         self.metrics = self.thread.metrics = Metrics(self.thread)
         self.failure: Exception | None = None
         self._clients: collections.Counter[str] = collections.Counter()
+
+    def runs(self) -> dict[str, Run]:
+        """The runs of the served directory, by name; none where one run or one model is served."""
+        return runs_below(self.settings.model)
+
+    async def load(self, source: ModelSource, *, switch: bool = False) -> None:
+        """Serve the newest model of a source; without `switch` only where it is newer than the served one.
+
+        Raises:
+            SmolforgeError: it cannot be loaded; the model before it is served on.
+        """
+        model = await asyncio.get_running_loop().run_in_executor(self.thread.loader, source.open, self.settings)
+        before = self.thread.model
+        if not switch and (source is not self.source or (before and (model.step or 0) <= (before.step or 0))):
+            return  # another run is served by now; or the newer checkpoint is damaged, and this is an older one
+        await self.thread.install(model)
+        self.thread.problem, self.source = None, source
+        logger.info("serving %s from %s", source.name, model.engine.directory)
+        for decision in model.engine.decisions:
+            logger.info("%s", decision)
+        if before is not None:
+            self.metrics.swaps.inc()
 
     @property
     def problem(self) -> str | None:

@@ -5,6 +5,9 @@ directory from the copy, in a background thread where saving is asynchronous. A 
 folder `training/`: optimizer moments by parameter name, the data cursor, the random generators of every rank, the
 gradient scaler, and the data ranges that are skipped. Of a LoRA run it is the model with the adapter merged, with the
 adapter itself in a folder `adapter/`, from which the run continues.
+
+A frame is a model alone, in bf16: four of them keep the beginning of a run for the time-lapse, when all other
+checkpoints of it are gone.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from smolforge.checkpoint.state import load_state, save_state, tensors_of
 from smolforge.data import merge_cursors
 from smolforge.data.cursor import accepted_cursor
 from smolforge.distributed import copy_whole, is_sharded
-from smolforge.errors import CheckpointError
+from smolforge.errors import CheckpointError, SmolforgeError
 from smolforge.files import read_json_lines
 from smolforge.model.lora import adapter_state, merged_state
 from smolforge.training.parallel import share_out
@@ -76,6 +79,28 @@ def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:
             **({"average": context.average.state()} if context.average else {}),
         },
     }
+
+
+def frame_steps(total: int) -> set[int]:
+    """The steps whose models are kept as frames: at 1, 3, 10 and 30% of a run. At its end there is a checkpoint."""
+    return {total * percent // 100 for percent in (1, 3, 10, 30)} - {0}
+
+
+def write_frame(context: TrainContext, step: int, total: int) -> None:
+    """Keep the model as a frame where one is due and a rank holds all of it; a failure is told, and the run goes on."""
+    if not context.ranks.is_main or context.plan.shards > 1 or step not in frame_steps(total):
+        return
+
+    def write(directory: Path) -> None:
+        state = _weights(context)
+        if context.config.lora.r:
+            state = merged_state(context.model, state)
+        format.write_model(directory, context.config.model, state, context.tokenizer, dtype=torch.bfloat16)
+
+    try:
+        commit.commit(context.run.frames_path, step, write)
+    except (OSError, SmolforgeError) as error:
+        logger.warning(f"step {step:,} is not kept for the time-lapse: {error}")
 
 
 def start_save(context: TrainContext, position: Position, committer: Committer) -> Parts | None:
@@ -223,6 +248,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -233,6 +260,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def newest_before(context: TrainContext, step: int) -> Path | None:

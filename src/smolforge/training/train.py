@@ -319,15 +319,16 @@ class Trainer:
     # Save and evaluate
 
     def _save_and_evaluate(self) -> None:
-        """Save, validate and sample where due."""
+        """Save, validate, sample and keep a frame where due."""
         step, config = self.position.step, self.config
         save, validate, sample = (
             is_due(part.every, step, self.total) for part in (config.checkpoint, config.evaluation, config.samples)
         )
-        if not (save or validate or sample):
+        if not (save or validate or sample or step in checkpointing.frame_steps(self.total)):
             return
         self._flush_metrics(keep=0)
         began = time.perf_counter()
+        checkpointing.write_frame(self.context, step, self.total)
         if save and (not self.bad or step == self.total):  # no checkpoint amid steps that are not finite
             self._save()
         if validate:

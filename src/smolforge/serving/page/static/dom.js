@@ -32,23 +32,32 @@ export async function copy(text, button) {
   setTimeout(() => (button.textContent = before), 1200);
 }
 
-// Reads server-sent events of a POST and hands each one on. Throws an Error with the server's own words.
-export async function events(path, body, signal, take) {
+// A request that no answer came to: the browser's own words ("Failed to fetch") say nothing of the server.
+const lost = (error) => {
+  throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");
+};
+
+// The answer to a POST. Throws an Error with the server's own words.
+export async function post(path, body, signal) {
   const answer = await fetch(path, {
     method: "POST", signal, body: JSON.stringify(body),
     // Behind a proxy the server may not know its own name; this header tells that no other web page asks.
     headers: { "Content-Type": "application/json", "X-Requested-With": "smolforge" },
-  });
-  if (!answer.ok) {
-    if (answer.status === 401) window.location = "login";
-    let message = `the server answered ${answer.status}`;
-    try { message = (await answer.json()).error.message; } catch { /* not JSON: the status has to do */ }
-    throw new Error(message);
-  }
+  }).catch(lost);
+  if (answer.ok) return answer;
+  if (answer.status === 401) window.location = "login";
+  let message = `the server answered ${answer.status}`;
+  try { message = (await answer.json()).error.message; } catch { /* not JSON: the status has to do */ }
+  throw new Error(message);
+}
+
+// Reads server-sent events of a POST and hands each one on. Throws an Error with the server's own words.
+export async function events(path, body, signal, take) {
+  const answer = await post(path, body, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     if (done) return;
     text += value;
     for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {

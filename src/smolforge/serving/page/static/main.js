@@ -2,7 +2,8 @@
 
 import { api } from "./api.js";
 import { Chat } from "./chat.js";
-import { make, number } from "./dom.js";
+import { make, number, post } from "./dom.js";
+import { keep, kept } from "./page_state.js";
 import { Paper } from "./paper.js";
 import * as settings from "./settings.js";
 import { Tabs } from "./tabs.js";
@@ -53,8 +54,39 @@ function write() {
   paper.submit(settings.current());
 }
 
+// The runs of the served directory: choosing one serves its newest model.
+function showRuns(now) {
+  const choice = byId("served"), runs = now.runs ?? [];
+  byId("runs").hidden = !runs.length;
+  if (document.activeElement === choice) return; // an open list stays as it is
+  if (runs.join("\n") !== [...choice.options].map((option) => option.value).join("\n")) {
+    choice.replaceChildren(...runs.map((name) => make("option", { value: name }, name)));
+  }
+  choice.value = now.run;
+}
+
+async function serve() {
+  const choice = byId("served"), problem = byId("served-problem");
+  choice.disabled = true;
+  problem.textContent = "";
+  try {
+    await post("page/serve", { run: choice.value });
+  } catch (error) {
+    problem.textContent = error.message;
+  }
+  choice.disabled = false;
+  choice.blur();
+  await refresh();
+}
+
 settings.mount();
 tabs.chosen = settings.linked();
+const { tab, linked } = kept();
+if (tab && linked === window.location.hash) {
+  tabs.chosen = tab !== "chat"; // which opens by itself where there is one
+  if (tabs.chosen) tabs.open(tab);
+}
+byId("served").addEventListener("change", serve);
 byId("theme").addEventListener("click", window.toggleTheme);
 byId("controls").addEventListener("submit", (submit) => { submit.preventDefault(); write(); });
 byId("controls").addEventListener("input", () => { tabs.chosen = true; });
@@ -68,16 +100,18 @@ document.addEventListener("keydown", (key) => {
 });
 const showSnippet = api(byId("api"), () => state, () => (used === "chat" ? chat : settings).forApi());
 tabs.addEventListener("open", () => {
+  keep({ tab: tabs.shown, linked: window.location.hash });
   if (["chat", "write"].includes(tabs.shown)) used = tabs.shown;
   if (tabs.shown === "chat") chat.draw(); // what came while it was hidden could not be scrolled to
   showSnippet();
 });
 watchers.add(showState);
+watchers.add(showRuns);
 watchers.add((now) => paper.know(now));
 watchers.add((now) => chat.know(now));
 watchers.add(timelapse(byId("timelapse"), () => state));
 watchers.add(showSnippet);
 settings.onChange(showSnippet);
-training(byId("training"));
+training(byId("training"), () => state);
 refresh();
 setInterval(refresh, STATE_EVERY);

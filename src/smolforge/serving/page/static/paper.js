@@ -4,6 +4,7 @@
 // take, continuing prolongs one; the arrows go back to earlier takes.
 
 import { copy, events, make, number } from "./dom.js";
+import { keep, kept } from "./page_state.js";
 import { Popover } from "./popover.js";
 import * as settings from "./settings.js";
 
@@ -11,6 +12,9 @@ const percent = (logprob) => 100 * Math.exp(logprob);
 
 // 0 for what the model expected, 1 for what surprised it: 1 in 2 is hardly a surprise, 1 in 1000 is a full one.
 const surprise = (logprob) => Math.min(1, Math.max(0, (-logprob - 0.3) / 6.6));
+
+const KEPT_TAKES = 8; // newest ones, which survive a reload
+const LINK = "Copy a link that writes this text again";
 
 export class Paper {
   constructor(place) {
@@ -21,6 +25,8 @@ export class Paper {
     this.place = place;
     this.popover = new Popover((index, choice) => this.branch(index, choice));
     this.mount();
+    this.restore();
+    window.addEventListener("pagehide", () => this.save());
   }
 
   get take() { return this.takes[this.at]; }
@@ -28,6 +34,20 @@ export class Paper {
   know(state) {
     this.state = state;
     this.describe();
+  }
+
+  // Texts survive a reload; one that was being written counts as stopped.
+  save() {
+    const takes = this.takes.slice(-KEPT_TAKES).map((take) => ({ ...take, waiting: false, finish: take.finish ?? "stopped" }));
+    const at = Math.max(0, this.at - (this.takes.length - takes.length));
+    if (!keep({ takes, at })) keep({ takes: this.take ? [this.take] : [], at: 0 });
+  }
+
+  restore() {
+    const { takes = [], at = -1 } = kept();
+    if (!takes.length) return;
+    this.takes = takes;
+    this.show(Math.min(at, takes.length - 1));
   }
 
   mount() {
@@ -43,8 +63,8 @@ export class Paper {
       regenerate: button("Regenerate", "Write again with the seed that is set", () => this.regenerate(), { id: "regenerate" }),
       continue: button("Continue", "Write on from here", () => this.prolong(), { id: "continue" }),
       copy: button("Copy", "Copy the text", (click) => copy(this.whole(), click.currentTarget), { id: "copy" }),
-      link: button("Link", "Copy a link that carries the prompt and the settings",
-        (click) => copy(settings.toLink(), click.currentTarget), { id: "link" }),
+      link: button("Link", LINK,
+        (click) => copy(settings.toLink(this.take?.knobs), click.currentTarget), { id: "link" }),
       back: button("‹", "Earlier take", () => this.show(this.at - 1), { id: "back", "aria-label": "Earlier take" }),
       forth: button("›", "Later take", () => this.show(this.at + 1), { id: "forth", "aria-label": "Later take" }),
     };
@@ -54,11 +74,12 @@ export class Paper {
     this.colours.addEventListener("change", () => this.text.classList.toggle("plain", !this.colours.checked));
     const legend = make("label", { class: "legend", for: "colours", title: "Colour words by how surprising they were" }, this.colours, " expected",
       ...[0.12, 0.4, 0.7, 1].map((s) => make("i", { style: { "--s": s } })), "surprising");
+    this.problem = make("p", { id: "problem", class: "problem", role: "alert", hidden: true });
     this.welcome();
     this.place.replaceChildren(make("section", { class: "paper" },
       make("div", { class: "tools" }, this.buttons.regenerate, this.buttons.continue, this.buttons.copy,
         this.buttons.link, this.turns),
-      this.text, make("div", { class: "foot" }, this.figures, legend), this.meter));
+      this.problem, this.text, make("div", { class: "foot" }, this.figures, legend), this.meter));
     this.text.addEventListener("keydown", (key) => this.walk(key));
     this.text.addEventListener("pointerover", (over) => {
       const token = over.target.closest?.(".token");
@@ -93,18 +114,19 @@ export class Paper {
   prolong() {
     if (!this.take || this.running) return;
     const take = this.take;
+    take.several = true;
     this.write(take, take.tokens.map((token) => token.id), { ...settings.current(), seed: take.seed });
   }
 
   branch(index, choice) {
     const from = this.take;
     this.stop();
-    const kept = from.tokens.slice(0, index);
+    const before = from.tokens.slice(0, index);
     const taken = { id: choice[0], text: choice[1].startsWith("bytes:") ? "" : choice[1], p: choice[2],
       top: from.tokens[index].top, chosen: true };
     const left = Math.max(16, (from.knobs.max_tokens ?? settings.sampling.values.max_tokens) - index - 1);
-    this.start({ knobs: { ...from.knobs, max_tokens: left }, prompt: from.prompt, tokens: [...kept, taken] },
-      [...kept, taken].map((token) => token.id));
+    this.start({ knobs: { ...from.knobs, max_tokens: left }, prompt: from.prompt, tokens: [...before, taken], several: true },
+      [...before, taken].map((token) => token.id));
   }
 
   stop() { this.running?.abort(); }
@@ -115,6 +137,7 @@ export class Paper {
     this.at = -1;
     this.welcome();
     this.describe();
+    this.save();
   }
 
   whole() { return this.take ? this.take.prompt + this.take.tokens.map((token) => token.text).join("") : ""; }
@@ -146,6 +169,7 @@ export class Paper {
     if (this.running === abort) this.running = null;
     if (take === this.take) this.mark();
     this.describe();
+    this.save();
   }
 
   take_in(take, news) {
@@ -200,9 +224,9 @@ export class Paper {
 
   mark() {
     this.text.querySelector(".end")?.remove();
-    const { finish, problem } = this.take ?? {};
-    const word = problem ?? { stop: "end of text", length: null, stopped: "stopped" }[finish];
-    if (word) this.text.append(make("span", { class: `end${problem ? " bad" : ""}` }, word));
+    const { finish } = this.take ?? {};
+    const word = { stop: "end of text", length: null, stopped: "stopped" }[finish];
+    if (word) this.text.append(make("span", { class: "end" }, word));
   }
 
   show(index) {
@@ -221,6 +245,10 @@ export class Paper {
     this.buttons.regenerate.disabled = busy || !take;
     this.buttons.continue.disabled = busy || !take || Boolean(take?.problem && !take.tokens.length);
     this.buttons.copy.disabled = !take;
+    this.buttons.link.disabled = Boolean(take?.several);
+    this.buttons.link.title = take?.several ? "A link cannot carry a text that was branched or continued" : LINK;
+    this.problem.hidden = !take?.problem; // above the text: the end of a long one is out of sight
+    this.problem.textContent = take?.problem ?? "";
     this.buttons.back.disabled = this.at <= 0;
     this.buttons.forth.disabled = this.at >= this.takes.length - 1;
     this.turns.hidden = this.takes.length < 2;

@@ -1,8 +1,10 @@
 // The settings of the Write tab: prompt, seed and sampling; and their forms in a link, for the page's own routes, and
 // for the API.
 
+import { keep, kept } from "./page_state.js";
 import { isSampling, numberOf, SamplingControls } from "./sampling.js";
 
+const SEED_HINT = "Equal seeds give equal texts. Empty: a new one each time.";
 const EMPTY = { prompt: "", seed: null, keep: false };
 const form = { ...EMPTY };
 const changed = new EventTarget();
@@ -23,10 +25,29 @@ export function mount() {
   byId("more-settings").append(...sampling.sliders("top_k", "min_p", "repetition_penalty"));
   sampling.addEventListener("change", () => changed.dispatchEvent(new Event("change")));
   byId("prompt").addEventListener("input", () => set({ prompt: byId("prompt").value }));
-  byId("seed").addEventListener("input", () => set({ seed: seedOf(byId("seed").value) }, "seed"));
+  byId("seed").addEventListener("input", typeSeed);
   byId("keep").addEventListener("change", () => set({ keep: byId("keep").checked }));
   followLink();
+  const before = kept();
+  if (before.hash === window.location.hash && before.form) { // the link was followed before the reload
+    sampling.replace(before.sampling);
+    set(before.form);
+  }
   window.addEventListener("hashchange", followLink);
+  onChange(() => keep({ hash: window.location.hash, form: { ...form }, sampling: { ...sampling.changed } }));
+}
+
+// A seed that is typed is meant; an empty field asks for a new one each time.
+function typeSeed() {
+  const text = byId("seed").value.trim(), seed = seedOf(text);
+  set({ seed, keep: seed !== null }, "seed");
+  tellOfSeed(text !== "" && seed === null ? text : null);
+}
+
+function tellOfSeed(wrong) {
+  byId("seed").setAttribute("aria-invalid", String(wrong !== null));
+  byId("seed-hint").textContent = wrong === null ? SEED_HINT : `“${wrong}” is not a seed: it must be a whole number.`;
+  byId("seed-hint").classList.toggle("bad", wrong !== null);
 }
 
 // Changes the form and shows it; `typing` names a control that is left alone.
@@ -34,15 +55,19 @@ export function set(values, typing = null) {
   Object.assign(form, values);
   const prompt = byId("prompt");
   if (prompt.value !== form.prompt) prompt.value = form.prompt;
-  if (typing !== "seed") byId("seed").value = form.seed ?? "";
+  if (typing !== "seed" && "seed" in values) {
+    byId("seed").value = form.seed ?? "";
+    tellOfSeed(null);
+  }
   byId("keep").checked = form.keep;
   changed.dispatchEvent(new Event("change"));
 }
 
-// Stays behind the #, which browsers never send: prompts do not end up in a server's log.
-export function toLink() {
+// A link to a text that was written with these settings: opening it and writing gives the same text. They stay behind the
+// #, which browsers never send: prompts do not end up in a server's log.
+export function toLink(knobs = current()) {
   const parameters = new URLSearchParams();
-  for (const [name, value] of Object.entries(current())) {
+  for (const [name, value] of Object.entries({ ...knobs, keep: knobs.seed !== null })) {
     if (value !== EMPTY[name] && value !== null) parameters.set(name, String(value));
   }
   const hash = parameters.toString();
@@ -55,12 +80,11 @@ function followLink() {
   const found = { ...EMPTY }, numbers = {};
   for (const [name, text] of new URLSearchParams(window.location.hash.slice(1))) {
     if (name === "prompt") found.prompt = text;
-    else if (name === "keep") found.keep = text === "true";
     else if (name === "seed") found.seed = seedOf(text);
     else if (isSampling(name)) numbers[name] = numberOf(name, text);
   }
   sampling.replace(numbers);
-  set(found);
+  set({ ...found, keep: found.seed !== null }); // a link reproduces
 }
 
 // For the API, whose own defaults are others: what the tab shows is always named, other settings where they were changed.

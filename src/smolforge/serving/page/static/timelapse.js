@@ -23,6 +23,7 @@ export function timelapse(place, state) {
     const found = new Map();
     button.disabled = true;
     stop.disabled = false;
+    note.classList.remove("bad");
     note.textContent = `the same prompt, the same seed (${seed}), at each step of training`;
     cards.replaceChildren();
     try {
@@ -55,13 +56,13 @@ export function timelapse(place, state) {
   prompt.addEventListener("keydown", (key) => { if (key.key === "Enter") start(); });
   place.replaceChildren(
     make("h2", {}, "Watch it learn"),
-    make("p", {}, "The same prompt through the run's checkpoints, oldest first: watch the model learn to write. Settings are those of the Write tab."),
+    make("p", {}, "The same prompt through the steps of the run, from noise to text. Settings are those of the Write tab."),
     make("div", { class: "line" }, prompt, button, stop), note, cards);
   return () => {
     const steps = state().steps ?? [];
     if (running && !stop.disabled) return;
     button.disabled = !steps.length;
     if (!steps.length) note.textContent = "This model does not belong to a run. Serve a run to see a time-lapse.";
-    else if (!cards.childElementCount) note.textContent = `${steps.length} checkpoints, step ${number(steps[0])} to ${number(steps.at(-1))}`;
+    else if (!cards.childElementCount) note.textContent = `${steps.length} models, step ${number(steps[0])} to ${number(steps.at(-1))}`;
   };
 }

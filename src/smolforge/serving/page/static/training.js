@@ -1,9 +1,11 @@
-// The training tab: a run's curves and samples, from its files, while it trains or afterwards.
+// The training tab: a run's curves and samples, from its files, while it trains or afterwards. Of a directory of runs those
+// that are checked are drawn into the same charts.
 
 import { make, number } from "./dom.js";
 import { chart } from "./chart.js";
 
 const EVERY = 3000;
+const MOST = 8; // runs in one chart
 const CHARTS = [
   ["loss", "Loss", { show: (value) => number(value, 3), smooth: true, marksName: "validation" }],
   ["lr", "Learning rate", { show: (value) => value.toExponential(2) }],
@@ -12,49 +14,79 @@ const CHARTS = [
 ];
 
 // Fills the tab and keeps it up to date while it is shown.
-export function training(place) {
+export function training(place, state) {
   const head = make("p", { class: "note", role: "status", id: "run" }, "…");
+  const choice = make("fieldset", { class: "compared", id: "compared", hidden: true });
   const bar = make("div", { class: "meter" }, make("span"));
   const charts = make("div", { class: "charts", id: "charts" });
   const samples = make("div", { class: "samples", id: "samples" });
   const drawn = new Map(); // name of a curve -> its chart
-  place.replaceChildren(head, bar, charts, samples);
+  const unchecked = new Set(); // runs that the visitor does not want
+  let listed = [];
+  place.replaceChildren(head, choice, bar, charts, samples);
   let before = "";
 
   async function look() {
     if (document.hidden || place.hidden) return;
-    let run;
+    const several = state().runs?.length > 1;
+    if (several) offer(state().runs);
+    let runs;
     try {
-      const answer = await fetch("page/run");
-      if (!answer.ok) return;
-      run = await answer.json();
-    } catch { return; }
-    const now = JSON.stringify([run.last, run.samples?.length, run.live]);
-    if (now === before) return;
+      const asked = new URLSearchParams(listed.filter((name) => !unchecked.has(name)).slice(0, MOST).map((name) => ["name", name]));
+      if (several && !asked.size) return draw([], several);
+      const answer = await fetch(several ? `page/runs?${asked}` : "page/run");
+      if (!answer.ok) throw new Error();
+      const found = await answer.json();
+      runs = several ? found.runs : [found];
+    } catch {
+      head.textContent = "The files of the run cannot be read at the moment.";
+      return;
+    }
+    const now = JSON.stringify(runs.map((run) => [run.run, run.last, run.samples?.length, run.live]));
+    if (now !== before) draw(runs, several);
     before = now;
-    draw(run);
   }
 
-  function draw(run) {
-    if (!run.run) {
+  // A box for each run, in the colour of its curves.
+  function offer(names) {
+    choice.hidden = false;
+    if (names.join("\n") === listed.join("\n")) return;
+    for (const name of names.slice(MOST)) if (!listed.includes(name)) unchecked.add(name);
+    listed = names;
+    choice.replaceChildren(make("legend", {}, "Runs"), ...names.map((name, i) => {
+      const box = make("input", { type: "checkbox", value: name, checked: !unchecked.has(name) });
+      box.addEventListener("change", () => {
+        if (box.checked) unchecked.delete(name); else unchecked.add(name);
+        look();
+      });
+      return make("label", { class: "check", style: { "--run": `var(--run-${i % MOST})` } }, box, make("i"), ` ${name}`);
+    }));
+  }
+
+  function draw(runs, several) {
+    if (!several && !runs[0].run) {
       head.textContent = "This model does not belong to a run. Serve a run directory to follow its training here.";
       bar.hidden = true;
       return;
     }
-    head.textContent = summary(run);
-    bar.firstChild.style.width = run.total && run.last.step ? `${(100 * run.last.step) / run.total}%` : "0";
-    bar.hidden = !run.total;
+    head.replaceChildren(...runs.map((run) => make("span", { class: "line-of-run" }, summary(run))));
+    const [run] = runs;
+    bar.hidden = several || !run.total;
+    if (!bar.hidden) bar.firstChild.style.width = run.last.step ? `${(100 * run.last.step) / run.total}%` : "0";
     for (const [name, title, options] of CHARTS) {
-      const points = run.curves[name];
-      if (!(points?.length > 1)) continue;
+      const lines = runs.filter(({ curves }) => curves[name]?.length > 1).map(({ run: of, curves }) => ({
+        name: of, points: curves[name], marks: (options.marksName && curves[options.marksName]) || [],
+        colour: several ? `--run-${listed.indexOf(of) % MOST}` : null,
+      }));
+      if (!lines.length && !drawn.has(name)) continue;
       if (!drawn.has(name)) {
         drawn.set(name, chart(title, options));
         charts.append(drawn.get(name).figure);
       }
-      drawn.get(name).update(points, options.marksName ? run.curves[options.marksName] : []);
+      drawn.get(name).update(lines);
     }
-    if (!drawn.size) head.textContent += " · no steps are logged yet";
-    samples.replaceChildren(...byPrompt(run.samples));
+    if (!drawn.size) head.append(" · no steps are logged yet");
+    samples.replaceChildren(...(several ? [] : byPrompt(run.samples)));
   }
 
   look();
