@@ -17,7 +17,7 @@ from smolforge.model.summary import count_groups
 
 # Muon's peak relative to Step Law's for AdamW: the updates of both have one size (arXiv:2502.16982, section 2.2), and
 # orthogonal ones bear more of it (docs/recipes.md).
-MUON_FACTOR = 1.6
+MUON_FACTOR = 3.0
 # Peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
 MOST_DECAY = 0.01  # of a weight in one step, which short runs come to
@@ -78,7 +78,7 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     is_muon = found.get("name", config.optimizer.name) == "muon"
     if "lr" not in given:
         found["lr"] = float(f"{step_law(parameters, tokens)[0] * (MUON_FACTOR if is_muon else 1):.2g}")
-        times = f"{MUON_FACTOR} × " if is_muon else ""
+        times = f"{MUON_FACTOR:g} × " if is_muon else ""
         lines.append(f"learning rate: {found['lr']:g} at its peak ({times}Step Law, arXiv:2503.04715, {of})")
     if "betas" not in given:
         share = (1 - BETA2) * config.tokens_per_step / BETA2_TOKENS
