@@ -33,7 +33,7 @@ def test_the_decisions_are_those_of_a_machine_with_that_card(
 
 
 def test_time_storage_network_and_cost_follow_from_the_shapes() -> None:
-    config = build_config("smollm2-135m", training={"tokens": "1B"})
+    config = build_config("smollm2-135m", training={"tokens": "1B"}, optimizer={"name": "adamw"})
     found = forecast(config, 8, gpu_named("H100"), mfu=0.5, price=3.0)
     parameters = count_parameters(config.model)
     # 6 N, the tied head among them, and attention over 2,048 positions: 12 L H d T.
