@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from launch import ENVIRONMENT
-from tiny import TINY, steps_of, weights_of
+from tiny import TINY, steps_of, validations_of, weights_of
 
 from smolforge import cli
 from smolforge.cli.sweep import EXAMPLES
@@ -36,7 +36,7 @@ def written(place: Path, **changes: Any) -> Path:
     (place / "base.yaml").write_text(yaml.safe_dump(TINY))
     settings = {
         "base": str(place / "base.yaml"),
-        "set": {"training.steps": 6, "evaluation.every": 2, "evaluation.tokens": 500, "checkpoint.every": 2},
+        "set": {"training.steps": 24, "evaluation.every": None, "evaluation.tokens": 500, "checkpoint.every": 8},
         "keys": {"optimizer.lr": {"log": [0.001, 0.1]}},
     }
     path = place / "lr.yaml"
@@ -126,35 +126,36 @@ def test_rounds_a_failing_trial_and_the_winner(
     tmp_path: Path, in_process: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = {"optimizer.lr": [0.00001, 0.01], "tokenizer.train.vocab_size": [320, 400], "training.micro_batch": [2, 3]}
-    file, out = written(tmp_path, keys=keys, halving={"steps": 2, "factor": 2}, seeds=1), tmp_path / "out"
+    file, out = written(tmp_path, keys=keys, halving={"steps": 8, "factor": 3}, seeds=1), tmp_path / "out"
     words = ["sweep", str(file), "--out", str(out), "--jobs", "2"]
     assert cli.run([*words, "--json"]) == 0
     captured = capsys.readouterr()
     rows = json.loads(captured.out)["candidates"]
     ranked = [row for row in rows if row["scores"]]
     # Three in a micro-batch divide no step, and 400 tokens do not fit a model of 320: six of eight.
-    assert len(rows) == 8 and [row["steps"] for row in ranked] == [6, 4]
+    assert len(rows) == 8 and [row["steps"] for row in ranked] == [24, 8]
     assert ranked[0]["values"]["optimizer.lr"] == 0.01 and ranked[0]["mean"] < ranked[1]["mean"]
     assert sum("divide" in (row["error"] or "") for row in rows) == 4 and captured.err.count("400") >= 2
     best = Run(out / "trials" / "lr=0.01,vocab_size=320,micro_batch=2,seed=0")
     scores = {r["step"]: r["validation"]["bits_per_byte"] for r in read_metrics(best) if "validation" in r}
-    assert ranked[0]["mean"] == min(scores.values()) and set(scores) == {2, 4, 6}
+    assert ranked[0]["mean"] == min(scores.values()) and set(scores) == set(range(2, 25, 2))
     text, page = ((out / name).read_text() for name in ("sweep.md", "sweep.html"))
     first = next(line for line in text.splitlines() if line.startswith("|") and "0.01" in line)
     assert number(ranked[0]["mean"]) in first and text.count(" failed: ") == 6
     assert "uPlot" in page and "Against optimizer.lr" in page and page.count(" failed: ") == 6
     config = build_config(str(out / "best.yaml"))
-    assert config.optimizer.lr == 0.01 and config.training.steps == 6 and config.model.hidden_size == 32
-    # Stopped at two rounds and continued, it is the run that never stopped.
+    assert config.optimizer.lr == 0.01 and config.training.steps == 24 and config.model.hidden_size == 32
+    # Stopped after its first round and continued, it is the run that never stopped.
     sweep = read_sweep(file)
     layers = sweep.layers(ranked[0]["values"], 0)
     whole, _ = run_training(TrainRequest(sweep.base, layers=layers, out=tmp_path / "whole"))
-    assert steps_of(best) == steps_of(whole) and weights_of(best) == weights_of(whole)
+    for part in (steps_of, validations_of, weights_of):
+        assert part(best) == part(whole)
     # What is complete is not trained again, what failed is tried again.
     done = len(in_process)
     assert cli.run(words) == 0
     assert {name for name, _ in in_process[done:]} == {name for name, _ in in_process if "400" in name}
-    file.write_text(file.read_text().replace("training.steps: 6", "training.steps: 8"))
+    file.write_text(file.read_text().replace("training.steps: 24", "training.steps: 30"))
     assert cli.run(words) == 2
     assert "Give another directory with --out" in capsys.readouterr().err
 
@@ -162,12 +163,12 @@ def test_rounds_a_failing_trial_and_the_winner(
 def test_a_dry_run_tells_trials_and_cost(
     tmp_path: Path, in_process: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = written(tmp_path, halving={"steps": 2, "factor": 3}, seeds=2)
+    file = written(tmp_path, halving={"steps": 8, "factor": 3}, seeds=2)
     assert cli.run(["sweep", str(file), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "lr=0.01,seed=1" in told and "3 candidates to step 2" in told and "1 candidate to step 6" in told
-    # Two seeds: three candidates for two steps, then one for four, of 256 tokens each.
-    assert f"6 trials, {(2 * (3 * 2 + 4) * 256) / 1000:.2f}k tokens" in told
+    assert "lr=0.01,seed=1" in told and "3 candidates to step 8" in told and "1 candidate to step 24" in told
+    # Two seeds: three candidates for 8 steps, then one for 16, of 256 tokens each.
+    assert f"6 trials, {(2 * (3 * 8 + 16) * 256) / 1000:.1f}k tokens" in told
     assert not in_process and not (tmp_path / "out").exists()
 
 

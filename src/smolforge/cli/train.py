@@ -186,7 +186,7 @@ def print_outcome(finished: Any) -> None:
     last = {k: steps[-1][k] for k in ("step", "tokens", "loss", "tokens_per_second")} if steps else {}
     outcome = {"run": str(finished.path), "report": str(finished.report_path), **last}
     if scores:
-        outcome["validation"] = scores[-1]["validation"]
+        outcome |= {name: scores[-1][name] for name in ("validation", "average") if name in scores[-1]}
         if "entropy_bits_per_byte" in scores[-1]:
             outcome["entropy_bits_per_byte"] = scores[-1]["entropy_bits_per_byte"]
     print(json.dumps(outcome))

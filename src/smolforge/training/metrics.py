@@ -224,10 +224,14 @@ class MetricsLogger:
             validated = any("validation" in row and row["step"] == step for row in rows)
             texts = read_json_lines(self.context.run.samples_path)
             sampled = sum(row["step"] == step for row in texts) >= len(self._prompts())
-            evaluates = self.has_validation and is_due(self.config.evaluation.every, step, self.total)
-            samples = is_due(self.config.samples.every, step, self.total)
+            evaluates = self.has_validation and self.is_due(self.config.evaluation.every, step)
+            samples = self.is_due(self.config.samples.every, step)
             found = (evaluates and not validated, samples and not sampled)
         return self.ranks.broadcast(found)
+
+    def is_due(self, every: int | None, step: int) -> bool:
+        """Whether something is due after `step` updates: `every` so many (None: a tenth of the run, at most 1,000)."""
+        return step % (every or max(1, min(self.config.total_steps // 10, 1000))) == 0 or step == self.total
 
     def validate(self, step: int) -> None:
         """Score the held-out documents and record the result. Called by all ranks together."""
@@ -316,11 +320,6 @@ class MetricsLogger:
         # With several ranks an exception on one would leave the others waiting; they stop at the next step.
         if self.ranks.world_size == 1:
             self.shutdown.poll()
-
-
-def is_due(every: int | None, step: int, total: int) -> bool:
-    """Whether something is due after `step` updates: `every` so many (None: a tenth of the run, at most 1,000)."""
-    return step % (every or max(1, min(total // 10, 1000))) == 0 or step == total
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -33,7 +33,7 @@ from smolforge.training import checkpointing, setup
 from smolforge.training.apply_plan import compiled_graphs, release_freed_memory, run_first_step
 from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
-from smolforge.training.metrics import MetricsLogger, StepMetrics, is_due, tell_outcome
+from smolforge.training.metrics import MetricsLogger, StepMetrics, tell_outcome
 from smolforge.training.optim import schedule_factor
 from smolforge.training.profiling import build_profiler
 from smolforge.training.progress import Throughput
@@ -321,14 +321,13 @@ class Trainer:
     def _save_and_evaluate(self) -> None:
         """Save, validate, sample and keep a frame where due."""
         step, config = self.position.step, self.config
-        save, validate, sample = (
-            is_due(part.every, step, self.total) for part in (config.checkpoint, config.evaluation, config.samples)
-        )
-        if not (save or validate or sample or step in checkpointing.frame_steps(self.total)):
+        parts = (config.checkpoint, config.evaluation, config.samples)
+        save, validate, sample = (self.metrics.is_due(part.every, step) for part in parts)
+        if not (save or validate or sample or step in checkpointing.frame_steps(config.total_steps)):
             return
         self._flush_metrics(keep=0)
         began = time.perf_counter()
-        checkpointing.write_frame(self.context, step, self.total)
+        checkpointing.write_frame(self.context, step, config.total_steps)
         if save and (not self.bad or step == self.total):  # no checkpoint amid steps that are not finite
             self._save()
         if validate:

@@ -28,7 +28,7 @@ from smolforge.run import Run
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 LOCKED_SECONDS = 120.0  # until the trial of a sweep that was killed has saved and ended
 
 
