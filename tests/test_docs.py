@@ -1,11 +1,17 @@
 """What the pages say can be typed, and what they link to exists."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import smolforge
 from smolforge import cli, config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,3 +73,54 @@ def test_the_configuration_page_is_current() -> None:
 def test_the_readme_opens_with_exactly_two_commands() -> None:
     block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block and [line.split("#")[0].strip() for line in block[1].splitlines()] == ["make demo", "make test"]
+
+
+def test_the_ratios_of_the_readme_are_those_of_the_performance_page() -> None:
+    table = re.search(r"## How fast\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    measured = (ROOT / "docs" / "performance.md").read_text()
+    ratios = re.findall(r"\d\.\d\d\b", table[1]) if table else []
+    assert len(ratios) >= 10 and all(re.search(rf"(?<![\d.]){re.escape(ratio)}\b", measured) for ratio in ratios)
+
+
+def test_the_picture_of_the_page_is_small() -> None:
+    assert 10_000 < (ROOT / "docs" / "page.png").stat().st_size < 80_000
+
+
+def site() -> dict:
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def test_the_navigation_names_every_page_once_and_no_other() -> None:
+    pages: list[str] = []
+    for entry in site()["nav"]:
+        pages += [entry] if isinstance(entry, str) else [page for part in entry.values() for page in part]
+    assert sorted(pages) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_front_page_leads_to_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text()
+    assert set(re.findall(r"\]\((\w[\w-]*\.md)\)", text)) == {path.name for path in (ROOT / "docs").glob("*.md")} - {
+        "index.md"
+    }
+
+
+def test_the_page_of_python_has_each_public_name_once() -> None:
+    named = re.findall(r"^::: smolforge\.(\w+)$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    assert sorted([*named, "__version__"]) == dir(smolforge)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    mkdocs = shutil.which("mkdocs", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if mkdocs is None:
+        pytest.skip("mkdocs is not installed: pip install '.[docs]'")
+    done = subprocess.run(
+        [mkdocs, "build", "--strict", "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    page = (tmp_path / "site" / "python.html").read_text()
+    assert "Start a run or continue one" in page and "maximum number of tokens to score" in page
+    pages = "".join(path.read_text() for path in (tmp_path / "site").glob("*.html"))
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)[^"]*"', pages), (
+        "nothing is loaded from elsewhere"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
+import json
 import os
 import subprocess
 import sys
@@ -46,11 +48,34 @@ def test_the_names_are_listed_and_each_is_documented() -> None:
     assert (Path(smolforge.__file__).parent / "py.typed").is_file()
 
 
+def test_what_a_public_name_offers_is_documented() -> None:
+    """Each public method and property of the public classes has words of its own."""
+    silent = []
+    for name in dir(smolforge):
+        for member, value in (
+            vars(getattr(smolforge, name)).items() if inspect.isclass(getattr(smolforge, name)) else ()
+        ):
+            is_code = inspect.isfunction(value) or isinstance(value, (property, classmethod, staticmethod))
+            if not member.startswith("_") and is_code and not value.__doc__:
+                silent.append(f"{name}.{member}")
+    assert not silent, silent
+
+
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_the_examples_of_docstrings_run(module: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried and not failed
+
+
+@pytest.mark.slow
+def test_pyright_accepts_the_programs_of_examples_strictly(tmp_path: Path) -> None:
+    programs = [str(path) for path in sorted((ROOT / "examples").glob("*.py"))]
+    settings = {"typeCheckingMode": "strict", "include": programs, "extraPaths": [str(ROOT / "src")]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    words = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert len(programs) == 5 and not done.returncode, done.stdout
 
 
 @pytest.mark.slow

@@ -74,8 +74,9 @@ def generate(model: str | Path, prompt: str, **params: Any) -> str:
         model: a run, a checkpoint, a model directory, a .gguf file or a Hub id.
         params: the fields of SamplingParams, such as max_tokens=50 or seed=1.
 
-    >>> import smolforge
-    >>> text = smolforge.generate("runs/pocket", "Once upon a time", max_tokens=20, seed=7)
+    Examples:
+        >>> import smolforge
+        >>> text = smolforge.generate("runs/pocket", "Once upon a time", max_tokens=20, seed=7)
     """
     from smolforge.api import load
 

@@ -57,12 +57,13 @@ class Model:
         Raises:
             BadInput: a setting is unknown or wrong, or a prompt is empty or too long.
 
-        >>> import smolforge
-        >>> model = smolforge.load("runs/pocket")
-        >>> text = model.generate("Once upon a time", max_tokens=20, seed=7)
-        >>> texts = model.generate(["One", "Two"], max_tokens=5, seed=7)
-        >>> len(texts)
-        2
+        Examples:
+            >>> import smolforge
+            >>> model = smolforge.load("runs/pocket")
+            >>> text = model.generate("Once upon a time", max_tokens=20, seed=7)
+            >>> texts = model.generate(["One", "Two"], max_tokens=5, seed=7)
+            >>> len(texts)
+            2
         """
         params = self._params(settings)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -80,10 +81,11 @@ class Model:
         Raises:
             BadInput: as of `generate`.
 
-        >>> import smolforge
-        >>> model = smolforge.load("runs/pocket")
-        >>> "".join(model.stream("Once", max_tokens=5, seed=7)) == model.generate("Once", max_tokens=5, seed=7)
-        True
+        Examples:
+            >>> import smolforge
+            >>> model = smolforge.load("runs/pocket")
+            >>> "".join(model.stream("Once", max_tokens=5, seed=7)) == model.generate("Once", max_tokens=5, seed=7)
+            True
         """
         if not isinstance(prompt, str):
             raise BadInput("must be one text", field="prompt", hint="`generate` takes several.")
@@ -114,10 +116,11 @@ class Model:
         Raises:
             DataError: there is no text.
 
-        >>> import smolforge
-        >>> model = smolforge.load("runs/pocket")
-        >>> model.score("Once upon a time, there was a fox.").bits_per_byte > 0
-        True
+        Examples:
+            >>> import smolforge
+            >>> model = smolforge.load("runs/pocket")
+            >>> model.score("Once upon a time, there was a fox.").bits_per_byte > 0
+            True
         """
         from smolforge.evaluation import evaluate_runner, tokenize_eval_set
 
@@ -171,9 +174,10 @@ def evaluate(
         DataError: a source is missing or has no text.
         BadInput: the model has no context of that length.
 
-    >>> import smolforge
-    >>> smolforge.evaluate("runs/pocket", "tales", tokens=2_000).bits_per_byte > 0
-    True
+    Examples:
+        >>> import smolforge
+        >>> smolforge.evaluate("runs/pocket", "tales", tokens=2_000).bits_per_byte > 0
+        True
     """
     from smolforge.checkpoint.locate import load_model
     from smolforge.evaluation import score_sources

@@ -53,8 +53,9 @@ def train(
         SmolforgeError: bad input (nothing was changed), or the run failed (what could be saved was saved).
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM arrived; the state was saved.
 
-    >>> import smolforge
-    >>> run = smolforge.train("pocket", out="runs/pocket", steps=2, quiet=True)
+    Examples:
+        >>> import smolforge
+        >>> run = smolforge.train("pocket", out="runs/pocket", steps=2, quiet=True)
     """
     lengths = {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes}
     layers = _layers(config, lengths, data=data, init=init)
