@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import queue
 import socket
 import struct
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,6 +32,7 @@ from smolforge.errors import BadInput, OtherProcessFailed, RunFailed, SmolforgeE
 # How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
 # the others wait, and after the first step.
 START_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=20), timedelta(minutes=3)
+STORE_SECONDS = 10.0  # until a store that does not answer counts as gone
 SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 
@@ -138,9 +141,20 @@ class DistributedContext:
 
     def is_first(self, kind: str, message: str) -> bool:
         """Whether no rank has asked this before about the same message; True where the others are gone."""
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return True
+        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+        def ask() -> None:
             with contextlib.suppress(RuntimeError):
-                return self.store.add(f"{kind} {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+                answers.put(self.store.add(f"{kind} {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
+                return
+            answers.put(True)
+
+        # Over a link that is cut, the store would wait for an answer until the system gives the connection up.
+        threading.Thread(target=ask, daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=STORE_SECONDS)
         return True
 
     def close(self) -> None:

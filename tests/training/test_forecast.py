@@ -47,6 +47,25 @@ def test_time_storage_network_and_cost_follow_from_the_shapes() -> None:
     assert not any("network" in line or "cost" in line for line in one.lines())
 
 
+def test_shards_where_a_copy_does_not_fit() -> None:
+    config = build_config("smollm2-1.7b", ["optimizer.name=adamw"])
+    parameters = count_parameters(config.model)
+    one, four, many = (forecast(config, *parse_gpus(words)) for words in ("L4", "4xL4", "64xL4"))
+    assert [found.plan.parallel for found in (one, four, many)] == ["single", "fsdp", "hsdp"]
+    assert (four.plan.shards, many.plan.shards) == (4, 8)
+    for found in (four, many):
+        # A shard of 4 bytes for each weight, gradient and both moments; the checkpoint is as large as that of one GPU.
+        assert found.memory.state == pytest.approx(16 * parameters / found.plan.shards, rel=1e-6)
+        assert found.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=1e-6)
+    # fsdp gathers parameters in bf16 twice in each pass and sums gradients in fp32; hsdp sums shards among 8 machines.
+    passes = four.plan.sequences // four.plan.micro_batch
+    assert four.step_bytes == pytest.approx(passes * 0.75 * 8 * parameters)
+    assert many.step_bytes == pytest.approx(2 * 7 / 8 * 4 * parameters / 8, rel=1e-6)
+    text = "\n".join(many.lines())
+    assert "parallel: hsdp (one sequence takes about" in text and "written by each process" in text
+    assert many.as_dict()["shards"] == 8
+
+
 def test_what_does_not_fit_is_told() -> None:
     assert "THIS DOES NOT FIT" in forecast(build_config("smollm2-1.7b"), *parse_gpus("T4")).lines()[-1]
     assert "DOES NOT FIT" not in "\n".join(forecast(build_config("smollm2-1.7b"), *parse_gpus("H100")).lines())

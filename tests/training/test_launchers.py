@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 from launch import ENVIRONMENT, finish, start_ranks, steps_done, wait_until
 from tiny import steps_of, tiny_file
 
+from smolforge import distributed
 from smolforge.checkpoint import commit
-from smolforge.distributed import init_distributed, interface_to
+from smolforge.distributed import DistributedContext, init_distributed, interface_to
 from smolforge.errors import BadInput
 from smolforge.run import Run
 from smolforge.training import shutdown
@@ -57,6 +59,21 @@ def test_an_environment_that_names_no_master(monkeypatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(BadInput, match="RANK is not set"):
         init_distributed(torch.device("cpu"))
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "STORE_SECONDS", 0.1)
+    cut = threading.Event()
+
+    class Store:
+        def add(self, key: str, count: int) -> int:
+            cut.wait()
+            return 2
+
+    assert DistributedContext(rank=1, world_size=2, store=Store()).is_first("error", "lost")
+    cut.set()
+    monkeypatch.setattr(distributed, "STORE_SECONDS", 60.0)
+    assert not DistributedContext(rank=1, world_size=2, store=Store()).is_first("error", "lost")
 
 
 @pytest.mark.parametrize("launched", [True, False])

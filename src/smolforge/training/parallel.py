@@ -10,6 +10,7 @@ of a sharded model is a collective: all ranks compute equally many. Samples and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,8 @@ def shard_model(model: CausalLM, device: torch.device, precision: Precision, sha
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # On CPUs torch tells that gloo has no all-to-all and what it does instead.
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     copies = dist.get_world_size() // shards
     shape, names = ((shards,), ("shard",)) if copies == 1 else ((copies, shards), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
