@@ -132,11 +132,9 @@ class ChatTemplate:
         """Where the answer of message `number` is in the text of the whole conversation."""
 
         def refuse(why: str) -> BadInput:
-            return BadInput(
-                f"the chat template does not tell exactly what the assistant writes in turn {number + 1}: {why}",
-                field="chat_template",
-                hint="Use another template, such as ChatML, or conversations that end with this turn.",
-            )
+            problem = f"the chat template does not tell exactly what the assistant writes in turn {number + 1}: {why}"
+            hint = "Use another template, such as ChatML, or conversations that end with this turn."
+            return BadInput(problem, field="chat_template", hint=hint)
 
         before = self._render(messages[:number], tools, True)
         after = whole if number == len(messages) - 1 else self._render(messages[: number + 1], tools, False)
@@ -228,17 +226,12 @@ def _compiled(source: str) -> tuple[Template, frozenset[str]]:
         raise TemplateError(message)
 
     def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
+    tags = [GenerationTag, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = to_json
     try:

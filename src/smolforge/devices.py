@@ -98,10 +98,8 @@ def choose_device(wanted: str = "auto") -> torch.device:
         return device
     if missing := _cuda_unavailable():
         raise BadInput(missing[0], field="device", hint=missing[1])
-    index, count = (
-        int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index,
-        torch.cuda.device_count(),
-    )
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    count = torch.cuda.device_count()
     if index >= count:
         names = ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count))
         mig = " CUDA shows a process one MIG instance: name another in CUDA_VISIBLE_DEVICES." if "MIG" in names else ""
@@ -110,12 +108,9 @@ def choose_device(wanted: str = "auto") -> torch.device:
     major, minor = torch.cuda.get_device_capability(device)
     built = [int(arch.rpartition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     if built and 10 * major + minor < min(built):
-        raise BadInput(
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is too old for torch {torch.__version__}, "
-            f"which was built for sm_{min(built)} and newer",
-            field="device",
-            hint="Use --device cpu, or an older torch.",
-        )
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+        problem = f"{name} is too old for torch {torch.__version__}, which was built for sm_{min(built)} and newer"
+        raise BadInput(problem, field="device", hint="Use --device cpu, or an older torch.")
     return device
 
 
@@ -136,10 +131,10 @@ def _cuda_unavailable() -> tuple[str, str] | None:
     if "too old" in reason:
         found = re.search(r"found version (\d+)", reason)
         runs = f", which runs CUDA up to {int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else ""
-        return (
-            f"the NVIDIA driver is too old for torch {torch.__version__}, built for CUDA {torch.version.cuda}{runs}",
-            "Update the driver, or install a torch built for an older CUDA.",
+        problem = (
+            f"the NVIDIA driver is too old for torch {torch.__version__}, built for CUDA {torch.version.cuda}{runs}"
         )
+        return problem, "Update the driver, or install a torch built for an older CUDA."
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides all GPUs", "Unset it, or use --device cpu."
     if "driver" in reason.lower():
@@ -217,10 +212,6 @@ def physical_cores(world_size: int) -> int:
         allowed = os.sched_getaffinity(0)
     except AttributeError:
         allowed = set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii"))
-        except OSError:
-            cores.add(str(cpu))
+    siblings = ((cpu, Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) for cpu in allowed)
+    cores = {path.read_text("ascii") if path.is_file() else str(cpu) for cpu, path in siblings}
     return max(1, len(cores) // max(1, local_ranks))

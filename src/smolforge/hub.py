@@ -63,10 +63,8 @@ def _explained(name: str, revision: str, file: str = "") -> Iterator[None]:
     except hub_errors.RevisionNotFoundError:
         raise CheckpointError(f"{name} has no revision {revision!r} on the Hub") from None
     except hub_errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"no model {name!r} on the Hub, and no directory of that name here",
-            hint="A private model needs HF_TOKEN.",
-        ) from None
+        problem = f"no model {name!r} on the Hub, and no directory of that name here"
+        raise CheckpointError(problem, hint="A private model needs HF_TOKEN.") from None
     except hub_errors.EntryNotFoundError:
         raise CheckpointError(f"{name} has no file {file} on the Hub") from None
     except (hub_errors.HfHubHTTPError, OSError) as error:

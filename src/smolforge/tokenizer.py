@@ -18,8 +18,7 @@ from smolforge import hub
 from smolforge.errors import BadInput, CheckpointError
 from smolforge.files import read_json
 from smolforge.formatting import replace_lone_surrogates
-from smolforge.gguf_file import is_gguf, open_gguf
-from smolforge.gguf_tokenizer import gguf_tokenizer
+from smolforge.gguf_file import gguf_tokenizer, is_gguf, open_gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -38,15 +37,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 class Tokenizer:
-    """A loaded tokenizer. `encode` reads special tokens in text as plain text.
-
-    Attributes:
-        backend: the `tokenizers.Tokenizer` that does the work.
-        config: the contents of tokenizer_config.json.
-        eos_id: the id that ends a document.
-        bos_id: the id that begins a text where the tokenizer names one (`bos_token`), else `eos_id`.
-        chat_template: Jinja source of the chat template, or None for a base model.
-    """
+    """A loaded tokenizer over a `backend` of tokenizers. `encode` reads special tokens in text as plain text."""
 
     def __init__(self, backend: Backend, config: dict[str, Any] | None = None) -> None:
         self.backend = backend
@@ -54,10 +45,11 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.config = config or {}
-        self.eos_id = self._special_id("eos_token", END_OF_TEXT)
+        self.config = config or {}  # the contents of tokenizer_config.json
+        self.eos_id = self._special_id("eos_token", END_OF_TEXT)  # ends a document
         bos = self.backend.token_to_id(_token_text(self.config.get("bos_token")))
-        self.bos_id = self.eos_id if bos is None else bos
+        self.bos_id = self.eos_id if bos is None else bos  # begins a text where the tokenizer names one
+        # Jinja source of the chat template; None for a base model.
         self.chat_template: str | None = _template(self.config.get("chat_template"))
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
@@ -75,12 +67,9 @@ class Tokenizer:
         directory = Path(source)
         if not directory.is_dir():
             if not hub.is_model_id(str(source)):
-                raise CheckpointError(
-                    f"no such directory: {source}",
-                    field="tokenizer",
-                    hint="Give a directory with tokenizer.json, a Hub id such as HuggingFaceTB/cosmo2-tokenizer, "
-                    "or {train: {vocab_size: 4096}}.",
-                )
+                known = "a directory with tokenizer.json, a Hub id such as HuggingFaceTB/cosmo2-tokenizer"
+                hint = f"Give {known}, or {{train: {{vocab_size: 4096}}}}."
+                raise CheckpointError(f"no such directory: {source}", field="tokenizer", hint=hint)
             directory = hub.fetch_model(str(source), patterns=list(TOKENIZER_FILES))
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -119,11 +108,8 @@ class Tokenizer:
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise BadInput(
-                f"{vocab_size} is too small",
-                field="tokenizer.train.vocab_size",
-                hint=f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}.",
-            )
+            hint = f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}."
+            raise BadInput(f"{vocab_size} is too small", field="tokenizer.train.vocab_size", hint=hint)
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -133,11 +119,9 @@ class Tokenizer:
         )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
+        )  # fmt: skip
         # The trainer takes a hundred bytes for each word of a text at once, so a huge one comes in pieces.
         pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
         backend.train_from_iterator(pieces, trainer)
@@ -233,14 +217,9 @@ class Tokenizer:
         # `encode_special_tokens` is not part of the file: transformers uses its own default.
         self.backend.save(str(directory / "tokenizer.json"))
         specials = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.token_text(self.eos_id))
-        config = {
-            "add_prefix_space": False,
-            **specials,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": max_length,
-            **self.config,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
+        defaults = {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
+        own = {"add_prefix_space": False, **specials, **defaults, **self.config}
+        config = {**own, "tokenizer_class": "PreTrainedTokenizerFast"}
         files = {"tokenizer_config.json": config, "special_tokens_map.json": {key: config[key] for key in specials}}
         for name, value in files.items():
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -250,11 +229,8 @@ class Tokenizer:
         text = _token_text(self.config.get(key) or default)
         found = self.backend.token_to_id(text)
         if found is None:
-            raise BadInput(
-                f"{key} {text!r} is not in the vocabulary",
-                field="tokenizer",
-                hint="tokenizer_config.json must name a token of tokenizer.json.",
-            )
+            hint = "tokenizer_config.json must name a token of tokenizer.json."
+            raise BadInput(f"{key} {text!r} is not in the vocabulary", field="tokenizer", hint=hint)
         return found
 
 

@@ -16,6 +16,7 @@ import pytest
 from faults.server import FaultServer
 from smolforge.config import DataConfig
 from smolforge.data import Batch, Corpus, Loader, Network, data_digest, merge_cursors
+from smolforge.data.holdout import Holdout
 
 Logged = Callable[[], list[str]]
 
@@ -28,6 +29,11 @@ class Bytes:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Each byte plus one."""
         return [[byte + 1 for byte in text.encode()] for text in texts]
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether the hash of a text puts it among the `share` that training never sees."""
+    return Holdout(share).part(text, held_out=True) == text
 
 
 class Clock:

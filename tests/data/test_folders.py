@@ -113,12 +113,11 @@ def test_a_document_without_text_is_told_and_not_fatal(opened: Any, tmp_path: Pa
 
 
 def test_a_missing_package_is_named(opened: Any, tmp_path: Path, monkeypatch: Any, logged: Logged) -> None:
+    import importlib.util
     import sys
 
-    from smolforge.data.sources import folder
-
-    find = folder.importlib.util.find_spec
-    monkeypatch.setattr(folder.importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
     monkeypatch.setitem(sys.modules, "pypdf", None)
     (tmp_path / "a.pdf").write_bytes(pdf(["text"]))
     (tmp_path / "b.txt").write_text("text")

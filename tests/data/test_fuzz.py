@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from data.conftest import configured, named
 from smolforge.data import Corpus
 from smolforge.data import index as indexing
-from smolforge.data.cursor import read_cursor
+from smolforge.data.order import read_cursor
 from smolforge.errors import SmolforgeError
 
 

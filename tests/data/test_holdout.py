@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data.conftest import Logged, batches, digests, jsonl, named, resumed
+from data.conftest import Logged, batches, digests, is_held_out, jsonl, named, resumed
 from smolforge.data import Corpus
-from smolforge.data.holdout import dividing_place, is_held_out
+from smolforge.data.holdout import dividing_place
 from smolforge.data.readers.text import PIECE
 
 FEW = [text for text in named(80) if not is_held_out(text, 0.01)][:60]

@@ -15,8 +15,8 @@ from data.conftest import Logged, batches, digests, jsonl, named, parquet
 from faults.server import Drop, FaultServer, Status, as_hub, every, first
 from smolforge.config import build_config
 from smolforge.data import Corpus, Network
+from smolforge.data.sources import expand_names
 from smolforge.data.sources.hub import inside, pattern_regex, training_patterns
-from smolforge.data.sources.names import expand_names
 from smolforge.errors import DataError, SmolforgeError, SourceChanged, SourceUnavailable
 from smolforge.training.run_data import keep_places
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.conftest import batches, digests, jsonl, named
-from smolforge.data.readers.json_array import split_array
+from smolforge.data.readers.as_lines import split_array
 from smolforge.errors import DataError
 
 TEXTS = [*named(40), 'quotes " \\ [ ] { } , and\nline ends', "Ünïcödé 🙂"]

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.conftest import Bytes, batches, configured, digests, jsonl, named, parquet, resumed
+from data.conftest import Bytes, batches, configured, digests, is_held_out, jsonl, named, parquet, resumed
 from smolforge.data import Corpus, Loader, batch_of_step, data_digest
-from smolforge.data.holdout import is_held_out
 from smolforge.errors import BadInput, CheckpointError, DataError
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from smolforge.config import build_config
+from smolforge.data import index as indexing
 from smolforge.errors import BadInput
 from smolforge.formatting import count
 from smolforge.training import auto
+from smolforge.training.dry_run import rehearse
 from smolforge.training.setup import TrainRequest
 
 Chooses = Callable[..., TrainRequest]
@@ -26,7 +28,7 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chooses:
 
     def one(tokens: int = 10**9, speed: float = 10_000.0, minutes: float | None = None, **request: Any) -> TrainRequest:
         monkeypatch.setattr(auto, "measure_speed", lambda *_, **__: {"tokens_per_second": speed})
-        monkeypatch.setattr(auto, "_text_of", lambda config: (4 * tokens, tokens))
+        monkeypatch.setattr(auto, "_text_of", lambda config: (4 * tokens, tokens, None))
         return auto.choose(TrainRequest(**{"layers": {"data": {"sources": {"texts": 1.0}}}, **request}), minutes)
 
     return one
@@ -101,3 +103,16 @@ def test_a_run_is_chosen_once(choose: Chooses, monkeypatch: pytest.MonkeyPatch) 
     (request.out / "config.yaml").write_text("preset: pocket\n")
     again = choose()
     assert again.out == request.out and again.base is None and "training" not in again.layers
+
+
+def test_the_data_is_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Once upon a time there was a fox.\n" * 5_000)
+    monkeypatch.setattr(auto, "measure_speed", lambda *_, **__: {"tokens_per_second": 1_000.0})
+    built: list[object] = []
+    build_index = indexing.build_index
+    monkeypatch.setattr(
+        indexing, "build_index", lambda specs, context: built.append(specs) or build_index(specs, context)
+    )
+    rehearse(auto.choose(TrainRequest(layers={"data": {"sources": {"a.txt": 1.0}}}), None))
+    assert built == [[str(tmp_path / "a.txt")]]

@@ -11,7 +11,7 @@ import pytest
 from tiny import steps_of, weights_of
 
 from smolforge.run import Run
-from smolforge.training import profiling
+from smolforge.training import progress
 
 
 def trace_of(run: Run) -> tuple[Path, list[dict]]:
@@ -28,8 +28,8 @@ def test_a_trace_of_three_steps_and_an_equal_run(make_run: Callable[..., Run]) -
     assert path.name == "step-00000008.json.gz"  # four left out, one of the profiler's own, three seen
     names = [event["name"] for event in events]
     for label in ("wait for data", "forward", "backward", "update"):
-        assert names.count(label) >= profiling.STEPS, label
-    assert names.count("update") == profiling.STEPS
+        assert names.count(label) >= progress.STEPS, label
+    assert names.count("update") == progress.STEPS
     assert any(name.startswith("aten::") for name in names)
     assert steps_of(watched) == steps_of(plain)
     assert weights_of(watched) == weights_of(plain)

@@ -36,24 +36,14 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank adapter.
+    """A low-rank adapter."""
 
-    Attributes:
-        tensors: `lora_A.weight` (r, in) and `lora_B.weight` (out, r) after the name of each projection.
-        scaling: how many times their product is added to the projection's weight.
-        base: the model that it belongs to, as its config names it; None where it names none.
-    """
-
-    tensors: dict[str, Tensor]
-    scaling: float
-    base: str | None
+    tensors: dict[str, Tensor]  # `lora_A.weight` (r, in), `lora_B.weight` (out, r) after the name of each projection
+    scaling: float  # how many times their product is added to the projection's weight
+    base: str | None  # the model that it belongs to, as its config names it
 
     def merge_into(self, weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The weights of the base with the adapter added, each in the precision it had.
-
-        Raises:
-            CheckpointError: the adapter belongs to a model of another shape; the tensor is named.
-        """
+        """The weights of the base with the adapter added, each in its own precision; CheckpointError for a misfit."""
         from smolforge.model.lora import merge
 
         merged = dict(weights)
@@ -80,38 +70,25 @@ def read_base(directory: Path) -> str:
     """The name of the model that an adapter belongs to; CheckpointError where its config names none."""
     base = read_json(directory / ADAPTER_CONFIG, limit=1 << 20).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{directory} is an adapter that does not say which model it belongs to",
-            field="model",
-            hint=f"Give the model, and this with --adapter: MODEL --adapter {directory}",
-        )
+        problem = f"{directory} is an adapter that does not say which model it belongs to"
+        hint = f"Give the model, and this with --adapter: MODEL --adapter {directory}"
+        raise CheckpointError(problem, field="model", hint=hint)
     return base
 
 
 def find_adapter(path: Path, name: str) -> Path:
-    """The adapter's directory at `path`: itself, or in a checkpoint. `name` is fetched from the Hub where it is an id.
-
-    Raises:
-        CheckpointError: there is no adapter.
-    """
+    """The adapter's directory at `path`: itself, or in a checkpoint; else that of the Hub id `name`, or an error."""
     for directory in (path, path / ADAPTER):
         if (directory / ADAPTER_CONFIG).is_file():
             return directory
     if not path.exists() and hub.is_model_id(name):
         return hub.fetch_model(name, patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES])
-    raise CheckpointError(
-        f"{name} holds no adapter: it has no {ADAPTER_CONFIG}",
-        field="adapter",
-        hint="Give a LoRA run, one of its checkpoints, a directory that peft wrote, or a Hub id.",
-    )
+    hint = "Give a LoRA run, one of its checkpoints, a directory that peft wrote, or a Hub id."
+    raise CheckpointError(f"{name} holds no adapter: it has no {ADAPTER_CONFIG}", field="adapter", hint=hint)
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """An adapter that peft or smolforge wrote.
-
-    Raises:
-        CheckpointError: it is damaged, or not plain LoRA; what it has besides is named.
-    """
+    """An adapter that peft or smolforge wrote; CheckpointError where it is damaged, or not plain LoRA."""
     path = directory / ADAPTER_CONFIG
     config = read_json(path, limit=1 << 20)
     if (kind := config.get("peft_type")) != "LORA":

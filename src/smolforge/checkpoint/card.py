@@ -41,9 +41,8 @@ def card_text(config: RunConfig, *, step: int, rows: Iterable[dict[str, Any]] = 
     from smolforge.model.summary import count_parameters
 
     past = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
-    architecture = architecture_of(config.model)
+    architecture, parameters = architecture_of(config.model), count_parameters(config.model)
     trained = "a byte-level BPE trained on the run's own data"
-    parameters = count_parameters(config.model)
     total = sum(config.data.sources.values())
     return _template().render(
         front=_front_matter(config, architecture),
@@ -111,16 +110,9 @@ def _curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # A validation may fall on a step that was not logged: the last training loss before it is meant.
         logged = training.get(max((before for before in training if before <= step), default=-1), {})
         validation = validations.get(step, {})
-        curve.append(
-            {
-                "step": step,
-                "tokens": tokens.get(step, ""),
-                "loss": _number(logged.get("loss")),
-                "validation": _number(validation.get("loss")),
-                "perplexity": _number(validation.get("perplexity")),
-                "bits": _number(validation.get("bits_per_byte")),
-            }
-        )
+        scores = {"validation": "loss", "perplexity": "perplexity", "bits": "bits_per_byte"}
+        shown = {name: _number(validation.get(key)) for name, key in scores.items()}
+        curve.append({"step": step, "tokens": tokens.get(step, ""), "loss": _number(logged.get("loss")), **shown})
     return curve
 
 

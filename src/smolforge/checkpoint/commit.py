@@ -291,12 +291,10 @@ def _no_room(checkpoints: Path, step: int, needed: int) -> RunFailed:
     previous = newest_whole(checkpoints)
     if previous is not None:
         needed = max(needed, tree_bytes(previous))
-        safe = f"The newest checkpoint, {previous}, is whole."
-    else:
-        safe = "There is no earlier checkpoint."
+    safe = f"The newest checkpoint, {previous}, is whole." if previous else "There is no earlier checkpoint."
+    amounts = f"about {needed:,} bytes are needed, {free_bytes(checkpoints):,} are free"
     return RunFailed(
-        f"no room on the disk for the checkpoint of step {step} in {checkpoints}: about {needed:,} bytes are needed, "
-        f"{free_bytes(checkpoints):,} are free",
+        f"no room on the disk for the checkpoint of step {step} in {checkpoints}: {amounts}",
         hint=f"{safe} Free some room (or lower checkpoint.keep) and start the same command again.",
     )
 

@@ -64,8 +64,8 @@ def write_model(
         write_shard_index(directory, weights)
     stored = str(dtype or next(iter(weights.values())).dtype).removeprefix("torch.")
     specials = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    _write_json(directory / CONFIG, describe(config, stored, specials))
-    _write_json(directory / GENERATION_CONFIG, specials)
+    write_json(directory / CONFIG, describe(config, stored, specials))
+    write_json(directory / GENERATION_CONFIG, specials)
     tokenizer.save(directory, max_length=config.max_position_embeddings)
     if card:
         (directory / CARD).write_text(card, encoding="utf-8")
@@ -79,35 +79,23 @@ def describe(config: ModelConfig, dtype: str, specials: Mapping[str, int]) -> di
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, *, text_only: bool = False) -> None:
-    """Refuse a tokenizer with ids that the model has no row for.
+    """Raise BadInput for a tokenizer with ids that the model has no row for.
 
-    Args:
-        text_only: allow special tokens without a row, which no text has: a prompt with one is refused when it comes.
-
-    Raises:
-        BadInput: with both sizes.
+    `text_only` allows special tokens without a row, which no text has: a prompt with one is refused when it comes.
     """
     size = tokenizer.text_vocab_size if text_only else tokenizer.vocab_size
     if size > config.vocab_size:
-        raise BadInput(
-            f"the tokenizer has {size:,} tokens, the model only {config.vocab_size:,}",
-            field="model.vocab_size",
-            hint=f"It must be at least {size}.",
-        )
+        problem = f"the tokenizer has {size:,} tokens, the model only {config.vocab_size:,}"
+        raise BadInput(problem, field="model.vocab_size", hint=f"It must be at least {size}.")
 
 
 def check_no_dropout(directory: Path) -> None:
-    """Refuse to continue the training of a model that was trained with dropout, which changes nothing elsewhere.
-
-    Raises:
-        CheckpointError: attention_dropout is not 0.
-    """
+    """Raise CheckpointError for a model that was trained with dropout: it cannot be trained on as it was."""
     value = None if is_gguf(directory) else read_json(directory / CONFIG, limit=1 << 20).get("attention_dropout")
     if value is not None and value != 0:
+        problem, field = f"{json.dumps(value)[:200]} is not supported", f"{directory / CONFIG}: attention_dropout"
         hint = "smolforge has no dropout; set it to 0 to continue this model without."
-        raise CheckpointError(
-            f"{json.dumps(value)[:200]} is not supported", field=f"{directory / CONFIG}: attention_dropout", hint=hint
-        )
+        raise CheckpointError(problem, field=field, hint=hint)
 
 
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str = "") -> dict[str, Tensor]:
@@ -129,11 +117,9 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str
         shared = next(name for name, parameter in model.named_parameters() if parameter is model.output_weight)
         head, embedding = given.pop("lm_head.weight"), given.get(shared)
         if embedding is not None and (head.shape != embedding.shape or not torch.equal(head, embedding)):
-            raise CheckpointError(
-                f"tensor 'lm_head.weight' differs from {shared!r}, though the embeddings are tied",
-                field=where or None,
-                hint="Set tie_word_embeddings to false in config.json if the head is a tensor of its own.",
-            )
+            problem = f"tensor 'lm_head.weight' differs from {shared!r}, though the embeddings are tied"
+            hint = "Set tie_word_embeddings to false in config.json if the head is a tensor of its own."
+            raise CheckpointError(problem, field=where or None, hint=hint)
 
     def bad(message: str) -> CheckpointError:
         return CheckpointError(message, field=where or None, hint="The weights do not belong to this config.json.")
@@ -224,5 +210,6 @@ def read_end_ids(directory: Path) -> list[int]:
     return [i for i in ids if type(i) is int and i >= 0]
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file such as config.json."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,7 @@
 """A GGUF file as a model: what its config.json, generation_config.json and model.safetensors would hold.
 
 Tensors have GGUF's names there, and the rows of q and k are in llama.cpp's order (neighbouring pairs are rotated where
-Hugging Face rotates halves); both are undone here. The file itself is read by `gguf_file`, its tokenizer by
-`gguf_tokenizer`.
+Hugging Face rotates halves); both are undone here. The file itself and its tokenizer are read by `gguf_file`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from smolforge.errors import CheckpointError
-from smolforge.gguf_file import Blocks, GgufFile
-from smolforge.gguf_tokenizer import end_ids
+from smolforge.gguf_file import Blocks, GgufFile, end_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +31,7 @@ _PERMUTED = ("llama", "smollm3")  # llama.cpp's other architectures rotate halve
 
 
 def gguf_config(file: GgufFile) -> dict[str, Any]:
-    """The values of config.json that a file's metadata mean; `config_from_hf` checks them.
-
-    Raises:
-        CheckpointError: it is not a model smolforge has; its architecture is named.
-    """
+    """The values of config.json that a file's metadata mean, to be checked; CheckpointError for one unknown here."""
     from smolforge.model.architecture import architectures
 
     metadata, where = file.metadata, str(file.path)
@@ -49,9 +43,8 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
             hint=f"Supported: {', '.join(known)}.",
         )  # fmt: skip
     if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(
-            f"is one of {metadata['split.count']} parts", field=where, hint="Join them with llama-gguf-split --merge."
-        )
+        hint = "Join them with llama-gguf-split --merge."
+        raise CheckpointError(f"is one of {metadata['split.count']} parts", field=where, hint=hint)
     if _EMBEDDING not in file.tensors:
         raise CheckpointError(f"has no tensor {_EMBEDDING}: it is not a whole model", field=where)
     values = {ours: metadata.get(f"{name}.{key}") for key, ours in _KEYS.items()}
@@ -104,10 +97,10 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
 
 def gguf_generation_defaults(file: GgufFile) -> dict[str, Any]:
     """What generation_config.json would hold: the special ids."""
-    ids = {
-        name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))
+    keys = {"bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id"}
+    found: dict[str, Any] = {
+        name: file.metadata[key] for name, key in keys.items() if type(file.metadata.get(key)) is int
     }
-    found: dict[str, Any] = {f"{name}_token_id": value for name, value in ids.items() if type(value) is int}
     if ends := end_ids(file.metadata):
         found["eos_token_id"] = ends
     return found

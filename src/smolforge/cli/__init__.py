@@ -4,8 +4,7 @@ A verb's module has `add(verbs)`, which describes its arguments and names the fu
 what it needs and returns an exit code. Results go to stdout, progress and logs to stderr; with `--json` stdout is one
 JSON object.
 
-    words.py         the words of a command line in any order
-    options.py       the parser, options that verbs share, and how their values are read
+    options.py       the parser, options that verbs share, how their values are read; words in any order
     train.py         start a run, or resume one
     sweep.py         the same run with other values, and which are best
     plan.py          what a run would take on other GPUs
@@ -15,8 +14,7 @@ JSON object.
     serve.py         a page and an OpenAI-compatible API
     eval.py          loss on a source, or lm-eval's tasks
     export.py        a model for other programs
-    inspect.py       summary of a model, comparison of runs, verification of checkpoints
-    config.py        presets; the keys of a configuration
+    inspect.py       presets, the keys of a configuration, models, comparison of runs, verification of checkpoints
     data.py          which documents fed a step; the embedded corpus as a file
     doctor.py        what works on this machine
     completion.py    completion of words in a shell
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 # Each verb and its module.
 VERBS = {
     **{verb: verb for verb in ("train", "sweep", "plan", "finetune", "generate", "chat", "serve", "eval", "export")},
-    **dict.fromkeys(("presets", "config"), "config"),
+    **dict.fromkeys(("presets", "config"), "inspect"),
     **dict.fromkeys(("summary", "compare", "verify"), "inspect"),
     **{verb: verb for verb in ("data", "doctor", "completion")},
     **dict.fromkeys(("bench", "build-native"), "bench"),

@@ -77,9 +77,8 @@ def _train(args: argparse.Namespace) -> int:
     """Train for some steps and say where the time and the memory go."""
     from smolforge.training import bench
 
-    return _print(args, bench, bench.measure(
-        args.preset, length=args.length, micro_batch=args.batch, steps=args.steps, overrides=args.overrides
-    ))  # fmt: skip
+    shape = {"length": args.length, "micro_batch": args.batch, "steps": args.steps}
+    return _print(args, bench, bench.measure(args.preset, **shape, overrides=args.overrides))
 
 
 def _generate(args: argparse.Namespace) -> int:

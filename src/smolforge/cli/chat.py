@@ -91,9 +91,8 @@ def _newest_run(folder: Path) -> Path:
     runs = [Run(path) for path in folder.iterdir()] if folder.is_dir() else []
     found = [run for run in runs if run.exists and run.checkpoints_path.is_dir()]
     if not found:
-        raise BadInput(
-            f"there is no run in {folder.resolve()}", field="MODEL", hint="Name one, such as: smolforge chat smollm2"
-        )
+        hint = "Name one, such as: smolforge chat smollm2"
+        raise BadInput(f"there is no run in {folder.resolve()}", field="MODEL", hint=hint)
     return max(found, key=lambda run: run.checkpoints_path.stat().st_mtime).path
 
 

@@ -46,7 +46,7 @@ def _which(args: argparse.Namespace) -> int:
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
     from smolforge.data import Corpus, batch_of_step
-    from smolforge.data.cursor import accepted_cursor
+    from smolforge.data.order import accepted_cursor
     from smolforge.errors import BadInput
     from smolforge.run import Run
     from smolforge.tokenizer import Tokenizer
@@ -62,11 +62,8 @@ def _which(args: argparse.Namespace) -> int:
     index = run.read_index()
     for change in (index or {}).get("accepted", []):
         if args.step <= change["step"]:
-            raise BadInput(
-                f"the data of step {args.step} is not here any more: it changed after step {change['step']} "
-                f"({change['problem']})",
-                field="--step",
-            )
+            changed = f"it changed after step {change['step']} ({change['problem']})"
+            raise BadInput(f"the data of step {args.step} is not here any more: {changed}", field="--step")
     corpus = Corpus.open(config.data, index=index, cache_dir=run.path / "cache")
     # The nearest cursor at or before the step saves replaying the run from its beginning.
     cursor, skip, done = None, [], 0

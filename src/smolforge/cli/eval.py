@@ -7,15 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import (
-    MODEL_HELP,
-    PRECISIONS,
-    add_adapter,
-    add_json,
-    parse_positive,
-    parse_sources,
-    print_result,
-)
+from smolforge.cli import options
+from smolforge.cli.options import MODEL_HELP, PRECISIONS, add_json, parse_sources, print_result
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -57,7 +50,7 @@ def add(verbs: Any) -> None:
         help="also score these precisions (none: that of the file), as the CPU serves them, and show what each costs",
     )  # fmt: skip
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
-    add_adapter(parser)
+    options.add_adapter(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="a folder of task files, used before lm-eval's")
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
@@ -82,7 +75,7 @@ def _score_text(args: argparse.Namespace) -> int:
     from smolforge.evaluation import evaluate_runner, score_sources
     from smolforge.generation.runners import select_runner
 
-    tokens = parse_positive(args.tokens, "--tokens")
+    tokens = options.parse_positive(args.tokens, "--tokens")
     model, tokenizer, directory = load_model(args.model, adapter=args.adapter)
 
     def score(sources: dict[str, float]) -> Any:
@@ -121,9 +114,8 @@ def _score_table(outcome: dict[str, Any]) -> str:
     if entropy:
         above = bits / entropy - 1
         lines.append(f"entropy        {entropy:.4f} bits per byte of the source itself; the model is {above:.1%} above")
-    lines.append(
-        f"text           {outcome['tokens']:,} tokens, {outcome['n_bytes']:,} bytes, {outcome['documents']:,} documents"
-    )
+    text = f"{outcome['tokens']:,} tokens, {outcome['n_bytes']:,} bytes, {outcome['documents']:,} documents"
+    lines.append(f"text           {text}")
     for source, one in outcome.get("sources", {}).items():
         size = f"{one['tokens']:,} tokens, {one['documents']:,} documents"
         lines.append(f"of {source}: {one['bits_per_byte']:.4f} bits per byte, loss {one['loss']:.4f} ({size})")
@@ -147,9 +139,8 @@ def _score_tasks(args: argparse.Namespace) -> int:
     try:
         from smolforge.evaluation.tasks import run_tasks
     except ModuleNotFoundError as error:
-        raise BadInput(
-            f"tasks need the package {error.name}", field="--tasks", hint="Install it: pip install 'smolforge[eval]'"
-        ) from None
+        hint = "Install it: pip install 'smolforge[eval]'"
+        raise BadInput(f"tasks need the package {error.name}", field="--tasks", hint=hint) from None
     if args.adapter is not None:
         hint = "`smolforge export MODEL --adapter DIR --to merged --out NEW` makes a model of both."
         raise BadInput("tasks are given to a whole model", field="--adapter", hint=hint)

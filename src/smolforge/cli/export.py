@@ -22,17 +22,10 @@ examples:
 """
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 # Which options belong to which goal; another one is an error, not ignored.
-_FILES = ("gguf", "ollama")
-_ONLY = {
-    "quantize": _FILES,
-    "name": _FILES,
-    "check": _FILES,
-    "calibration": _FILES,
-    "title": ("space",),
-    "adapter": ("merged",),
-    "private": ("hub",),
-    "dry_run": ("hub",),
-}
+_ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("quantize", "name", "check", "calibration"), ("gguf", "ollama")),
+    "title": ("space",), "adapter": ("merged",), "private": ("hub",), "dry_run": ("hub",),
+}  # fmt: skip
 
 
 def add(verbs: Any) -> None:
@@ -69,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Export."""
     for option, goals in _ONLY.items():
         if getattr(args, option) is not None and args.to not in goals:
-            raise BadInput(
-                f"is an option of --to {' and '.join(goals)}, not of --to {args.to}",
-                field=f"--{option.replace('_', '-')}",
-            )
+            problem = f"is an option of --to {' and '.join(goals)}, not of --to {args.to}"
+            raise BadInput(problem, field=f"--{option.replace('_', '-')}")
     outcome, lines = {
         "gguf": _gguf, "ollama": _ollama, "space": _space, "checkpoint": _checkpoint, "merged": _merged, "hub": _hub,
     }[args.to](args)  # fmt: skip
@@ -87,11 +78,7 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     from smolforge.export.gguf import export_gguf
     from smolforge.export.space import name_of
 
-    name = args.name or name_of(args.model)
-    _require(args)
-    done = export_gguf(
-        args.model, Path(args.out), kind=args.quantize or "f16", name=name, calibration=_calibration(args)
-    )
+    done = export_gguf(args.model, Path(args.out), **_file_options(args, "f16", args.name or name_of(args.model)))
     outcome = {"to": "gguf", "path": str(done.path), "bytes": done.bytes, "kind": done.kind, "tensors": done.tensors}
     return outcome, [
         f"{done.path}: {done.kind}, {done.tensors} tensors, {done.bytes:,} bytes",
@@ -100,18 +87,16 @@ def _gguf(args: argparse.Namespace) -> Outcome:
     ]
 
 
-def _calibration(args: argparse.Namespace) -> dict[str, float] | None:
+def _file_options(args: argparse.Namespace, kind: str, name: str | None) -> dict[str, Any]:
+    """What both exports of a GGUF file take; --check is refused before anything is written where it cannot be done."""
     if args.calibration and not (args.quantize or "").startswith("q4"):
         raise BadInput("belongs to --quantize q4_0 or q4_1", field="--calibration")
-    return parse_sources(args.calibration, "--calibration") if args.calibration else None
-
-
-def _require(args: argparse.Namespace) -> None:
-    """Refuse --check before anything is written where it cannot be done."""
+    sources = parse_sources(args.calibration, "--calibration") if args.calibration else None
     if args.check:
         from smolforge.export.check import require_llama_cpp
 
         require_llama_cpp()
+    return {"kind": args.quantize or kind, "name": name, "calibration": sources}
 
 
 def _check(args: argparse.Namespace, path: Path, outcome: dict[str, Any]) -> list[str]:
@@ -130,10 +115,7 @@ def _check(args: argparse.Namespace, path: Path, outcome: dict[str, Any]) -> lis
 def _ollama(args: argparse.Namespace) -> Outcome:
     from smolforge.export.ollama import export_ollama
 
-    _require(args)
-    done = export_ollama(
-        args.model, Path(args.out), kind=args.quantize or "q8_0", name=args.name, calibration=_calibration(args)
-    )
+    done = export_ollama(args.model, Path(args.out), **_file_options(args, "q8_0", args.name))
     outcome = {"to": "ollama", "path": str(done.path), "bytes": done.bytes, "kind": done.kind}
     return outcome, [
         f"{done.path}: model.gguf ({done.kind}, {done.bytes:,} bytes) and Modelfile",

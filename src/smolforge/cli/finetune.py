@@ -9,17 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import (
-    MODEL_HELP,
-    add_device,
-    add_json,
-    add_run,
-    add_usual,
-    parse_positive,
-    parse_seconds,
-    parse_sources,
-    usual_layers,
-)
+from smolforge.cli import options
+from smolforge.cli.options import MODEL_HELP, parse_positive, parse_sources
 from smolforge.cli.train import print_outcome
 
 logger = logging.getLogger(__name__)
@@ -55,10 +46,10 @@ def add(verbs: Any) -> None:
         "--lora", metavar="RANK", help="learn an adapter of this rank beside the weights, which stay as they are"
     )
     parser.add_argument("--preset", metavar="PRESET|FILE.yaml", help="settings (default: sft; lora with --lora)")
-    add_usual(parser, epochs="sft: 3", lr="sft: 1e-4, lora: 5e-4", batch=f"default {BATCH}")
-    add_run(parser, out="runs/MODEL-PRESET", setting="data.too_long=truncate")
-    add_device(parser)
-    add_json(parser)
+    options.add_usual(parser, epochs="sft: 3", lr="sft: 1e-4, lora: 5e-4", batch=f"default {BATCH}")
+    options.add_run(parser, out="runs/MODEL-PRESET", setting="data.too_long=truncate")
+    options.add_device(parser)
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,17 +61,12 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.training.train import run_training
 
     args.preset = args.preset or ("lora" if args.lora else "sft")
-    time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
+    time_limit = options.parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
     request = TrainRequest(
-        base=args.preset,
-        overrides=args.overrides,
-        layers=_layers(args),
-        out=args.out or Path("runs") / f"{_name_of(args.model)}-{Path(args.preset).stem}",
-        fresh=args.fresh,
-        must_resume=args.resume,
-        time_limit=time_limit,
+        base=args.preset, overrides=args.overrides, layers=_layers(args), fresh=args.fresh, must_resume=args.resume,
+        out=args.out or Path("runs") / f"{_name_of(args.model)}-{Path(args.preset).stem}", time_limit=time_limit,
         command=shlex.join(["smolforge", *args.words]),
-    )
+    )  # fmt: skip
     if (code := launch(request, args.nproc, args.words)) is not None:
         return code
     finished, shutdown = run_training(request)
@@ -103,7 +89,7 @@ def _layers(args: argparse.Namespace) -> dict[str, Any]:
     from smolforge.config import build_config
 
     positions = read_config(resolve_model(args.model)).max_position_embeddings
-    layers = {"init": args.model, "data": {"sources": parse_sources(args.data)}, **usual_layers(args)}
+    layers = {"init": args.model, "data": {"sources": parse_sources(args.data)}, **options.usual_layers(args)}
     if args.lora is not None:
         layers["lora"] = {"r": parse_positive(args.lora, "--lora")}
     length = build_config(args.preset, args.overrides, **layers).data.sequence_length

@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         from smolforge.serving.server import serve
     except ModuleNotFoundError as error:
-        raise BadInput(
-            f"serving needs the package {error.name}", hint="Install it with: pip install 'smolforge[web]'"
-        ) from None
+        hint = "Install it with: pip install 'smolforge[web]'"
+        raise BadInput(f"serving needs the package {error.name}", hint=hint) from None
     return serve(settings)

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import (
     add_device,
@@ -21,6 +21,9 @@ from smolforge.cli.options import (
     parse_step_range,
     usual_layers,
 )
+
+if TYPE_CHECKING:
+    from smolforge.training.setup import TrainRequest
 
 EXAMPLES = """\
 examples:
@@ -103,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
         layers["data"] = {"sources": parse_sources(args.data)}
     if args.init:
         layers["init"] = args.init
-    if args.batch_size is not None:
-        layers.setdefault("training", {})["tokens_per_step"] = _batch_tokens(args)
+    windows = None if args.batch_size is None else parse_positive(args.batch_size, "--batch-size")
     time_limit = parse_seconds(args.time_limit, "--time-limit") if args.time_limit else None
     skip = [parse_step_range(text, "--skip-steps") for text in args.skip_steps]
     from smolforge.training.auto import choose
@@ -127,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         command=shlex.join(["smolforge", *args.words]),
     )
+    if windows is not None:
+        request = _with_batch(request, windows)
     if args.dry_run:
         from smolforge.training.dry_run import rehearse
 
@@ -154,22 +158,23 @@ def _is_base(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) or word in preset_names()
 
 
+def _with_batch(request: TrainRequest, windows: int) -> TrainRequest:
+    """The request, with so many windows of the run's or the preset's length in one update."""
+    from dataclasses import replace
+
+    from smolforge.config import build_config
+    from smolforge.training.setup import base_of
+
+    tokens = windows * build_config(base_of(request), list(request.overrides)).data.sequence_length
+    training = {**request.layers.get("training", {}), "tokens_per_step": tokens}
+    return replace(request, layers={**request.layers, "training": training})
+
+
 def _parse_cooldown(text: str) -> int | str:
     """Steps, or a share of them as it was written; BadInput where it is neither."""
     if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) > 0:
         return text
     return parse_positive(text, "--cooldown")
-
-
-def _batch_tokens(args: argparse.Namespace) -> int:
-    """Tokens in one update of so many windows, as long as those of the run or the preset are."""
-    from smolforge.config import build_config
-    from smolforge.run import Run
-
-    run = None if args.out is None or args.fresh else Run(args.out)
-    base = str(run.config_path) if run is not None and run.exists else args.base or "pocket"
-    length = build_config(base, args.overrides).data.sequence_length
-    return parse_positive(args.batch_size, "--batch-size") * length
 
 
 def print_outcome(finished: Any) -> None:

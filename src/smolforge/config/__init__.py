@@ -4,7 +4,6 @@ A configuration is built from layers, later ones winning: the defaults, a preset
 All errors are reported together, each with the closest valid key.
 
     values.py      counts as people write them; the base of all sections
-    tuning.py      the sections that only tuning has
     sections.py    the tree: keys, types, defaults, meanings
     layers.py      a configuration from presets, files and overrides; its errors; the table of all keys
 """
@@ -13,13 +12,14 @@ from smolforge.config.layers import build_config, key_records, key_table, preset
 from smolforge.config.sections import (
     THREE_PROMPTS,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    PreferenceConfig,
     RunConfig,
     ScheduleConfig,
     TokenizerConfig,
 )
-from smolforge.config.tuning import LoraConfig, PreferenceConfig
 from smolforge.config.values import parse_count
 
 __all__ = [

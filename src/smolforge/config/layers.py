@@ -23,11 +23,7 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The keys that a preset sets.
-
-    Raises:
-        BadInput: there is no such preset; the nearest is named.
-    """
+    """The keys that a preset sets; BadInput, naming the nearest, where there is none of this name."""
     if name not in preset_names():
         raise unknown("preset", name, preset_names())
     return yaml.safe_load(_preset_text(name))
@@ -43,11 +39,7 @@ def _preset_text(name: str) -> str:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The keys that a YAML file sets.
-
-    Raises:
-        BadInput: the file is missing, is not valid YAML, or does not hold a mapping.
-    """
+    """The keys that a YAML file sets; BadInput where it is missing, not valid YAML, or does not hold a mapping."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,8 +130,9 @@ def _explain(error: Any) -> BadInput:
     field = ".".join(path) or None
     kind, message = error["type"], error["msg"]
     if kind == "extra_forbidden":
-        known = _keys_at(path[:-1])
-        guess = _place_of(path[-1]) or nearest(path[-1], known) or nearest(path[-1], _places())
+        known, places = _keys_at(path[:-1]), [place for place, _ in _leaves() if "." in place]
+        elsewhere = next((place for place in places if place.endswith(f".{path[-1]}")), None)  # lr → optimizer.lr
+        guess = elsewhere or nearest(path[-1], known) or nearest(path[-1], places)
         hint = f"Did you mean {guess!r}? " if guess else ""
         return BadInput("unknown key", field=field, hint=f"{hint}Known here: {', '.join(known)}.")
     if kind == "value_error":
@@ -165,15 +158,6 @@ def _keys_at(path: list[str]) -> list[str]:
         options = [field.annotation, *get_args(field.annotation)] if field else []
         section = next((option for option in options if _is_section(option)), None)
     return sorted(section.model_fields) if _is_section(section) else []
-
-
-def _places() -> list[str]:
-    return [place for place, _ in _leaves() if "." in place]
-
-
-def _place_of(key: str) -> str | None:
-    """Where another section has exactly this key: `lr` → optimizer.lr."""
-    return next((place for place in _places() if place.endswith(f".{key}")), None)
 
 
 def _is_section(kind: Any) -> bool:
@@ -220,13 +204,9 @@ def _record(key: str, field: Any) -> KeyRecord:
 
 
 _KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    NoneType: "null",
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null",
     ByteSize: "memory",
-}
+}  # fmt: skip
 
 
 def _allowed(kind: Any) -> str:

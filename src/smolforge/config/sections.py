@@ -9,16 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ByteSize, Field, model_validator
 
-from smolforge.config.tuning import LoraConfig, PreferenceConfig
 from smolforge.config.values import Count, Section
-
-
-def _head_width(data: dict[str, int]) -> int:
-    return max(data["hidden_size"] // data["num_attention_heads"], 2)
-
-
-def _embedding_std(data: dict[str, int]) -> float:
-    return 1 / math.sqrt(data["hidden_size"])
 
 
 class RopeScaling(Section):
@@ -52,7 +43,7 @@ class ModelConfig(Section):
     """Query heads."""
     num_key_value_heads: int = Field(default=3, ge=1)
     """Key and value heads; divides the query heads."""
-    head_dim: int = Field(default_factory=_head_width, ge=2)
+    head_dim: int = Field(default_factory=lambda d: max(d["hidden_size"] // d["num_attention_heads"], 2), ge=2)
     """Width of one head; hidden_size / num_attention_heads unless given."""
     max_position_embeddings: Count = Field(default=8192, ge=1)
     """Longest context in tokens."""
@@ -70,7 +61,7 @@ class ModelConfig(Section):
     """Added to the mean square before its root."""
     tie_word_embeddings: bool = True
     """Whether the head is the embedding itself."""
-    initializer_range: float = Field(default_factory=_embedding_std, gt=0)
+    initializer_range: float = Field(default_factory=lambda data: 1 / math.sqrt(data["hidden_size"]), gt=0)
     """Standard deviation of new weights; 1 / sqrt(hidden_size), SmolLM2's own, unless given."""
 
     @model_validator(mode="before")
@@ -84,15 +75,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} query heads cannot be shared evenly by "
-                f"num_key_value_heads {self.num_key_value_heads}; the first must be a multiple of the second"
-            )
+            shared = f"{self.num_attention_heads} query heads cannot be shared evenly by num_key_value_heads"
+            right = "the first must be a multiple of the second"
+            raise ValueError(f"num_attention_heads: {shared} {self.num_key_value_heads}; {right}")
         if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}; change one of them or give head_dim"
-            )
+            problem = f"{self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"hidden_size: {problem}; change one of them or give head_dim")
         return self
 
 
@@ -154,6 +142,26 @@ class DataConfig(Section):
         if bad:
             raise ValueError(f"sources: weights must be above 0, but {bad}")
         return self
+
+
+class LoraConfig(Section):
+    """A low-rank adapter, under peft's names. Only tuning on chat data has one."""
+
+    r: int = Field(default=0, ge=0)
+    """Rank of the matrices that learn while the model's own stay as they are; 0 lets every weight learn."""
+    lora_alpha: float = Field(default_factory=lambda data: 2.0 * data["r"], ge=0)
+    """The adapter counts lora_alpha / r times; 2 r unless given."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers it is put beside, such as [q_proj, v_proj]."""
+
+
+class PreferenceConfig(Section):
+    """How a model learns which of two answers is better (`data.format=preferences`)."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid is DPO (arXiv:2305.18290); ipo aims at a fixed margin (arXiv:2310.12036)."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the model is kept near the one that it starts from."""
 
 
 class OptimizerConfig(Section):
@@ -323,18 +331,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ValueError(
-                f"data.sequence_length: {self.data.sequence_length} is longer than the model's "
-                f"{self.model.max_position_embeddings} positions (model.max_position_embeddings)"
-            )
+            positions = f"{self.model.max_position_embeddings} positions (model.max_position_embeddings)"
+            problem = f"{self.data.sequence_length} is longer than the model's {positions}"
+            raise ValueError(f"data.sequence_length: {problem}")
         if self.lora.r and self.data.format == "text":
             raise ValueError("lora.r: an adapter learns from chat data (smolforge finetune); set it to 0")
         per_step = self.training.tokens_per_step
         if per_step is not None and per_step % self.data.sequence_length:
-            raise ValueError(
-                f"training.tokens_per_step: {per_step} is not a multiple of data.sequence_length "
-                f"{self.data.sequence_length}"
-            )
+            problem = f"{per_step} is not a multiple of data.sequence_length {self.data.sequence_length}"
+            raise ValueError(f"training.tokens_per_step: {problem}")
         return self
 
     @property

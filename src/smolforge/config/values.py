@@ -13,11 +13,7 @@ _COUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kmbt]?)\s*$", re.IGNORECA
 
 
 def parse_count(value: Any) -> Any:
-    """`"64k"` → 64000; other types pass through to pydantic's own check.
-
-    Raises:
-        ValueError: not a count.
-    """
+    """`"64k"` → 64000, or ValueError; other types pass through to pydantic's own check."""
     if not isinstance(value, str):
         return value
     match = _COUNT.match(value)

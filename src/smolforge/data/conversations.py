@@ -20,8 +20,7 @@ import numpy as np
 from smolforge.chat_template import ChatTemplate
 from smolforge.config import DataConfig
 from smolforge.data.corpus import Address, Corpus, Document, LeftOut
-from smolforge.data.cursor import Position
-from smolforge.data.order import RowRange, permutation
+from smolforge.data.order import Position, RowRange, permutation
 from smolforge.data.readers import BadRow, Row
 from smolforge.errors import BadInput, CheckpointError, DataError
 from smolforge.tokenizer import Tokenizer

@@ -14,8 +14,7 @@ from smolforge.data.fetch import Network
 from smolforge.data.holdout import Holdout, decide_holdout
 from smolforge.data.order import Order, RowRange, split_into_ranges
 from smolforge.data.readers import BadRow, Reader, Row, Rows
-from smolforge.data.sources import Context, Source
-from smolforge.data.sources.names import expand_names
+from smolforge.data.sources import Context, Source, expand_names
 from smolforge.errors import DataError
 from smolforge.hub import is_offline
 
@@ -48,7 +47,6 @@ class Corpus:
     """Sources that can be read by address. Made by `open`; a context manager.
 
     Attributes:
-        config: the `DataConfig` it was opened with.
         index: JSON-able: every shard and row group of every source. Equal `index_hash`, equal streams.
         specs, weights, orders: of the sources, in the order of the configuration.
         remote: whether reading uses the network.
@@ -71,14 +69,9 @@ class Corpus:
 
     @classmethod
     def open(
-        cls,
-        config: DataConfig,
-        *,
-        index: dict[str, Any] | None = None,
-        cache_dir: Path | None = None,
-        offline: bool = False,
-        network: Network | None = None,
-    ) -> Corpus:
+        cls, config: DataConfig, *, index: dict[str, Any] | None = None, cache_dir: Path | None = None,
+        offline: bool = False, network: Network | None = None,
+    ) -> Corpus:  # fmt: skip
         """Resolve the sources and read their index.
 
         Args:

@@ -110,11 +110,9 @@ class Network:
             wait = max(wait, trouble.wait) if trouble.wait is not None else wait
             if left <= 0 or (trouble.wait or 0) > left:
                 asked = f" and asks to wait {trouble.wait:.0f} s" if trouble.wait else ""
-                raise SourceUnavailable(
-                    f"could not reach {place} for {now - since:.0f} s while reading {what}: {trouble.what}{asked}",
-                    field="data.sources",
-                    hint=f"Run the same command again later; data.patience is {self.patience:.0f} s.",
-                )
+                problem = f"could not reach {place} for {now - since:.0f} s while reading {what}: {trouble.what}{asked}"
+                hint = f"Run the same command again later; data.patience is {self.patience:.0f} s."
+                raise SourceUnavailable(problem, field="data.sources", hint=hint)
             self._warn(place, what, trouble.what, min(wait, left))
             self._sleep(min(wait, left))
             if self._closed.is_set():
@@ -171,17 +169,13 @@ class NoRanges(Exception):
 
 
 class RemoteFile(ABC):
-    """One remote file, which messages call `name` on `host`. Thread-safe.
+    """One remote file, which messages call `name` on `host`. Thread-safe."""
 
-    Attributes:
-        size: bytes; None until `look`.
-        ranges: False once the server has shown that it sends whole files only.
-    """
-
-    ranges = True
+    ranges = True  # until the server has shown that it sends whole files only
 
     def __init__(self, network: Network, url: str, name: str, host: str, size: int | None) -> None:
-        self.network, self.url, self.name, self.host, self.size = network, url, name, host, size
+        self.network, self.url, self.name, self.host = network, url, name, host
+        self.size = size  # bytes; None until `look`
 
     def look(self) -> dict[str, Any]:
         """Learn the size; return what identifies the content (`etag`, `modified`), as far as the store tells."""

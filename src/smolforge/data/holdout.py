@@ -12,17 +12,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from smolforge.errors import BadInput
+
 logger = logging.getLogger(__name__)
 
 RANGE = 2.0**64  # of the hash
-PLENTY = (
-    64  # documents; a side that should have so many is never empty (probability e**-64), so nothing is read to know
-)
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether `text` belongs to the `share` of all texts that training never sees (uniform hash below share)."""
-    return share > 0 and _hash(text) < share * RANGE
+# Documents; a side that should have so many is never empty (probability e**-64), so nothing is read to know.
+PLENTY = 64
 
 
 def _hash(text: str) -> int:
@@ -32,19 +28,12 @@ def _hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class Holdout:
-    """The side of each document.
+    """The side of each document."""
 
-    Attributes:
-        share: of all documents that are held out, by their hash.
-        added: hashes that are held out besides.
-        spared: hashes that are trained on although the share takes them.
-        divided: hashes of documents of which only the end is held out.
-    """
-
-    share: float
-    added: frozenset[int] = frozenset()
-    spared: frozenset[int] = frozenset()
-    divided: frozenset[int] = frozenset()
+    share: float  # of all documents that are held out, by their hash
+    added: frozenset[int] = frozenset()  # hashes that are held out besides
+    spared: frozenset[int] = frozenset()  # that are trained on although the share takes them
+    divided: frozenset[int] = frozenset()  # of documents of which only the end is held out
 
     def part(self, text: str, held_out: bool) -> str:
         """What of the text lies on that side: all, nothing (''), or a part."""
@@ -128,3 +117,9 @@ def dividing_place(text: str) -> int:
     mark = next((mark for mark in ("\n", " ") if text.rfind(mark, len(text) // 2, most) >= 0), "")
     cut = text.rfind(mark, len(text) // 2, most) + 1 if mark else most
     return cut if text[:cut].strip() and text[cut:].strip() else 0
+
+
+def none_chosen(what: str, verb: str) -> BadInput:
+    """The error where nothing of a corpus is held out."""
+    hint = f"Use --set data.holdout=0.1, or 0 to {verb} without validation."
+    return BadInput(f"None of the {what} was chosen for validation", field="data.holdout", hint=hint)

@@ -33,7 +33,9 @@ def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any],
         source = resolve_source(spec, context)
         readers = [open_reader(shard, context) for shard in source.shards]
         described = _scan(source, readers)
-        _tell_bad_rows(source, readers)
+        if first := next((reader.first_bad for reader in readers if reader.first_bad), None):
+            bad = sum(reader.bad_rows for reader in readers)
+            logger.warning("%s: %d rows cannot be used and are left out: %s", spec, bad, first.message)
         rows = sum(rows for shard in described for rows, *_ in shard["groups"])
         if not rows:
             raise DataError(f"{spec} holds no documents", field="data.sources")
@@ -67,25 +69,19 @@ def reopen(index: dict[str, Any], specs: Sequence[str], context: Context) -> lis
 
 
 def _scan(source: Source, readers: list[Reader]) -> list[dict[str, Any]]:
-    count = len(readers)
-
-    def one(reader: Reader) -> dict[str, Any]:
-        groups = reader.scan()
-        reader.use(groups)
+    def scan(reader: Reader) -> dict[str, Any] | DataError:
         shard = reader.shard
-        head = {"file": shard.name, "size": shard.size, "identity": shard.identity()}
+        try:
+            groups, head = reader.scan(), {"file": shard.name, "size": shard.size, "identity": shard.identity()}
+        except DataError as error:
+            return error
+        reader.use(groups)
         bad = {"bad_rows": reader.bad_rows} if reader.bad_rows else {}
         return {**head, **shard.notes, **bad, **reader.counted, "groups": groups}
 
-    def tried(reader: Reader) -> dict[str, Any] | DataError:
-        try:
-            return one(reader)
-        except DataError as error:
-            return error
-
-    described, errors = [], []
+    count, described, errors = len(readers), [], []
     with ThreadPoolExecutor(THREADS if count > 1 else 1) as pool:
-        for done, entry in enumerate(pool.map(tried, readers), 1):
+        for done, entry in enumerate(pool.map(scan, readers), 1):
             if isinstance(entry, DataError):
                 errors.append(entry)
                 if len(errors) == MOST_ERRORS:  # what closes `map`'s iterator cancels the rest
@@ -108,13 +104,6 @@ def _one_error(spec: str, errors: list[DataError], count: int) -> DataError:
     hints = dict.fromkeys(error.hint for error in errors if error.hint)
     problem = f"{spec}: {more}{len(errors)} of {count:,} files cannot be used:{listed}"
     return DataError(problem, field=errors[0].field, hint=" ".join(hints) or None)
-
-
-def _tell_bad_rows(source: Source, readers: list[Reader]) -> None:
-    first = next((reader.first_bad for reader in readers if reader.first_bad), None)
-    if first:
-        rows = sum(reader.bad_rows for reader in readers)
-        logger.warning("%s: %d rows cannot be used and are left out: %s", source.spec, rows, first.message)
 
 
 def _match(spec: str, source: Source, recorded: list[dict[str, Any]], context: Context) -> list[Reader]:
@@ -156,11 +145,7 @@ def digest(index: dict[str, Any]) -> str:
 
 
 def check(index: Any) -> None:
-    """Check an index that was read from a file.
-
-    Raises:
-        DataError: it is of another version, damaged, or its hash is not its own.
-    """
+    """Raise DataError for an index from a file that is of another version, damaged, or whose hash is not its own."""
     try:
         if index["version"] != VERSION:
             raise DataError(f"the index is of version {index['version']!r}; this smolforge reads {VERSION}")

@@ -8,6 +8,7 @@ ahead.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from smolforge.data.corpus import Address, Corpus, LeftOut
-from smolforge.data.cursor import VERSION, Position, bad_rows, read_cursor, to_json
+from smolforge.data.order import VERSION, Position, bad_rows, read_cursor, to_json
 from smolforge.data.packing import Lane, Window
 from smolforge.errors import BadInput
 from smolforge.tokenizer import Tokenizer
@@ -33,9 +34,8 @@ class Batch:
     step: int  # that this batch feeds: the number of batches before it in the stream
     tokens: np.ndarray  # int32 (S_local, L+1); inputs are [:, :-1], targets [:, 1:]
     document_ids: np.ndarray  # int32 (S_local, L+1); counts the documents within a window from 0
-    digests: list[
-        tuple[int, bytes]
-    ]  # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32, and of what is learned)
+    # (number in the global batch, 16-byte blake2b of the tokens as little-endian int32, and of what is learned)
+    digests: list[tuple[int, bytes]]
     documents: list[Address]  # of the documents with tokens in the batch, in the order of the sequences
     left_out: list[LeftOut]  # rows that could not be used, which the lanes passed on the way
     cursor: dict[str, Any]  # this rank's after this batch; JSON-able
@@ -185,10 +185,8 @@ class Loader(Iterator[Batch]):
         numbers, windows = zip(*[(i, window) for i, window in made if i % self.world == self.rank], strict=True)
         self._step += 1
         masks = [window.learned for window in windows if window.learned is not None]
-        contents = [
-            window.tokens.astype("<i4").tobytes() + (b"" if window.learned is None else window.learned.tobytes())
-            for window in windows
-        ]
+        learned = (mask.tobytes() for mask in masks) if masks else itertools.repeat(b"")
+        contents = (w.tokens.astype("<i4").tobytes() + mask for w, mask in zip(windows, learned, strict=False))
         hashes = [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
         config = self.corpus.config
         cursor = {

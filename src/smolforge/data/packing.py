@@ -16,8 +16,7 @@ import numpy as np
 
 from smolforge.data.conversations import ChatEncoder, ChatSource
 from smolforge.data.corpus import Address, Corpus, LeftOut
-from smolforge.data.cursor import Position, to_json
-from smolforge.data.order import RowRange, permutation
+from smolforge.data.order import Position, RowRange, permutation, to_json
 from smolforge.data.readers import BadRow, Rows
 from smolforge.errors import CheckpointError
 from smolforge.tokenizer import Tokenizer
@@ -29,18 +28,14 @@ MAX_TEXT = 1 << 20  # characters; a tokenizer needs some 240 times as many bytes
 
 @dataclass
 class Window:
-    """L+1 tokens of a lane, int32, the number of the document of each, and the lane's cursor after them.
+    """L+1 tokens of a lane."""
 
-    `left_out` are the rows that the lane came past since its window before, in `data.on_error=skip`. `learned` says
-    of chat data which tokens are learned, bool (L+1,); None where all are.
-    """
-
-    tokens: np.ndarray
-    document_ids: np.ndarray
+    tokens: np.ndarray  # int32
+    document_ids: np.ndarray  # the number of the document of each
     documents: list[Address]
-    left_out: list[LeftOut]
-    cursor: list[list[int]]
-    learned: np.ndarray | None = None
+    left_out: list[LeftOut]  # rows that the lane came past since its window before, in `data.on_error=skip`
+    cursor: list[list[int]]  # the lane's after them
+    learned: np.ndarray | None = None  # of chat data, bool (L+1,): which tokens are; None where all are
 
 
 class LaneSource:
@@ -139,16 +134,13 @@ class LaneSource:
                     raise
                 last = at  # the rows before it are used first
                 break
+        used = []
         for at, row in taken:
             if row.problem:
                 address = self.corpus.address(self.source, part, int(order[at]))
                 self._bad.append((at, LeftOut(address, row.problem)))
-        used = []
-        for at, row in taken:
-            if row.text and not row.text.isspace():
-                text = self.corpus.holdout.part(row.text, held_out=False)
-                if text:
-                    used.append((at, row._replace(text=text)))
+            elif not row.text.isspace() and (text := self.corpus.holdout.part(row.text, held_out=False)):
+                used.append((at, row._replace(text=text)))
         short = [row.text for _, row in used if len(row.text) <= MAX_TEXT]
         ids = iter(self.encoder.encode_batch(short) if short else [])
         for at, row in used:

@@ -17,9 +17,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from smolforge.config import DataConfig
+from smolforge.data import Corpus
 from smolforge.devices import sum_type
 from smolforge.distributed import DistributedContext
-from smolforge.errors import DataError
+from smolforge.errors import BadInput, DataError
 from smolforge.generation.runners import Runner
 from smolforge.generation.scheduler import CHUNK
 from smolforge.generation.sequence import ScheduledChunk
@@ -27,27 +29,53 @@ from smolforge.model.architecture import CausalLM
 from smolforge.model.loss import IGNORE
 from smolforge.tokenizer import Tokenizer
 
+LONGEST = 2048  # context in tokens unless another is given
+
 
 @dataclass(frozen=True)
 class EvalSlice:
     """A tokenized evaluation set.
 
-    Attributes:
-        tokens: int32 (n,). The first is only context, that of every document: what the tokenizer begins a text with
-            (BOS), or an EOS.
-        n_bytes: UTF-8 bytes of the text behind the predicted tokens.
-        documents: number of documents; the last one may be truncated.
-        eos_id: what each document ends with.
+    The first token is only context, that of every document: what the tokenizer begins a text with (BOS), or an EOS.
     """
 
-    tokens: np.ndarray
-    n_bytes: int
-    documents: int
-    eos_id: int
+    tokens: np.ndarray  # int32 (n,)
+    n_bytes: int  # in UTF-8, of the text behind the predicted tokens
+    documents: int  # the last one may be truncated
+    eos_id: int  # what each document ends with
 
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, L)."""
-        return _windows(self, length)
+        """Inputs, targets (`IGNORE` where nothing is predicted) and the part of the window a position is in, (W, L).
+
+        A document begins as a prompt does: after the tokenizer's BOS, or where it has none at position 0, and the EOS
+        that its first token is predicted from is a part of its own.
+        """
+        begin = self.tokens[0]
+        ends = np.flatnonzero(self.tokens[1:] == self.eos_id) + 1
+        bounds = [0, *ends.tolist()]
+        if bounds[-1] < len(self.tokens) - 1:
+            bounds.append(len(self.tokens) - 1)
+        spans = []  # (window, column, first token, count, whether the document begins here)
+        window, column = 0, 0
+        for start, end in pairwise(bounds):
+            if column and end - start > length - column:
+                window, column = window + 1, 0
+            for first in range(start, end, length):
+                count = min(length, end - first)
+                spans.append((window, column, first, count, first == start))
+                window, column = (window + 1, 0) if column + count == length else (window, column + count)
+        shape = (spans[-1][0] + 1, length)
+        inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+        parts = np.zeros(shape, dtype=np.int64)
+        for number, (row, column, first, count, opens) in enumerate(spans, start=1):
+            place = slice(column, column + count)
+            inputs[row, place] = self.tokens[first : first + count]
+            targets[row, place] = self.tokens[first + 1 : first + count + 1]
+            parts[row, place] = 2 * number
+            if opens:
+                inputs[row, column] = begin
+                parts[row, column] -= begin == self.eos_id
+        return inputs, targets, parts
 
 
 @dataclass(frozen=True)
@@ -105,16 +133,10 @@ def tokenize_eval_set(
 
 
 def evaluate(
-    model: CausalLM,
-    piece: EvalSlice,
-    *,
-    length: int,
-    batch: int = 1,
-    device: torch.device | str = "cpu",
+    model: CausalLM, piece: EvalSlice, *, length: int, batch: int = 1, device: torch.device | str = "cpu",
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
-    ranks: DistributedContext | None = None,
-    between: Callable[[], None] = lambda: None,
-) -> Score:
+    ranks: DistributedContext | None = None, between: Callable[[], None] = lambda: None,
+) -> Score:  # fmt: skip
     """Score `model` on a slice, the windows divided among the ranks.
 
     Args:
@@ -148,11 +170,7 @@ def evaluate(
 
 
 def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:
-    """The same score of a runner: weights, keys and values in the precision that serving uses.
-
-    Args:
-        length: positions in a window; context is never longer.
-    """
+    """The same score of a runner: weights, keys and values in the precision that serving uses."""
     nats = 0.0
     for tokens, targets, documents in zip(*piece.windows(length), strict=True):
         for document in np.unique(documents[targets != IGNORE]):
@@ -167,42 +185,46 @@ def evaluate_runner(runner: Runner, piece: EvalSlice, *, length: int) -> Score:
 
 
 def _score(total: float, piece: EvalSlice) -> Score:
-    """total: nats of all that was predicted."""
+    """The score for so many nats of all that was predicted."""
     predicted = len(piece.tokens) - 1
     loss = total / predicted
     bits_per_byte = total / math.log(2) / piece.n_bytes
     return Score(loss, math.exp(min(loss, 700.0)), bits_per_byte, predicted, piece.n_bytes, piece.documents)
 
 
-def _windows(piece: EvalSlice, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `EvalSlice.windows`.
+@dataclass(frozen=True)
+class SourceScore:
+    """A score, the text that was scored, the length of its windows, and the entropy of the source where it is known."""
 
-    A document begins as a prompt does: after the tokenizer's BOS, or where it has none at position 0, and the EOS that
-    its first token is predicted from is a part of its own.
+    score: Score
+    text: EvalSlice
+    length: int
+    entropy_bits_per_byte: float | None
+
+
+def score_sources(
+    model: CausalLM, tokenizer: Tokenizer, sources: dict[str, float], *,
+    tokens: int, length: int | None = None, held_out: bool = False, text_column: str = "text",
+) -> SourceScore:  # fmt: skip
+    """Score the mixture of some sources by their weights; rows that cannot be read are told and left out.
+
+    Args:
+        tokens: maximum number of tokens to score.
+        length: context in tokens; the model's, at most `LONGEST`, unless given.
+        held_out: only the documents that training never sees.
+
+    Raises:
+        DataError: a source is missing or has no text.
+        BadInput: the model has no context of that length.
     """
-    begin = piece.tokens[0]
-    ends = np.flatnonzero(piece.tokens[1:] == piece.eos_id) + 1
-    bounds = [0, *ends.tolist()]
-    if bounds[-1] < len(piece.tokens) - 1:
-        bounds.append(len(piece.tokens) - 1)
-    spans = []  # (window, column, first token, count, whether the document begins here)
-    window, column = 0, 0
-    for start, end in pairwise(bounds):
-        if column and end - start > length - column:
-            window, column = window + 1, 0
-        for first in range(start, end, length):
-            count = min(length, end - first)
-            spans.append((window, column, first, count, first == start))
-            window, column = (window + 1, 0) if column + count == length else (window, column + count)
-    shape = (spans[-1][0] + 1, length)
-    inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
-    parts = np.zeros(shape, dtype=np.int64)
-    for number, (row, column, first, count, opens) in enumerate(spans, start=1):
-        place = slice(column, column + count)
-        inputs[row, place] = piece.tokens[first : first + count]
-        targets[row, place] = piece.tokens[first + 1 : first + count + 1]
-        parts[row, place] = 2 * number
-        if opens:
-            inputs[row, column] = begin
-            parts[row, column] -= begin == piece.eos_id
-    return inputs, targets, parts
+    positions = model.config.max_position_embeddings
+    length = min(positions, LONGEST) if length is None else length
+    if not 1 <= length <= positions:
+        raise BadInput(f"{length} does not fit the model's {positions} positions", field="length")
+    config = DataConfig(sources=sources, text_column=text_column, on_error="skip")
+    with Corpus.open(config) as corpus:
+        texts = corpus.parts(held_out=True if held_out else None)
+        text, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
+    windows = -(-(len(text.tokens) - 1) // length)
+    length = min(length, len(text.tokens) - 1)
+    return SourceScore(evaluate(model, text, length=length, batch=min(4, windows)), text, length, entropy)

@@ -75,15 +75,9 @@ def wrap_model(directory: Path, *, batch: int, device: str) -> HFLM:
 
 
 def run_tasks(
-    directory: Path,
-    tasks: Sequence[str],
-    *,
-    task_files: Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch: int = 8,
-    apply_chat_template: bool = False,
-) -> dict[str, dict[str, Any]]:
+    directory: Path, tasks: Sequence[str], *, task_files: Path | None = None, shots: int | None = None,
+    limit: int | None = None, batch: int = 8, apply_chat_template: bool = False,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Metrics of a model on tasks: {task: {metric: value}}, as lm-eval names them.
 
     Args:
@@ -144,9 +138,8 @@ def _task_manager(tasks: Sequence[str], task_files: Path | None) -> Any:
         if not manager.match_tasks([name]):
             guess = nearest(name, manager.all_tasks)
             hint = f"Did you mean {guess!r}? " if guess else ""
-            raise BadInput(
-                f"unknown task {name!r}", field="--tasks", hint=f"{hint}`lm-eval ls tasks` lists those of lm-eval."
-            )
+            hint += "`lm-eval ls tasks` lists those of lm-eval."
+            raise BadInput(f"unknown task {name!r}", field="--tasks", hint=hint)
     return manager
 
 

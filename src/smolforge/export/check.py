@@ -26,16 +26,13 @@ _CONTEXT = 512
 
 @dataclass(frozen=True)
 class Comparison:
-    """The greedy texts of one prompt.
-
-    Attributes:
-        gap: by how many nats llama.cpp's first other token is less likely than ours; 0 where the texts are equal, and
-            infinite where it is none of the 20 likeliest.
-    """
+    """The greedy texts of one prompt."""
 
     prompt: str
     ours: str
     theirs: str
+    # By how many nats llama.cpp's first other token is less likely than ours: 0 where the texts are equal, and infinite
+    # where it is none of the 20 likeliest.
     gap: float
 
 
@@ -74,10 +71,9 @@ def require_llama_cpp() -> Any:
     try:
         return importlib.import_module("llama_cpp")
     except ImportError as error:
-        raise BadInput(
-            f"comparing with llama.cpp needs the package llama-cpp-python: {error}", field="--check",
-            hint="pip install llama-cpp-python compiles it, which takes minutes.",
-        ) from None  # fmt: skip
+        problem = f"comparing with llama.cpp needs the package llama-cpp-python: {error}"
+        hint = "pip install llama-cpp-python compiles it, which takes minutes."
+        raise BadInput(problem, field="--check", hint=hint) from None
 
 
 def summarize(found: list[Comparison]) -> str:
@@ -88,10 +84,9 @@ def summarize(found: list[Comparison]) -> str:
     """
     worst = max(found, key=lambda each: each.gap)
     if worst.gap > CLOSE:
-        raise RunFailed(
-            f"llama.cpp answers {worst.prompt!r} with {worst.theirs[:80]!r}, smolforge with {worst.ours[:80]!r}",
-            field="--check", hint="The file stays where it is. Do not publish it; please report this.",
-        )  # fmt: skip
+        problem = f"llama.cpp answers {worst.prompt!r} with {worst.theirs[:80]!r}, smolforge with {worst.ours[:80]!r}"
+        hint = "The file stays where it is. Do not publish it; please report this."
+        raise RunFailed(problem, field="--check", hint=hint)
     equal = sum(each.ours == each.theirs for each in found)
     words = f"llama.cpp writes the same greedy text for {equal} of {len(found)} prompts"
     if equal == len(found):

@@ -32,8 +32,7 @@ from smolforge.export.calibrate import calibrated_weights
 from smolforge.export.push import make_parent
 from smolforge.files import replacing_file
 from smolforge.generation.quantize import BLOCK_BYTES, quantize_blocks
-from smolforge.gguf_file import blocks_of, is_gguf
-from smolforge.gguf_tokenizer import ENDS_OF_TURN, PATTERNS, merges_of_scores
+from smolforge.gguf_file import ENDS_OF_TURN, PATTERNS, blocks_of, is_gguf, merges_of_scores
 from smolforge.model.architecture import architecture_of
 from smolforge.tokenizer import Tokenizer
 
@@ -85,11 +84,9 @@ def export_gguf(
     config = read_config(directory)
     llama_cpp_name = architecture_of(config).gguf
     if llama_cpp_name is None:
-        raise BadInput(
-            f"{directory} is of the architecture {config.architecture!r}, which llama.cpp does not have",
-            field="model",
-            hint="Only architectures that llama.cpp has can be exported to GGUF.",
-        )
+        problem = f"{directory} is of the architecture {config.architecture!r}, which llama.cpp does not have"
+        hint = "Only architectures that llama.cpp has can be exported to GGUF."
+        raise BadInput(problem, field="model", hint=hint)
     if (config.architecture == "qwen3" and config.attention_bias) or config.no_rope_layer_interval not in (0, 4):
         raise BadInput(f"llama.cpp's {llama_cpp_name} has no such biases or rotation", field="model")
     tokenizer = Tokenizer.from_pretrained(directory)
@@ -182,11 +179,8 @@ def _converted(item: _Item, tensor: Tensor) -> np.ndarray:
     if not np.isfinite(array).all():
         raise BadInput(f"tensor {item.source!r} holds values that are not finite", field="model")
     if item.type == "F16" and np.abs(array).max(initial=0.0) > _F16_MAX:
-        raise BadInput(
-            f"tensor {item.source!r} holds values beyond {_F16_MAX:,.0f}, the largest of f16",
-            field="quantize",
-            hint="Export bf16 or f32.",
-        )
+        problem = f"tensor {item.source!r} holds values beyond {_F16_MAX:,.0f}, the largest of f16"
+        raise BadInput(problem, field="quantize", hint="Export bf16 or f32.")
     return np.ascontiguousarray(array)
 
 
@@ -273,18 +267,12 @@ def _write_sentencepiece(gguf: Any, writer: Any, file: dict[str, Any], tokens: l
 
 
 def split_rule(file: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json splits text before merging (`tokenizer.ggml.pre`).
-
-    Raises:
-        BadInput: llama.cpp has no such rule.
-    """
+    """llama.cpp's name for how a tokenizer.json splits text before merging (`tokenizer.ggml.pre`), or BadInput."""
     model, decoder = file["model"], (file.get("decoder") or {}).get("type")
     if model.get("type") != "BPE" or model.get("byte_fallback") or decoder != "ByteLevel":
-        raise BadInput(
-            f"the tokenizer is a {model.get('type')} with the decoder {decoder}",
-            field="tokenizer",
-            hint="Byte-level BPE and sentencepiece's BPE can be exported to GGUF.",
-        )
+        hint = "Byte-level BPE and sentencepiece's BPE can be exported to GGUF."
+        problem = f"the tokenizer is a {model.get('type')} with the decoder {decoder}"
+        raise BadInput(problem, field="tokenizer", hint=hint)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise BadInput(f"the tokenizer has {key} {model[key]!r}, which llama.cpp does not", field="tokenizer")
@@ -299,18 +287,13 @@ def split_rule(file: dict[str, Any]) -> str:
         return "smollm"
     if shapes == ["bytes"]:
         return "gpt-2"
-    if (
-        shapes[0] in PATTERNS
-        and shapes[1:] == ["bytes alone"]
-        and bool(model.get("ignore_merges")) is (shapes[0] == "llama-bpe")
-    ):
+    ignores = bool(model.get("ignore_merges"))
+    if shapes[0] in PATTERNS and shapes[1:] == ["bytes alone"] and ignores is (shapes[0] == "llama-bpe"):
         return shapes[0] or ""
     kinds = " then ".join(str(step.get("type")) for step in steps)
-    raise BadInput(
-        f"the tokenizer splits text by {kinds}, for which no rule of llama.cpp is known here",
-        field="tokenizer",
-        hint="Known: single digits then GPT-2's pattern (SmolLM2's and ours), GPT-2's alone, Llama 3's and Qwen2's.",
-    )
+    problem = f"the tokenizer splits text by {kinds}, for which no rule of llama.cpp is known here"
+    hint = "Known: single digits then GPT-2's pattern (SmolLM2's and ours), GPT-2's alone, Llama 3's and Qwen2's."
+    raise BadInput(problem, field="tokenizer", hint=hint)
 
 
 def _shape(step: dict[str, Any]) -> str | None:

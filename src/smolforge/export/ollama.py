@@ -21,8 +21,7 @@ from smolforge.checkpoint.locate import resolve_model
 from smolforge.errors import BadInput
 from smolforge.export.gguf import Exported, export_gguf
 from smolforge.export.push import new_directory
-from smolforge.gguf_file import open_gguf
-from smolforge.gguf_tokenizer import end_ids
+from smolforge.gguf_file import end_ids, open_gguf
 from smolforge.tokenizer import Tokenizer
 
 _SYSTEM, _USER, _ANSWER, _LAST = "qSYSTEMq", "qUSERq", "qANSWERq", "qLASTq"
@@ -31,17 +30,11 @@ _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
 
 @dataclass(frozen=True)
 class RoleTemplate:
-    """A chat template as words around the text of each role.
+    """A chat template as words around the text of each role."""
 
-    Attributes:
-        around: what stands before and after a text, by role.
-        opening: what stands before the answer to be written.
-        system: the system message of a conversation that has none, or ''.
-    """
-
-    around: dict[str, tuple[str, str]]
-    opening: str
-    system: str = ""
+    around: dict[str, tuple[str, str]]  # what stands before and after a text, by role
+    opening: str  # what stands before the answer to be written
+    system: str = ""  # the system message of a conversation that has none
 
     def fill(self, messages: list[tuple[str, str]]) -> str:
         """The text of a conversation, (role, text) each, up to the answer to be written."""
@@ -51,19 +44,13 @@ class RoleTemplate:
 
     def go(self) -> str:
         """The same in Go's template language."""
-        cases = [
-            f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-            for role, (before, after) in self.around.items()
-        ]
+        roles = self.around.items()
+        cases = (f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}' for role, (before, after) in roles)
         return "{{ range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + self.opening
 
 
 def role_template(tokenizer: Tokenizer) -> RoleTemplate:
-    """The chat template of a tokenizer as words around roles.
-
-    Raises:
-        BadInput: there is none, or it is not of this form.
-    """
+    """The chat template of a tokenizer as words around roles; BadInput where there is none, or it has another form."""
     bos = tokenizer.token_text(tokenizer.bos_id)
     # Ollama begins a text with the first token by itself, as the file says.
     adds_bos = tokenizer.backend.encode("x").ids[:1] == [tokenizer.bos_id]
@@ -79,9 +66,8 @@ def role_template(tokenizer: Tokenizer) -> RoleTemplate:
     turns = [("user", _USER), ("assistant", _ANSWER), ("user", _LAST)]
     try:
         plain, whole = render(turns), render([("system", _SYSTEM), *turns])
-        before_system, after_system, between, after_answer, end = re.split(
-            "|".join((_SYSTEM, _USER, _ANSWER, _LAST)), whole
-        )
+        marks = "|".join((_SYSTEM, _USER, _ANSWER, _LAST))
+        before_system, after_system, between, after_answer, end = re.split(marks, whole)
     except ValueError:
         raise refusal from None
     # A text ends with a special token and line breaks, if with anything; the rest belongs to what follows.
@@ -97,15 +83,8 @@ def role_template(tokenizer: Tokenizer) -> RoleTemplate:
     )
     head = plain.partition(_USER)[0]
     default = head.removeprefix(before_system).removesuffix(after_system) if len(head) > len(after_system) else ""
-    found = RoleTemplate(
-        {
-            "system": (before_system, system_end),
-            "user": (user_begin, user_end),
-            "assistant": (answer_begin, answer_end),
-        },
-        opening,
-        default,
-    )
+    around = {"system": (before_system, system_end), "user": (user_begin, user_end)}
+    found = RoleTemplate({**around, "assistant": (answer_begin, answer_end)}, opening, default)
     words = [*itertools.chain(*found.around.values()), opening]
     conversations = [turns[:1], turns, [*turns, ("assistant", "Ja."), ("user", "Und?")]]
     conversations += [[("system", "Be kind."), *conversation] for conversation in conversations]

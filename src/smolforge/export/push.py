@@ -16,17 +16,9 @@ from pathlib import Path
 
 import yaml
 
+from smolforge.checkpoint import format
 from smolforge.checkpoint.adapter import ADAPTER
-from smolforge.checkpoint.format import (
-    CARD,
-    CONFIG,
-    GENERATION_CONFIG,
-    check_vocabulary,
-    check_weights,
-    read_config,
-    read_generation_defaults,
-    write_model,
-)
+from smolforge.checkpoint.format import CARD, CONFIG, GENERATION_CONFIG, read_config, read_generation_defaults
 from smolforge.checkpoint.locate import load_model, resolve_adapter, resolve_model
 from smolforge.checkpoint.weights import SHARD_INDEX, read_weights, weight_files
 from smolforge.errors import BadInput, SourceUnavailable
@@ -41,15 +33,11 @@ _REPO = re.compile(r"^(?!.*(--|\.\.))[\w](?:[\w.-]*[\w])?/[\w](?:[\w.-]*[\w])?$"
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files that make a directory a model, after reading them.
-
-    Raises:
-        CheckpointError: the directory is not a complete model.
-    """
+    """The files that make a directory a model, after reading them; CheckpointError where it is not a complete one."""
     config = read_config(directory)
-    check_vocabulary(config, Tokenizer.from_pretrained(directory))
+    format.check_vocabulary(config, Tokenizer.from_pretrained(directory))
     weights = weight_files(directory)
-    check_weights(config, read_weights(directory), str(weights[0]))
+    format.check_weights(config, read_weights(directory), str(weights[0]))
     others = [CONFIG, GENERATION_CONFIG, CARD, SHARD_INDEX, *TOKENIZER_FILES]
     named = [path for name in others if (path := directory / name).is_file()]
     return sorted({*named, *weights})
@@ -63,8 +51,8 @@ def copy_model(directory: Path, out: Path) -> None:
     if is_gguf(directory):
         config, defaults = read_config(directory), read_generation_defaults(directory)
         with new_directory(Path(out), needed=4 * count_parameters(config)) as temporary:
-            write_model(temporary, config, read_weights(directory), Tokenizer.from_pretrained(directory))
-            (temporary / GENERATION_CONFIG).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+            format.write_model(temporary, config, read_weights(directory), Tokenizer.from_pretrained(directory))
+            format.write_json(temporary / GENERATION_CONFIG, defaults)
         return
     files = model_files(directory)
     with new_directory(Path(out), needed=sum(path.stat().st_size for path in files)) as temporary:
@@ -92,10 +80,10 @@ def export_merged(model: str, adapter: str | None, out: Path) -> None:
         return
     module, tokenizer, directory = load_model(base, adapter=found)
     with new_directory(out, needed=4 * count_parameters(module.config)) as temporary:
-        write_model(temporary, module.config, module.state_dict(), tokenizer)
+        format.write_model(temporary, module.config, module.state_dict(), tokenizer)
         written = json.loads((temporary / GENERATION_CONFIG).read_text(encoding="utf-8"))
         defaults = read_generation_defaults(directory) | {"eos_token_id": written["eos_token_id"]}
-        (temporary / GENERATION_CONFIG).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+        format.write_json(temporary / GENERATION_CONFIG, defaults)
 
 
 def new_directory(out: Path, *, needed: int) -> AbstractContextManager[Path]:
@@ -134,19 +122,12 @@ def card_license(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, or would be.
+    """What was uploaded, or would be."""
 
-    Attributes:
-        repo: OWNER/NAME.
-        files: (name, bytes), sorted by name.
-        notes: what the owner should know before others read it.
-        url: of the commit; None for a dry run.
-    """
-
-    repo: str
-    files: list[tuple[str, int]]
-    notes: list[str]
-    url: str | None = None
+    repo: str  # OWNER/NAME
+    files: list[tuple[str, int]]  # name and bytes, sorted by name
+    notes: list[str]  # what the owner should know before others read it
+    url: str | None = None  # of the commit; None for a dry run
 
 
 def push(model: str | Path, repo: str, *, private: bool = False, dry_run: bool = False) -> Pushed:
@@ -199,11 +180,9 @@ def _upload(paths: list[Path], repo: str, private: bool) -> str:
         denied = {401: "the token is missing or wrong"} | dict.fromkeys((403, 404), "the token does not allow it")
         missing = isinstance(error, hub_errors.LocalTokenNotFoundError)
         if missing or status in denied:
-            raise BadInput(
-                f"may not write to {repo}: {'no token was found' if missing else denied[status]}",
-                field="out",
-                hint="Log in with `hf auth login`, or set HF_TOKEN to a token with write access.",
-            ) from None
+            problem = f"may not write to {repo}: {'no token was found' if missing else denied[status]}"
+            hint = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
+            raise BadInput(problem, field="out", hint=hint) from None
         message = " ".join(str(error).split())[:300]
         if isinstance(error, hub_errors.HfHubHTTPError):
             raise SourceUnavailable(f"the Hub refused {repo}: {message}") from None

@@ -89,23 +89,12 @@ def front_matter(title: str, directory: Path) -> str:
 
 
 def requirements() -> list[str]:
-    """The lines of requirements.txt: the dependencies of this package and Gradio, with torch from its CPU index.
-
-    Raises:
-        BadInput: the package is not installed, so its dependencies are not known.
-    """
+    """The lines of requirements.txt: the dependencies of this package and Gradio, with torch from its CPU index."""
     try:
         found = metadata.requires("smolforge") or []
     except metadata.PackageNotFoundError:
-        raise BadInput(
-            "smolforge is not installed as a package, so its dependencies are not known",
-            field="to",
-            hint="Install it (pip install .) and export again.",
-        ) from None
+        problem = "smolforge is not installed as a package, so its dependencies are not known"
+        raise BadInput(problem, field="to", hint="Install it (pip install .) and export again.") from None
     needed = [entry.strip() for entry in found if not re.search(r";.*\bextra\s*==", entry)]
-    return [
-        "# A Space has no GPU unless one is rented: without this line torch brings gigabytes of CUDA.",
-        f"--extra-index-url {CPU_INDEX}",
-        *needed,
-        f"gradio=={GRADIO}",
-    ]
+    why = "# A Space has no GPU unless one is rented: without this line torch brings gigabytes of CUDA."
+    return [why, f"--extra-index-url {CPU_INDEX}", *needed, f"gradio=={GRADIO}"]

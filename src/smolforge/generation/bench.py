@@ -32,14 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def measure(
-    module: Any = None,
-    *,
-    precisions: Many[str] | None = None,
-    batches: Many[int] | None = None,
-    tokens: int = 64,
-    prompt: int = 512,
-    rounds: int = 3,
-) -> dict[str, Any]:
+    module: Any = None, *, precisions: Many[str] | None = None, batches: Many[int] | None = None, tokens: int = 64,
+    prompt: int = 512, rounds: int = 3,
+) -> dict[str, Any]:  # fmt: skip
     """Decode greedily with each precision, on a CUDA device where there is one.
 
     Args:

@@ -24,15 +24,7 @@ class Answer:
 class Conversation:
     """Turns of a user and a model. The engine keeps what it has computed of them, so only new turns are run.
 
-    Args:
-        system: the first message; the template's own where None.
-
-    Attributes:
-        messages: all turns, the system's first, as the chat template takes them.
-        answer: the last answer.
-
-    Raises:
-        BadInput: the model has no chat template.
+    `system` is the first message, the template's own where None. Raises BadInput for a model without a chat template.
     """
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
@@ -41,8 +33,9 @@ class Conversation:
                 "the model has no chat template: it was not trained for conversations", field="model",
                 hint="`smolforge generate` continues text with it; `smolforge chat smollm2` talks to one that was.",
             )  # fmt: skip
-        self.engine, self.params, self.answer = engine, params, Answer()
-        self.messages: list[dict[str, str]] = []
+        self.engine, self.params = engine, params
+        self.answer = Answer()  # the last one
+        self.messages: list[dict[str, str]] = []  # all turns, the system's first, as the chat template takes them
         if system is not None:
             self.set_system(system)
 
@@ -78,11 +71,7 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": answer.text})
 
     def undo(self) -> str:
-        """Take back the last question and its answer; the question.
-
-        Raises:
-            BadInput: nothing was asked yet.
-        """
+        """Take back the last question and its answer; the question. BadInput where nothing was asked yet."""
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
             raise BadInput("nothing was asked yet")

@@ -29,17 +29,13 @@ TIMED_TOKENS = 2  # of the chunks of a step that is timed: the last token, and t
 class DraftModel:
     """Drafts for all sequences of a step together. The sequences' caches are `PairedCache`s.
 
-    Args:
-        bytes_ratio: bytes of its weights over those of the model.
-
-    Attributes:
-        timings: (rows, seconds) of the steps of the last `propose` that only decoded, draws included.
+    `bytes_ratio` is the bytes of its weights over those of the model.
     """
 
     def __init__(self, runner: Runner, bytes_ratio: float) -> None:
         self.runner, self.bytes_ratio = runner, bytes_ratio
         self.context = runner.config.max_position_embeddings
-        self.timings: list[tuple[int, float]] = []
+        self.timings: list[tuple[int, float]] = []  # (rows, seconds) of the last steps that only decoded
 
     def room(self, sequence: Sequence) -> int:
         """Maximum number of drafts in the draft model's context; below 0 where the text itself does not fit."""
@@ -97,17 +93,13 @@ class DraftModel:
 
 
 class PairedCache:
-    """The cache of one sequence, and that of its draft model, which may be behind or ahead.
-
-    Attributes:
-        read: positions of the text that the draft's cache holds.
-        drafted: tokens after `read` that it holds too, if they become the text's.
-    """
+    """The cache of one sequence, and that of its draft model, which may be behind or ahead."""
 
     def __init__(self, model: KVCache, draft: KVCache) -> None:
         self.model, self.draft = model, draft
-        self.capacity, self.used, self.read = model.capacity, 0, 0
-        self.drafted: list[int] = []
+        self.capacity, self.used = model.capacity, 0
+        self.read = 0  # positions of the text that the draft's cache holds
+        self.drafted: list[int] = []  # tokens after `read` that it holds too, if they become the text's
 
     def accept(self, tokens: list[int]) -> None:
         """Keep the positions of drafts that became the text's tokens. The last token always runs again."""

@@ -48,12 +48,7 @@ class Engine:
         defaults: fields of SamplingParams for a request that does not give them (`params`).
         speculate: run drafts of the next tokens along with the last one, where the text stays bitwise the same.
         draft: a small model that drafts too, where the text itself yields no draft or a worse one.
-        decisions: sentences to begin `decisions` with.
-
-    Attributes:
-        context: maximum number of positions.
-        decisions: what was chosen and why, one sentence each.
-        directory: where the model was loaded from, or None.
+        decisions: sentences to begin the attribute of this name with: what was chosen and why.
     """
 
     def __init__(
@@ -71,11 +66,11 @@ class Engine:
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.vocab_size = runner.config.vocab_size
-        self.context = runner.config.max_position_embeddings
+        self.context = runner.config.max_position_embeddings  # maximum number of positions
         self.eos_ids = tuple(eos_ids) if eos_ids is not None else (tokenizer.eos_id,)
         self.defaults = dict(defaults or {})
         self.decisions = list(decisions)
-        self.directory: Path | None = None
+        self.directory: Path | None = None  # where the model was loaded from
         reuse = runner.batch_invariant
         if draft is not None and not (speculate and reuse):
             draft = None
@@ -289,31 +284,21 @@ class Engine:
 
         A draft model's are part of all of them; "draft_weights" are those of "weights" that are its own.
         """
-        pool = self.scheduler.pool
-        return {
-            "weights": self._paired.weight_bytes,
-            "draft_weights": self._paired.weight_bytes - self.runner.weight_bytes,
-            "cache_reserved": pool.reserved,
-            "cache_kept": pool.kept,
-            "cache_budget": pool.budget,
-        }
+        pool, weights = self.scheduler.pool, self._paired.weight_bytes
+        caches = {"cache_reserved": pool.reserved, "cache_kept": pool.kept, "cache_budget": pool.budget}
+        return {"weights": weights, "draft_weights": weights - self.runner.weight_bytes, **caches}
 
     def _limit(self, prompt: int, params: SamplingParams) -> int:
         """Maximum number of tokens of a sequence whose prompt has so many; checks that there is memory for them."""
         room = self.context if params.max_tokens == 0 else self.context - 1
         if prompt > room:
-            raise BadInput(
-                f"the prompt is {prompt} tokens long, and the context holds {self.context} with what is written",
-                field="prompt",
-                hint=f"Shorten it to at most {room} tokens.",
-            )
+            problem = f"the prompt is {prompt} tokens long, and the context holds {self.context} with what is written"
+            raise BadInput(problem, field="prompt", hint=f"Shorten it to at most {room} tokens.")
         limit, pool = min(prompt + params.max_tokens, self.context), self.scheduler.pool
         if pool.bytes_for(limit) > pool.budget:
-            raise BadInput(
-                f"{limit} positions need {pool.bytes_for(limit):,} bytes of cache, and there are {pool.budget:,}",
-                field="max_tokens",
-                hint="Ask for fewer tokens or give the engine more cache_bytes.",
-            )
+            problem = f"{limit} positions need {pool.bytes_for(limit):,} bytes of cache, and there are {pool.budget:,}"
+            hint = "Ask for fewer tokens or give the engine more cache_bytes."
+            raise BadInput(problem, field="max_tokens", hint=hint)
         return limit
 
     def _advance(

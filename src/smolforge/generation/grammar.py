@@ -26,15 +26,11 @@ _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 
 class Matcher:
-    """Where one sequence stands in its grammar. A grammar that has ended allows nothing but the end of the text.
-
-    Attributes:
-        failed: the parser gave up, on a schema with thousands of alternatives; the text is cut off there.
-    """
+    """Where one sequence stands in its grammar. A grammar that has ended allows nothing but the end of the text."""
 
     def __init__(self, matcher: Any, eos_ids: Iterable[int], vocab_size: int) -> None:
         self._matcher, self._eos_ids, self._vocab_size = matcher, list(eos_ids), vocab_size
-        self.failed = False
+        self.failed = False  # the parser gave up on a schema with thousands of alternatives: the text is cut off there
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,)."""
@@ -69,12 +65,7 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. Any thread may use it.
-
-    Args:
-        vocab_size: rows of the model's logits.
-        eos_ids: tokens that end a text.
-    """
+    """Compiles grammars for one tokenizer and logits of `vocab_size` rows. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, sorted(eos_ids)
@@ -149,9 +140,6 @@ def _llguidance(field: str) -> Any:
     try:
         import llguidance
     except ModuleNotFoundError:
-        raise BadInput(
-            "structured output needs the package llguidance",
-            field=field,
-            hint="Install it: pip install 'smolforge[web]'",
-        ) from None
+        hint = "Install it: pip install 'smolforge[web]'"
+        raise BadInput("structured output needs the package llguidance", field=field, hint=hint) from None
     return llguidance

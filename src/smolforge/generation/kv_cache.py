@@ -20,14 +20,10 @@ from smolforge.config import ModelConfig
 
 
 class KVCache(Protocol):
-    """Keys and values of one sequence; only the runner that made it knows its layout.
-
-    Attributes:
-        used: bytes that the pool counts for it.
-    """
+    """Keys and values of one sequence; only the runner that made it knows its layout."""
 
     capacity: int
-    used: int
+    used: int  # bytes that the pool counts for it
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
         """Copy the first `length` positions of another cache of the same runner."""
@@ -74,19 +70,15 @@ class CachePool:
         new_cache: makes a cache for at most so many positions; `bytes_for` gives the bytes of those in use.
         budget: maximum number of bytes of all caches together.
         keep: maximum number of finished caches kept for prefix reuse.
-
-    Attributes:
-        reserved: bytes in use by all caches allocated and not freed.
-        kept: bytes of finished caches kept for reuse; `reserved + kept <= budget` always.
-        old: these caches, the oldest first, each with the tokens whose positions it has.
     """
 
     def __init__(
         self, new_cache: Callable[[int], KVCache], bytes_for: Callable[[int], int], budget: int, keep: int
     ) -> None:
         self._new_cache, self.bytes_for, self.budget, self._keep = new_cache, bytes_for, budget, keep
-        self.reserved = self.kept = 0
-        self.old: list[tuple[list[int], KVCache]] = []
+        self.reserved = 0  # bytes in use by all caches allocated and not freed
+        self.kept = 0  # bytes of finished caches kept for reuse; reserved + kept <= budget always
+        self.old: list[tuple[list[int], KVCache]] = []  # those, oldest first, with the tokens whose positions they have
 
     def has_room(self, positions: int) -> bool:
         """Whether so many positions more can be used now, after dropping kept caches if necessary."""
@@ -124,8 +116,4 @@ class CachePool:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences share from the start."""
-    length = min(len(a), len(b))
-    for i in range(length):
-        if a[i] != b[i]:
-            return i
-    return length
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

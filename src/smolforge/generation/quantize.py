@@ -26,18 +26,12 @@ _CUTS, _FITS = 4, 2  # as in kernels/quantize.h
 
 
 def check_finite(module: nn.Module) -> None:
-    """Check that all weights are finite before they are quantized, since no integer stands for NaN.
-
-    Raises:
-        RunFailed: the first tensor with NaN or infinite values is named.
-    """
+    """Raise RunFailed for the first weight with NaN or infinite values: no integer stands for them."""
     for name, parameter in module.named_parameters():
         if not math.isfinite(parameter.detach().sum(dtype=torch.float32)):
-            raise RunFailed(
-                f"{name} contains NaN or infinite values, which quantizing would hide",
-                field="quantize",
-                hint="The weights are damaged, or training diverged; fp32 and bf16 keep them as they are.",
-            )
+            hint = "The weights are damaged, or training diverged; fp32 and bf16 keep them as they are."
+            problem = f"{name} contains NaN or infinite values, which quantizing would hide"
+            raise RunFailed(problem, field="quantize", hint=hint)
 
 
 def quantize_blocks(weight: Tensor, kind: str, importance: Tensor | None = None) -> np.ndarray:
@@ -127,12 +121,8 @@ def calibrate(module: Any, ids: Tensor, kind: str) -> None:
         RunFailed: as `check_finite`.
     """
     check_finite(module)
-    linears = [
-        part
-        for layer in module.decoder.layers
-        for part in layer.modules()
-        if isinstance(part, nn.Linear) and part.in_features % BLOCK == 0
-    ]
+    parts = (part for part in module.decoder.layers.modules() if isinstance(part, nn.Linear))
+    linears = [part for part in parts if part.in_features % BLOCK == 0]
     seen: list[tuple[Tensor, Tensor]] = []  # the inputs of the matrix before, and their factor
 
     def round_weight(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
@@ -181,7 +171,6 @@ def _round_columns(weight: Tensor, factor: Tensor, kind: str) -> tuple[np.ndarra
             errors[i] = (part[i] - rounded[start + i]) / corner[i, i]
             part[i + 1 :] -= corner[i, i + 1 :, None] * errors[i]
         left[start + BLOCK :] -= factor[start : start + BLOCK, start + BLOCK :].T @ errors
-        blocks.append(
-            pack_blocks(values.T[:, None].numpy(), scale.numpy()[:, None, None], minimum.numpy()[:, None, None], kind)
-        )
+        scales, minima = (x.numpy()[:, None, None] for x in (scale, minimum))
+        blocks.append(pack_blocks(values.T[:, None].numpy(), scales, minima, kind))
     return np.concatenate(blocks, 1), rounded.T

@@ -57,13 +57,9 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        params: SamplingParams,
-        prompt: Sequence[int],
-        seed: int,
-        index: int = 0,
+        self, params: SamplingParams, prompt: Sequence[int], seed: int, index: int = 0,
         stop_token_ids: Sequence[int] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.params, self.seed, self.index = params, seed, index
         self._written: Counter[int] = Counter()
         self._seen = set(prompt) if params.repetition_penalty != 1 else set()

@@ -117,11 +117,7 @@ class SamplingParams:
         return self.temperature == 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Check the token ids against the model's vocabulary.
-
-        Raises:
-            BadInput: an id is not below `vocab_size`.
-        """
+        """Raise BadInput where a token id is not below `vocab_size`."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", tuple(self.logit_bias))):
             for token_id in ids:
                 if token_id >= vocab_size:

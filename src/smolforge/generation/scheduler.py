@@ -25,11 +25,9 @@ MOST_DRAFTED = 8  # maximum number of drafted tokens in one step, which are in t
 
 
 class Scheduler:
-    """Queue, running sequences and their memory.
+    """Queue, running sequences (at most `max_batch`) and their memory.
 
-    Args:
-        max_batch: maximum number of sequences that run at once.
-        reuse_prefixes: copy positions of finished caches; only where the runner's rows do not depend on their batch.
+    `reuse_prefixes` copies positions of finished caches; only where the runner's rows do not depend on their batch.
     """
 
     def __init__(self, pool: CachePool, max_batch: int, *, reuse_prefixes: bool) -> None:

@@ -24,44 +24,30 @@ Prompt = str | collections.abc.Sequence[int]  # text, in which special tokens ar
 class StepOutput(NamedTuple):
     """One token of one sequence, or its end.
 
-    Attributes:
-        request: id of the request; in `Engine.stream` the index of the prompt.
-        index: of the sequence.
-        token_id: the token, or None in a last step that has only text or the end.
-        text: what may now be shown. Joined over the steps of a sequence it is the whole text; it may lag behind
-            the tokens (half characters, possible stop strings) and catches up.
-        text_offset: where the text of this token begins, in characters of the sequence's whole text.
-        logprob: natural log of the token's probability under the model, where asked for.
-        top_logprobs: the likeliest tokens, (id, logprob) each, best first.
-        finish_reason: set on the last step of a sequence: "stop" (end of text, stop string or id) or "length"
-            (max_tokens or the context's end).
-        prompt: the token belongs to the prompt (`echo`).
+    `text` is what may now be shown. Joined over the steps of a sequence it is the whole text; it may lag behind the
+    tokens (half characters, possible stop strings) and catches up. `finish_reason` is "stop" (end of text, stop string
+    or id) or "length" (max_tokens or the context's end).
     """
 
-    request: int
-    index: int
-    token_id: int | None
+    request: int  # id of the request; in `Engine.stream` the index of the prompt
+    index: int  # of the sequence
+    token_id: int | None  # None in a last step that has only text or the end
     text: str
-    text_offset: int = 0
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    finish_reason: FinishReason | None = None
-    prompt: bool = False
+    text_offset: int = 0  # where the text of this token begins, in characters of the sequence's whole text
+    logprob: float | None = None  # natural log of the token's probability under the model, where asked for
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens, (id, logprob) each, best first
+    finish_reason: FinishReason | None = None  # set on the last step of a sequence
+    prompt: bool = False  # the token belongs to the prompt (`echo`)
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt and its settings, as the engine accepted them.
+    """A prompt and its settings, as the engine accepted them."""
 
-    Attributes:
-        id: counts up from 0 in one engine.
-        seed: that of `params`, or the one drawn for it; the same seed gives the same text.
-    """
-
-    id: int
+    id: int  # counts up from 0 in one engine
     prompt: list[int]
     params: SamplingParams
-    seed: int
+    seed: int  # that of `params`, or the one drawn for it; the same seed gives the same text
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     cancelled: bool = False
 
@@ -83,12 +69,6 @@ class Sequence:
         index: 0 <= index < n.
         limit: maximum number of tokens, prompt included: max_tokens or the context.
         stop_token_ids: tokens that end it.
-
-    Attributes:
-        tokens: prompt and written tokens.
-        computed: how many of them have keys and values in the cache.
-        cache: the runner's, while the sequence runs; `counted` positions of it are counted as used.
-        drafts: what `Speculation` keeps of it.
     """
 
     def __init__(
@@ -96,11 +76,11 @@ class Sequence:
     ) -> None:
         self.request, self.index, self.limit, self.stop_token_ids = request, index, limit, stop_token_ids
         self.params = request.params
-        self.tokens = list(request.prompt)
-        self.computed = 0
-        self.cache: Any = None
-        self.counted = 0
-        self.drafts: Any = None
+        self.tokens = list(request.prompt)  # and those that were written
+        self.computed = 0  # how many of them have keys and values in the cache
+        self.cache: Any = None  # the runner's, while the sequence runs
+        self.counted = 0  # positions of it that are counted as used
+        self.drafts: Any = None  # what `Speculation` keeps of it
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.params, request.prompt, request.seed, index, sorted(stop_token_ids))
         self.detokenizer = Detokenizer(StreamDecoder(tokenizer), request.params.stop)
@@ -176,21 +156,14 @@ class Sequence:
 class Detokenizer:
     """Turns the tokens of one sequence into text that may be shown: whole characters, and never part of a stop string.
 
-    Text that could still become a stop string is held back, and returned as soon as it cannot. So the parts joined are
-    the whole text before the stop string, or all of it where none came.
-
-    Args:
-        decoder: a fresh stream decoder.
-        stops: strings that end the text.
-
-    Attributes:
-        stopped: a stop string was found; no more text comes.
-        decoded: characters decoded so far, which is where the text of the next token begins.
+    Text that could still become one of the strings `stops` is held back, and returned as soon as it cannot. So the
+    parts joined are the whole text before the stop string, or all of it where none came.
     """
 
     def __init__(self, decoder: StreamDecoder, stops: collections.abc.Sequence[str] = ()) -> None:
         self._decoder, self._stops, self._held = decoder, stops, ""
-        self.stopped, self.decoded = False, 0
+        self.stopped = False  # a stop string was found; no more text comes
+        self.decoded = 0  # characters so far, which is where the text of the next token begins
 
     def skip(self, prompt: collections.abc.Sequence[int]) -> None:
         """Begin after a prompt that is not shown; a character that it leaves unfinished continues."""
@@ -239,18 +212,13 @@ class Detokenizer:
 
 
 class ScheduledChunk(NamedTuple):
-    """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1.
-
-    Attributes:
-        logits: of how many of the last tokens logits are wanted (0 in the middle of a prompt).
-        drafted: how many of the last tokens are drafts that the model verifies.
-    """
+    """Consecutive tokens of one sequence to run: positions start .. start + len(tokens) - 1."""
 
     cache: Any
     tokens: list[int]
     start: int
-    logits: int
-    drafted: int = 0
+    logits: int  # of how many of the last tokens logits are wanted (0 in the middle of a prompt)
+    drafted: int = 0  # how many of the last tokens are drafts that the model verifies
 
     def with_drafts(self, tokens: list[int]) -> ScheduledChunk:
         """This chunk, of whose last token logits are wanted, followed by drafted tokens."""

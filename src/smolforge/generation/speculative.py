@@ -72,11 +72,7 @@ def fastest(rate: float, share: float) -> int:
 
 
 class NgramDraft:
-    """N-gram drafts for one sequence.
-
-    Args:
-        tokens: of the sequence, prompt included; the list that grows while it is written.
-    """
+    """N-gram drafts for one sequence; `tokens` is its list, prompt included, which grows while it is written."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
@@ -85,11 +81,7 @@ class NgramDraft:
         self.rate = AcceptanceRate()
 
     def propose(self, running: int, room: int) -> list[int]:
-        """Drafts of the next tokens, at most `room`, as many as are worth their rows; often none.
-
-        Args:
-            running: sequences that share the step, this one included.
-        """
+        """Drafts of the next tokens, at most `room`, as many as pay in a step of `running` sequences; often none."""
         self._index()
         count = min(worthwhile(self.rate.value, running), room)
         if count <= 0:
@@ -112,10 +104,7 @@ class NgramDraft:
 class DraftCost:
     """The time of a step of the draft model over the time of a step of the model, of one row each.
 
-    Decoding reads every weight once, so the bytes of the weights predict the ratio until both models have been timed.
-
-    Args:
-        bytes_ratio: of the draft's weights to the model's.
+    Decoding reads every weight once, so `bytes_ratio`, that of the weights, holds until both models have been timed.
     """
 
     def __init__(self, bytes_ratio: float) -> None:
@@ -156,18 +145,13 @@ class SequenceDrafts:
 
 
 class Speculation:
-    """Drafts for everything that runs.
-
-    Attributes:
-        rate: of the draft model over all texts; new texts start with it.
-        proposed: tokens drafted so far; `accepted` counts those of them that were drawn.
-    """
+    """Drafts for everything that runs."""
 
     def __init__(self, draft: DraftModel | None = None) -> None:
         self.draft = draft
         self.cost = DraftCost(draft.bytes_ratio if draft is not None else 0.0)
-        self.rate = AcceptanceRate()
-        self.proposed = self.accepted = 0
+        self.rate = AcceptanceRate()  # of the draft model over all texts; new texts start with it
+        self.proposed = self.accepted = 0  # tokens drafted so far, and those of them that were drawn
         self._learning: dict[Sequence, list[AcceptanceRate]] = {}  # whose drafts the sequences of this step have
 
     def drafts_of(self, sequence: Sequence) -> SequenceDrafts:
@@ -177,14 +161,7 @@ class Speculation:
         return sequence.drafts
 
     def extend(self, work: Work, running: int) -> Work:
-        """The chunks of a step, followed by drafts where they pay.
-
-        Args:
-            running: sequences that share the step.
-
-        Raises:
-            RunFailed: the draft model's logits are NaN.
-        """
+        """The chunks of a step of `running` sequences, followed by drafts where they pay; RunFailed for NaN logits."""
         found: dict[Sequence, list[int]] = {}
         asked: list[tuple[Sequence, int]] = []
         self._learning = {}
@@ -255,16 +232,11 @@ def select_draft(
     _check_same_tokens(tokenizer, model_tokenizer)
     size, theirs = module.config.vocab_size, runner.config.vocab_size
     if size != theirs:
-        raise BadInput(
-            f"it writes {size:,} token ids and the model {theirs:,}, though their tokenizers agree",
-            field="draft",
-            hint="Both need the same vocab_size in their config.json.",
-        )
+        problem = f"it writes {size:,} token ids and the model {theirs:,}, though their tokenizers agree"
+        raise BadInput(problem, field="draft", hint="Both need the same vocab_size in their config.json.")
     if not runner.batch_invariant:
-        return None, [
-            f"draft: {name} is not used; on this engine ({runner.name}) the last bits of a row depend on the other "
-            "rows, so drafts could change the text"
-        ]
+        why = f"on this engine ({runner.name}) the last bits of a row depend on the other rows"
+        return None, [f"draft: {name} is not used; {why}, so drafts could change the text"]
     # Its precision changes how often it is right, never the text, so it is always the fastest that keeps the quality.
     mine, decisions = select_runner(module, "auto", threads=threads)
     draft = DraftModel(mine, _weight_bytes(mine) / _weight_bytes(runner))
@@ -288,11 +260,8 @@ def _check_same_tokens(draft: Tokenizer, model: Tokenizer) -> None:
     else:
         first = min(token_id for _, token_id in mine.items() ^ theirs.items())
         what = f"token {first} is {draft.token_text(first)!r} in it and {model.token_text(first)!r} in the model's"
-    raise BadInput(
-        f"its tokenizer is not the model's: {what}",
-        field="draft",
-        hint="A draft must have been trained with the model's own tokenizer: the same tokens under the same ids.",
-    )
+    hint = "A draft must have been trained with the model's own tokenizer: the same tokens under the same ids."
+    raise BadInput(f"its tokenizer is not the model's: {what}", field="draft", hint=hint)
 
 
 def _weight_bytes(runner: Any) -> int:

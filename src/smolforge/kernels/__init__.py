@@ -55,11 +55,7 @@ def library() -> ctypes.CDLL:
 
 
 def description() -> str:
-    """What `library` loads and the reason, for the decisions that a run prints.
-
-    Raises:
-        NativeUnavailable: as `library`.
-    """
+    """What `library` loads and the reason, for the decisions that a run prints; raises as `library`."""
     library()
     variant, reason = choose_variant()
     what = f"prebuilt for {variant.description}" if variant else "compiled for this processor"

@@ -30,13 +30,7 @@ NATIVE = ("-march=native", "-fPIC", "-pthread", *(("-ldl",) if sys.platform == "
 
 
 def build(directory: Path | None = None) -> Path:
-    """Compile the library for this machine, unless it is there already.
-
-    Args:
-        directory: where libraries are kept; the user's cache unless given.
-
-    Returns:
-        The library's path.
+    """Compile the library for this machine into `directory` or the user's cache, unless it is there; its path.
 
     Raises:
         NativeUnavailable: there is no compiler, or it failed; the message holds its last words.
@@ -71,11 +65,7 @@ def build_variants(chosen: Iterable[Variant] = variants.VARIANTS) -> None:
 
 
 def find_compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler for this machine.
-
-    Raises:
-        NativeUnavailable: there is none.
-    """
+    """The command of the C++ compiler for this machine; NativeUnavailable where there is none."""
     if sys.byteorder != "little":
         raise NativeUnavailable("native code is written for little-endian machines")
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):

@@ -36,8 +36,7 @@ from smolforge.model.loss import choose_loss, evaluation_loss
 class KeyValueCache(Protocol):
     """What attention asks of a cache: store the new keys and values, return all that may be seen."""
 
-    mask: Tensor | None
-    """As of `attention.Attend`; None where each token sees all before it."""
+    mask: Tensor | None  # as of `attention.Attend`; None where each token sees all before it
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, K, T, d) after rotation → all keys and values so far, (B, K, S, d)."""
@@ -81,12 +80,9 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm, (B, T, D).
 
         Args:
@@ -177,14 +173,9 @@ class CausalLM(nn.Module):
         return self.head(self.decoder(input_ids, **options))
 
     def loss(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-        scale: float = 1.0,
+        self, inputs: Tensor, targets: Tensor, *, document_ids: Tensor | None = None, scale: float = 1.0,
         z_weight: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loss to differentiate and the loss to report, without ever storing the logits as a whole.
 
         Args:
@@ -225,33 +216,23 @@ class CausalLM(nn.Module):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the rest of smolforge needs to know of an architecture and cannot read from its module tree.
-
-    Attributes:
-        label: for people, before the word "model".
-        model_type: of config.json; transformers' own only where transformers computes the same.
-        class_name: the only entry of `architectures` in config.json.
-        check: raises BadInput, naming the key, for a configuration that it cannot have.
-        to_hf: config.json of a model, without the type of its weights and its special tokens.
-        from_hf: the fields of a ModelConfig from config.json; raises BadInput, naming the key, for what it cannot have.
-        in_transformers: whether transformers and vLLM load its checkpoints.
-        gguf: llama.cpp's name for it, None where llama.cpp does not have it.
-        fast_decoding: whether the decoding kernels compute exactly it; another decodes with its own module.
-        note: a paragraph of Markdown for the model card.
-    """
+    """What the rest of smolforge needs to know of an architecture and cannot read from its module tree."""
 
     name: str
-    label: str
-    model_type: str
-    class_name: str
+    label: str  # for people, before the word "model"
+    model_type: str  # of config.json; transformers' own only where transformers computes the same
+    class_name: str  # the only entry of `architectures` in config.json
     build: Callable[[ModelConfig, ComputeOptions], CausalLM]
+    # Raises BadInput, naming the key, for a configuration that it cannot have.
     check: Callable[[ModelConfig], None] = lambda config: None
+    # config.json of a model, without the type of its weights and its special tokens.
     to_hf: Callable[[ModelConfig], dict[str, Any]] = hf_config.llama_keys
+    # The fields of a ModelConfig from config.json; raises BadInput, naming the key, for what it cannot have.
     from_hf: Callable[[dict[str, Any]], dict[str, Any]] = hf_config.llama_fields
-    in_transformers: bool = False
-    gguf: str | None = None
-    fast_decoding: bool = False
-    note: str = ""
+    in_transformers: bool = False  # transformers and vLLM load its checkpoints
+    gguf: str | None = None  # llama.cpp's name for it, None where llama.cpp does not have it
+    fast_decoding: bool = False  # the decoding kernels compute exactly it; another decodes with its own module
+    note: str = ""  # a paragraph of Markdown for the model card
 
 
 _REGISTRY: dict[str, Architecture] = {}

@@ -13,25 +13,18 @@ from smolforge.errors import BadInput
 
 # Far above any model of this kind, far below what would exhaust memory before the weights are looked at.
 _REQUIRED = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1024,
+    "vocab_size": 1 << 24, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_hidden_layers": 1024,
     "num_attention_heads": 4096,
-}
+}  # fmt: skip
 _OPTIONAL = {"num_key_value_heads": 4096, "head_dim": 1 << 14, "max_position_embeddings": 1 << 26}
 _SWITCHES = ("rope_interleaved", "is_encoder_decoder", "add_cross_attention")
 # Keys that must be absent, null or have one of these values for the model to be what smolforge computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "quantization_config": (),
-    "sliding_window": (),
+    "hidden_act": ("silu", "swish"), "quantization_config": (), "sliding_window": (),
     **dict.fromkeys(_SWITCHES, (False,)),
-}
+}  # fmt: skip
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_WHY = {
-    "quantization_config": "give the unquantized weights; smolforge quantizes when it loads",
-}
+_WHY = {"quantization_config": "give the unquantized weights; smolforge quantizes when it loads"}
 
 
 def llama_keys(config: ModelConfig) -> dict[str, Any]:

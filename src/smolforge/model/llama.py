@@ -127,11 +127,7 @@ class LlamaDecoderLayer(nn.Module):
     """One block of the residual stream. All layers share this code, so compiling one compiles all."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        options: ComputeOptions,
-        layer: int,
-        attention: type[LlamaAttention] = LlamaAttention,
+        self, config: ModelConfig, options: ComputeOptions, layer: int, attention: type[LlamaAttention] = LlamaAttention
     ) -> None:
         super().__init__()
         self.dropout, self.branches = options.dropout, branches_of(layer)
@@ -185,14 +181,7 @@ def _check(config: ModelConfig) -> None:
 
 register(
     Architecture(
-        name="llama",
-        label="Llama",
-        model_type="llama",
-        class_name="LlamaForCausalLM",
-        build=LlamaForCausalLM,
-        check=_check,
-        in_transformers=True,
-        gguf="llama",
-        fast_decoding=True,
+        "llama", "Llama", model_type="llama", class_name="LlamaForCausalLM", build=LlamaForCausalLM, check=_check,
+        in_transformers=True, gguf="llama", fast_decoding=True,
     )
-)
+)  # fmt: skip

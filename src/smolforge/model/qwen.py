@@ -62,29 +62,14 @@ def _check_qwen3(config: ModelConfig) -> None:
 
 register(
     Architecture(
-        name="qwen2",
-        label="Qwen2",
-        model_type="qwen2",
-        class_name="Qwen2ForCausalLM",
-        build=Qwen2ForCausalLM,
-        check=_check_qwen2,
-        from_hf=hf_config.full_attention_fields,
-        in_transformers=True,
-        gguf="qwen2",
-        fast_decoding=True,
+        "qwen2", "Qwen2", model_type="qwen2", class_name="Qwen2ForCausalLM", build=Qwen2ForCausalLM, check=_check_qwen2,
+        from_hf=hf_config.full_attention_fields, in_transformers=True, gguf="qwen2", fast_decoding=True,
     )
-)
+)  # fmt: skip
 register(
     Architecture(
-        name="qwen3",
-        label="Qwen3",
-        model_type="qwen3",
-        class_name="Qwen3ForCausalLM",
-        build=Qwen3ForCausalLM,
-        check=_check_qwen3,
-        from_hf=lambda values: hf_config.full_attention_fields(values, head_dim=128),
-        in_transformers=True,
-        gguf="qwen3",
-        fast_decoding=True,
+        "qwen3", "Qwen3", model_type="qwen3", class_name="Qwen3ForCausalLM", build=Qwen3ForCausalLM, check=_check_qwen3,
+        from_hf=lambda values: hf_config.full_attention_fields(values, head_dim=128), in_transformers=True,
+        gguf="qwen3", fast_decoding=True,
     )
-)
+)  # fmt: skip

@@ -109,17 +109,12 @@ class SmollmV2Recreation(CausalLM):
 
 def _check(config: ModelConfig) -> None:
     if config.num_key_value_heads != config.num_attention_heads:
-        raise BadInput(
-            f"the recreation has one narrow key/value head for each query head, so it must be "
-            f"{config.num_attention_heads}, not {config.num_key_value_heads}",
-            field="model.num_key_value_heads",
-        )
+        problem = "the recreation has one narrow key/value head for each query head, so it must be"
+        numbers = f"{config.num_attention_heads}, not {config.num_key_value_heads}"
+        raise BadInput(f"{problem} {numbers}", field="model.num_key_value_heads")
     if config.head_dim < 6:
-        raise BadInput(
-            f"the recreation's key/value heads are a third as wide, so {config.head_dim} leaves no pair to rotate; "
-            "it must be at least 6",
-            field="model.head_dim",
-        )
+        problem = f"the recreation's key/value heads are a third as wide, so {config.head_dim} leaves no pair to rotate"
+        raise BadInput(f"{problem}; it must be at least 6", field="model.head_dim")
 
 
 register(

@@ -64,16 +64,7 @@ def _from_hf(values: dict[str, Any]) -> dict[str, Any]:
 
 register(
     Architecture(
-        name="smollm3",
-        label="SmolLM3",
-        model_type="smollm3",
-        class_name="SmolLM3ForCausalLM",
-        build=SmolLM3ForCausalLM,
-        check=_check,
-        to_hf=_to_hf,
-        from_hf=_from_hf,
-        in_transformers=True,
-        gguf="smollm3",
-        fast_decoding=True,
+        "smollm3", "SmolLM3", model_type="smollm3", class_name="SmolLM3ForCausalLM", build=SmolLM3ForCausalLM,
+        check=_check, to_hf=_to_hf, from_hf=_from_hf, in_transformers=True, gguf="smollm3", fast_decoding=True,
     )
-)
+)  # fmt: skip

@@ -46,20 +46,14 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs.
-
-    Attributes:
-        rows: (label, the value of each run as text, the index of the best or None).
-        differences: (key of the configuration, its value in each run), for keys that differ.
-        same_text: whether all runs were scored on the same held-out text; else no score is called the best.
-    """
+    """Several runs."""
 
     names: list[str]
     histories: list[History]
     summaries: list[RunSummary]
-    rows: list[tuple[str, list[str], int | None]]
-    differences: list[tuple[str, list[str]]]
-    same_text: bool
+    rows: list[tuple[str, list[str], int | None]]  # label, the value of each run as text, the index of the best
+    differences: list[tuple[str, list[str]]]  # keys of the configuration that differ, with their value in each run
+    same_text: bool  # all runs were scored on the same held-out text; else no score is called the best
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the numbers of each run, and the keys that differ."""
@@ -71,11 +65,7 @@ class Comparison:
 
 
 def comparison(runs: Sequence[str | Path | Run]) -> Comparison:
-    """Read 1 to `MAX_RUNS` runs, in the order given.
-
-    Raises:
-        BadInput: no run, too many, or a path without a run.
-    """
+    """Read 1 to `MAX_RUNS` runs, in the order given; BadInput for other numbers, or a path without a run."""
     if not 1 <= len(runs) <= MAX_RUNS:
         raise BadInput(f"{len(runs)} runs cannot be compared", field="RUN", hint=f"Give 1 to {MAX_RUNS} of them.")
     histories = [read_history(run) for run in runs]

@@ -34,21 +34,14 @@ MAX_FILE = 4 << 20
 
 @dataclass
 class History:
-    """What one run has logged.
-
-    Attributes:
-        training: columns of `TRAINING`, and `seconds` of running time; (rows,), NaN where absent.
-        validation: columns of `VALIDATION`, and `seconds`; (validations,).
-        entropy: bits per byte of the source itself, where it is known.
-        events: the first and the last `MAX_EVENTS` of them.
-    """
+    """What one run has logged."""
 
     run: Run
     name: str
-    training: Columns
-    validation: Columns
-    entropy: float | None
-    events: list[dict[str, Any]]
+    training: Columns  # of `TRAINING`, and `seconds` of running time; (rows,), NaN where absent
+    validation: Columns  # of `VALIDATION`, and `seconds`; (validations,)
+    entropy: float | None  # bits per byte of the source itself, where it is known
+    events: list[dict[str, Any]]  # the first and the last `MAX_EVENTS`
     event_counts: Counter[str]
     samples: list[dict[str, Any]]
     config: dict[str, Any]
@@ -65,11 +58,7 @@ class History:
 
 
 def read_history(path: str | Path | Run) -> History:
-    """Read everything that the directory of a run holds at this moment.
-
-    Raises:
-        BadInput: there is no such directory.
-    """
+    """Read everything that the directory of a run holds at this moment; BadInput where there is none."""
     run = path if isinstance(path, Run) else Run(path)
     if not run.path.is_dir():
         raise BadInput(f"there is no run at {run.path}", field="RUN", hint="Give the directory that train wrote.")
@@ -186,15 +175,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in numbers, shared by the report and `compare`; None is not known (yet).
-
-    Attributes:
-        seconds: running time, without the gaps in which the run was down.
-        loss: training loss in nats per token, the mean of the last 1% of the rows.
-        gap: how far the last held-out bits per byte lie above the source's own entropy, as a share of it.
-        tokens_per_second: median of the logged rows, like `mfu`.
-        data_wait: share of the running time that was spent waiting for data.
-    """
+    """One run in numbers, shared by the report and `compare`; None is not known (yet)."""
 
     name: str
     path: str
@@ -202,17 +183,17 @@ class RunSummary:
     steps: int | None
     total_steps: int | None
     tokens: float | None
-    seconds: float | None
-    loss: float | None
+    seconds: float | None  # running, without the gaps in which the run was down
+    loss: float | None  # of training in nats per token, the mean of the last 1% of the rows
     validation_loss: float | None
     bits_per_byte: float | None
     best_bits_per_byte: float | None
     entropy_bits_per_byte: float | None
-    gap: float | None
-    tokens_per_second: float | None
+    gap: float | None  # of the last held-out bits per byte above the source's own entropy, as a share of it
+    tokens_per_second: float | None  # median of the logged rows, like `mfu`
     mfu: float | None
     peak_memory_bytes: float | None
-    data_wait: float | None
+    data_wait: float | None  # share of the running time that was spent waiting for data
     parameters: int | None
     resumes: int
 

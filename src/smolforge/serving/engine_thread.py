@@ -37,17 +37,12 @@ RATE_SECONDS = 10.0
 
 @dataclasses.dataclass(eq=False)
 class LoadedModel:
-    """An engine and its checkpoint. Only the engine thread steps it.
-
-    Attributes:
-        step: training step of the checkpoint, or None for a model without one.
-        created: time of the weights file in seconds since the epoch, for the API.
-        owners: of the engine's requests by their ids, each with the index of its prompt.
-    """
+    """An engine and its checkpoint. Only the engine thread steps it."""
 
     engine: Engine
-    step: int | None
-    created: int
+    step: int | None  # training step of the checkpoint; None for a model without one
+    created: int  # time of the weights file in seconds since the epoch, for the API
+    # The owners of the engine's requests by their ids, each with the index of its prompt.
     owners: dict[int, tuple[ServerRequest, int]] = dataclasses.field(default_factory=dict)
 
 
@@ -55,18 +50,13 @@ class ServerRequest:
     """Prompts (token ids) under one `SamplingParams`, and the steps that were written so far.
 
     All methods run on the event loop, so no lock is needed.
-
-    Attributes:
-        requests: the engine's requests, one for each prompt, set before their first step.
-        finished: every sequence has ended, or the request was cancelled or failed.
-        first_token: seconds from arrival to the first written token, or None.
     """
 
     def __init__(self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel) -> None:
         self.prompts, self.params, self.model = prompts, params, model
-        self.requests: list[Request] = []
-        self.finished = False
-        self.first_token: float | None = None
+        self.requests: list[Request] = []  # the engine's, one for each prompt, set before their first step
+        self.finished = False  # every sequence has ended, or the request was cancelled or failed
+        self.first_token: float | None = None  # seconds from arrival to the first written token
         self._ended = 0  # sequences
         self._arrived = time.monotonic()
         self._started: set[tuple[int, int]] = set()
@@ -121,19 +111,13 @@ class ServerRequest:
 
 
 class EngineThread:
-    """Runs requests, while at most `max_queue` sequences wait. The event loop calls everything but `_run`.
-
-    Attributes:
-        model: the served model; None while it loads.
-        problem: why nothing can be served, or None.
-        live: requests that have not ended.
-    """
+    """Runs requests, while at most `max_queue` sequences wait. The event loop calls everything but `_run`."""
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
-        self.model: LoadedModel | None = None
-        self.problem: str | None = None
-        self.live: set[ServerRequest] = set()
+        self.model: LoadedModel | None = None  # the served one; None while it loads
+        self.problem: str | None = None  # why nothing can be served
+        self.live: set[ServerRequest] = set()  # requests that have not ended
         self.draining = False
         self.metrics: Metrics  # set by ServerState
         self.loader = concurrent.futures.ThreadPoolExecutor(1, "loader")

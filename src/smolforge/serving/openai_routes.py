@@ -128,16 +128,15 @@ def chat_defaults(state: ServerState, ids: list[int]) -> dict[str, Any]:
 async def prompt_ids(state: ServerState, prompt: Any, **options: Any) -> list[list[int]]:
     """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it.
 
-    Args:
-        options: of `Tokenizer.encode_prompt`.
+    The options are those of `Tokenizer.encode_prompt`.
     """
+    tokenizer = state.model.engine.tokenizer
     if prompt is None:
-        tokenizer = state.model.engine.tokenizer
         return [tokenizer.prefix_ids or [tokenizer.eos_id]]
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], str):
-        return await state.encode(prompt, **options)
+        return await state.compute(lambda: [tokenizer.encode_prompt(text, **options) for text in prompt])
     return [prompt] if isinstance(prompt[0], int) else prompt
 
 
@@ -155,13 +154,10 @@ class Answer:
         # (prompt, choice of the prompt) in the order of the choices' indices
         keys = [(prompt, choice) for prompt in range(len(request.prompts)) for choice in range(n)]
         self.transcripts = {key: (index, Transcript()) for index, key in enumerate(keys)}
-        self.head = {
-            "id": f"{self.id_prefix}{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model_name,
-            # which weights wrote it: changes when a newer checkpoint takes over
-            "system_fingerprint": f"smolforge-{f'step-{step}' if step is not None else request.model.created}",
-        }
+        # Which weights wrote it: changes when a newer checkpoint takes over.
+        fingerprint = f"smolforge-{f'step-{step}' if step is not None else request.model.created}"
+        head = {"id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+        self.head = {**head, "system_fingerprint": fingerprint}
 
     def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
         """The tokens with their log-probabilities, or None where they were not asked for."""

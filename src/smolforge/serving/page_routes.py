@@ -63,9 +63,8 @@ class PageSettings(StrictModel):
 
     def sampling(self, engine: Engine, logprobs: int | None = None) -> SamplingParams:
         """The parameters for `engine`."""
-        return engine.params(
-            **self.model_dump(exclude={"prompt", "ids", "steps"}, exclude_none=True), logprobs=logprobs
-        )
+        given = self.model_dump(exclude={"prompt", "ids", "steps"}, exclude_none=True)
+        return engine.params(**given, logprobs=logprobs)
 
 
 class WriteRequest(PageSettings):
@@ -163,15 +162,9 @@ def describe(state: ServerState) -> dict[str, Any]:
         "waiting": thread.waiting,
         "key": state.settings.api_key is not None,
         "examples": list(THREE_PROMPTS),
-        "write": write_values(model.engine) if model else {},
+        "write": _shown(PageSettings().sampling(model.engine)) if model else {},  # values of a request that gives none
         "chat": chat_values(model.engine) if model and model.engine.tokenizer.chat_template else None,
     }
-
-
-def write_values(engine: Engine) -> dict[str, Any]:
-    """What the controls of the Write tab start at: the values of a request that gives none."""
-    params = PageSettings().sampling(engine)
-    return {name: getattr(params, name) for name in SHOWN}
 
 
 def chat_values(engine: Engine) -> dict[str, Any]:
@@ -185,8 +178,11 @@ def chat_values(engine: Engine) -> dict[str, Any]:
     own, usual = engine.defaults, {**CHAT_SAMPLING, "top_p": SamplingParams().top_p}
     names = ("max_tokens",) if "temperature" in own else usual
     suggested = {name: usual[name] for name in names if name not in own}
-    params = SamplingParams(**{**API_SAMPLING, **own, **suggested})
-    return {"values": {name: getattr(params, name) for name in SHOWN}, "suggested": suggested}
+    return {"values": _shown(SamplingParams(**{**API_SAMPLING, **own, **suggested})), "suggested": suggested}
+
+
+def _shown(params: SamplingParams) -> dict[str, Any]:
+    return {name: getattr(params, name) for name in SHOWN}
 
 
 async def write_events(request: ServerRequest, kept: list[int]) -> AsyncGenerator[bytes, None]:
@@ -265,10 +261,8 @@ class TrainingView:
     def _read(self) -> dict[str, Any]:
         history = read_history(self.run)
         training = {name: history.training[name] for name in ("step", "tokens", *CURVES)}
-        few, validation = (
-            thin(training, x="step", extremes=CURVES, buckets=BUCKETS),
-            _points(history.validation, "loss"),
-        )
+        few = thin(training, x="step", extremes=CURVES, buckets=BUCKETS)
+        validation = _points(history.validation, "loss")
         curves = {name: _points(few, name) for name in CURVES} | {"validation": validation}
         last = {name: _points(training, name)[-1:] for name in training} | {"validation": validation[-1:]}
         return {

@@ -51,8 +51,7 @@ class InputMessage(StrictModel):
 
     def message(self) -> Message:
         """As a chat has it."""
-        parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role=self.role, content=parts)
+        return Message(role=self.role, content=_joined(self.content))
 
 
 class InputCall(StrictModel):
@@ -78,8 +77,11 @@ class CallOutput(StrictModel):
 
     def message(self) -> Message:
         """As a chat has it."""
-        text = self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
-        return Message(role="tool", content=text)
+        return Message(role="tool", content=_joined(self.output))
+
+
+def _joined(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def _kind_of_item(value: Any) -> str | None:
@@ -223,21 +225,25 @@ class ResponsesAnswer:
         number, self._events = self._events, self._events + 1
         return f"event: {kind}\n".encode() + event({"type": kind, "sequence_number": number, **more})
 
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.message_id, "output_index": len(self.reader.calls), "content_index": 0}
+
     def _text_events(self, text: str) -> bytes:
-        place: dict[str, Any] = {"item_id": self.message_id, "output_index": len(self.reader.calls), "content_index": 0}
-        opening = b""
+        place, opening = self._place(), b""
         if not self.started:
             self.started = True
-            item = {**self._message("in_progress"), "content": []}
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            opening = self._event("response.output_item.added", output_index=place["output_index"], item=item)
+            item = self._message("in_progress")
+            part = {**item["content"][0], "text": ""}
+            opening = self._event(
+                "response.output_item.added", output_index=place["output_index"], item={**item, "content": []}
+            )
             opening += self._event("response.content_part.added", **place, part=part)
         return opening + self._event("response.output_text.delta", **place, delta=text, logprobs=[])
 
     def _end_of_text(self) -> bytes:
         if not self.started:
             return b""
-        place: dict[str, Any] = {"item_id": self.message_id, "output_index": len(self.reader.calls), "content_index": 0}
+        place = self._place()
         item = self._message("completed" if self.transcript.finish_reason != "length" else "incomplete")
         done = self._event("response.output_text.done", **place, text=self.text, logprobs=[])
         done += self._event("response.content_part.done", **place, part=item["content"][0])

@@ -14,60 +14,32 @@ _ABOVE_ZERO = ("request_seconds", "body_seconds")
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
-    """Settings of one server.
+    """Settings of one server; BadInput where one is wrong, or where the server would be open to everyone."""
 
-    Attributes:
-        model: a run, a checkpoint, a Hugging Face directory or a Hub id.
-        host: address to bind. Addresses other than loopback need `api_key` or `allow_public`.
-        port: 0 takes a free one.
-        api_key: key that clients must send, or several with commas between them; the page asks for one.
-        allow_public: serve a public address without a key.
-        root_path: prefix under which a reverse proxy serves this server, such as /llm; with or without it in the
-            requests that arrive.
-        forwarded_allow_ips: addresses and networks of reverse proxies, with commas between them, or *; what they say in
-            X-Forwarded-For and X-Forwarded-Proto is believed, as uvicorn does.
-        cors_origins: other web origins whose scripts may call the API; none unless given.
-        name: id of the model in the API; the name of the directory or Hub repository unless given.
-        quantize: as in `Engine.from_pretrained`.
-        draft: a smaller model that drafts tokens, as in `Engine.from_pretrained`; none unless given.
-        adapter: merged into the model, as in `Engine.from_pretrained`; none unless given.
-        max_batch: sequences that run at once.
-        max_queue: sequences that can wait; further ones get 429.
-        max_per_client: unfinished requests of one client; further ones get 429. Where there are several keys, a key is
-            a client, else an address.
-        max_sequences: prompts × n of one request.
-        max_n: maximum number of choices per prompt.
-        max_body: bytes of a request body.
-        request_seconds: a request that takes longer ends with an error.
-        body_seconds: a body that takes longer to arrive is refused.
-        drain_seconds: time for running requests to finish after SIGTERM.
-        follow_seconds: how often a run is checked for a newer checkpoint; 0 keeps the first one.
-        page: serve the page at /.
-    """
-
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    allow_public: bool = False
-    root_path: str = ""
+    model: str  # a run, a checkpoint, a Hugging Face directory or a Hub id
+    host: str = "127.0.0.1"  # address to bind; other than loopback needs `api_key` or `allow_public`
+    port: int = 8000  # 0 takes a free one
+    api_key: str | None = None  # that clients must send, or several with commas between them; the page asks for one
+    allow_public: bool = False  # serve a public address without a key
+    root_path: str = ""  # prefix under which a reverse proxy serves this, such as /llm; requests may have it or not
+    # Reverse proxies whose X-Forwarded-For and -Proto are believed: addresses, networks with commas between, or *.
     forwarded_allow_ips: str = ""
-    cors_origins: tuple[str, ...] = ()
-    name: str | None = None
-    quantize: str = "auto"
+    cors_origins: tuple[str, ...] = ()  # other web origins whose scripts may call the API
+    name: str | None = None  # of the model in the API; that of the directory or Hub repository unless given
+    quantize: str = "auto"  # like `draft` and `adapter` as in `Engine.from_pretrained`
     draft: str | None = None
     adapter: str | None = None
-    max_batch: int = 16
-    max_queue: int = 256
-    max_per_client: int = 64
-    max_sequences: int = 128
-    max_n: int = 16
-    max_body: int = 512 << 10
-    request_seconds: float = 600.0
-    body_seconds: float = 30.0
-    drain_seconds: float = 10.0
-    follow_seconds: float = 2.0
-    page: bool = True
+    max_batch: int = 16  # sequences that run at once
+    max_queue: int = 256  # sequences that can wait; further ones get 429
+    max_per_client: int = 64  # unfinished requests of one client: of a key where there are several, else of an address
+    max_sequences: int = 128  # prompts × n of one request
+    max_n: int = 16  # choices per prompt
+    max_body: int = 512 << 10  # bytes of a request body
+    request_seconds: float = 600.0  # a request that takes longer ends with an error
+    body_seconds: float = 30.0  # a body that takes longer to arrive is refused
+    drain_seconds: float = 10.0  # for running requests to finish after SIGTERM
+    follow_seconds: float = 2.0  # between two looks for a run's newer checkpoint; 0 keeps the first one
+    page: bool = True  # serve the page at /
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -94,9 +66,8 @@ class ServeSettings:
             raise BadInput("'*' lets every web page use this server", field="cors-origin", hint=hint)
         if not self.loopback and not self.api_key and not self.allow_public:
             hint = f"Give --api-key KEY (or {KEY_VARIABLE}), or --allow-public to serve everyone."
-            raise BadInput(
-                f"{self.host} can be reached from other machines, and there is no key", field="host", hint=hint
-            )
+            problem = f"{self.host} can be reached from other machines, and there is no key"
+            raise BadInput(problem, field="host", hint=hint)
 
     @property
     def keys(self) -> list[str]:

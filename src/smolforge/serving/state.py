@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -215,11 +215,6 @@ class ServerState:
         if name is not None and name != self.source.name:
             text = f"the model {name[:200]!r} does not exist here; this server has {self.source.name!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
-
-    async def encode(self, texts: list[str], **options: Any) -> list[list[int]]:
-        """Token ids of each text, as of `Tokenizer.encode_prompt`, whose options these are."""
-        encode = self.model.engine.tokenizer.encode_prompt
-        return await self.compute(lambda: [encode(text, **options) for text in texts])
 
     async def compute(self, work: Callable[[], T]) -> T:
         """Run work of the tokenizer off the event loop."""

@@ -41,15 +41,10 @@ def cancel_on_exit(thread: EngineThread, request: ServerRequest, seconds: float)
 
 
 class Transcript:
-    """The text of one choice, and the steps whose tokens can be reported.
+    """The text of one choice so far, and the steps whose tokens can be reported.
 
     Text can lag behind tokens (half characters, possible stop strings). A token is reported with the first text of
     it; a token that only belongs to a stop string, or ends the text, is never reported.
-
-    Attributes:
-        text: the whole text so far.
-        reported: the steps whose tokens were reported.
-        finish_reason: set at the end.
     """
 
     def __init__(self) -> None:

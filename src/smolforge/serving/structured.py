@@ -135,19 +135,12 @@ ToolChoice = Literal["none", "auto", "required"]
 
 @dataclass
 class Demand:
-    """What an answer has to be.
+    """What an answer has to be."""
 
-    Attributes:
-        schema: of the JSON that the text is; None for free text.
-        functions: that may be called.
-        must_call: whether the answer has to be a call.
-        parallel: whether it may be several.
-    """
-
-    schema: dict[str, Any] | None = None
-    functions: list[Function] = field(default_factory=list)
-    must_call: bool = False
-    parallel: bool = True
+    schema: dict[str, Any] | None = None  # of the JSON that the text is; None for free text
+    functions: list[Function] = field(default_factory=list)  # that may be called
+    must_call: bool = False  # the answer has to be a call
+    parallel: bool = True  # it may be several
 
     @classmethod
     def of(
@@ -184,9 +177,7 @@ class Demand:
         names = [f"call{i}" for i in range(len(self.functions))]
         rules = [f"calls: ({' | '.join(names)}){'+' if self.parallel else ''}"]
         for rule, function in zip(names, self.functions, strict=True):
-            head = json.dumps(_head(function.name))
-            tail = json.dumps("}" + CLOSE)
-            rules.append(f"{rule}: {head} {rule}_arguments {tail}")
+            rules.append(f"{rule}: {json.dumps(_head(function.name))} {rule}_arguments {json.dumps('}' + CLOSE)}")
             rules.append(f"{rule}_arguments: {json_rule(function.parameters or {'type': 'object', 'properties': {}})}")
         if self.schema is not None:
             rules.append(f"text: {json_rule(self.schema)}")
@@ -199,10 +190,8 @@ class Demand:
         """The conversation with a description of the tools in its system message."""
         if not self.functions:
             return messages
-        lines = [
-            json.dumps({"name": f.name, "description": f.description, "parameters": f.parameters}, ensure_ascii=False)
-            for f in self.functions
-        ]
+        fields = {"name", "description", "parameters"}
+        lines = (json.dumps(f.model_dump(include=fields), ensure_ascii=False) for f in self.functions)
         told = _TOOLS.format(functions="\n".join(lines), open=OPEN, close=CLOSE)
         if messages[0]["role"] == "system":
             return [{"role": "system", "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
@@ -228,11 +217,7 @@ class Call:
 
 
 class CallReader:
-    """Takes the text of an answer as it is written and finds the calls in it.
-
-    Args:
-        demand: without functions every text is only text.
-    """
+    """Takes the text of an answer as it is written and finds the calls in it; without functions it is only text."""
 
     def __init__(self, demand: Demand) -> None:
         self._may_call = bool(demand.functions)

@@ -1,9 +1,8 @@
 """`tales` as a source of training data, and written to files of every format that smolforge reads.
 
-As a source, document i is a pure function of i, so nothing is read and nothing stored.
-An epoch is its first 2**20 documents, in row groups of 512.
-The corpus is the same for every `data.seed`, which only decides the order, so the losses of runs with different seeds
-can be compared.
+As a source, document i is a pure function of i, so nothing is read and nothing stored. An epoch is its first 2**20
+documents, in row groups of 512. The corpus is the same for every `data.seed`, which only decides the order, so the
+losses of runs with different seeds can be compared.
 """
 
 from __future__ import annotations
@@ -57,13 +56,9 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
 
 
 def write(
-    path: str | Path,
-    kind: str = "parquet",
-    documents: Iterable[int] = range(1000),
-    seed: int = 0,
-    row_group_size: int = 1000,
-    chat: bool = False,
-) -> Path:
+    path: str | Path, kind: str = "parquet", documents: Iterable[int] = range(1000), seed: int = 0,
+    row_group_size: int = 1000, chat: bool = False,
+) -> Path:  # fmt: skip
     """Write the documents with these indices as one file in Cosmopedia v2's schema; returns its path.
 
     Args:
@@ -80,9 +75,8 @@ def write(
     made = (tales.document(i, seed) for i in documents)
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
-        schema = pyarrow.schema(
-            {name: pyarrow.int64() if name == "token_length" else pyarrow.string() for name in tales.COLUMNS}
-        )
+        types = {"token_length": pyarrow.int64()}
+        schema = pyarrow.schema({name: types.get(name, pyarrow.string()) for name in tales.COLUMNS})
         with pyarrow.parquet.ParquetWriter(path, schema) as writer:
             while group := [document.row() for document in itertools.islice(made, row_group_size)]:
                 writer.write_table(pyarrow.Table.from_pylist(group, schema=schema), row_group_size=row_group_size)

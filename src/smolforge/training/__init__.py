@@ -34,13 +34,12 @@ In the order to read them:
     averaging.py       an exponential average of the weights
     checkpointing.py   the state in a checkpoint, restoring it, which checkpoints stay
     metrics.py         metrics of steps, validations, samples, outcome
-    progress.py        tokens per second, and the progress bar
+    progress.py        tokens per second, the progress bar, a trace of a few steps
     sweep_file.py      what the file of `smolforge sweep` says
     trials.py          the trials of a sweep, each in a process of its own
     sweep.py           the rounds of a sweep, its table and its winner
     trackers.py        TensorBoard, wandb, trackio
     shutdown.py        signals and the time limit
-    profiling.py       a trace of a few steps
     bench.py           `smolforge bench train`
     api.py             `smolforge.train` for Python
 """

@@ -92,7 +92,7 @@ def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
     names = LADDER if request.base is None else [request.base]
     configs = [build_config(name, list(request.overrides), **request.layers) for name in names]
     speeds = measure_speeds(names[0], request.overrides, configs)
-    text, tokens = _text_of(configs[0])
+    text, tokens, index = _text_of(configs[0])
     within = [speed * minutes * 60 * SHARE_OF_STEPS for speed in speeds]
     useful = [min(reached, MOST_EPOCHS * tokens) for reached in within]
     parameters = [summarise(config.model, config.data.sequence_length).parameters for config in configs]
@@ -116,7 +116,7 @@ def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
             "mode: from nothing; of so little text `--init smollm2` learns more, since it knows English already"
         )
     length = {"steps": steps, "tokens_per_step": config.tokens_per_step}
-    return replace(request, base=names[at], layers=_with_length(request.layers, length))
+    return replace(request, base=names[at], layers=_with_length(request.layers, length), index=index)
 
 
 def _with_length(layers: dict[str, Any], length: dict[str, int]) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def measure_speeds(name: str, overrides: Sequence[str], configs: Sequence[RunCon
     return [measured["tokens_per_second"] * flops[0] / own for own in flops]
 
 
-def _text_of(config: RunConfig) -> tuple[int, int]:
-    """Bytes and (about) tokens of the text that is trained on."""
+def _text_of(config: RunConfig) -> tuple[int, int, dict[str, Any]]:
+    """Bytes and (about) tokens of the text that is trained on, and its index."""
     with Corpus.open(keep_places(config).data) as corpus:
         sizes = measure(corpus, None)
-    return sum(source.bytes for source in sizes), sum(source.tokens for source in sizes)
+    return sum(source.bytes for source in sizes), sum(source.tokens for source in sizes), corpus.index

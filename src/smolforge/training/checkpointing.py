@@ -32,7 +32,7 @@ from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.parts import Parts, new_staging
 from smolforge.checkpoint.state import load_state, save_state, tensors_of
 from smolforge.data import merge_cursors
-from smolforge.data.cursor import accepted_cursor
+from smolforge.data.order import accepted_cursor
 from smolforge.distributed import copy_whole, is_sharded
 from smolforge.errors import CheckpointError, SmolforgeError
 from smolforge.files import read_json_lines

@@ -37,7 +37,7 @@ def rehearse(request: TrainRequest) -> None:
         scratch.prepare()
         if newest is not None and (index := run.read_index()):
             scratch.write_index(index)
-        prepared = prepare(scratch, config, newest, ranks, device, accept_changes=request.accept_changed_data)
+        prepared = prepare(request, scratch, config, newest, ranks, device)
         prepared.corpus.close()
     for reason in prepared.plan.reasons:
         logger.info(reason)

@@ -17,6 +17,7 @@ from smolforge.chat_template import CHATML, CHATML_TOKENS, ChatTemplate
 from smolforge.config import ModelConfig, RunConfig
 from smolforge.data import Batch, Corpus
 from smolforge.data.conversations import ChatEncoder, encoded, held_out_windows, show_learned, survey
+from smolforge.data.holdout import none_chosen
 from smolforge.devices import to_device
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput
@@ -109,11 +110,7 @@ def answers_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) ->
     windows = list(held_out_windows(corpus, tokenizer, config.evaluation.tokens))
     if not windows:
         count = sum(1 for _ in corpus.documents())
-        raise BadInput(
-            f"None of the {count:,} conversations was chosen for validation",
-            field="data.holdout",
-            hint="Use --set data.holdout=0.1, or 0 to tune without validation.",
-        )
+        raise none_chosen(f"{count:,} conversations", "tune")
     tokens = np.stack([np.concatenate(window.parts) for window in windows]).astype(np.int64)
     learned = np.stack([window.learned for window in windows])
     parts = np.stack([np.repeat(np.arange(len(w.parts)), [len(part) for part in w.parts]) for w in windows])

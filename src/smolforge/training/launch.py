@@ -22,7 +22,7 @@ from smolforge.config import build_config
 from smolforge.errors import BadInput, RunFailed
 from smolforge.slurm import read_slurm
 from smolforge.training.recipe import resolve_batch
-from smolforge.training.setup import TrainRequest, choose_run
+from smolforge.training.setup import TrainRequest, base_of
 from smolforge.training.shutdown import EXIT_CODES
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,8 @@ def _count_processes(request: TrainRequest, asked: str | None) -> int:
     gpus = torch.cuda.device_count() if usable else 0
     if gpus < 2:
         return 1
-    run = choose_run(request)
-    base = str(run.config_path) if run.exists and not request.fresh else request.base or "pocket"
-    config = resolve_batch(build_config(base, list(request.overrides), **request.layers), torch.device("cuda"))
+    config = build_config(base_of(request), list(request.overrides), **request.layers)
+    config = resolve_batch(config, torch.device("cuda"))
     sequences = config.sequences_per_step
     each = -(-sequences // gpus)  # of the GPU that has most to do; more processes would not make a step shorter
     count = -(-sequences // each)

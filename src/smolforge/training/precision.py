@@ -21,21 +21,13 @@ from smolforge.kernels.variants import cpu_flags
 
 @dataclass(frozen=True)
 class Precision:
-    """The numbers that a run computes in.
+    """The numbers that a run computes in."""
 
-    Attributes:
-        name: one of those above.
-        weights: precision in which weights are stored and updated.
-        autocast: precision of the matrix products, None where it is that of the weights.
-        matmul: value for `torch.set_float32_matmul_precision`.
-        scaler: whether gradients are scaled against fp16's narrow range.
-    """
-
-    name: str
-    weights: torch.dtype
-    autocast: torch.dtype | None
-    matmul: str
-    scaler: bool = False
+    name: str  # one of those above
+    weights: torch.dtype  # in which weights are stored and updated
+    autocast: torch.dtype | None  # of the matrix products, None where it is that of the weights
+    matmul: str  # for `torch.set_float32_matmul_precision`
+    scaler: bool = False  # whether gradients are scaled against fp16's narrow range
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context of forward passes."""
@@ -46,11 +38,8 @@ def choose_precision(asked: str, device: torch.device, gpu: Gpu | None = None) -
     """The precision for a device, and the reason; BadInput where the device cannot do what was asked."""
     name, reason = _best_precision(device, gpu or gpu_of(device)) if asked == "auto" else (asked, "as asked")
     if name == "fp16" and device.type != "cuda":
-        raise BadInput(
-            "fp16 needs a CUDA device",
-            field="training.precision",
-            hint="Use auto: bf16 where the processor has it, fp32 elsewhere.",
-        )
+        hint = "Use auto: bf16 where the processor has it, fp32 elsewhere."
+        raise BadInput("fp16 needs a CUDA device", field="training.precision", hint=hint)
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     # On a CPU "medium" means oneDNN instead of MKL: 2.3 times faster on AMD at unchanged fp32 accuracy. Where the
     # processor multiplies bf16 with AMX, oneDNN would round the inputs, so there it stays exact. fp32 attention inside

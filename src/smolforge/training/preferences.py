@@ -22,8 +22,9 @@ from torch import Tensor
 from smolforge.config import PreferenceConfig, RunConfig
 from smolforge.data import Batch, Corpus
 from smolforge.data.conversations import ChatEncoder, ChatWindow, encoded, pack
+from smolforge.data.holdout import none_chosen
 from smolforge.distributed import DistributedContext
-from smolforge.errors import BadInput, CheckpointError
+from smolforge.errors import CheckpointError
 from smolforge.files import read_json, write_atomically
 from smolforge.model.architecture import CausalLM
 from smolforge.model.loss import IGNORE, chunked_loss, native_chunk_loss, token_losses, torch_chunk_loss
@@ -39,18 +40,15 @@ MAX_REFERENCE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of pairs as arrays.
+    """Windows of pairs as arrays (B, L + 1).
 
-    Attributes:
-        tokens: int32 (B, L + 1).
-        parts: (B, L + 1), the number of the conversation within its window that a token belongs to: 2 i is chosen,
-            2 i + 1 rejected, and a last one may be padding.
-        learned: bool (B, L + 1).
+    A part is the conversation of its window that a token belongs to: 2 i is chosen, 2 i + 1 rejected, and a last one
+    may be padding.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # int32
     parts: np.ndarray
-    learned: np.ndarray
+    learned: np.ndarray  # bool
 
     @classmethod
     def stack(cls, windows: Sequence[ChatWindow]) -> Windows:
@@ -212,8 +210,7 @@ def open_preferences(
     """
     held_out = read_windows(corpus, tokenizer, plan.micro_batch, held_out=True) if config.data.holdout else []
     if config.data.holdout and not held_out:
-        hint = "Use --set data.holdout=0.1, or 0 to tune without validation."
-        raise BadInput("None of the pairs was chosen for validation", field="data.holdout", hint=hint)
+        raise none_chosen("pairs", "tune")
     path = run.reference_path
     known = ranks.broadcast(path.is_file() if ranks.is_main else None)
     if known:

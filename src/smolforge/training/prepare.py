@@ -6,14 +6,16 @@ import logging
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from smolforge.checkpoint import format
 from smolforge.config import RunConfig
 from smolforge.data import Corpus
+from smolforge.data.holdout import none_chosen
 from smolforge.distributed import DistributedContext
-from smolforge.errors import BadInput, DataError
+from smolforge.errors import DataError
 from smolforge.evaluation import EvalSlice, tokenize_eval_set
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
@@ -24,6 +26,9 @@ from smolforge.training.plan import Plan, make_plan
 from smolforge.training.recipe import resolve_recipe
 from smolforge.training.run_data import open_corpus
 from smolforge.training.small_corpus import resolve_small_corpus
+
+if TYPE_CHECKING:
+    from smolforge.training.setup import TrainRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +45,14 @@ class Prepared:
 
 
 def prepare(
-    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, device: torch.device, *,
-    accept_changes: bool = False,
+    request: TrainRequest, run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext,
+    device: torch.device,
 ) -> Prepared:  # fmt: skip
     """Decide the plan and the length, and open data, tokenizer and held-out text."""
     check_optimizer(config.optimizer.name)
     plan = make_plan(config, device, ranks.world_size, local=ranks.local_size)
     epochs = 0.0  # through text, by a run that begins
-    corpus = open_corpus(run, config, newest, ranks, accept_changes=accept_changes)
+    corpus = open_corpus(run, config, newest, ranks, request.index, accept_changes=request.accept_changed_data)
     tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
     if newest is None or (config.training.steps is None and config.training.epochs is not None):
         if config.data.format == "text":
@@ -89,8 +94,4 @@ def _open_eval_set(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> E
         return tokenize_eval_set(corpus.texts(held_out=True), tokenizer, config.evaluation.tokens)
     except DataError:
         documents = sum(1 for _ in corpus.documents())
-        raise BadInput(
-            f"None of the {documents:,} documents was chosen for validation",
-            field="data.holdout",
-            hint="Use --set data.holdout=0.1, or 0 to train without validation.",
-        ) from None
+        raise none_chosen(f"{documents:,} documents", "train") from None

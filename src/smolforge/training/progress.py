@@ -1,18 +1,27 @@
-"""How fast a run is, and what it shows of itself in the terminal."""
+"""How fast a run is, what it shows of itself in the terminal, and a trace of a few steps."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
 import time
+import warnings
 from collections import deque
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from smolforge.formatting import size
 from smolforge.logging import console
 
 logger = logging.getLogger(__name__)
+
+STEPS = 3  # in the trace; each takes some megabytes
+WAIT = 4  # steps before, in a run that is long enough
 
 
 class ProgressBar:
@@ -49,8 +58,7 @@ class ProgressBar:
     def show(self, row: dict[str, Any], seconds_per_step: float) -> None:
         """Show the row of a logged step."""
         loss = f"{row['loss']:.4f}" if math.isfinite(row["loss"]) else "not finite"
-        parts = [f"loss {loss}", f"lr {row['lr']:.2e}"]
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        parts = [f"loss {loss}", f"lr {row['lr']:.2e}", f"{row['tokens_per_second']:,.0f} tok/s"]
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
         parts.append(size(row["memory_bytes"]))
@@ -102,3 +110,40 @@ def clock(seconds: float) -> str:
     whole = round(max(0.0, seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def build_profiler(folder: Path, first_step: int, last_step: int, device: torch.device) -> profile:
+    """A trace of a few steps: what ran when, on which thread and which stream, as Chrome's trace format.
+
+    A context manager whose `step` is called after each step; it writes FOLDER/step-N.json.gz, N the last step seen,
+    which https://ui.perfetto.dev opens in the browser without uploading it. The first steps of a process are left out,
+    because they compile, allocate and fill caches; so is the profiler's own first.
+
+    Args:
+        first_step: updates before this process made any.
+        last_step: updates at the end of the run; a short run is traced from its beginning.
+    """
+    remaining = last_step - first_step
+    active = max(1, min(STEPS, remaining - 1))
+    warmup = 1 if remaining > active else 0
+    wait = max(0, min(WAIT, remaining - active - warmup))
+
+    def write(profiler: profile) -> None:
+        path = folder / f"step-{first_step + profiler.step_num:08d}.json.gz"
+        temporary = path.with_name(f".{path.name}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(temporary))
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # the run continues without its trace
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            logger.warning(f"profile: the trace could not be written: {error}")
+            return
+        logger.info(f"profile: {path} ({path.stat().st_size / 1e6:.1f} MB); open it at https://ui.perfetto.dev")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a run of one step leaves no warm-up
+        plan = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
+    return profile(activities=activities, schedule=plan, on_trace_ready=write, profile_memory=True)

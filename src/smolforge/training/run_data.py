@@ -13,8 +13,7 @@ from typing import Any
 from smolforge.checkpoint import commit
 from smolforge.config import RunConfig
 from smolforge.data import Corpus
-from smolforge.data.sources import absolute
-from smolforge.data.sources.names import expand_names
+from smolforge.data.sources import absolute, expand_names
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SourceChanged
 from smolforge.run import Run
@@ -75,18 +74,20 @@ def _other_data(run: Run, was: list[str], now: list[str]) -> str:
 
 
 def open_corpus(
-    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, *, accept_changes: bool
-) -> Corpus:
+    run: Run, config: RunConfig, newest: Path | None, ranks: DistributedContext, made: dict[str, Any] | None, *,
+    accept_changes: bool,
+) -> Corpus:  # fmt: skip
     """The data of the run. Rank 0 makes the index of a new run; the others open the same index.
 
     Args:
         newest: the checkpoint that the run continues from.
+        made: an index of the same data, which a new run takes over.
         accept_changes: continue with data that changed, and record from which step on.
 
     Raises:
         SourceChanged: the data is not what the run was started on.
     """
-    index = ranks.broadcast(run.read_index() if ranks.is_main else None)
+    index = ranks.broadcast((run.read_index() or made) if ranks.is_main else None)
     corpus = _open_on_main(run, config, index, newest, accept_changes) if ranks.is_main else None
     index = ranks.broadcast(corpus.index if corpus else None)
     return corpus or Corpus.open(config.data, index=index, cache_dir=run.path / "cache")

@@ -55,38 +55,24 @@ IDENTITY = (
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What a user asked of `smolforge train`.
+    """What a user asked of `smolforge train`."""
 
-    Attributes:
-        base: preset or YAML file; None for the run's own configuration, or `pocket` for a new run.
-        overrides: `key=value` of --set.
-        layers: sections from other options, such as {"training": {"steps": 100}}.
-        out: directory of the run; derived from the base where None.
-        fresh: start over; an existing run there is moved aside.
-        more_steps: train so many steps, or such a share of its steps (`20%`), beyond where the run stood when this was
-            first requested.
-        cooldown: let the learning rate fall to zero over `more_steps`.
-        time_limit: seconds after which to save and stop.
-        until: train to this step; the schedule is that of the whole run.
-        skip: ranges of steps whose data is left out.
-        accept_changed_data: continue although the data changed.
-        command: the command line, for the report.
-    """
-
-    base: str | None = None
-    overrides: Sequence[str] = ()
-    layers: dict[str, Any] = field(default_factory=dict)
-    out: Path | None = None
-    fresh: bool = False
+    base: str | None = None  # preset or YAML file; None for the run's own configuration, or `pocket` for a new run
+    overrides: Sequence[str] = ()  # `key=value` of --set
+    layers: dict[str, Any] = field(default_factory=dict)  # sections of other options: {"training": {"steps": 100}}
+    out: Path | None = None  # directory of the run; derived from the base where None
+    fresh: bool = False  # start over; an existing run there is moved aside
     must_resume: bool = False
+    # So many, or such a share of its steps (`20%`), beyond where the run stood when this was first requested.
     more_steps: int | str | None = None
-    cooldown: bool = False
-    time_limit: float | None = None
-    until: int | None = None
-    skip: Sequence[tuple[int, int]] = ()
-    accept_changed_data: bool = False
+    cooldown: bool = False  # let the learning rate fall to zero over `more_steps`
+    time_limit: float | None = None  # seconds after which to save and stop
+    until: int | None = None  # train to this step; the schedule is that of the whole run
+    skip: Sequence[tuple[int, int]] = ()  # ranges of steps whose data is left out
+    accept_changed_data: bool = False  # continue although the data changed
     profile: bool = False
-    command: str | None = None
+    command: str | None = None  # the command line, for the report
+    index: dict[str, Any] | None = None  # of the data, where it was read already to choose a size and a length
 
 
 @dataclass
@@ -123,6 +109,12 @@ def choose_run(request: TrainRequest) -> Run:
         # Repeating a run makes another run, next to the first.
         return Run(_first_free(path.parent.parent / f"{path.parent.name}-", 2))
     return Run(Path("runs") / path.stem)
+
+
+def base_of(request: TrainRequest) -> str:
+    """The configuration that a request changes: the run's own where it continues one, else the preset or file."""
+    run = choose_run(request)
+    return str(run.config_path) if run.exists and not request.fresh else request.base or "pocket"
 
 
 def clear_place(run: Run, *, fresh: bool) -> None:
@@ -323,7 +315,7 @@ def build_context(
 ) -> TrainContext:  # fmt: skip
     """Open everything in the order in which it can fail. A start that fails leaves nothing in the run's directory."""
     try:
-        prepared = prepare(run, config, newest, ranks, device, accept_changes=request.accept_changed_data)
+        prepared = prepare(request, run, config, newest, ranks, device)
         config, plan = prepared.config, prepared.plan
         apply_plan(plan)
         learns_pairs = config.data.format == "preferences"

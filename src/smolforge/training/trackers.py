@@ -44,9 +44,6 @@ class Trackers:
         close_seconds: how long `close` waits for all trackers together.
         queue_rows: rows that wait for a slow tracker before it counts as failed.
 
-    Attributes:
-        open: the trackers that still work, by name.
-
     Raises:
         BadInput: an unknown tracker.
     """
@@ -69,6 +66,7 @@ class Trackers:
         for name in names:
             if name not in known:
                 raise unknown("tracker", name, list(known), field="logging.trackers")
+        # The trackers that still work.
         self.open = {name: _Background(name, known[name], queue_rows) for name in dict.fromkeys(names)}
         self._close_seconds = close_seconds
 

@@ -35,8 +35,7 @@ from smolforge.training.checkpointing import Position
 from smolforge.training.finetuning import learned_targets
 from smolforge.training.metrics import MetricsLogger, StepMetrics, tell_outcome
 from smolforge.training.optim import schedule_factor
-from smolforge.training.profiling import build_profiler
-from smolforge.training.progress import Throughput
+from smolforge.training.progress import Throughput, build_profiler
 from smolforge.training.ranks import check_ranks
 from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainContext, TrainRequest

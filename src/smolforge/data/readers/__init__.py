@@ -2,8 +2,7 @@
 
     parquet.py     the text column of a parquet file, by row group
     text.py        jsonl, txt and other plain text, in row groups of about a megabyte
-    json_array.py  json, as jsonl
-    table.py       csv and tsv, and parquet with nested columns, as jsonl
+    as_lines.py    json, csv and tsv, and parquet with nested columns, as jsonl
     document.py    html, pdf, docx and epub, as txt
     conversation.py  from a row to a conversation, in every form of chat data
 
@@ -23,13 +22,12 @@ from smolforge.errors import DataError
 READERS = {
     "parquet": "smolforge.data.readers.parquet:ParquetReader",
     "jsonl": "smolforge.data.readers.text:JsonLinesReader",
-    **dict.fromkeys(("csv", "tsv"), "smolforge.data.readers.table:TableReader"),
-    "json": "smolforge.data.readers.json_array:JsonReader",
+    **dict.fromkeys(("csv", "tsv"), "smolforge.data.readers.as_lines:TableReader"),
+    "json": "smolforge.data.readers.as_lines:JsonReader",
     **dict.fromkeys(("txt", "md", "code"), "smolforge.data.readers.text:PlainTextReader"),
     **dict.fromkeys(("html", "pdf", "docx", "epub"), "smolforge.data.readers.document:DocumentReader"),
     "tales": "smolforge.tales.source:TalesReader",
 }
-
 
 SKIP_HINT = "`--set data.on_error=skip` leaves such rows out."
 

@@ -125,13 +125,11 @@ def _listed(value: Any, name: str) -> list[dict[str, Any]]:
         where = f"{name}, message {number}"
         if not isinstance(message, Mapping):
             raise BadRow(f"{where} must have role and content, and is {_kind(message)}")
-        role_key, content_key = (
-            ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-        )
+        is_sharegpt = "from" in message and "role" not in message
+        role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
         role = message.get(role_key)
         if role not in ROLES:
-            known = ", ".join(ROLES)
-            raise BadRow(f"{where} has the {role_key} {role!r}", hint=f"Known: {known}.")
+            raise BadRow(f"{where} has the {role_key} {role!r}", hint=f"Known: {', '.join(ROLES)}.")
         others = {
             key: inner for key, inner in message.items()
             if key not in (role_key, content_key) and inner not in (None, [], "")

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from smolforge.data.readers.text import PlainTextReader, not_utf8
-from smolforge.data.sources.folder import INSTALL
+from smolforge.data.sources.local import INSTALL
 from smolforge.errors import DataError
 
 logger = logging.getLogger(__name__)

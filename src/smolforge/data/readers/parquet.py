@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from smolforge.data.cache import LRUCache
 from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
 from smolforge.data.readers.conversation import has_conversation
-from smolforge.data.sources import Context, Shard
+from smolforge.data.sources import Context, Shard, damaged
 from smolforge.errors import DataError, SmolforgeError
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ class ParquetReader(Reader):
         GROUPS.drop(self._key)
 
     def _damaged(self, problem: str) -> NoReturn:
-        message = f"{self.shard.name} is damaged: {problem}"
-        raise DataError(message, field="data.sources", hint="Fetch or write the file again.")
+        raise damaged(self.shard.name, problem)
 
     def _trusting(self, action: Callable[[], T]) -> T:
         """Run pyarrow on bytes from outside: whatever it raises about them is damage, not a bug of ours."""
@@ -199,7 +198,7 @@ class ParquetReader(Reader):
         except MemoryError:
             self._damaged("it asks for more memory than there is")
         except Exception as error:
-            self._damaged(" ".join(str(error).split())[:300])
+            self._damaged(str(error))
 
 
 class RangedFile(io.RawIOBase):

@@ -24,7 +24,7 @@ from typing import Any
 from smolforge.data.cache import decompress
 from smolforge.data.readers import SKIP_HINT, BadRow, Reader, Row, Rows
 from smolforge.data.readers.conversation import conversation_text, has_conversation
-from smolforge.data.sources import COMPRESSIONS, Context, Shard
+from smolforge.data.sources import COMPRESSIONS, Context, Shard, damaged
 from smolforge.data.sources.local import read_file
 from smolforge.errors import DataError, SourceChanged
 from smolforge.formatting import replace_lone_surrogates
@@ -137,8 +137,7 @@ class TextReader(Reader):
             blocks = decompress(path, self._compression) if self._compression else _blocks_of(path)
             yield from _in_utf8(blocks, self.shard.name)
         except EOFError as error:
-            hint = "Fetch or write the file again."
-            raise DataError(f"{self.shard.name} is damaged: {error}", field="data.sources", hint=hint) from None
+            raise damaged(self.shard.name, error) from None
 
     def is_copied(self) -> bool:
         """Whether the file is read from a copy in the cache: decompressed, converted, or in UTF-8."""
@@ -274,12 +273,9 @@ def _in_utf8(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 def not_utf8(label: str, error: UnicodeDecodeError, offset: int) -> BadRow:
     """The error for bytes that are not UTF-8; `offset` is the place of the decoded bytes in the file."""
-    at = offset + error.start
-    return BadRow(
-        f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,}",
-        field="data.sources",
-        hint=f"Convert it, for example with `iconv -f latin1 -t utf-8`. {SKIP_HINT}",
-    )
+    problem = f"{label} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start:,}"
+    hint = f"Convert it, for example with `iconv -f latin1 -t utf-8`. {SKIP_HINT}"
+    return BadRow(problem, field="data.sources", hint=hint)
 
 
 def pieces_of_file(path: Path, separator: bytes) -> Iterator[bytes]:

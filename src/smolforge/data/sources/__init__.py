@@ -1,8 +1,6 @@
 """Sources: from what the user names (SRC) to a list of shards, each a file that can be read by range.
 
-    names.py   short names of datasets, as `fineweb-edu`
     local.py   files, folders and globs on this machine
-    folder.py  which files of a folder on this machine are its text
     url.py     files behind http(s)://, and behind s3://, gs://, az:// and any other protocol of fsspec
     hub.py     datasets of the Hugging Face Hub
 
@@ -48,6 +46,19 @@ KNOWN_ENDINGS = (
 GROUPS = ({"parquet", "jsonl", "txt"}, {"json", "csv", "tsv"}, {"html", "md", "code", "pdf", "docx", "epub"})
 
 
+# Short names of datasets on the Hub, each for one source or for several with their shares.
+_CORPUS = "HuggingFaceTB/smollm-corpus"
+NAMES: dict[str, dict[str, float]] = {
+    "cosmopedia-v2": {f"{_CORPUS}:cosmopedia-v2": 1.0},
+    "fineweb-edu": {"HuggingFaceFW/fineweb-edu:sample-10BT": 1.0},
+    "dclm-edu": {"hf://datasets/HuggingFaceTB/dclm-edu/data/*.parquet": 1.0},
+    # The first 100 of 6,543 shuffled shards: the index of a run reads the footer of each.
+    "climbmix": {"hf://datasets/karpathy/climbmix-400b-shuffle/shard_000*.parquet": 1.0},
+    # 0.7 and 0.15 in config_smollm1_135M.yaml (github.com/huggingface/smollm); its code parts have no text on the Hub.
+    "smollm-corpus": {f"{_CORPUS}:fineweb-edu-dedup": 0.7 / 0.85, f"{_CORPUS}:cosmopedia-v2": 0.15 / 0.85},
+}
+
+
 def format_of(name: str) -> str | None:
     """The format that the ending of a file's name tells, or None."""
     lower = name.lower()
@@ -74,6 +85,12 @@ def check_ending(name: str, named: str) -> str:
 def no_known_file(problem: str) -> DataError:
     """The error for a source without files that a reader knows."""
     return DataError(problem, field="data.sources", hint=f"Known endings: {KNOWN_ENDINGS}.")
+
+
+def damaged(name: str, problem: object) -> DataError:
+    """The error for a file whose bytes make no sense."""
+    message = " ".join(str(problem).split())[:300]
+    return DataError(f"{name} is damaged: {message}", field="data.sources", hint="Fetch or write the file again.")
 
 
 @dataclass
@@ -154,6 +171,16 @@ def absolute(spec: str) -> str:
     if not glob.has_magic(spec) or path.is_absolute():
         return str(path)
     return os.path.normpath(f"{glob.escape(str(Path.cwd()))}/{path}")
+
+
+def expand_names(sources: Mapping[str, float]) -> dict[str, float]:
+    """`sources` with each short name replaced by what it stands for; a path that exists is not a name."""
+    expanded: dict[str, float] = {}
+    for source, weight in sources.items():
+        parts = {source: 1.0} if Path(source).exists() else NAMES.get(source, {source: 1.0})
+        for part, share in parts.items():
+            expanded[part] = expanded.get(part, 0.0) + weight * share
+    return expanded
 
 
 def _module_of(spec: str) -> Any:

@@ -125,10 +125,9 @@ class _Dataset:
         try:
             folder = snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_files_only=True)
         except LocalEntryNotFoundError:
-            where = f"{self.repo} at {self.revision or 'main'} is not on this machine"
             hint = f"Fetch it with `hf download {self.repo} --repo-type dataset`, or go online."
-            problem = f"{where}, and the network must not be used"
-            raise DataError(problem, field="data.sources", hint=hint) from None
+            where = f"{self.repo} at {self.revision or 'main'} is not on this machine"
+            raise DataError(f"{where}, and the network must not be used", field="data.sources", hint=hint) from None
         root = Path(folder)
         paths = [path for path in root.rglob("*") if path.is_file()]
         found = [(p.relative_to(root).as_posix(), p.stat().st_size, p.resolve().name) for p in paths]
@@ -170,7 +169,6 @@ class _Dataset:
 
     def _ask(self, question: Callable[[], T], revision: str | None) -> T:
         """Ask the Hub; what may pass is tried again, other errors are explained."""
-
         return self.context.network.attempt("the Hub", self.spec, question, partial(self._explain, revision))
 
     def _explain(self, revision: str | None, error: Exception) -> Exception:

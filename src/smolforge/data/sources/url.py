@@ -77,11 +77,9 @@ class RemoteShard(Shard):
             self._context.cache.drop_range(key)
 
     def _missing(self, what: str) -> DataError:
-        return DataError(
-            f"{self.name}: {what} not on this machine, and the network must not be used",
-            field="data.sources",
-            hint="Run once with the network (without HF_HUB_OFFLINE) so that the cache is filled.",
-        )
+        problem = f"{self.name}: {what} not on this machine, and the network must not be used"
+        hint = "Run once with the network (without HF_HUB_OFFLINE) so that the cache is filled."
+        return DataError(problem, field="data.sources", hint=hint)
 
 
 class FsspecFile(RemoteFile):

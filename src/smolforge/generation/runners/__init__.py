@@ -34,18 +34,14 @@ _STORED: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: 
 class Runner(Protocol):
     """Runs chunks and owns the layout of weights and caches.
 
-    Attributes:
-        name: what runs, for people.
-        config: the shape of the model.
-        batch_invariant: a row's logits are bitwise the same whatever else is in the batch, however its prompt
-            was cut, and whether a row of the cache was read in a prompt or written.
-        weight_bytes: bytes of the weights that this runner holds beyond those of the module it was made from.
+    It is `batch_invariant` where a row's logits are bitwise the same whatever else is in the batch, however its prompt
+    was cut, and whether a row of the cache was read in a prompt or written.
     """
 
-    name: str
+    name: str  # what runs, for people
     config: ModelConfig
     batch_invariant: bool
-    weight_bytes: int
+    weight_bytes: int  # that this runner holds beyond those of the module it was made from
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of a cache for `capacity` positions."""

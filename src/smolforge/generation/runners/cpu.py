@@ -155,11 +155,7 @@ class CpuRunner:
 
     def forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
         """Run all chunks in one step of the library."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        caches: list[int] = []
-        capacities: list[int] = []
-        wanted: list[int] = []
+        tokens, positions, caches, capacities, wanted = (list[int]() for _ in range(5))
         for chunk in chunks:
             count, cache = len(chunk.tokens), chunk.cache
             assert isinstance(cache, CpuCache) and chunk.start + count <= cache.capacity, "a chunk outgrew its cache"
@@ -184,11 +180,8 @@ class CpuRunner:
             self._matrix([mlp.gate_proj, mlp.up_proj], precision, interleave=16),
             self._matrix([mlp.down_proj], precision),
         )
-        norms = (
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            *(getattr(attention, name, None) for name in ("q_norm", "k_norm")),
-        )
+        own = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        norms = layer.input_layernorm, layer.post_attention_layernorm, *own
         vectors = (self._vector(norm.weight) if norm is not None else None for norm in norms)
         return _Layer(*matrices, *vectors, int(getattr(attention, "rotates", True)))
 
@@ -202,11 +195,9 @@ class CpuRunner:
             rows = [_rows(b.rows.ctypes.data, b.rows.strides[0], len(b.rows), interleave) for b in blocks]
             kind = kind if kind == I4 else B8 if blocks[0].kind == "Q8_0" else B4
         else:
-            for weight in weights:
-                if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
-                    raise NativeUnavailable(
-                        f"the native step packs contiguous fp32 or bf16 weights, not {weight.dtype}"
-                    )
+            for w in weights:
+                if w.dtype not in (torch.float32, torch.bfloat16) or not w.is_contiguous():
+                    raise NativeUnavailable(f"the native step packs contiguous fp32 or bf16 weights, not {w.dtype}")
             rows = [_rows(w.data_ptr(), w.stride(0) * w.itemsize, len(w), interleave) for w in weights]
         order = _by_turns(rows, interleave)
         n, k = len(order), weights[0].shape[1]

@@ -54,13 +54,11 @@ class StaticCache:
         memory: (slots, layers, 2 K, L + 1, d).
         positions: of the tokens, (B,).
         keys: S, more than any position in use.
-
-    Attributes:
-        mask: (B, 1, 1, S), true for the keys that a row may see.
     """
 
     def __init__(self, memory: Tensor, positions: Tensor, keys: int) -> None:
         self._memory, self._positions, self._keys = memory[: len(positions)], positions, keys
+        # (B, 1, 1, S): the keys that a row may see.
         self.mask = (torch.arange(keys, device=memory.device) <= positions[:, None])[:, None, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
