@@ -144,15 +144,15 @@ def estimate_memory(
     rows = tokens if loss in ("full", "linear") else min(tokens, chunk)
     # The logits take their gradients' place; torch's own operations need them twice more, in fp32.
     per_logit = inner if loss == "native" else inner + 8
-    narrow_table = config.vocab_size * config.hidden_size * inner if inner != width and not adapter else 0
+    table = config.vocab_size * config.hidden_size * (inner if shards == 1 else 4)  # cast; its gradient's sum in fp32
+    activations = mask + (layers * stream + layer if recompute else layers * layer)
+    head = rows * config.vocab_size * per_logit + table * (inner != width and not adapter) + 2 * stream
     return MemoryEstimate(
         **state,
-        activations=mask + (layers * stream + layer if recompute else layers * layer),
-        head=rows * config.vocab_size * per_logit + narrow_table + 2 * stream,
-        saving=state["gradients"] + state["moments"] + averaged if save_copy else 0,
-        average=averaged,
-        gathered=_gathered_bytes(groups, layers, inner) if shards > 1 else 0,
-    )
+        activations=activations, head=head, average=averaged,
+        saving=(state["gradients"] + state["moments"] + averaged) * save_copy,
+        gathered=_gathered_bytes(groups, layers, inner, activations + head, state["gradients"]) if shards > 1 else 0,
+    )  # fmt: skip
 
 
 def _layer_entries(config: ModelConfig, attention: str | None, *, copies: bool) -> int:
@@ -181,14 +181,18 @@ def _state_bytes(
     return {name: -(-size // shards) for name, size in parts.items()}
 
 
-def _gathered_bytes(groups: dict[str, int], layers: int, inner: int) -> int:
-    """Bytes of what FSDP2 holds whole for a while: embedding and head, two layers, their gradients, and what is summed.
+def _gathered_bytes(groups: dict[str, int], layers: int, inner: int, freed: int, gradients: int) -> int:
+    """Bytes of what FSDP2 holds whole for a while.
+
+    After the loss these are embedding and head with their gradients, two layers, the gradients of one, and what is
+    summed of it, while there are no shards of `gradients` yet. At the end of the backward pass, what is summed of
+    embedding and head comes in the place of `freed` bytes of activations and logits.
 
     Args:
         inner: bytes of a number that is computed with; gradients are summed in fp32.
     """
     layer, rest = (groups["attention"] + groups["mlp"]) // layers, groups["embedding"] + groups["head"]
-    return 2 * rest * inner + 3 * layer * inner + 4 * layer
+    return max(2 * rest * inner + (3 * inner + 4) * layer - gradients, (2 * inner + 4) * rest - freed, 0)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
