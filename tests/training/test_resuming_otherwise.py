@@ -87,9 +87,9 @@ def test_more_steps_count_from_where_they_were_first_asked_for(make_run) -> None
 def test_the_time_limit_counts_the_writing_of_a_checkpoint(make_run, monkeypatch) -> None:
     margins, write = [], checkpointing.save_state
 
-    def slowly(*args) -> None:
+    def slowly(*args, **options) -> None:
         time.sleep(0.5)
-        write(*args)
+        write(*args, **options)
 
     def requested(self, margin: float = 0.0) -> bool:
         margins.append(margin)
