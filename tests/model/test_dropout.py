@@ -37,7 +37,7 @@ def test_a_share_of_the_entries_is_dropped_and_the_rest_keeps_the_mean() -> None
         assert abs(correlation) < 5 / count**0.5
     dropout = Dropout(0.2)
     dropout.keys = keys
-    dropped = dropout(torch.ones(64, *SHAPE), branch)
+    dropped = dropout(torch.ones(64, *SHAPE), branches_of(3), 1)
     assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1.25]) and abs(dropped.mean() - 1) < 0.01
 
 

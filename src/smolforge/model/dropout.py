@@ -25,10 +25,11 @@ class Dropout:
         self.keys: Tensor | None = None
         """int64 (B,) on the model's device, as `sequence_keys` makes them."""
 
-    def __call__(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x, (B, T, D), with a share `rate` of its entries 0 and the others scaled; `branch`, (), of `branches_of`."""
+    def __call__(self, x: Tensor, branches: Tensor, which: int) -> Tensor:
+        """x, (B, T, D), with a share `rate` of its entries 0 and the others scaled; `branches` of `branches_of`."""
         if not self.rate or self.keys is None:
             return x
+        branch = branches[which]  # not before: a fake or compiled step without dropout knows no such tensor
         return torch.where(kept(self.keys, branch, x.shape[1:], self.rate), x * (1 / (1 - self.rate)), 0.0)
 
 

@@ -139,8 +139,8 @@ class LlamaDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.branches[0])
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)), self.branches[1])
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.branches, 0)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)), self.branches, 1)
 
 
 class LlamaModel(Decoder):

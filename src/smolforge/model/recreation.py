@@ -75,8 +75,8 @@ class RecreationBlock(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin, mask, cache), self.branches[0])
-        return x + self.dropout(self.mlp(self.ln_2(x)), self.branches[1])
+        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin, mask, cache), self.branches, 0)
+        return x + self.dropout(self.mlp(self.ln_2(x)), self.branches, 1)
 
 
 class RecreationModel(Decoder):
