@@ -172,13 +172,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
         )
     seen = ""
 
-    def until(words: str) -> None:
+    def until(words: str, typed_again: bytes = b"") -> None:
         nonlocal seen
         deadline = time.monotonic() + 90
         while words not in seen:
             assert time.monotonic() < deadline, seen[-2000:]
             if select.select([terminal], [], [], 1)[0]:
                 seen += os.read(terminal, 1 << 16).decode(errors="replace")
+            else:
+                os.write(terminal, typed_again)
         seen = seen.partition(words)[2]
 
     try:
@@ -190,9 +192,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
         os.write(terminal, b"\x03")
         until("stopped]")
         until("> ")
-        time.sleep(0.5)  # readline misses a signal between its prompt and its wait
         os.write(terminal, b"\x03")
-        until("(Ctrl-D leaves)")
+        until("(Ctrl-D leaves)", typed_again=b"\x03")  # readline misses a signal between its prompt and its wait
         os.write(terminal, b"/undo\n")
         until("taken back: hello")
         until("> ")  # before it readline does not read, and the end of the input would be lost

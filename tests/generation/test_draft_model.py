@@ -506,4 +506,4 @@ def test_the_command_line(folders, capsys):
 def test_the_command_line_names_a_bad_draft(folders, capsys, draft, words):
     assert cli.run(["generate", str(folders / "model"), "hello", "--draft", str(folders / draft)]) == 2
     message = capsys.readouterr().err
-    assert "error: draft: " in message and words in message and "Traceback" not in message
+    assert "error: --draft: " in message and words in message and "Traceback" not in message

@@ -44,4 +44,4 @@ def test_a_draft_that_does_not_fit_ends_the_server(tiny_run, tmp_path):
         [*command, "--draft", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "error: draft: its tokenizer is not the model's" in done.stderr and "Traceback" not in done.stderr
+    assert "error: --draft: its tokenizer is not the model's" in done.stderr and "Traceback" not in done.stderr
