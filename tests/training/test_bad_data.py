@@ -33,7 +33,7 @@ def test_a_bad_row_in_the_middle_saves_first_and_can_be_left_out(make_run, tmp_p
     assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
     counts = [[row.get("bad_rows") for row in read_metrics(each) if "loss" in row] for each in (run, whole)]
     assert counts[0] == counts[1] and counts[0][0] is None and counts[0][-1] >= 1
-    assert "rows were left out so far, such as a.parquet" in caplog.text
+    assert "1 row left out so far, such as a.parquet" in caplog.text
 
 
 def test_any_error_saves_first(make_run, tmp_path, monkeypatch, caplog) -> None:

@@ -17,6 +17,7 @@ from smolforge.data.fetch import changed
 from smolforge.data.readers import Reader, open_reader
 from smolforge.data.sources import Context, Source, resolve_source
 from smolforge.errors import DataError
+from smolforge.formatting import plural
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def build_index(specs: Sequence[str], context: Context) -> tuple[dict[str, Any],
         described = _scan(source, readers)
         if first := next((reader.first_bad for reader in readers if reader.first_bad), None):
             bad = sum(reader.bad_rows for reader in readers)
-            logger.warning("%s: %d rows cannot be used and are left out: %s", spec, bad, first.message)
+            logger.warning("%s: %s cannot be used, left out: %s", spec, plural(bad, "row"), first.message)
         rows = sum(rows for shard in described for rows, *_ in shard["groups"])
         if not rows:
             raise DataError(f"{spec} holds no documents", field="data.sources")

@@ -22,6 +22,7 @@ from smolforge.data import Batch, data_digest
 from smolforge.devices import known_peak_flops, to_host
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
+from smolforge.formatting import plural
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.metrics_log import MetricsLog
@@ -163,7 +164,7 @@ class MetricsLogger:
         if bad_rows := sum(by_lane.values()):
             row["bad_rows"] = bad_rows
         if problem := next((problem for *_, problem in parts if problem), None):
-            logger.warning(f"step {metrics.step:,}: {bad_rows:,} rows were left out so far, such as {problem}")
+            logger.warning(f"step {metrics.step:,}: {plural(bad_rows, 'row')} left out so far, such as {problem}")
         self.metrics.append(row)
         self.trackers.scalars(metrics.step, {f"train/{k}": row[k] for k in TRACKED if k in row})
         self.progress.show(row, self.throughput.seconds_per_step)
