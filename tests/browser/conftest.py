@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from serving_fixtures import Server, serving, wait_until, write_chat_model, write_run
+from serving_fixtures import STEPS, Server, serving, wait_until, write_chat_model, write_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 # A new browser looks for updates, syncs and reports by itself; none of that belongs to the page.
@@ -131,6 +131,19 @@ def never_end(visit: Visit) -> None:
 def open_tab(visit: Visit, name: str) -> None:
     """Click a tab."""
     visit.page.get_by_role("tab", name=name).click()
+
+
+def walk_tabs(visit: Visit, shot: Callable[[str], None]) -> None:
+    """Open each tab but the first, and shoot it when it shows what it is for."""
+    open_tab(visit, "Time-lapse")
+    visit.page.click("#timelapse-start")
+    visit.page.wait_for_selector(f".card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
+    shot("timelapse")
+    open_tab(visit, "Training")
+    visit.page.wait_for_selector("#charts canvas")
+    shot("training")
+    open_tab(visit, "API")
+    shot("api")
 
 
 def pytest_collection_modifyitems(items) -> None:

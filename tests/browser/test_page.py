@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from conftest import SHOTS, Visit, never_end, open_tab, until
+from conftest import SHOTS, Visit, never_end, open_tab, until, walk_tabs
 from serving_fixtures import STEPS
 
 ONCE = "Once upon a time"
@@ -289,12 +289,4 @@ def test_screenshots(visit, scheme, device, width, height):
     page.wait_for_selector("#popover:not([hidden])")
     shot("alternatives")
     page.keyboard.press("Escape")
-    open_tab(one, "Time-lapse")
-    page.click("#timelapse-start")
-    page.wait_for_selector(f".card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
-    shot("timelapse")
-    open_tab(one, "Training")
-    page.wait_for_selector("#charts canvas")
-    shot("training")
-    open_tab(one, "API")
-    shot("api")
+    walk_tabs(one, shot)

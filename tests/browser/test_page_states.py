@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_page import ONCE, finished, submit, written
 
-from conftest import SHOTS, Visit, open_tab, until, visits
+from conftest import SHOTS, Visit, open_tab, until, visits, walk_tabs
 from serving_fixtures import STEPS, Server, serving
 
 
@@ -254,13 +254,5 @@ def test_each_tab_of_several_runs_fits_and_axe_finds_nothing(visit_several, sche
     submit(one)
     page.wait_for_selector("#problem:not([hidden])")
     shot("problem")
-    open_tab(one, "Time-lapse")
-    page.click("#timelapse-start")
-    page.wait_for_selector(f".card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
-    shot("timelapse")
-    open_tab(one, "Training")
-    page.wait_for_selector("#charts canvas")
-    shot("training")
-    open_tab(one, "API")
-    shot("api")
+    walk_tabs(one, shot)
     one.errors.clear()

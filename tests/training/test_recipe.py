@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import TINY, steps_of, undo_after, weights_of
 
 from smolforge.config import RunConfig, build_config
-from smolforge.training.recipe import count_body, resolve_batch, resolve_recipe, step_law
+from smolforge.training.recipe import best_batch, best_peak, count_body, resolve_batch, resolve_recipe
 from smolforge.training.setup import TrainRequest
 from smolforge.training.train import run_training
 
@@ -28,9 +28,8 @@ def config_with(**sections: Any) -> RunConfig:
 
 def test_step_law_gives_the_papers_values() -> None:
     """At a billion parameters and 100 billion tokens, worked out by hand from the formulas."""
-    lr, batch = step_law(10**9, 1e11)
-    assert lr == pytest.approx(1.78 * 10 ** (-0.712 * 9 + 0.307 * 11), rel=1e-9)
-    assert batch == pytest.approx(0.573 * 10 ** (0.571 * 11), rel=1e-9)
+    assert best_peak(10**9, 1e11) == pytest.approx(1.78 * 10 ** (-0.712 * 9 + 0.307 * 11), rel=1e-9)
+    assert best_batch(1e11) == pytest.approx(0.573 * 10 ** (0.571 * 11), rel=1e-9)
 
 
 def test_the_body_is_all_but_embedding_and_head() -> None:
@@ -87,7 +86,7 @@ def test_the_batch_of_so_many_steps_is_that_of_so_many_tokens(steps: int) -> Non
     one = resolve_batch(config_with(training={"steps": steps}), CUDA)
     other = resolve_batch(config_with(training={"tokens": one.total_steps * one.tokens_per_step}), CUDA)
     assert one.tokens_per_step == pytest.approx(other.tokens_per_step, rel=0.3, abs=128)
-    law = step_law(1, one.total_steps * one.tokens_per_step)[1]
+    law = best_batch(one.total_steps * one.tokens_per_step)
     assert one.tokens_per_step <= min(max(law * 1.3, 128), 1 << 19)
 
 

@@ -362,6 +362,10 @@ class RunConfig(Section):
             return max(1, math.ceil(self.training.tokens / self.tokens_per_step))
         return 1000
 
+    def with_keys(self, section: str, **values: Any) -> RunConfig:
+        """This configuration with other values of a section's keys, which count as given from then on."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
     def to_yaml(self) -> str:
         """The whole resolved configuration; reading it back gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -25,7 +25,6 @@ from smolforge.model.summary import flops_per_token, summarise
 from smolforge.run import Run
 from smolforge.training.bench import measure as measure_speed
 from smolforge.training.data_size import measure
-from smolforge.training.plan import with_training
 from smolforge.training.recipe import resolve_batch
 from smolforge.training.run_data import keep_places
 from smolforge.training.setup import TrainRequest
@@ -101,7 +100,7 @@ def _decide(request: TrainRequest, minutes: float) -> TrainRequest:
     if request.base is None:
         why = f"the largest with {TOKENS_PER_PARAMETER} tokens for each parameter" if enough else "the smallest"
         logger.info(f"size: {names[at]}, {count(parameters[at])} parameters ({why} in {minutes:g} min)")
-    config = resolve_batch(with_training(configs[at], tokens=int(useful[at])), choose_device())
+    config = resolve_batch(configs[at].with_keys("training", tokens=int(useful[at])), choose_device())
     by_time, by_text = (int(n / config.tokens_per_step) for n in (within[at], MOST_EPOCHS * tokens))
     steps = max(min(by_time, max(by_text, FEWEST_STEPS)), 1)
     speed = f"about {speeds[at]:,.0f} tokens/s here, of a measurement"

@@ -16,7 +16,6 @@ from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
 from smolforge.formatting import count, plural, size
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.plan import with_training
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +80,8 @@ def resolve_epochs(
     """Tell the size of the text; `config`, with steps where the length is given in epochs, and the most epochs read."""
     sizes = ranks.broadcast(measure(corpus, tokenizer) if ranks.is_main else None)
     if config.training.steps is None and config.training.epochs is not None:
-        once = max(epochs(sizes, with_training(config, steps=1)))
-        config = with_training(config, steps=max(round(config.training.epochs / once), 1))
+        once = max(epochs(sizes, config.with_keys("training", steps=1)))
+        config = config.with_keys("training", steps=max(round(config.training.epochs / once), 1))
     if ranks.is_main:
         tell_size(sizes, config)
     return config, max(epochs(sizes, config))

@@ -24,7 +24,6 @@ from smolforge.errors import BadInput
 from smolforge.evaluation.loss import AnswerSlice
 from smolforge.model.loss import IGNORE
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.plan import with_training
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +67,12 @@ def resolve_chat(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks:
         DataError: there is nothing to learn from, or a conversation cannot be learned from.
     """
     steps, prompts = ranks.broadcast(_look(config, corpus, tokenizer) if ranks.is_main else None)
-    config = with_training(config, steps=steps)
+    config = config.with_keys("training", steps=steps).with_keys("samples", prompts=prompts)
     # Tuning takes minutes, of which each save and each validation costs seconds, and answering more than scoring.
     often = {"evaluation": 6, "checkpoint": 6, "samples": 4}
-    every = {name: getattr(config, name).every or max(config.total_steps // n, 1) for name, n in often.items()}
-    sections = {name: getattr(config, name).model_copy(update={"every": steps}) for name, steps in every.items()}
-    sections["samples"] = sections["samples"].model_copy(update={"prompts": prompts})
-    return config.model_copy(update=sections)
+    for name, times in often.items():
+        config = config.with_keys(name, every=getattr(config, name).every or max(config.total_steps // times, 1))
+    return config
 
 
 def _look(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple[int | None, list[str]]:

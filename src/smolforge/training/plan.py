@@ -86,11 +86,6 @@ class Plan:
         }
 
 
-def with_training(config: RunConfig, **changes: Any) -> RunConfig:
-    """`config` with changes to its section `training`."""
-    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
-
-
 def make_plan(
     config: RunConfig, device: torch.device, world_size: int, gpu: Gpu | None = None, *, local: int | None = None
 ) -> Plan:

@@ -30,9 +30,18 @@ DECAY = 0.7
 MOST = {"cuda": 1 << 19, "cpu": 1 << 13}
 
 
-def step_law(parameters: int, tokens: float) -> tuple[float, float]:
-    """AdamW's best peak and batch in tokens for N parameters and D tokens (Li et al. 2025, arXiv:2503.04715)."""
-    return 1.78 * parameters**-0.712 * tokens**0.307, 0.573 * tokens**0.571
+# Step Law's batch in tokens: SCALE × D^POWER (Li et al. 2025, arXiv:2503.04715).
+SCALE, POWER = 0.573, 0.571
+
+
+def best_peak(parameters: int, tokens: float) -> float:
+    """AdamW's best peak for N parameters and D tokens, by Step Law."""
+    return 1.78 * parameters**-0.712 * tokens**0.307
+
+
+def best_batch(tokens: float) -> float:
+    """The best batch in tokens for D tokens, by Step Law."""
+    return SCALE * tokens**POWER
 
 
 def count_body(config: RunConfig) -> int:
@@ -48,15 +57,15 @@ def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
         return config
     most = MOST["cuda" if device.type == "cuda" else "cpu"]
     if training.tokens is not None:
-        wanted = step_law(1, training.tokens)[1]
+        wanted = best_batch(training.tokens)
     elif training.steps is not None:
-        wanted = (0.573 * training.steps**0.571) ** (1 / (1 - 0.571))  # the batch B with B = law(steps × B)
+        wanted = best_batch(training.steps) ** (1 / (1 - POWER))  # the B with B = best_batch(steps × B)
     else:
         wanted = most
     sequences = max(round(min(wanted, most) / length), 1)
     even = 1 << max(sequences.bit_length() - 3, 0)  # so that micro-batches and processes can share them
     sequences = round(sequences / even) * even
-    return _with(config, "training", tokens_per_step=sequences * length)
+    return config.with_keys("training", tokens_per_step=sequences * length)
 
 
 def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -77,7 +86,7 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         lines.append(f"optimizer: {found['name']} ({why})")
     is_muon = found.get("name", config.optimizer.name) == "muon"
     if "lr" not in given:
-        found["lr"] = float(f"{step_law(parameters, tokens)[0] * (MUON_FACTOR if is_muon else 1):.2g}")
+        found["lr"] = float(f"{best_peak(parameters, tokens) * (MUON_FACTOR if is_muon else 1):.2g}")
         times = f"{MUON_FACTOR:g} × " if is_muon else ""
         lines.append(f"learning rate: {found['lr']:g} at its peak ({times}Step Law, arXiv:2503.04715, {of})")
     if "betas" not in given:
@@ -94,12 +103,8 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
             f"weight decay: {found['weight_decay']:g} "
             f"({DECAY_OF_RUN:g} / (peak × steps), at most {MOST_DECAY:g} / peak)"
         )
-    config = _with(config, "optimizer", **found)
+    config = config.with_keys("optimizer", **found)
     if not config.schedule.model_fields_set:
-        config = _with(config, "schedule", name="wsd", decay=DECAY)
+        config = config.with_keys("schedule", name="wsd", decay=DECAY)
         lines.append(f"schedule: down to zero over the last {DECAY:.0%} (arXiv:2502.15938)")
     return config, lines
-
-
-def _with(config: RunConfig, section: str, **changes: Any) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})

@@ -66,7 +66,7 @@ def check_weights(run: Run, saved: RunConfig, changed: RunConfig) -> RunConfig:
 
 
 def _with_sources(config: RunConfig, sources: dict[str, float]) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+    return config.with_keys("data", sources=sources)
 
 
 def _other_data(run: Run, was: list[str], now: list[str]) -> str:

@@ -36,7 +36,7 @@ from smolforge.training import finetuning
 from smolforge.training.apply_plan import apply_plan
 from smolforge.training.averaging import AveragedWeights
 from smolforge.training.optim import build_optimizer, schedule_factor
-from smolforge.training.plan import Plan, with_training
+from smolforge.training.plan import Plan
 from smolforge.training.preferences import Preferences, open_preferences
 from smolforge.training.prepare import prepare
 from smolforge.training.run_data import check_weights, keep_places
@@ -187,13 +187,12 @@ def resolve_config(request: TrainRequest, run: Run, newest: Path | None) -> RunC
         changed = check_weights(run, saved, changed)
         _check_identity(run, saved, changed)
     if changed.training.steps is None and changed.training.epochs == saved.training.epochs:
-        changed = with_training(changed, steps=saved.training.steps)
+        changed = changed.with_keys("training", steps=saved.training.steps)
     if request.more_steps is not None:
         begin, length = _extended_length(run, newest, request.more_steps)
-        changed = with_training(changed, steps=length, tokens=None, epochs=None)
+        changed = changed.with_keys("training", steps=length, tokens=None, epochs=None)
         if request.cooldown:
-            falling = changed.schedule.model_copy(update={"name": "wsd", "decay": length - begin, "floor": 0.0})
-            changed = changed.model_copy(update={"schedule": falling})
+            changed = changed.with_keys("schedule", name="wsd", decay=length - begin, floor=0.0)
     return changed
 
 

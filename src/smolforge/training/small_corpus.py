@@ -32,8 +32,7 @@ def resolve_small_corpus(given: RunConfig, config: RunConfig, epochs: float) -> 
     told = []
     for (section, key), value in changes.items():
         if key not in getattr(given, section).model_fields_set:
-            part = getattr(config, section).model_copy(update={key: value})
-            config = config.model_copy(update={section: part})
+            config = config.with_keys(section, **{key: value})
             told.append(f"{section}.{key}={value:g}")
     line = f"small corpus: what is read {epochs:.2g} times is partly learned by heart; expect the training loss to end "
     line += f"below the held-out one, which counts{'; ' if told else ''}{', '.join(told)}"
