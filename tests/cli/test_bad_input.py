@@ -143,3 +143,9 @@ def test_output_directory_of_another_run(fail, tmp_path, capsys) -> None:
     capsys.readouterr()
     message = fail("train", "smollm2-135m", "--out", "run")
     assert "another run" in message and "--fresh" in message
+
+
+@pytest.mark.parametrize("share", ["0%", "x%", "-5%"])
+def test_a_cooldown_is_steps_or_a_share(share: str, fail) -> None:
+    message = fail("train", "TINY", f"--cooldown={share}")
+    assert f"--cooldown: {share!r} is not a share above 0%" in message and "such as 20%" in message

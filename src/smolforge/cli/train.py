@@ -24,6 +24,7 @@ from smolforge.cli.options import (
 
 if TYPE_CHECKING:
     from smolforge.training.setup import TrainRequest
+from smolforge.errors import BadInput
 
 EXAMPLES = """\
 examples:
@@ -172,9 +173,12 @@ def _with_batch(request: TrainRequest, windows: int) -> TrainRequest:
 
 def _parse_cooldown(text: str) -> int | str:
     """Steps, or a share of them as it was written; BadInput where it is neither."""
-    if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) > 0:
-        return text
-    return parse_positive(text, "--cooldown")
+    if not text.endswith("%"):
+        return parse_positive(text, "--cooldown")
+    if not re.fullmatch(r"\d+(\.\d+)?%", text) or not float(text[:-1]):
+        hint = "Write steps such as 500, or a share of the run's steps such as 20%."
+        raise BadInput(f"{text!r} is not a share above 0%", field="--cooldown", hint=hint)
+    return text
 
 
 def print_outcome(finished: Any) -> None:

@@ -74,9 +74,7 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
             layer: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             layer = text
-        for part in reversed(key.strip().split(".")):
-            layer = {part: layer}
-        merge(tree, layer)
+        merge_key(tree, key.strip(), layer)
     merge(tree, layers)
     try:
         config = RunConfig.model_validate(tree)
@@ -110,6 +108,13 @@ _NOT_DERIVED = "default_factory_not_called"
 _LENGTHS = {"steps", "tokens", "epochs"}
 # These mappings are values of their own: a later layer replaces them whole.
 _WHOLE = {"sources", "groups"}
+
+
+def merge_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Lay the value of one key, such as `optimizer.lr`, over `tree` in place; the key may also be a whole section."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    merge(tree, value)
 
 
 def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from smolforge.config import key_records
-from smolforge.config.layers import merge, read_file
+from smolforge.config.layers import merge, merge_key, read_file
 from smolforge.config.values import Count, Section
 from smolforge.data.sources import absolute
 from smolforge.errors import BadInput, first_problem
@@ -162,12 +162,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _sections(keys: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} → {"a": {"b": 1}}; a key may also be a whole section."""
+    """{"a.b": 1} → {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for key, value in keys.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        merge(tree, value)
+        merge_key(tree, key, value)
     return tree
 
 
