@@ -5,9 +5,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from smolforge import kernels
+from smolforge.config import ModelConfig
 from smolforge.model import loss
+from smolforge.model.architecture import build_model
 from smolforge.model.loss import IGNORE, LOSSES, chunked_loss, full_loss, native_chunk_loss, torch_chunk_loss
 
 missing = kernels.unavailable()
@@ -183,3 +186,32 @@ def test_the_peak_is_not_vocabulary_times_tokens() -> None:
         functools.partial(chunked_loss, chunk=64), many, vocabulary
     )
     assert wider < 6 * 64 * vocabulary * 4 < many * vocabulary * 4, wider
+
+
+@pytest.mark.parametrize("way", LOSSES)
+@pytest.mark.parametrize("count, rows", [(0, 0), (8, 8), (9, 16), (24, 24)])
+def test_positions_that_do_not_count_cost_no_product(monkeypatch, way, count, rows) -> None:
+    monkeypatch.setattr(loss, "ROWS", 8)
+    config = ModelConfig(
+        vocab_size=53,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = build_model(config, loss=way)
+    words, targets = torch.randint(0, 53, (2, 2, 12)).unbind()
+    targets.view(-1)[torch.randperm(24)[count:]] = IGNORE
+    expected = F.cross_entropy(model(words).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with FlopCounterMode(display=False) as whole:
+        found, nats = model.loss(words, targets)
+        found.backward()
+    torch.testing.assert_close((found, nats), (expected, expected))
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(gradients))
+    if way == "full":  # the others write their products in place, which the counter does not see
+        with FlopCounterMode(display=False) as body:
+            model.decoder(words).sum().backward()
+        head = whole.get_total_flops() - body.get_total_flops()
+        assert head == 3 * 2 * rows * 16 * 53  # forward, and backward to both of its operands

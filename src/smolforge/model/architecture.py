@@ -30,7 +30,7 @@ from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
 from smolforge.model.attention import Attend, document_mask, positions_in_documents
 from smolforge.model.dropout import Dropout
-from smolforge.model.loss import choose_loss, evaluation_loss
+from smolforge.model.loss import choose_loss, evaluation_loss, without_ignored
 
 
 class KeyValueCache(Protocol):
@@ -189,9 +189,11 @@ class CausalLM(nn.Module):
         Returns:
             `scale` times the sum of cross-entropies and z-losses, (); the sum of cross-entropies in nats, no gradient.
         """
-        hidden = self.decoder(inputs, document_ids=document_ids)
+        hidden, targets = self.decoder(inputs, document_ids=document_ids).flatten(0, 1), targets.flatten()
+        if hidden.device.type == "cpu":  # elsewhere a shape that depends on the data makes the host wait
+            hidden, targets = without_ignored(hidden, targets)
         compute = self._loss if torch.is_grad_enabled() else evaluation_loss
-        return compute(hidden.flatten(0, 1), self.output_weight, targets.flatten(), scale=scale, z_weight=z_weight)
+        return compute(hidden, self.output_weight, targets, scale=scale, z_weight=z_weight)
 
     def hidden_matrices(self) -> set[str]:
         """Names of the matrices that map hidden states to hidden states: all but embedding and head."""
