@@ -37,6 +37,13 @@ def whole(place: Path, base: Path, data: Path) -> Run:
     return Run(place / "whole")
 
 
+def test_a_dry_run_tells_what_is_learned_and_writes_nothing(place: Path, base: Path, data: Path, capsys) -> None:
+    assert smolforge([*words(base, data, place / "dry"), "--dry-run"]) == 0
+    told = capsys.readouterr().err
+    assert all(said in told for said in ("are learned, in", "⟦", "batch: ", "learning rate", "dry run: nothing"))
+    assert not (place / "dry").exists()
+
+
 def test_a_base_model_gets_chatml_and_learns_to_answer(whole: Run) -> None:
     config = build_config(str(whole.config_path))
     assert config.training.steps == len(steps_of(whole)) > 8

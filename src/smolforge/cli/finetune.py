@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         out=args.out or Path("runs") / f"{_name_of(args.model)}-{Path(args.preset).stem}", time_limit=time_limit,
         command=shlex.join(["smolforge", *args.words]),
     )  # fmt: skip
+    if args.dry_run:
+        from smolforge.training.dry_run import rehearse
+
+        rehearse(request)
+        return 0
     if (code := launch(request, args.nproc, args.words)) is not None:
         return code
     finished, shutdown = run_training(request)

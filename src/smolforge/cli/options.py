@@ -80,7 +80,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, *, out: str, setting: str) -> None:
-    """Options of the verbs that train: where the run is, whether it may exist, settings, time limit and processes.
+    """Options of the verbs that train: where the run is, whether it may exist, settings, time limit, processes.
 
     Args:
         out: the default directory, as the help names it.
@@ -94,6 +94,7 @@ def add_run(parser: argparse.ArgumentParser, *, out: str, setting: str) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help=f"any key of the configuration, e.g. {setting} (may be repeated)",
     )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="tell every decision, and stop before the first step")
     parser.add_argument("--time-limit", metavar="TIME", help="save and stop after this time: 90m, 3h50m, 1:30:00")
     parser.add_argument(
         "--nproc", metavar="N|auto", help="processes on this machine (default auto: one for each GPU, else one)"

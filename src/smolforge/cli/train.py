@@ -72,7 +72,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a model directory or Hub id")
     add_usual(parser, epochs="by an estimate", lr="optimizer.lr", batch="training.tokens_per_step", length=length)
     add_run(parser, out="runs/PRESET", setting="optimizer.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="tell every decision, and stop before the first step")
     parser.add_argument(
         "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
     )

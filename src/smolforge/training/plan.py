@@ -271,7 +271,7 @@ def _choose_attention(
     if config.data.mask_documents:
         return "blocked", f"blocks of queries skip other documents{why}"
     if bf16:
-        # Issue 7, Zen 5: blocks were faster at 512 tokens, SDPA in fp32 under `medium` at 2,048.
+        # Measured on Zen 5: blocks were faster at 512 tokens, SDPA in fp32 under `medium` at 2,048.
         short = config.data.sequence_length <= SHORT
         where = f"sequences {'of at most' if short else 'beyond'} {SHORT:,} tokens{why}"
         return "blocked" if short else "sdpa-fp32", f"torch's bf16 backward pass is slow on a CPU; {where}"
