@@ -73,7 +73,8 @@ class GgufFile:
         self._at = 4
         version, tensors, entries = self._take("I"), self._take("Q"), self._take("Q")
         if version not in (2, 3):
-            raise ValueError(f"version {version} of the format is not read, only 2 and 3")
+            found = "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version} of the format"
+            raise ValueError(f"{found} is not read, only little-endian ones of the versions 2 and 3")
         if max(tensors, entries) > _MAX_ENTRIES:
             raise ValueError(f"it announces {tensors:,} tensors and {entries:,} keys")
         self.metadata: dict[str, Any] = {}
@@ -197,6 +198,7 @@ _WORDS = (
 )
 # The patterns of those tokenizers whose own is not GPT-2's.
 PATTERNS = {"llama-bpe": _WORDS.replace("{DIGITS}", "{1,3}"), "qwen2": _WORDS.replace("{DIGITS}", "")}
+_ARRAYS = {"tokens": str, "token_type": int, "merges": str, "scores": float}  # tokenizer.ggml.*
 SPLITS = ("smollm", "gpt-2", *PATTERNS)
 # Tokens that end a turn, where the file does not name one (as llama.cpp looks for them).
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -212,11 +214,17 @@ def gguf_tokenizer(file: GgufFile) -> tuple[Backend, dict[str, Any]]:
         CheckpointError: the file has no tokenizer, or one that is not known here; its name is given.
     """
     metadata, where = file.metadata, str(file.path)
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or len(set(tokens)) != len(tokens):
+    for name, entry in _ARRAYS.items():
+        found = metadata.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(found, list) or (found and not isinstance(found[0], entry)):
+            raise CheckpointError(f"is not an array of {entry.__name__}", field=f"{where}: tokenizer.ggml.{name}")
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if not tokens or len(set(tokens)) != len(tokens):
         repeated = "a token twice in" if tokens else "no"
         raise CheckpointError(f"has {repeated} tokenizer.ggml.tokens", field=where)
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise CheckpointError(f"has {len(kinds)} tokenizer.ggml.token_type for {len(tokens)} tokens", field=where)
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         backend, add_bos = _byte_level(metadata, tokens, where)
@@ -271,7 +279,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], where: str) -> tupl
             f"the splitting {split!r} is not supported", field=f"{where}: tokenizer.ggml.pre",
             hint=f"Supported: {', '.join(SPLITS)}.",
         )  # fmt: skip
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges or [] if isinstance(merge, str)]
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges or []]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise CheckpointError("has no tokenizer.ggml.merges, or one that is not a pair", field=where)
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -297,7 +305,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: Sequence[
     from tokenizers import decoders, models, normalizers
 
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not scores or len(scores) != len(tokens):
         raise CheckpointError("has no tokenizer.ggml.scores for its tokens", field=where)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = merges_of_scores(tokens, kinds, scores)
@@ -330,7 +338,7 @@ def _add_tokens(backend: Backend, tokens: list[str], kinds: Sequence[int], named
     """Mark the tokens that are matched in text as a whole; those of the kind control are special."""
     from tokenizers import AddedToken
 
-    known = len(kinds) == len(tokens) and any(kind == _CONTROL for kind in kinds)
+    known = any(kind == _CONTROL for kind in kinds)
     special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)] if known else sorted(named)
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special])
     added = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED]

@@ -250,6 +250,8 @@ def test_bad_adapters_are_one_error(
 
     generate = ["generate", str(base), "Once", "--adapter"]
     assert f"{base} holds no adapter" in error(*generate, str(base))
+    (place / "empty").mkdir()
+    assert "error: --adapter: " in (told := error(*generate, str(place / "empty"))) and "A model is" not in told
     assert "dora" in error(*generate, changed("dora", use_dora=True))
     assert "rank_pattern" in error(*generate, changed("pattern", rank_pattern={"q_proj": 2}))
     assert "in an adapter of rank 7" in error(*generate, changed("rank", r=7))

@@ -189,6 +189,10 @@ REFUSED = [
     ({"tokenizer": {**byte_level(), "tokenizer.ggml.model": "t5"}}, "'t5' is not supported"),
     ({"tokenizer": {**byte_level(), "tokenizer.ggml.merges": ["zz qq"]}}, "do not belong to the tokens"),
     ({"tokenizer": {"tokenizer.ggml.model": "gpt2"}}, "no tokenizer.ggml.tokens"),
+    ({"tokenizer": {**byte_level(), "tokenizer.ggml.tokens": [1, 2]}}, "tokens: is not an array of str"),
+    ({"tokenizer": {**byte_level(), "tokenizer.ggml.token_type": 3}}, "token_type: is not an array of int"),
+    ({"tokenizer": {**byte_level(), "tokenizer.ggml.token_type": [1, 3]}}, "has 2 tokenizer.ggml.token_type for"),
+    ({"tokenizer": {**byte_level(), "tokenizer.ggml.merges": 3}}, "merges: is not an array of str"),
     ({"kind": "I8"}, "type I8"),
 ]
 
@@ -199,6 +203,14 @@ def test_what_is_no_llama_is_refused_by_name(tmp_path: Path, changes: dict[str, 
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_big_endian_file_is_called_one(tmp_path: Path) -> None:
+    data = bytearray(write_gguf(tmp_path / "x.gguf").read_bytes())
+    data[4:8] = data[7:3:-1]
+    (tmp_path / "y.gguf").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="a big-endian file is not read"):
+        load_model(tmp_path / "y.gguf")
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
@@ -244,8 +256,9 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
     with pytest.raises(CheckpointError, match=r"has no file x\.gguf on the Hub"):
         hub.fetch_gguf("hf://a/b/x.gguf")
-    with pytest.raises(CheckpointError, match=r"FILE\.gguf"):
-        resolve_model("hf://a/b/x.bin")
+    for address in ("hf://a/b/x.bin", "hf://a/b"):
+        with pytest.raises(CheckpointError, match=r"not the address of a file\n *Write hf://OWNER/REPO/FILE\.gguf"):
+            resolve_model(address)
 
 
 def test_verbs_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def test_what_was_looked_for_is_said(tmp_path: Path, checkpoints: Path) -> None:
         (tmp_path / "empty", "no config.json"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "nowhere", "no such directory"),
+        (tmp_path / "nowhere.gguf", "no such file"),
         (tmp_path / "begun", "no checkpoint yet"),
     ):
         with pytest.raises(CheckpointError, match=words):

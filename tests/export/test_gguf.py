@@ -220,6 +220,9 @@ def test_refusals(tmp_path: Path) -> None:
         export_gguf(tmp_path / "m", tmp_path / "d")
     with pytest.raises(BadInput, match="cannot make"):
         export_gguf(tmp_path / "m", tmp_path / "m" / "config.json" / "x.gguf")
+    path = export_gguf(tmp_path / "m", tmp_path / "own.gguf", kind="f32").path
+    with pytest.raises(BadInput, match="is the model itself"):
+        export_gguf(path, path)
     config = ModelConfig(
         architecture="recreation", vocab_size=320, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
         num_hidden_layers=1, intermediate_size=64,

@@ -165,7 +165,7 @@ def test_a_damaged_newer_checkpoint_is_not_taken(tiny_run, tmp_path):
         assert client.post("/v1/completions", json=ONCE).status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_is_said(chat_model, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_said(chat_model, tmp_path, caplog):
     broken = tmp_path / "broken"
     shutil.copytree(chat_model, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
@@ -174,6 +174,7 @@ def test_a_model_that_cannot_be_loaded_is_said(chat_model, tmp_path):
         health = client.get("/health")
         assert health.status_code == 503 and "cannot be loaded" in health.json()["error"]["message"]
         assert client.post("/v1/completions", json=ONCE).status_code == 503
+        assert "cannot load" not in caplog.text, "the command says it once, as its error"
     with pytest.raises(CheckpointError):
         create_app(ServeSettings(str(tmp_path / "nowhere"), page=False))
 

@@ -122,7 +122,8 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str
             raise CheckpointError(problem, field=where or None, hint=hint)
 
     def bad(message: str) -> CheckpointError:
-        return CheckpointError(message, field=where or None, hint="The weights do not belong to this config.json.")
+        shape = "the shape in its header" if where.endswith(".gguf") else "this config.json"
+        return CheckpointError(message, field=where or None, hint=f"The weights do not belong to {shape}.")
 
     missing = [name for name in expected if name not in given]
     if missing:

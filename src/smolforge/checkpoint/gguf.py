@@ -49,9 +49,12 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
         raise CheckpointError(f"has no tensor {_EMBEDDING}: it is not a whole model", field=where)
     values = {ours: metadata.get(f"{name}.{key}") for key, ours in _KEYS.items()}
     kind, experts = metadata.get(f"{name}.rope.scaling.type", "none"), metadata.get(f"{name}.expert_count", 0)
-    for what, found, right in (("rope.scaling.type", kind, "none"), ("expert_count", experts, 0)):
+    scaled = "Supported: none, and Llama 3's factors as a tensor."
+    for what, found, right, hint in (
+        ("rope.scaling.type", kind, "none", scaled), ("expert_count", experts, 0, "Supported: models without experts."),
+    ):  # fmt: skip
         if found != right:
-            raise CheckpointError(f"{found!r} is not supported", field=f"{where}: {name}.{what}")
+            raise CheckpointError(f"{found!r} is not supported", field=f"{where}: {name}.{what}", hint=hint)
     return {
         **values,
         "model_type": known[name].model_type,

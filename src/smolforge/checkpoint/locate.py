@@ -44,7 +44,7 @@ def resolve_model(model: str | Path) -> Path:
         CheckpointError: nothing usable is there; says what was looked for.
         SourceUnavailable: the Hub cannot be reached.
     """
-    if hub.GGUF_ADDRESS.match(str(model)):
+    if str(model).startswith("hf://"):
         return hub.fetch_gguf(str(model))
     path = Path(model).expanduser()
     if path.is_dir():
@@ -61,7 +61,8 @@ def resolve_model(model: str | Path) -> Path:
         hint = "Import it with examples/seed/import_lightning.py." if path.suffix == ".ckpt" else _FORMS
         raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=hint)
     if not hub.is_model_id(str(model)):
-        raise CheckpointError(f"no such directory: {model}", field="model", hint=_FORMS)
+        what = "file" if str(model).endswith(".gguf") else "directory"
+        raise CheckpointError(f"no such {what}: {model}", field="model", hint=_FORMS)
     try:
         return hub.fetch_model(str(model), patterns=HUB_FILES)
     except SourceUnavailable as error:
@@ -120,7 +121,10 @@ def resolve_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str 
         return (read_base(path), path) if is_adapter(path) else (model, None)
     place = Path(adapter).expanduser()
     if place.is_dir() and not is_adapter(place):
-        place = _resolve_directory(place)
+        try:
+            place = _resolve_directory(place)
+        except CheckpointError as error:
+            raise CheckpointError(error.message, field="adapter", hint="Give a LoRA run, or what peft wrote.") from None
     return model, find_adapter(place, str(adapter))
 
 

@@ -99,6 +99,8 @@ def export_gguf(
     out = Path(out)
     if out.is_dir():
         raise BadInput(f"{out} is a directory", field="out", hint="Give a file name such as model.gguf.")
+    if out.exists() and out.samefile(directory):
+        raise BadInput(f"{out} is the model itself", field="out", hint="Give another name.")
     make_parent(out)
     plan = _plan(gguf, config, weights, kind)
     full = "Nothing was changed. Free some room, or export a smaller kind."

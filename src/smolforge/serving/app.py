@@ -146,12 +146,12 @@ async def load_and_follow(state: ServerState) -> None:
             try:
                 await state.load(source)
             except Exception as error:
-                logger.error("cannot load %s: %s", source.model, error, exc_info=not isinstance(error, SmolforgeError))
                 # A later checkpoint can be whole; a draft that does not fit the first one fits none.
                 misfit = isinstance(error, SmolforgeError) and (error.field or "").startswith("draft")
                 if thread.model is None and (misfit or not source.follows):
                     thread.problem, state.failure = f"the model cannot be loaded: {error}", error
                     return
+                logger.error("cannot load %s: %s", source.model, error, exc_info=not isinstance(error, SmolforgeError))
         if thread.model is not None and not (source.follows and seconds):
             return
         await asyncio.sleep(seconds or 2.0)
