@@ -136,6 +136,7 @@ def open_tab(visit: Visit, name: str) -> None:
 def walk_tabs(visit: Visit, shot: Callable[[str], None]) -> None:
     """Open each tab but the first, and shoot it when it shows what it is for."""
     open_tab(visit, "Time-lapse")
+    shot("timelapse-empty")
     visit.page.click("#timelapse-start")
     visit.page.wait_for_selector(f".card[data-step='{STEPS[-1]}'][data-state=done]", timeout=60_000)
     shot("timelapse")

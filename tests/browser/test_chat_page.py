@@ -362,7 +362,7 @@ def test_the_keyboard_reaches_everything(chat):
             )
         )
     assert seen == [
-        "new-conversation", "two lines", "Delete “two lines”", "export-markdown", "export-json", "conversation-title", "open-settings",
+        "theme", "new-conversation", "two lines", "Delete “two lines”", "export-markdown", "export-json", "conversation-title", "open-settings",
         "thread", "Copy this text", "Edit this question and ask again", "Copy this text", "Answer again", "Continue this answer", "question",
     ]  # fmt: skip
     page.focus("#open-settings")
@@ -455,6 +455,13 @@ def test_screenshots_and_accessibility(chat, scheme, device, width, height):
     page.locator("#chat-settings summary").nth(1).click()
     shot("settings")
     page.keyboard.press("Escape")
+    page.unroute_all()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    send("Are you still there?")
+    page.wait_for_selector(".turn.last .note.bad:not([hidden])")
+    shot("problem")
+    page.unroute_all()
+    one.errors.clear()
     if device == "phone":
         page.click("#show-conversations")
     page.get_by_role("button", name="New conversation", exact=True).click()

@@ -193,7 +193,9 @@ def test_several_runs_are_compared_in_one_chart_and_the_logs_are_followed(visit_
     until(page, f"{data}.length === 5")
     steps, first, _, second, _ = page.evaluate(data)
     assert len(steps) == STEPS[-1] and second[80] - first[80] == pytest.approx(0.4, abs=0.01)
-    assert "first-try" in page.inner_text("#run") and "second-try" in page.inner_text("#run")
+    told = page.locator("#compared label").all_inner_texts()
+    assert [re.split(r"\s", text.strip())[0] for text in told] == ["first-try", "second-try"]
+    assert all(f"step {STEPS[-1]}" in text and "loss 0." in text for text in told)
     with (several[0] / "second-try" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": STEPS[-1] + 1, "tokens": 1, "loss": 0.3}) + "\n")
     until(page, f"{data}[0].length === {STEPS[-1] + 1}")

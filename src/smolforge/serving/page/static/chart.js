@@ -5,13 +5,14 @@ import { make, number } from "./dom.js";
 
 const HEIGHT = 190;
 const FONT = "11px system-ui, sans-serif";
+const WHOLE = Array.from({ length: 27 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between two ticks of a step
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 const short = (value) => {
   const size = Math.abs(value);
   if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  return size !== 0 && size < 1e-2 ? value.toExponential(0) : `${+value.toPrecision(3)}`;
+  if (size >= 1e3) return `${+(value / 1e3).toPrecision(3)}k`;
+  return size !== 0 && size < 1e-2 ? (+value.toPrecision(2)).toExponential() : `${+value.toPrecision(3)}`;
 };
 
 // A mean over a window around each point that shrinks towards both ends, so that it neither lags nor begins late.
@@ -77,7 +78,7 @@ export function chart(title, { show, smooth = false, zero = false, marksName = n
       width: place.clientWidth || 460, height: HEIGHT, legend: { show: false }, cursor: { y: false, drag: { x: false, y: false } },
       scales: { x: { time: false }, y: { range: () => range } },
       axes: [
-        { ...axis, grid: { show: false }, size: 26, values: (_, steps) => steps.map(short) },
+        { ...axis, grid: { show: false }, size: 26, incrs: WHOLE, values: (_, steps) => steps.map(short) },
         { ...axis, size: 54, values: (_, numbers) => numbers.map(short) },
       ],
       series: [{}, ...lines.flatMap(series)],

@@ -3,7 +3,7 @@
 import { ChatSettings } from "./chat_settings.js";
 import { Conversation } from "./conversation.js";
 import { ConversationStore } from "./conversation_store.js";
-import { events, make } from "./dom.js";
+import { events, make, swap } from "./dom.js";
 import { TurnView } from "./turn_view.js";
 
 const EXAMPLES = ["What is the capital of France?", "Write a haiku about rain.", "Explain gravity to a child.",
@@ -258,8 +258,7 @@ export class Chat {
     path.forEach((at) => this.update(at));
     const busy = this.running.has(conversation);
     this.thread.setAttribute("aria-busy", String(busy));
-    byId("send").hidden = busy;
-    byId("stop-answer").hidden = !busy;
+    swap(byId("send"), byId("stop-answer"), busy);
     for (const id of ["export-markdown", "export-json"]) byId(id).disabled = !conversation.turns.length;
     this.drawList();
     this.scroll();

@@ -32,6 +32,14 @@ export async function copy(text, button) {
   setTimeout(() => (button.textContent = before), 1200);
 }
 
+// Puts Stop in the place of the button that begins something, while that runs; the focus stays on the place.
+export function swap(begin, stop, busy) {
+  const focused = [begin, stop].includes(document.activeElement);
+  begin.hidden = busy;
+  stop.hidden = !busy;
+  if (focused) (busy ? stop : begin).focus();
+}
+
 // A request that no answer came to: the browser's own words ("Failed to fetch") say nothing of the server.
 const lost = (error) => {
   throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");

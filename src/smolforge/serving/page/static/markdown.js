@@ -59,6 +59,7 @@ export class MarkdownView {
 function draw(block) {
   const fragment = DOMPurify.sanitize(reader.parser([block]), ALLOWED);
   for (const pre of fragment.querySelectorAll("pre")) pre.replaceWith(codeBlock(pre));
+  for (const item of fragment.querySelectorAll("li")) item.classList.toggle("task", /^[☑☐] /.test(item.textContent));
   for (const table of fragment.querySelectorAll("table")) {
     const frame = make("div", { class: "table", tabindex: "0" });
     table.replaceWith(frame);

@@ -3,7 +3,7 @@
 // A take is one text: the prompt, the tokens after it, the seed. Submitting, regenerating and branching begin a new
 // take, continuing prolongs one; the arrows go back to earlier takes.
 
-import { copy, events, make, number } from "./dom.js";
+import { copy, events, make, number, swap } from "./dom.js";
 import { keep, kept } from "./page_state.js";
 import { Popover } from "./popover.js";
 import * as settings from "./settings.js";
@@ -52,7 +52,7 @@ export class Paper {
 
   mount() {
     const button = (label, title, action, more = {}) =>
-      make("button", { type: "button", class: "tool", title, onclick: action, ...more }, label);
+      make("button", { type: "button", class: "quiet", title, onclick: action, ...more }, label);
     this.text = make("div", {
       id: "text", class: "text", role: "textbox", "aria-readonly": "true", "aria-multiline": "true",
       "aria-label": "What the model wrote", tabindex: "0",
@@ -60,7 +60,7 @@ export class Paper {
     this.figures = make("div", { id: "figures", class: "figures", role: "status", "aria-live": "off" });
     this.meter = make("div", { class: "meter", title: "how much of the context is used" }, make("span"));
     this.buttons = {
-      regenerate: button("Regenerate", "Write again with the seed that is set", () => this.regenerate(), { id: "regenerate" }),
+      regenerate: button("Retry", "Write again with the seed that is set", () => this.regenerate(), { id: "regenerate" }),
       continue: button("Continue", "Write on from here", () => this.prolong(), { id: "continue" }),
       copy: button("Copy", "Copy the text", (click) => copy(this.whole(), click.currentTarget), { id: "copy" }),
       link: button("Link", LINK,
@@ -239,7 +239,7 @@ export class Paper {
   describe() {
     const take = this.take;
     const busy = Boolean(this.running);
-    document.getElementById("stop").disabled = !busy;
+    swap(document.getElementById("submit"), document.getElementById("stop"), busy);
     this.text.setAttribute("aria-busy", String(busy));
     this.text.classList.toggle("writing", busy);
     this.buttons.regenerate.disabled = busy || !take;

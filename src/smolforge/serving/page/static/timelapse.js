@@ -1,12 +1,12 @@
 // The time-lapse: one card for each checkpoint, filled one after the other under the same prompt and seed.
 
-import { events, make, number } from "./dom.js";
+import { events, make, number, swap } from "./dom.js";
 import * as settings from "./settings.js";
 
 // Fills the tab; returns a function that is told when the server's state has changed.
 export function timelapse(place, state) {
   const button = make("button", { type: "button", id: "timelapse-start", class: "primary" }, "Start");
-  const stop = make("button", { type: "button", id: "timelapse-stop", class: "tool", disabled: true }, "Stop");
+  const stop = make("button", { type: "button", id: "timelapse-stop", class: "stop", hidden: true }, "Stop");
   const note = make("p", { class: "note", role: "status" });
   const prompt = make("input", {
     type: "text", id: "timelapse-prompt", "aria-label": "Prompt of the time-lapse", placeholder: "Once upon a time",
@@ -21,10 +21,9 @@ export function timelapse(place, state) {
     const seed = chosen.seed ?? settings.drawSeed();
     const knobs = { ...chosen, prompt: prompt.value || chosen.prompt || "Once upon a time", seed };
     const found = new Map();
-    button.disabled = true;
-    stop.disabled = false;
+    swap(button, stop, true);
     note.classList.remove("bad");
-    note.textContent = `the same prompt, the same seed (${seed}), at each step of training`;
+    note.textContent = `Seed ${seed} at each step.`;
     cards.replaceChildren();
     try {
       await events("page/timelapse", { ...knobs, steps: [] }, running.signal, (news) => {
@@ -44,11 +43,10 @@ export function timelapse(place, state) {
         if (news.message) entry.text.append(make("span", { class: "end bad" }, news.message));
       });
     } catch (error) {
-      note.textContent = error.name === "AbortError" ? "stopped" : error.message;
+      note.textContent = error.name === "AbortError" ? "Stopped." : error.message;
       note.classList.toggle("bad", error.name !== "AbortError");
     }
-    button.disabled = false;
-    stop.disabled = true;
+    swap(button, stop, false);
   }
 
   button.addEventListener("click", start);
@@ -60,9 +58,9 @@ export function timelapse(place, state) {
     make("div", { class: "line" }, prompt, button, stop), note, cards);
   return () => {
     const steps = state().steps ?? [];
-    if (running && !stop.disabled) return;
+    if (!stop.hidden) return;
     button.disabled = !steps.length;
     if (!steps.length) note.textContent = "This model does not belong to a run. Serve a run to see a time-lapse.";
-    else if (!cards.childElementCount) note.textContent = `${steps.length} models, step ${number(steps[0])} to ${number(steps.at(-1))}`;
+    else if (!cards.childElementCount) note.textContent = `${steps.length} models, of step ${number(steps[0])} to ${number(steps.at(-1))}.`;
   };
 }

@@ -22,6 +22,7 @@ export function training(place, state) {
   const samples = make("div", { class: "samples", id: "samples" });
   const drawn = new Map(); // name of a curve -> its chart
   const unchecked = new Set(); // runs that the visitor does not want
+  const told = new Map(); // of several runs: name -> how far it is
   let listed = [];
   place.replaceChildren(head, choice, bar, charts, samples);
   let before = "";
@@ -40,6 +41,7 @@ export function training(place, state) {
       runs = several ? found.runs : [found];
     } catch {
       head.textContent = "The files of the run cannot be read at the moment.";
+      head.hidden = false;
       return;
     }
     const now = JSON.stringify(runs.map((run) => [run.run, run.last, run.samples?.length, run.live]));
@@ -53,13 +55,15 @@ export function training(place, state) {
     if (names.join("\n") === listed.join("\n")) return;
     for (const name of names.slice(MOST)) if (!listed.includes(name)) unchecked.add(name);
     listed = names;
-    choice.replaceChildren(make("legend", {}, "Runs"), ...names.map((name, i) => {
+    choice.replaceChildren(make("legend", { class: "unseen" }, "Runs"), ...names.map((name, i) => {
       const box = make("input", { type: "checkbox", value: name, checked: !unchecked.has(name) });
       box.addEventListener("change", () => {
         if (box.checked) unchecked.delete(name); else unchecked.add(name);
+        told.get(name).textContent = "";
         look();
       });
-      return make("label", { class: "check", style: { "--run": `var(--run-${i % MOST})` } }, box, make("i"), ` ${name}`);
+      told.set(name, make("span", { class: "figures" }));
+      return make("label", { class: "check", style: { "--run": `var(--run-${i % MOST})` } }, box, make("i"), name, told.get(name));
     }));
   }
 
@@ -69,7 +73,8 @@ export function training(place, state) {
       bar.hidden = true;
       return;
     }
-    head.replaceChildren(...runs.map((run) => make("span", { class: "line-of-run" }, summary(run))));
+    head.hidden = several;
+    for (const run of runs) (told.get(run.run) ?? head).textContent = summary(run);
     const [run] = runs;
     bar.hidden = several || !run.total;
     if (!bar.hidden) bar.firstChild.style.width = run.last.step ? `${(100 * run.last.step) / run.total}%` : "0";
@@ -85,7 +90,7 @@ export function training(place, state) {
       }
       drawn.get(name).update(lines);
     }
-    if (!drawn.size) head.append(" · no steps are logged yet");
+    if (!several && !drawn.size) head.append(" · no steps are logged yet");
     samples.replaceChildren(...(several ? [] : byPrompt(run.samples)));
   }
 
@@ -96,7 +101,7 @@ export function training(place, state) {
 
 function summary(run) {
   const { step, tokens, loss, tokens_per_second: rate, validation } = run.last;
-  const parts = [`${run.run}: ${run.live ? "training" : "not training now"}`];
+  const parts = [run.live ? "training" : step >= run.total ? "finished" : "not training now"];
   if (step !== undefined) parts.push(`step ${number(step)}${run.total ? ` of ${number(run.total)}` : ""}`);
   if (tokens) parts.push(`${number(tokens)} tokens`);
   if (loss !== undefined) parts.push(`loss ${number(loss, 3)}`);
