@@ -64,7 +64,10 @@ def test_the_average_is_the_mean_of_the_first_weights_then_exponential(make_run:
         torch.testing.assert_close(average.double(), averages[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_is_a_second_checkpoint_exactly_while_it_is_best(make_run: Callable[..., Run]) -> None:  # noqa: F811
+def test_the_average_is_a_second_checkpoint_exactly_while_it_is_best(
+    make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture  # noqa: F811
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", logger="smolforge")
     # At a rate that is too high the weights move around, and their mean is better.
     noisy = make_run(
         "noisy", training={"ema": 0.5, "steps": 40}, optimizer={"lr": 0.1}, schedule={"name": "constant"},
@@ -74,6 +77,7 @@ def test_the_average_is_a_second_checkpoint_exactly_while_it_is_best(make_run: C
     best = min(scores, key=lambda row: row[2])
     assert best[2] < min(own for _, own, _ in scores)
     assert commit.steps(noisy.average_path) == [best[0]]
+    assert caplog.messages[-1] == f"generate:   smolforge generate {noisy.average_path}"
     assert "averaged weights" in noisy.report_path.read_text()
     kept, _, _ = load_model(noisy.average_path)
     last, _, _ = load_model(noisy.path)
@@ -81,6 +85,7 @@ def test_the_average_is_a_second_checkpoint_exactly_while_it_is_best(make_run: C
     # Weights that still fall fast are ahead of their mean.
     early = make_run("early", training={"ema": 0.9, "steps": 8})
     assert all(own < average for _, own, average in averages_of(early)) and not early.average_path.exists()
+    assert caplog.messages[-1] == f"generate:   smolforge generate {early.path}"
 
 
 def test_an_average_may_begin_in_the_middle_of_a_run(make_run: Callable[..., Run]) -> None:  # noqa: F811

@@ -19,9 +19,6 @@ examples:
   smolforge generate HuggingFaceTB/SmolLM2-135M "The sea" --max-tokens 200 --temperature 0.6
   smolforge generate HuggingFaceTB/SmolLM2-1.7B "The sea" --draft HuggingFaceTB/SmolLM2-135M
   echo "In the distant galaxy" | smolforge generate runs/pocket -
-
-MODEL and DRAFT_MODEL are a run (its newest whole checkpoint), a checkpoint, any Hugging Face Llama directory, or a
-Hub id.
 """
 
 

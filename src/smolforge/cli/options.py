@@ -20,7 +20,10 @@ from smolforge.errors import BadInput, nearest
 if TYPE_CHECKING:
     from smolforge.generation import Engine, SamplingParams
 
-MODEL_HELP = "a run, a checkpoint, a model directory, a .gguf file, a Hub id or hf://OWNER/REPO/FILE.gguf"
+MODEL_HELP = (
+    "a run (its newest checkpoint; RUN/average are its averaged weights), a checkpoint, a model directory, "
+    "a .gguf file, a Hub id or hf://OWNER/REPO/FILE.gguf"
+)
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 MODEL_PLACES, PROMPT_PLACES = ("model", "base", "preset"), ("prompts", "question")
 
@@ -42,6 +45,7 @@ class Parser(argparse.ArgumentParser):
             guess = nearest(word.split("=")[0], options) if word.startswith("-") else None
         elif "invalid choice:" in message:
             guess = nearest(message.split("'")[1], choices)
+            message = message.split(" (choose from")[0] if choices else message  # the help lists them
         hint = f"Did you mean {guess}? " if guess else ""
         print(f"error: {message}\n  {hint}`{self.prog} --help` lists the options.", file=sys.stderr)
         sys.exit(2)

@@ -302,9 +302,10 @@ class MetricsLogger:
         for prompt, text, reason in zip(prompts, texts, reasons, strict=True):
             row = {"step": step, "prompt": prompt, "text": text, "finish_reason": reason, "seed": step}
             self.samples.append(row)
-            self.trackers.text(step, f"samples/{prompt}", prompt + text)
+            shown = prompt + ("" if self.config.data.format == "text" else " → ") + text
+            self.trackers.text(step, f"samples/{prompt}", shown)
             if prompt is prompts[0]:
-                logger.info(f"step {step:,}  sample: {' '.join((prompt + text).split())[:160]}")
+                logger.info(f"step {step:,}  sample: {' '.join(shown.split())[:160]}")
 
     def _prompts(self) -> list[str]:
         """The prompts that the model can continue: neither empty nor longer than its context."""
@@ -347,8 +348,10 @@ def tell_outcome(context: TrainContext) -> None:
         above = f", {bits / entropy - 1:.1%} above the source's own entropy of {entropy:.4f}" if entropy else ""
         if bits is not None:
             logger.info(f"held-out bits per byte: {bits:.4f}{above}")
+    best = run.path
     if averages := commit.steps(run.average_path):
-        logger.info(f"average:    {run.average_path}, the lowest held-out loss (step {averages[-1]:,})")
+        best = run.average_path
+        logger.info(f"average:    {best}, the lowest held-out loss (step {averages[-1]:,})")
     logger.info(f"checkpoint: {commit.newest_whole(run.checkpoints_path)}")
     logger.info(f"report:     {write_report(run.path)}")
-    logger.info(f"generate:   smolforge generate {shlex.quote(str(run.path))}")
+    logger.info(f"generate:   smolforge generate {shlex.quote(str(best))}")
