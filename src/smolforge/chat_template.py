@@ -59,7 +59,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.chat_template is None:
-            raise BadInput("the model has no chat template: it continues text", field="messages")
+            hint = "`smolforge finetune MODEL --data faq.csv` makes a model that answers."
+            raise BadInput("the model has no chat template: it continues text", field="messages", hint=hint)
         self.tokenizer, self.source = tokenizer, tokenizer.chat_template
         self.specials = [text for i in sorted(tokenizer.special_ids) if (text := tokenizer.token_text(i))]
         self._special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")

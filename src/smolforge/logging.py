@@ -7,8 +7,10 @@ so a message scrolls above a live line instead of through it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 ROOT = "smolforge"
@@ -37,3 +39,15 @@ def show(level: int = logging.INFO) -> None:
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
     logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet(level: int, name: str = ROOT) -> Iterator[None]:
+    """Only messages of `level` and above from the logger `name`, for a while."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -26,7 +26,7 @@ from smolforge.metrics_log import read_metrics
 from smolforge.model.architecture import build_model
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.finetuning import learned_targets, with_chat_template
+from smolforge.training.finetuning import learned_targets, resolve_chat, with_chat_template
 from smolforge.training.plan import make_plan
 
 
@@ -63,6 +63,21 @@ def test_a_base_model_gets_chatml_and_learns_to_answer(whole: Run) -> None:
     asked = [{"role": "user", "content": "Why?"}]
     ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids == tokenizer.encode_chat(asked)
+
+
+def test_so_few_steps_that_they_learn_little_are_told(
+    place: Path, base: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="smolforge")
+    tokenizer = with_chat_template(Tokenizer.from_pretrained(base))
+    keys = ["data.sequence_length=128", "training.tokens_per_step=512"]
+    for more, steps in (["training.epochs=1"], 10), ([], 29):
+        config = build_config("sft", [*keys, *more], init=str(base), data={"sources": {str(data): 1.0}})
+        with Corpus.open(config.data, cache_dir=place / "cache") as corpus:
+            assert resolve_chat(config, corpus, tokenizer, DistributedContext()).total_steps == steps
+    assert [line for line in caplog.messages if "learn little" in line] == [
+        "length: so few steps learn little; --epochs 3 makes 20 or more"
+    ]
 
 
 def test_special_tokens_that_a_tokenizer_lacks_grow_the_embedding(place: Path, data: Path) -> None:

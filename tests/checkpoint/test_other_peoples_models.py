@@ -55,6 +55,14 @@ def test_an_adapter_is_named_with_its_base_model(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["runs/poket", "runs/poket/"])
+def test_a_directory_with_a_similar_name_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "pocket").mkdir(parents=True)
+    with pytest.raises(SmolforgeError, match=r"(?s)poket.*Did you mean runs/pocket\?"):
+        load_model(name)
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model"])
 def test_a_slow_tokenizer_gets_the_call_that_converts_it(directory: Path, name: str) -> None:
     (directory / "tokenizer.json").unlink()

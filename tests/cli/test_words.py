@@ -57,6 +57,7 @@ def test_words_mean_the_same_in_any_order(lines: list[list[str]]) -> None:
 
 def test_a_wrong_option_is_still_named(capsys: pytest.CaptureFixture[str]) -> None:
     for line, said in (
+        (["trian"], "invalid choice: 'trian'\n  Did you mean train? "),
         (["generate", "RUN", "--sed", "7", "Once"], "Did you mean --seed?"),
         (["generate", "--seed", "7"], "required: MODEL"),
         (["chat", "--prompt", "Hello?"], "--prompt needs MODEL too"),

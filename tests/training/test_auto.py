@@ -105,14 +105,20 @@ def test_a_run_is_chosen_once(choose: Chooses, monkeypatch: pytest.MonkeyPatch) 
     assert again.out == request.out and again.base is None and "training" not in again.layers
 
 
-def test_the_data_is_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_is_indexed_once_and_what_is_left_out_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="smolforge")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("Once upon a time there was a fox.\n" * 5_000)
+    (tmp_path / "texts").mkdir()
+    for name, text in {"a.txt": "Once upon a time there was a fox.\n" * 5_000, "b.png": "x", "c.txt": ""}.items():
+        (tmp_path / "texts" / name).write_text(text)
     monkeypatch.setattr(auto, "measure_speed", lambda *_, **__: {"tokens_per_second": 1_000.0})
     built: list[object] = []
     build_index = indexing.build_index
     monkeypatch.setattr(
         indexing, "build_index", lambda specs, context: built.append(specs) or build_index(specs, context)
     )
-    rehearse(auto.choose(TrainRequest(layers={"data": {"sources": {"a.txt": 1.0}}}), None))
-    assert built == [[str(tmp_path / "a.txt")]]
+    rehearse(auto.choose(TrainRequest(layers={"data": {"sources": {"texts": 1.0}}}), None))
+    assert built == [[str(tmp_path / "texts")]]
+    assert caplog.text.count("1 .png") == caplog.text.count("1 empty file passed over") == 1

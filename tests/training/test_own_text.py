@@ -52,7 +52,7 @@ def test_an_empty_file_among_those_of_a_shell_pattern_is_told(tmp_path: Path, ca
     sources = {str(tmp_path / name): 1.0 for name in ("a.txt", "b.txt")}
     kept = keep_places(build_config(None, data={"sources": sources})).data.sources
     assert list(kept) == [str(tmp_path / "a.txt")]
-    assert "1 empty files are passed over" in caplog.text
+    assert "1 empty file passed over: " in caplog.text
     alone = keep_places(build_config(None, data={"sources": {str(tmp_path / "b.txt"): 1.0}})).data.sources
     assert list(alone) == [str(tmp_path / "b.txt")], "whose error then says that it is empty"
 

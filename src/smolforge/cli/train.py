@@ -39,8 +39,8 @@ examples:
   smolforge train smollm2-135m --nproc 8            on eight GPUs; several machines: docs/scale.md
 
 An existing run is continued: weights, moments, schedule and the position in the data are exactly
-those of a run that was never interrupted. A data source is a file, folder or glob (.parquet,
-.jsonl or .json[.gz|.zst], .txt), a URL, hf://datasets/OWNER/NAME[@REV]/PATH, OWNER/NAME:CONFIG, or `tales`.
+those of a run that was never interrupted. A data source is a file, folder or glob (text,
+tables and documents of any kind), a URL, hf://datasets/OWNER/NAME[@REV]/PATH, OWNER/NAME:CONFIG, or `tales`.
 Presets and all keys of --set: docs/configuration.md, or `smolforge summary PRESET`.
 """
 

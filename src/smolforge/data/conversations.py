@@ -23,6 +23,7 @@ from smolforge.data.corpus import Address, Corpus, Document, LeftOut
 from smolforge.data.order import Position, RowRange, permutation
 from smolforge.data.readers import BadRow, Row
 from smolforge.errors import BadInput, CheckpointError, DataError
+from smolforge.formatting import plural
 from smolforge.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ class Survey:
         full = self.tokens / max(self.windows * (length + 1), 1)
         text = (
             f"data: {self.conversations:,} conversations in an epoch, {self.tokens:,} tokens of which {self.learned:,} "
-            f"are learned, in {self.windows:,} windows of {length:,} ({full:.0%} full)"
+            f"are learned, in {plural(self.windows, 'window')} of {length:,} ({full:.0%} full)"
         )
         what = "left out" if config.too_long == "skip" else "cut"
         long = f"{self.too_long:,} longer than {length + 1:,} tokens {what} (data.too_long={config.too_long})"

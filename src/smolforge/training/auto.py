@@ -18,9 +18,11 @@ import torch
 
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
+from smolforge.data.sources import local
 from smolforge.devices import choose_device
 from smolforge.errors import BadInput
 from smolforge.formatting import count, plural, size
+from smolforge.logging import quiet
 from smolforge.model.summary import flops_per_token, summarise
 from smolforge.run import Run
 from smolforge.training.bench import measure as measure_speed
@@ -130,19 +132,16 @@ def measure_speeds(name: str, overrides: Sequence[str], configs: Sequence[RunCon
     first = configs[0]
     length = first.data.sequence_length
     batch = max(min(first.sequences_per_step, 4), 1)
-    level = logging.getLogger("smolforge").level
-    logging.getLogger("smolforge").setLevel(logging.WARNING)  # the measurement's own lines are not the run's
-    try:
-        with torch.random.fork_rng(devices=[]):
-            measured = measure_speed(name, length=length, micro_batch=batch, steps=8, overrides=overrides)
-    finally:
-        logging.getLogger("smolforge").setLevel(level)
+    with quiet(logging.WARNING), torch.random.fork_rng(devices=[]):  # the measurement's own lines are not the run's
+        measured = measure_speed(name, length=length, micro_batch=batch, steps=8, overrides=overrides)
     flops = [flops_per_token(config.model, config.data.sequence_length)["training"] for config in configs]
     return [measured["tokens_per_second"] * flops[0] / own for own in flops]
 
 
 def _text_of(config: RunConfig) -> tuple[int, int, dict[str, Any]]:
     """Bytes and (about) tokens of the text that is trained on, and its index."""
-    with Corpus.open(keep_places(config).data) as corpus:
+    with quiet(logging.ERROR, local.__name__):  # the run opens its text again, and tells what is left out
+        corpus = Corpus.open(keep_places(config).data)
+    with corpus:
         sizes = measure(corpus, None)
     return sum(source.bytes for source in sizes), sum(source.tokens for source in sizes), corpus.index

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from smolforge.devices import to_device
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput
 from smolforge.evaluation.loss import AnswerSlice
+from smolforge.formatting import plural
 from smolforge.model.loss import IGNORE
 from smolforge.tokenizer import Tokenizer
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 QUESTIONS = 3  # held-out questions that are answered through time
 SHOWN = 1200  # characters of the example
+FEW_STEPS = 20  # below which a longer run is advised
 
 
 def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
@@ -83,8 +86,11 @@ def _look(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple[int 
     steps, epochs = config.training.steps, config.training.epochs
     if steps is None and epochs is not None:
         steps = max(round(epochs * seen.windows / config.sequences_per_step), 1)
-        shape = f"{seen.windows:,} windows, {config.sequences_per_step} in a step"
-        logger.info(f"length: {epochs:g} epochs of {shape}: {steps:,} steps")
+        shape = f"{plural(seen.windows, 'window')}, {config.sequences_per_step} in a step"
+        logger.info(f"length: {epochs:g} epochs of {shape}: {plural(steps, 'step')}")
+        if steps < FEW_STEPS:
+            wanted = math.ceil(FEW_STEPS * config.sequences_per_step / seen.windows)
+            logger.warning(f"length: so few steps learn little; --epochs {wanted} makes {FEW_STEPS} or more")
     encoder = ChatEncoder(tokenizer, config.data)
     first = next(each for each in encoded(corpus, encoder, held_out=False) if encoder.usable(each))
     logger.info(f"learned, between the marks, of the first conversation:\n{show_learned(first, tokenizer)[:SHOWN]}")

@@ -113,7 +113,7 @@ class Forecast:
             *self.plan.reasons,
             f"length: {steps:,} steps, {count(self.tokens)} tokens, {self.tokens / parameters:.1f} for each parameter",
             f"time: {duration(self.seconds)} at an assumed {self.mfu:.0%} of the peak ({count(rate)} tokens/s, "
-            f"{second:.2f} s a step); measured nowhere",
+            f"{second:.2g} s a step); measured nowhere",
             f"checkpoint: {size(self.checkpoint_bytes)}{self._written()}",
             f"data: about {size(rate * TEXT_BYTES)} of text a second",
         ]

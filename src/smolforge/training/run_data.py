@@ -16,6 +16,7 @@ from smolforge.data import Corpus
 from smolforge.data.sources import absolute, expand_names
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, SourceChanged
+from smolforge.formatting import plural
 from smolforge.run import Run
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,9 @@ def _without_empty_files(sources: dict[str, float]) -> dict[str, float]:
     empty = [source for source in sources if (path := Path(source)).is_file() and not path.stat().st_size]
     if not empty or len(empty) == len(sources):
         return sources
-    logger.warning(f"{len(empty)} empty files are passed over: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}")
+    logger.warning(
+        f"{plural(len(empty), 'empty file')} passed over: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}"
+    )
     return {source: weight for source, weight in sources.items() if source not in empty}
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from smolforge.data.sources import GROUPS, Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.errors import DataError, SourceChanged
+from smolforge.formatting import plural
 from smolforge.run import Run
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         raise no_known_file(problem)
     filled = [file for file in named if file.stat().st_size]
     if filled and len(filled) < len(named):
-        logger.warning("%s: %d empty files are passed over", spec, len(named) - len(filled))
+        logger.warning("%s: %s passed over", spec, plural(len(named) - len(filled), "empty file"))
     shards: list[Shard] = []
     for file in sorted(filled or named, key=lambda p: p.relative_to(root).as_posix()):
         format = check_ending(file.name, str(file))
