@@ -64,6 +64,7 @@ def test_json_outputs_parse(run: Path, capsys) -> None:
     ]
     documents = output("data", "which", str(run), "--step", "2", "--json")["documents"]
     assert documents and {"source", "file", "row_group", "row"} == set(documents[0])
+    assert cli.run(["data", "which", str(run), "--step", "9000"]) == 2, "not the data of a step that never is"
 
 
 def test_eval_scores_the_mixture_by_weight_and_each_source_by_itself(run: Path, tmp_path: Path, capsys) -> None:

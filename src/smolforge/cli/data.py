@@ -54,9 +54,9 @@ def _which(args: argparse.Namespace) -> int:
     run = Run(args.path)
     if not run.exists:
         raise BadInput(f"{run.path} holds no run")
-    if args.step < 1:
-        raise BadInput(f"{args.step} is not a step; the first is 1", field="--step")
     config = configuration.build_config(str(run.config_path))
+    if not 1 <= args.step <= config.total_steps:
+        raise BadInput(f"{args.step} is not a step; they are 1 to {config.total_steps:,}", field="--step")
     newest = commit.newest_whole(run.checkpoints_path)
     source = newest or (run.path / "tokenizer" if not isinstance(config.tokenizer, str) else config.tokenizer)
     index = run.read_index()
