@@ -38,7 +38,7 @@ from smolforge.run import Run
 from smolforge.training.optim import build_optimizer
 from smolforge.training.optim.adamw import round_stochastically
 from smolforge.training.optim.muon import orthogonalize
-from smolforge.training.plan import make_plan, memory_of
+from smolforge.training.plan import make_plan, planned_memory
 from smolforge.training.setup import TrainRequest, apply_plan
 from smolforge.training.step import train_step
 from smolforge.training.train import run_training
@@ -248,7 +248,7 @@ def _time_step(part: Part, config: Any, *, whole: bool = False) -> dict[str, Any
     speed = plan.sequences * length / seconds
     flops, peak = flops_per_token(config.model, length)["training"], known_peak_flops(part.device)
     held = torch.cuda.max_memory_allocated(part.device) if part.device.type == "cuda" else None
-    planned = memory_of(config, part.device, plan.precision, plan.micro_batch, recompute=plan.recompute)
+    planned = planned_memory(config, plan)
     planned_gb = (planned.total - planned.process) / 1e9
     return {
         "precision": plan.precision.name, "attention": plan.attention, "tokens/s": speed,

@@ -180,7 +180,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     from smolforge.model.architecture import build_model
     from smolforge.training.metrics import StepMetrics
     from smolforge.training.optim import build_optimizer
-    from smolforge.training.plan import make_plan, memory_of
+    from smolforge.training.plan import make_plan, planned_memory
     from smolforge.training.recipe import resolve_batch
     from smolforge.training.step import train_step
 
@@ -212,7 +212,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
         elsewhere = [str(t.device) for t in (*model.parameters(), *state, *figures) if t.device != CUDA]
     inside = model.hidden_matrices() if plan.precision.autocast else ()
     casts = sum(2 * p.numel() for name, p in model.named_parameters() if name in inside)  # kept to the step's end
-    estimate = memory_of(config, CUDA, plan.precision, micro, recompute=plan.recompute)
+    estimate = planned_memory(config, plan)
     return {
         "precision": plan.precision.name, "attention": plan.attention, "micro_batch": micro,
         "sequences": plan.sequences, "hidden": sorted(hidden_types), "kernels": dict(functions.kernels),

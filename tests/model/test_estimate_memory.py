@@ -52,4 +52,5 @@ def test_each_part_counts() -> None:
     assert parts(save_copy=True).saving == plain.weights + plain.moments
     assert parts(optimizer="adamw8bit").moments < parts(optimizer="muon").moments < plain.moments
     assert parts(computed=torch.bfloat16).casts > 0
+    assert plain.exchange == 0 < parts(copies=True).exchange < parts(copies=True, stored=torch.bfloat16).exchange
     assert parts(stored=torch.bfloat16).state == plain.state // 2

@@ -112,6 +112,13 @@ def test_loss(monkeypatch) -> None:
         make_plan(configured(loss="native"), CPU, 1)
 
 
+def test_memory_counts_the_loss_that_is_chosen() -> None:
+    precision = choose_precision("fp32", CPU)[0]
+    chosen = make_plan(configured(), CPU, 1).loss
+    auto, named = (memory_of(configured(loss=loss), CPU, precision, 1, recompute=False) for loss in ("auto", chosen))
+    assert auto == named
+
+
 def test_a_smaller_budget_recomputes_then_shrinks_then_refuses() -> None:
     precision = choose_precision("fp32", CPU)[0]
     need = {

@@ -79,7 +79,7 @@ class MemoryEstimate:
     head: int
     saving: int
     average: int = 0
-    gathered: int = 0
+    exchange: int = 0
     process: int = 500_000_000  # Python and torch before there is a model: an allowance, not a measurement
 
     @property
@@ -90,28 +90,16 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.activations + self.head + self.saving + self.gathered + self.process
+        return self.state + self.activations + self.head + self.saving + self.exchange + self.process
 
 
 def estimate_memory(
-    config: ModelConfig,
-    *,
-    sequences: int,
-    length: int,
-    stored: torch.dtype = torch.float32,
-    computed: torch.dtype | None = None,
-    optimizer: str = "adamw",
-    recompute: bool = False,
-    loss: str = "chunked",
-    chunk: int = CHUNK,
-    attention: str | None = None,
-    masked: bool = False,
-    save_copy: bool = False,
-    adapter: int = 0,
-    dropout: bool = False,
-    average: bool = False,
-    shards: int = 1,
-) -> MemoryEstimate:
+    config: ModelConfig, *, sequences: int, length: int, stored: torch.dtype = torch.float32,
+    computed: torch.dtype | None = None, optimizer: str = "adamw", recompute: bool = False, loss: str = "chunked",
+    chunk: int = CHUNK, attention: str | None = None, masked: bool = False, save_copy: bool = False, adapter: int = 0,
+    dropout: bool = False, average: bool = False, shards: int = 1, copies: bool = False,
+    accumulated: bool = False,
+) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
     On a CPU the peak of the process was 0.90 to 1.17 times `total`; tests/model/test_estimate_memory.py measures it.
@@ -131,6 +119,8 @@ def estimate_memory(
         dropout: whether there is, which keeps a byte for each entry that a branch adds.
         average: whether an average of the weights that learn is kept, in fp32.
         shards: ranks that the state is cut among (FSDP2); then layers are whole only while they compute.
+        copies: whether other ranks have the same model (DDP), whose sums of gradients are kept.
+        accumulated: whether a step of shards has several micro-batches.
     """
     groups = count_groups(config)
     width, inner = stored.itemsize, (computed or stored).itemsize
@@ -147,11 +137,16 @@ def estimate_memory(
     table = config.vocab_size * config.hidden_size * (inner if shards == 1 else 4)  # cast; its gradient's sum in fp32
     activations = mask + (layers * stream + layer if recompute else layers * layer)
     head = rows * config.vocab_size * per_logit + table * (inner != width and not adapter) + 2 * stream
+    exchange = 0
+    if shards > 1:
+        exchange = _gathered_bytes(groups, layers, inner, activations + head, state["gradients"], accumulated)
+    elif copies and not adapter:
+        exchange = _bytes_beside_buckets(config, width, activations + head)
     return MemoryEstimate(
         **state,
         activations=activations, head=head, average=averaged,
         saving=(state["gradients"] + state["moments"] + averaged) * save_copy,
-        gathered=_gathered_bytes(groups, layers, inner, activations + head, state["gradients"]) if shards > 1 else 0,
+        exchange=exchange,
     )  # fmt: skip
 
 
@@ -181,18 +176,33 @@ def _state_bytes(
     return {name: -(-size // shards) for name, size in parts.items()}
 
 
-def _gathered_bytes(groups: dict[str, int], layers: int, inner: int, freed: int, gradients: int) -> int:
+def _gathered_bytes(
+    groups: dict[str, int], layers: int, inner: int, freed: int, gradients: int, accumulated: bool
+) -> int:
     """Bytes of what FSDP2 holds whole for a while.
 
     After the loss these are embedding and head with their gradients, two layers, the gradients of one, and what is
-    summed of it, while there are no shards of `gradients` yet. At the end of the backward pass, what is summed of
-    embedding and head comes in the place of `freed` bytes of activations and logits.
+    summed of it, while there are no shards of `gradients` yet but those of earlier micro-batches. At the end of the
+    backward pass, what is summed of embedding and head comes in the place of `freed` bytes of activations and logits,
+    and its shard beside that of the earlier ones.
 
     Args:
         inner: bytes of a number that is computed with; gradients are summed in fp32.
     """
     layer, rest = (groups["attention"] + groups["mlp"]) // layers, groups["embedding"] + groups["head"]
-    return max(2 * rest * inner + (3 * inner + 4) * layer - gradients, (2 * inner + 4) * rest - freed, 0)
+    missing, shard = (0, gradients * rest // sum(groups.values())) if accumulated else (gradients, 0)
+    return max(2 * rest * inner + (3 * inner + 4) * layer - missing, (2 * inner + 4) * rest + shard - freed, 0)
+
+
+def _bytes_beside_buckets(config: ModelConfig, width: int, freed: int) -> int:
+    """Bytes of the head's gradient, which is made in the forward pass while DDP's buckets hold all gradients.
+
+    It is summed in fp32. At the end of the backward pass the embedding's comes in the place of `freed` bytes of
+    activations and logits; it is added to that of a tied head.
+    """
+    table = config.vocab_size * config.hidden_size
+    made = table * (width if width == 4 else width + 4)
+    return max(made, table * width * (1 + config.tie_word_embeddings) - freed)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:

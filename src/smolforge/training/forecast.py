@@ -16,7 +16,7 @@ from smolforge.devices import Gpu, gpu_named
 from smolforge.errors import BadInput
 from smolforge.formatting import count, duration, size
 from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_token
-from smolforge.training.plan import Plan, make_plan, memory_of
+from smolforge.training.plan import Plan, make_plan, planned_memory
 from smolforge.training.recipe import resolve_batch, resolve_recipe
 
 CUDA = torch.device("cuda")
@@ -138,7 +138,4 @@ def forecast(config: RunConfig, gpus: int, gpu: Gpu, *, mfu: float = 0.4, price:
     config, recipe = resolve_recipe(resolve_batch(config, CUDA))
     plan = make_plan(config, CUDA, gpus, gpu, local=min(gpus, PER_MACHINE))
     plan.reasons.extend(recipe)
-    memory = memory_of(
-        config, CUDA, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu, shards=plan.shards
-    )
-    return Forecast(config, gpu, gpus, plan, memory, mfu, price)
+    return Forecast(config, gpu, gpus, plan, planned_memory(config, plan, gpu), mfu, price)

@@ -105,7 +105,9 @@ def make_plan(
     parallel, shards, parallel_reason = _choose_parallel(config, device, precision, world_size, local, gpu)
     if parallel != "single":
         reasons.append(f"parallel: {parallel} ({parallel_reason})")
-    estimate = partial(memory_of, config, device, precision, gpu=gpu, shards=shards)
+    estimate = partial(
+        memory_of, config, device, precision, gpu=gpu, shards=shards, copies=parallel == "ddp", sequences=sequences
+    )
     micro, recompute, memory = _fit_memory(config, device, sequences, gpu, estimate)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
@@ -155,7 +157,10 @@ def _choose_parallel(
         budget = gpu.memory / 2 if gpu else None  # as of `_micro_batch`
 
     def needed(shards: int) -> int:
-        memory = memory_of(config, device, precision, 1, recompute=False, gpu=gpu, shards=shards)
+        memory = memory_of(
+            config, device, precision, 1, recompute=False, gpu=gpu, shards=shards, copies=shards == 1,
+            sequences=_share(config, world),
+        )  # fmt: skip
         return memory.total - (memory.process if gpu else 0)
 
     return choose_parallel(config, precision, world, local or world, needed, budget)
@@ -193,26 +198,39 @@ def _fit_memory(
 
 
 def _memory_by_part(found: MemoryEstimate, gpu: Gpu) -> str:
-    parts = {"state": found.state, "gathered": found.gathered, "activations": found.activations, "head": found.head}
+    parts = {"state": found.state, "exchange": found.exchange, "activations": found.activations, "head": found.head}
     shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
     return f"about {(found.total - found.process) / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB ({shares})"
 
 
 def memory_of(
     config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool,
-    gpu: Gpu | None = None, shards: int = 1,
+    gpu: Gpu | None = None, shards: int = 1, copies: bool = False, sequences: int = 1,
 ) -> MemoryEstimate:  # fmt: skip
-    """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory."""
+    """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory.
+
+    Args:
+        sequences: of the rank, in a step.
+    """
     gpu = gpu or gpu_of(device)
     return estimate_memory(
         config.model, sequences=micro_batch, length=config.data.sequence_length,
         stored=precision.weights, computed=precision.autocast, optimizer=config.optimizer.name, recompute=recompute,
-        loss=config.training.loss, chunk=chunk_of(device),
+        loss=_choose_loss(config, device, precision)[0], chunk=chunk_of(device),
         attention=_choose_gpu_attention(config, gpu, precision)[0] if gpu else None,
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
         adapter=count_adapter_parameters(config.model, config.lora),
         dropout=config.training.dropout > 0, average=config.training.ema > 0, shards=shards,
+        copies=copies, accumulated=micro_batch < sequences,
+    )  # fmt: skip
+
+
+def planned_memory(config: RunConfig, plan: Plan, gpu: Gpu | None = None) -> MemoryEstimate:
+    """The memory of one rank's training step as it is planned; `gpu` as of `make_plan`."""
+    return memory_of(
+        config, plan.device, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu, shards=plan.shards,
+        copies=plan.parallel == "ddp", sequences=plan.sequences,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def replicate(model: CausalLM, ranks: DistributedContext, *, compiled: bool = Fa
     replica = Replica(model)
     for _ in range(2):
         replica(_any_loss).backward()
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)  # they stay in DDP's buckets, and micro-batches are summed there
     return replica
 
 
@@ -192,4 +192,5 @@ def train_step(
         norm, skipped = optimizer_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
         )
+    optimizer.zero_grad(set_to_none=replica is None)
     return nats, norm, skipped

@@ -27,7 +27,7 @@ from smolforge.report.history import read_history, summarize
 from smolforge.report.sweep import markdown, write_sweep_page
 from smolforge.run import Run, lock_run
 from smolforge.training.auto import measure_speeds
-from smolforge.training.plan import make_plan, memory_of
+from smolforge.training.plan import make_plan, planned_memory
 from smolforge.training.recipe import resolve_batch
 from smolforge.training.sweep_file import Sweep, trial_name
 from smolforge.training.trials import Trial, train_all
@@ -98,8 +98,7 @@ def open_sweep(sweep: Sweep, folder: Path) -> list[Candidate]:
         candidates.append(found := Candidate(values, trials))
         try:
             configs = [resolve_batch(build_config(sweep.base, **tree), device) for _, tree in layers]
-            plan = make_plan(configs[0], device, 1)
-            memory = memory_of(configs[0], device, plan.precision, plan.micro_batch, recompute=plan.recompute)
+            memory = planned_memory(configs[0], make_plan(configs[0], device, 1))
         except BadInput as error:
             found.error = " ".join(str(error).split())
             problems.append(error)

@@ -289,7 +289,6 @@ class Trainer:
         start, batches = self.bad[0].step, [bad.batch.step for bad in self.bad]
         self.pending.clear()
         self.bad.clear()
-        self.context.optimizer.zero_grad(set_to_none=True)
         limit = self.config.training.rollbacks
         where = f"three steps in a row were not finite from step {start} on"
         if self.position.rollbacks >= limit:

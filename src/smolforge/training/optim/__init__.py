@@ -105,7 +105,7 @@ def optimizer_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, nats: Tensor, *,
     lr: float, clip: float, ranks: DistributedContext, scaler: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Clip the gradients, update the weights unless something is not finite, and clear the gradients.
+    """Clip the gradients, and update the weights unless something is not finite.
 
     The fused optimizers skip an update on the device (`found_inf`), so the host does not wait for it.
 
@@ -141,7 +141,6 @@ def optimizer_step(
             optimizer.step()
         elif bool(finite):
             optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return norm, ~finite
 
 
