@@ -120,7 +120,7 @@ def test_a_dry_run_tells_every_decision_and_writes_nothing(tmp_path: Path, capsy
     told = capsys.readouterr().err
     for said in (
         "device: ", "precision: fp32 (as asked)", "batch: 128 tokens per step = ", "attention: ", "loss: ", "threads: 1",
-        "data: 1 file, ", "model: llama, ", "learning rate 0.002 at its peak", "length: ", "validation: ",
+        "data: 1 file, ", "model: llama, ", "learning rate: 0.002 at its peak", "length: ", "validation: ",
         "run: runs/tiny, a new run", "dry run: nothing was written",
     ):  # fmt: skip
         assert said in told, said

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from tiny import TINY, steps_of, undo_after, weights_of
 
 from smolforge.config import RunConfig, build_config
+from smolforge.training.dry_run import rehearse
+from smolforge.training.plan import memory_of
+from smolforge.training.precision import choose_precision
 from smolforge.training.recipe import best_batch, best_peak, count_body, resolve_batch, resolve_recipe
 from smolforge.training.setup import TrainRequest
 from smolforge.training.train import run_training
@@ -114,3 +117,11 @@ def test_a_run_of_the_default_recipe_resumes_exactly(tmp_path, caplog) -> None:
         "muon",
         pytest.approx(0.01, rel=0.06),
     )
+
+
+def test_the_memory_is_that_of_the_optimizer_which_the_recipe_takes(tmp_path) -> None:
+    path = tmp_path / "free.yaml"
+    path.write_text(yaml.safe_dump({key: TINY[key] for key in TINY if key not in ("optimizer", "schedule")}))
+    config, _ = resolve_recipe(build_config(str(path)))
+    needed = memory_of(config, CPU, choose_precision("fp32", CPU)[0], 1, recompute=True).total
+    rehearse(TrainRequest(str(path), overrides=[f"training.memory={needed}"], out=tmp_path / "run"))

@@ -136,6 +136,7 @@ def test_rounds_a_failing_trial_and_the_winner(
     assert len(rows) == 8 and [row["steps"] for row in ranked] == [24, 8]
     assert ranked[0]["values"]["optimizer.lr"] == 0.01 and ranked[0]["mean"] < ranked[1]["mean"]
     assert sum("divide" in (row["error"] or "") for row in rows) == 4 and captured.err.count("400") >= 2
+    assert captured.err.count("tokenizer: training") == 2, "one of each size, for four trials"
     best = Run(out / "trials" / "lr=0.01,vocab_size=320,micro_batch=2,seed=0")
     scores = {r["step"]: r["validation"]["bits_per_byte"] for r in read_metrics(best) if "validation" in r}
     assert ranked[0]["mean"] == min(scores.values()) and set(scores) == set(range(2, 25, 2))

@@ -53,11 +53,16 @@ def _tell(run: Run, config: RunConfig, prepared: Prepared, step: int) -> None:
     shape = f"{config.model.num_hidden_layers} layers of width {config.model.hidden_size}"
     logger.info(f"model: {config.model.architecture}, {count(model.parameters)} parameters, {shape}")
     logger.info(f"tokenizer: {prepared.tokenizer.vocab_size:,} tokens")
-    total, peak = config.total_steps, config.optimizer.lr
-    logger.info(
-        f"optimizer: {config.optimizer.name}, learning rate {peak:g} at its peak, schedule {config.schedule.name}"
-    )
-    tokens = total * config.tokens_per_step
+    decided = {reason.partition(":")[0] for reason in prepared.plan.reasons}  # by the recipe, and told with the reason
+    chosen = {
+        "optimizer": config.optimizer.name,
+        "learning rate": f"{config.optimizer.lr:g} at its peak",
+        "schedule": config.schedule.name,
+    }
+    for name, value in chosen.items():
+        if name not in decided:
+            logger.info(f"{name}: {value}")
+    total, tokens = config.total_steps, config.total_steps * config.tokens_per_step
     logger.info(f"length: {total:,} steps of {config.tokens_per_step:,} tokens, {count(tokens)} tokens in all")
     if prepared.eval_set is not None:
         text = prepared.eval_set

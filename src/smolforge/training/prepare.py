@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -50,10 +51,11 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Decide the plan and the length, and open data, tokenizer and held-out text."""
     check_optimizer(config.optimizer.name)
-    plan = make_plan(config, device, ranks.world_size, local=ranks.local_size)
+    # What this machine cannot do is refused before data is opened, on which the run's length may depend.
+    make_plan(resolve_recipe(config)[0], device, ranks.world_size, local=ranks.local_size)
     epochs = 0.0  # through text, by a run that begins
     corpus = open_corpus(run, config, newest, ranks, request.index, accept_changes=request.accept_changed_data)
-    tokenizer = _open_tokenizer(config, corpus, run, newest, ranks)
+    tokenizer = _open_tokenizer(config, corpus, run, newest, ranks, request.tokenizer)
     if newest is None or (config.training.steps is None and config.training.epochs is not None):
         if config.data.format == "text":
             config, epochs = resolve_epochs(config, corpus, tokenizer, ranks)
@@ -66,17 +68,27 @@ def prepare(
     return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
 
 
+def train_tokenizer(config: RunConfig, corpus: Corpus, directory: Path) -> None:
+    """Train the tokenizer that a configuration asks for on the first texts of its corpus, and save it."""
+    assert not isinstance(config.tokenizer, str)
+    wanted, longest = config.tokenizer.train, config.model.max_position_embeddings
+    logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
+    texts = islice(corpus.texts(held_out=False), wanted.documents)
+    Tokenizer.train(texts, wanted.vocab_size).save(directory, max_length=longest)
+
+
 def _open_tokenizer(
-    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext
+    config: RunConfig, corpus: Corpus, run: Run, newest: Path | None, ranks: DistributedContext, made: str | None
 ) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a named one, the one trained earlier, or one trained now."""
     source = newest or config.tokenizer
     if not isinstance(source, (Path, str)):
-        wanted, source = source.train, run.path / "tokenizer"
+        source = run.path / "tokenizer"
         if ranks.is_main and not (source / "tokenizer.json").is_file():
-            logger.info(f"tokenizer: training {wanted.vocab_size:,} tokens on {wanted.documents:,} documents")
-            texts, longest = corpus.texts(held_out=False), config.model.max_position_embeddings
-            Tokenizer.train(islice(texts, wanted.documents), wanted.vocab_size).save(source, max_length=longest)
+            if made:
+                shutil.copytree(made, source, dirs_exist_ok=True)
+            else:
+                train_tokenizer(config, corpus, source)
         ranks.barrier()
     tokenizer = Tokenizer.from_pretrained(source)
     if config.data.format != "text":

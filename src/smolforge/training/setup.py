@@ -73,6 +73,7 @@ class TrainRequest:
     profile: bool = False
     command: str | None = None  # the command line, for the report
     index: dict[str, Any] | None = None  # of the data, where it was read already to choose a size and a length
+    tokenizer: str | None = None  # directory of the one that this run would train, where it was trained already
 
 
 @dataclass

@@ -6,8 +6,12 @@ continues as runs do.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +23,9 @@ import yaml
 
 from smolforge.config import RunConfig, build_config
 from smolforge.config.layers import merge, read_file
+from smolforge.data import Corpus
 from smolforge.devices import available_memory, choose_device, physical_cores
-from smolforge.errors import BadInput, RunFailed
+from smolforge.errors import BadInput, RunFailed, SmolforgeError
 from smolforge.files import write_atomically
 from smolforge.formatting import number, plural, setting
 from smolforge.report.history import read_history, summarize
@@ -28,7 +33,9 @@ from smolforge.report.sweep import markdown, write_sweep_page
 from smolforge.run import Run, lock_run
 from smolforge.training.auto import measure_speeds
 from smolforge.training.plan import make_plan, planned_memory
+from smolforge.training.prepare import train_tokenizer
 from smolforge.training.recipe import resolve_batch
+from smolforge.training.run_data import keep_places
 from smolforge.training.sweep_file import Sweep, trial_name
 from smolforge.training.trials import Trial, train_all
 
@@ -36,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CORES_EACH = 4  # of a trial where there are many: small models do not become faster with more
 MEMORY_SHARE = 0.8  # of what is free
+TEXTS = {"sources", "format", "text_column", "separator", "on_error", "holdout"}  # keys of data that texts depend on
 
 
 @dataclass
@@ -175,10 +183,31 @@ def run_sweep(sweep: Sweep, folder: Path, candidates: list[Candidate], jobs: int
     with lock_run(Run(folder)):
         settings = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(folder / "sweep.yaml", settings)
+        _share_tokenizers(folder, candidates)
         ranked = _train(sweep, candidates, jobs)
         rows = [candidate.as_dict() for candidate in ranked]
         _write(sweep, folder, ranked, rows)
     return rows
+
+
+def _share_tokenizers(folder: Path, candidates: Sequence[Candidate]) -> None:
+    """Train each tokenizer once for all trials that would train the same; where that fails, they say why."""
+    for candidate in candidates:
+        # There are no configurations where the values cannot be.
+        for trial, config in zip(candidate.trials, candidate.configs, strict=False):
+            if isinstance(config.tokenizer, str) or config.init or trial.run.exists:
+                continue
+            data, longest = keep_places(config).data, config.model.max_position_embeddings
+            parts = (config.tokenizer.model_dump(), data.model_dump(include=TEXTS), longest)
+            place = folder / "tokenizers" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+            with contextlib.suppress(SmolforgeError):
+                if not place.is_dir():
+                    unfinished = place.with_suffix(".tmp")
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    with Corpus.open(data) as corpus:
+                        train_tokenizer(config, corpus, unfinished)
+                    unfinished.rename(place)
+                trial.request["tokenizer"] = str(place)
 
 
 def _train(sweep: Sweep, candidates: list[Candidate], jobs: int) -> list[Candidate]:
