@@ -145,6 +145,12 @@ def ranks_of(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, in their order."""
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in listed.stdout.split()]
+
+
 def wait_until(condition: Callable[[], bool], process: Process, interval: float = 0.005) -> bool:
     """Wait for a condition while the process lives; whether it came."""
     deadline = time.monotonic() + PATIENCE

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import ENVIRONMENT, finish, start_ranks, steps_done, wait_until
+from launch import ENVIRONMENT, children_of, finish, start_ranks, steps_done, wait_until
 from tiny import steps_of, tiny_file
 
 from smolforge import distributed
@@ -40,11 +40,6 @@ def torchrun(place: Path, run: Run, *options: str, first: str = "", words: list[
 
 def assert_saved_where_it_stood(run: Run) -> None:
     assert commit.steps(run.checkpoints_path)[-1] == steps_done(run) >= 5
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in listed.stdout.split()]
 
 
 def test_the_interface_of_the_route() -> None:
@@ -190,7 +185,7 @@ def test_signals_of_a_scheduler(tmp_path: Path, whom: str) -> None:
     run = Run(tmp_path / "run")
     process = torchrun(tmp_path, run)
     assert wait_until(lambda: steps_done(run) >= 5, process)
-    workers = workers_of(process)
+    workers = children_of(process.pid)
     assert len(workers) == 2
     for pid in [*workers, process.pid] if whom == "all at once" else [process.pid]:
         os.kill(pid, signal.SIGUSR1 if whom == "torchrun dies" else signal.SIGTERM)

@@ -4,12 +4,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launch import finish, start, steps_done, wait_until
+from launch import children_of, finish, start, steps_done, wait_until
 from tiny import tiny_file
 
 from smolforge.checkpoint import commit
@@ -147,8 +146,7 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     process = start([tiny_file(tmp_path), "--out", str(run.path), *LONG])
     assert wait_until(lambda: steps_done(run) >= 5, process)
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(listed.stdout.split()[1]), signal.SIGKILL)
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
     output = finish(process, 1)
     assert "process 1 was killed by SIGKILL" in output and "Traceback" not in output
 
