@@ -2,16 +2,19 @@
 
     torchrun --nproc-per-node 2 benchmarks/training/ddp.py [PRESET] [STEPS] [KEY=VALUE ...]
 
-Prints one line of JSON with medians in seconds over the slowest process: a whole step, and how much of it is the sums
-(the step minus the same step without sums, so what DDP hides behind the backward pass does not count).
+Prints one line of JSON with medians in seconds over the slowest process: a whole step; the sums in it (the step minus
+the same step without sums, so what DDP hides behind the backward pass does not count); and, on a CPU, for how long
+gradients are summed after the last of them was made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -39,8 +42,21 @@ class Contestant:
         self.optimizer = build_optimizer(self.model, config.optimizer, update=plan.update)
         self.replica = replicate(self.model, ranks) if way == "ddp" else None
         self.seconds: list[float] = []
+        self.after: list[float] = []
+        self.made = self.summed = 0.0  # when the last gradient was made, and when all were summed
+        for parameter in self.model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._note)
         if way == "sum":
             self.optimizer.register_step_pre_hook(lambda *_: self._sum())
+
+    def _note(self, _: torch.Tensor) -> None:
+        self.made = time.perf_counter()
+
+    @contextlib.contextmanager
+    def _span(self, name: str) -> Iterator[None]:
+        yield
+        if name == "backward":  # DDP returns from it once all is summed
+            self.summed = time.perf_counter()
 
     def _sum(self) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -49,6 +65,7 @@ class Contestant:
             dist.all_reduce(flat)
             for gradient, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                 gradient.copy_(summed)
+        self.summed = time.perf_counter()
 
     def step(self, tokens: torch.Tensor) -> None:
         """One timed step."""
@@ -56,11 +73,12 @@ class Contestant:
         began = time.perf_counter()
         train_step(
             self.model, self.optimizer, self.plan, self.config, tokens, None,
-            lr=1e-3, ranks=self.ranks, replica=self.replica,
+            lr=1e-3, ranks=self.ranks, replica=self.replica, span=self._span,
         )  # fmt: skip
         if tokens.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds.append(max(self.ranks.all_gather(time.perf_counter() - began)))
+        for found, mine in ((self.seconds, time.perf_counter() - began), (self.after, self.summed - self.made)):
+            found.append(max(self.ranks.all_gather(mine)))
 
 
 def main(preset: str = "pocket", steps: str = "10", *overrides: str) -> None:
@@ -81,6 +99,7 @@ def main(preset: str = "pocket", steps: str = "10", *overrides: str) -> None:
     pairs = zip(*(c.model.state_dict().values() for c in contestants[1:]), strict=True)
     difference = max(float((a - b).abs().max()) for a, b in pairs)
     medians = {c.way: statistics.median(c.seconds[WARM_UP:]) for c in contestants}
+    after = {c.way: statistics.median(c.after[WARM_UP:]) for c in contestants if c.way != "none"}
     if ranks.is_main:
         found = {
             "processes": ranks.world_size,
@@ -88,6 +107,7 @@ def main(preset: str = "pocket", steps: str = "10", *overrides: str) -> None:
             "parameters": sum(p.numel() for p in contestants[0].model.parameters()),
             "step_seconds": medians,
             "sum_seconds": {way: medians[way] - medians["none"] for way in ("sum", "ddp")},
+            "after_the_last_gradient_seconds": after if device.type == "cpu" else None,
             "largest_difference_of_weights": difference,
         }
         print(json.dumps(found))
