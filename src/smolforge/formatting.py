@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, TypeGuard
 
 MISSING = "–"
@@ -69,6 +70,11 @@ def count(value: float | None, digits: int = 3) -> str:
 def whole(value: float | None) -> str:
     """1234567 → 1,234,567."""
     return f"{value:,.0f}" if is_known(value) else MISSING
+
+
+def typed(path: str | Path) -> str:
+    """A path as typed from the current directory, where it lies below it; another name as it is."""
+    return str(Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else path)
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

@@ -108,10 +108,14 @@ def test_what_agrees_with_the_model_is_accepted(theirs: Path, tmp_path: Path) ->
     train(tmp_path, theirs, *STILL, *(word for override in agreeing for word in ("--set", override)))
 
 
-def test_it_learns_from_there_and_resumes_when_the_model_is_gone(theirs: Path, tmp_path: Path) -> None:
+def test_it_learns_from_there_and_resumes_when_the_model_is_gone(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
     shutil.copytree(theirs, model)
     run = train(tmp_path, model, "--steps", "5")
+    assert "weights and tokenizer: from model\n" in capsys.readouterr().err
     shutil.rmtree(model)
     assert cli.run(["train", "--out", str(run.path), "--steps", "+5"]) == 0
     losses = [row["loss"] for row in read_metrics(run) if "loss" in row]

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from smolforge.config import RunConfig
 from smolforge.files import write_atomically
-from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, setting, size, whole
+from smolforge.formatting import MISSING, clean, count, duration, flatten, number, percent, setting, size, typed, whole
 from smolforge.report.charts import Chart, ChartPage, Columns, Level, Mark, Series, smooth, smooth_ratio, thin
 from smolforge.report.history import History, RunSummary, describe, read_history, summarize, waiting_share
 from smolforge.run import Run
@@ -62,7 +62,7 @@ def write_report(run_path: str | Path | Run) -> Path:
         samples=samples,
         asked=history.setting("data.format", "text") != "text",  # the prompts are questions
         hidden_samples=sum(sample.hidden for sample in samples),
-        command=shlex.join(["smolforge", "train", clean(_relative(history.run.config_path)), "--out", "NEW"]),
+        command=shlex.join(["smolforge", "train", clean(typed(history.run.config_path.resolve())), "--out", "NEW"]),
         sections=_configuration(history),
         environment=list(flatten(environment, 40).items()),
         decisions=[setting(item) for item in decisions[:MAX_DECISIONS]] if isinstance(decisions, list) else [],
@@ -95,12 +95,6 @@ def _environment() -> jinja2.Environment:
         f"script-src {allowed}; base-uri 'none'; form-action 'none'",
     }
     return environment
-
-
-def _relative(path: Path) -> str:
-    """The path as typed from the current directory."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _progress(summary: RunSummary) -> int | None:

@@ -14,6 +14,7 @@ from smolforge.checkpoint.card import optimizer_of
 from smolforge.config import RunConfig
 from smolforge.distributed import copy_whole
 from smolforge.errors import BadInput, CheckpointError
+from smolforge.formatting import typed
 from smolforge.model.architecture import CausalLM, build_model
 from smolforge.model.lora import adapter_state, add_adapter
 from smolforge.training.parallel import shard_model
@@ -47,7 +48,7 @@ def build_run_model(config: RunConfig, plan: Plan, newest: Path | None, *, with_
                 f"optimizer: {made} made these weights, and muon learns worse from those than adamw does "
                 "(arXiv:2605.10468); --set optimizer.name=adamw"
             )
-        logger.info(f"weights and tokenizer: from {config.init}")
+        logger.info(f"weights and tokenizer: from {typed(config.init)}")
     count = sum(p.numel() for p in model.parameters())
     logger.info(f"model: {config.model.architecture}, {count:,} parameters, {config.model.num_hidden_layers} layers")
     if lora:
