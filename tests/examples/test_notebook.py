@@ -30,7 +30,10 @@ SHORT = (
 )
 
 
-def execute(folder: Path, options: str, monkeypatch: pytest.MonkeyPatch):
+SHORT_TUNING = "--lr 2e-3 --epochs 0.3 --batch-size 2 --set evaluation.tokens=500 --set samples.max_tokens=4"
+
+
+def execute(folder: Path, options: str, tuning: str, monkeypatch: pytest.MonkeyPatch):
     """The notebook after all its cells ran in `folder`; a cell that fails fails here."""
     from nbclient import NotebookClient
 
@@ -38,6 +41,7 @@ def execute(folder: Path, options: str, monkeypatch: pytest.MonkeyPatch):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("SMOLFORGE_WALKTHROUGH_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("SMOLFORGE_WALKTHROUGH", options)
+    monkeypatch.setenv("SMOLFORGE_WALKTHROUGH_TUNING", tuning)
     # A kernel named python3 may be of another environment; this one's Python runs it.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     book = nbformat.read(PATH, as_version=4)
@@ -57,7 +61,7 @@ def pictures(book) -> list[bytes]:
 
 
 def check(book, run: Run, steps: int) -> None:
-    """What a reader is promised: both summaries, the run, fifty steps more, two figures, three texts, the page."""
+    """What a reader is promised: both summaries, the run, fifty steps more, two figures, three texts, a chat, the page."""
     said = texts(book)
     assert "Total model parameters: 134,515,008" in said and "Total model parameters: 134,411,328" in said
     done = [row["step"] for row in read_metrics(run) if "loss" in row]
@@ -65,18 +69,20 @@ def check(book, run: Run, steps: int) -> None:
     assert len(pictures(book)) == 2 and all(picture.startswith(b"\x89PNG") for picture in pictures(book))
     for prompt in ("Once upon a time", "The future of artificial intelligence", "In the distant galaxy"):
         assert prompt in said
+    tuned = [row["validation"]["loss"] for row in read_metrics(Run(f"{run.path}-chat")) if "validation" in row]
+    assert "assistant\n⟦" in said and tuned[-1] < tuned[0]
     assert "'completion_tokens': 40" in said and "the server ended with exit code 0" in said
     assert (run.path / "walkthrough.gguf").stat().st_size > 10_000 and run.report_path.exists()
 
 
 def test_it_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(execute(tmp_path, SHORT, monkeypatch), Run(tmp_path / "runs" / "walkthrough"), steps=6)
+    check(execute(tmp_path, SHORT, SHORT_TUNING, monkeypatch), Run(tmp_path / "runs" / "walkthrough"), steps=6)
 
 
 @pytest.mark.slow
 def test_it_runs_at_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "runs" / "walkthrough")
-    book = execute(tmp_path, "", monkeypatch)
+    book = execute(tmp_path, "", "--lr 2e-3", monkeypatch)
     check(book, run, steps=configuration.build_config("pocket").total_steps)
     losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
     assert losses[-1] < 2 < 7 < losses[0]
