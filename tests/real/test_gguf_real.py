@@ -72,7 +72,7 @@ def test_the_file_run_as_it_is_writes_what_its_numbers_say(smollm2: Path, real_d
     texts = [list(prompt) for prompt in prompts]
     for step in engine.stream(prompts, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)):
         texts[step.request] += [] if step.token_id is None else [step.token_id]
-    differ = 0
+    ties: list[float] = []  # the margins of the tokens that the module would not write
     for prompt, text in zip(prompts, texts, strict=True):
         assert len(text) == len(prompt) + 200
         with torch.no_grad():  # the module's logits are transformers', see the test above and tests/model
@@ -80,13 +80,14 @@ def test_the_file_run_as_it_is_writes_what_its_numbers_say(smollm2: Path, real_d
         best, written = logits.topk(2), torch.tensor(text[len(prompt) :])
         margins = best.values[:, 0] - best.values[:, 1]
         other = best.indices[:, 0] != written
-        differ += int(other.sum())
-        assert margins[other].max() < 2e-2 if other.any() else True, "two tokens that are nearly as likely"
-    assert differ <= 8, "of 4,000 tokens"
+        ties += margins[other].tolist()
+    print(f"{len(ties)} of 4,000 tokens differ, with margins of", [round(margin, 5) for margin in ties])
+    assert len(ties) <= 8 and max(ties, default=0) < 1e-3, "two tokens that are nearly as likely"
     lines = (real_data / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8")
     piece = tokenize_eval_set([lines], tokenizer, 4000)
     expected, found = (
         evaluate(module, piece, length=1000, batch=1),
         evaluate_runner(select_runner(module)[0], piece, length=1000),
     )
+    print(f"loss {found.loss:.6f}, of the decoded weights {expected.loss:.6f}")
     assert abs(found.loss - expected.loss) < 1e-4
