@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from conversations import QUESTIONS
 from smolforge.checkpoint.format import write_model
 from smolforge.config import ModelConfig
+from smolforge.export.check import compare_with_llama_cpp, summarize
 from smolforge.export.gguf import export_gguf
 from smolforge.model.architecture import build_model
 from smolforge.tokenizer import Tokenizer
@@ -63,3 +65,16 @@ def test_llama_cpp_gives_the_same_tokens(pair: Any) -> None:
         ids.append(int(logits.argmax()))
         assert ids[-1] == int(theirs.argmax())
         llama.eval(ids[-1:])
+
+
+TEN = (*QUESTIONS[:6], *QUESTIONS[18:20], *QUESTIONS[29:31])
+
+
+@pytest.mark.parametrize(("kind", "equal"), [("f32", 10), ("q8_0", 0), ("q4_1", 0)])
+def test_the_genuine_model_answers_the_same(smollm2: Path, tmp_path: Path, kind: str, equal: int) -> None:
+    """All ten in fp32; with fewer bits llama.cpp rounds activations to 8 bits, and near ties may go the other way."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    found = compare_with_llama_cpp(export_gguf(smollm2, tmp_path / "x.gguf", kind=kind).path, prompts=TEN)
+    print(summarize(found))
+    assert len(found) == 10 and sum(each.ours == each.theirs for each in found) >= equal
+    assert all(each.ours.strip() for each in found)

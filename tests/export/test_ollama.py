@@ -83,6 +83,11 @@ def test_the_modelfile_says_what_the_template_says(name: str, tmp_path: Path) ->
     found = parse(tmp_path / "cat" / "Modelfile")
     assert found["FROM"] == "./model.gguf" and ("stop", "<|im_end|>") in found["PARAMETER"]
     assert found.get("SYSTEM") == ("You are kind." if name == "smollm2" else None)
+    _fills_as_the_template(found, tokenizer, "<|endoftext|>" if begins else "")
+
+
+def _fills_as_the_template(found: dict[str, Any], tokenizer: Tokenizer, begin: str = "") -> None:
+    """Three conversations by a parsed Modelfile and by the chat template."""
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes."},
@@ -93,7 +98,7 @@ def test_the_modelfile_says_what_the_template_says(name: str, tmp_path: Path) ->
         given = messages
         if "SYSTEM" in found and messages[0]["role"] != "system":  # Ollama puts it first where a request has none
             given = [{"role": "system", "content": found["SYSTEM"]}, *messages]
-        assert ("<|endoftext|>" if begins else "") + filled(found["TEMPLATE"], given) == text
+        assert begin + filled(found["TEMPLATE"], given) == text
 
 
 @pytest.mark.parametrize("template", [MERGED, "{{ messages[-1].content | upper }}", "{{ messages | length }}"])
@@ -128,7 +133,11 @@ def test_a_gguf_file_keeps_what_ends_a_turn(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 2 and fields["tokenizer.chat_template"].contents()
 
 
-def test_the_genuine_template(smollm2: Path) -> None:
-    found = role_template(Tokenizer.from_pretrained(smollm2))
+def test_the_genuine_model(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(smollm2)
+    found = role_template(tokenizer)
     assert found.system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert found.opening == "<|im_start|>assistant\n" and found.around["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
+    modelfile = parse(export_ollama(smollm2, tmp_path / "smol", kind="q4_1").path / "Modelfile")
+    assert modelfile["SYSTEM"] == found.system and ("stop", "<|im_end|>") in modelfile["PARAMETER"]
+    _fills_as_the_template(modelfile, tokenizer)

@@ -20,7 +20,7 @@ from smolforge.errors import BadInput, RunFailed
 from smolforge.generation import Engine, SamplingParams, StepOutput
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "How do I boil an egg?")
-CLOSE = 0.7  # nats: a token half as likely as the likeliest is not a wrong one where both sides round
+CLOSE = 2.5  # nats: a right q8_0 file differed by 1.6, where llama.cpp rounds activations to 8 bits
 _CONTEXT = 512
 
 
