@@ -251,9 +251,9 @@ def counted(self, batch):
     step(self, batch)
     self_steps[0] = self.position.step
     at_eight[0] = time.monotonic()
-def slow_write(*args):
+def slow_write(*args, **options):
     time.sleep(7)
-    write(*args)
+    write(*args, **options)
 train.Trainer._step, Loader.wait, checkpointing.save_state = counted, slow_wait, slow_write
 """
     )

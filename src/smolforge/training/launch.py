@@ -122,7 +122,7 @@ def exit_code(codes: dict[int, int]) -> int:
     """The exit code of a run from those of its ranks that did not end with 0.
 
     A rank's own error counts, then that another has ended, then that it was asked to stop, which the agent does to the
-    others when one has failed.
+    others when one has failed. Of SIGINT and SIGTERM it is SIGINT: a rank that another told to stop says SIGTERM.
 
     Raises:
         RunFailed: a signal killed a rank.
@@ -134,4 +134,4 @@ def exit_code(codes: dict[int, int]) -> int:
         hint = "Where nobody sent it, the machine ran out of memory. The same command continues the run."
         raise RunFailed(f"process {rank} was killed by {name}", hint=hint)
     stopped: Iterable[int] = (EXIT_CODES.get(signal.Signals(-code), 1) if code < 0 else code for code in codes.values())
-    return own[0] if own else 1 if 1 in codes.values() else max(stopped, default=0)
+    return own[0] if own else 1 if 1 in codes.values() else min(stopped, default=0)
