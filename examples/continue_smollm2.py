@@ -23,14 +23,13 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     before = smolforge.evaluate(args.init, args.text, held_out=True, tokens=5000)
     run = smolforge.train(
-        "smollm2-135m",
+        "continue",
         init=args.init,
         data=args.text,
         steps=args.steps,
         out=args.out,
         config={
-            "data": {"sequence_length": args.window, "lanes": 2},
-            "optimizer": {"lr": 1e-4},
+            "data": {"sequence_length": args.window},
             "training": {"tokens_per_step": 4 * args.window},
         },
     )

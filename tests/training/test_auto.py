@@ -73,7 +73,7 @@ def test_what_was_named_is_kept(choose: Chooses, monkeypatch: pytest.MonkeyPatch
         {"overrides": ["training.steps=7"]},
         {"overrides": ["model.hidden_size=96"]},
         {"layers": {**data, "training": {"tokens": 10**6}}},
-        {"layers": {**data, "init": "smollm2"}},
+        {"base": "smollm2-135m", "layers": {**data, "init": "smollm2"}},
         {"layers": {}},
         {"more_steps": 5},
         {"must_resume": True},
@@ -81,6 +81,10 @@ def test_what_was_named_is_kept(choose: Chooses, monkeypatch: pytest.MonkeyPatch
         same = choose(**request)
         assert (same.base, same.overrides) == (request.get("base"), request.get("overrides", ())), request
         assert same.layers == request.get("layers", data), request
+    trained_on = choose(layers={**data, "init": "smollm2"})
+    assert trained_on.base == "continue" and trained_on.layers == {**data, "init": "smollm2"}
+    optimizer = build_config("continue").optimizer  # the pocket preset has muon and 0.012
+    assert (optimizer.name, optimizer.lr) == ("adamw", 1e-4)
     named = choose(base="llama-13m", minutes=30)
     assert named.base == "llama-13m" and named.out is None and named.layers["training"]["steps"] > 0
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -46,6 +46,8 @@ SMALL_TEXT = 1 << 20  # bytes; continuing a pretrained model learns more from so
 def choose(request: TrainRequest, minutes: float | None) -> TrainRequest:
     """The request with a preset and a length, where it names neither and the run is new; else as it is.
 
+    A model that is trained on (`init`) gets the preset `continue`.
+
     Args:
         minutes: the time to train for; `MINUTES` where None.
 
@@ -60,6 +62,8 @@ def choose(request: TrainRequest, minutes: float | None) -> TrainRequest:
     if request.base is None and request.out is None and request.layers.get("data"):
         request = replace(request, out=Path("runs") / name_of(request.layers["data"]["sources"]))
     new = request.fresh or request.out is None or not (Run(request.out).exists or request.must_resume)
+    if new and request.base is None and _set_by(request, "init"):
+        request = replace(request, base="continue")
     named = request.base is not None or bool(_set_by(request, "init", "model"))
     wanted = minutes is not None or (not named and request.layers.get("data"))
     if (
