@@ -21,10 +21,10 @@ from smolforge.cli.options import (
     parse_step_range,
     usual_layers,
 )
+from smolforge.errors import BadInput
 
 if TYPE_CHECKING:
     from smolforge.training.setup import TrainRequest
-from smolforge.errors import BadInput
 
 EXAMPLES = """\
 examples:

@@ -35,7 +35,7 @@ def keep_places(config: RunConfig) -> RunConfig:
         for key in ("tokenizer", "init")
         if isinstance(name := getattr(config, key), str) and (path := Path(name).expanduser()).exists()
     }
-    return _with_sources(config.model_copy(update=places), sources)
+    return config.model_copy(update=places).with_keys("data", sources=sources)
 
 
 def _without_empty_files(sources: dict[str, float]) -> dict[str, float]:
@@ -65,11 +65,7 @@ def check_weights(run: Run, saved: RunConfig, changed: RunConfig) -> RunConfig:
             message = _other_data(run, list(was), list(now))
         hint = "Give another directory with --out, or --fresh to start over."
         raise BadInput(message, field=f"data.sources.{[*different, *now][0]}", hint=hint)
-    return _with_sources(changed, now)
-
-
-def _with_sources(config: RunConfig, sources: dict[str, float]) -> RunConfig:
-    return config.with_keys("data", sources=sources)
+    return changed.with_keys("data", sources=now)
 
 
 def _other_data(run: Run, was: list[str], now: list[str]) -> str:
