@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,7 +126,17 @@ def never_end(visit: Visit) -> None:
         body = json.loads(route.request.post_data)
         route.continue_(post_data=json.dumps({**body, "ignore_eos": True}))
 
-    visit.page.route(re.compile("/v1/(chat/)?completions$"), ignore_eos)
+    visit.page.route(re.compile("/(page/write|v1/chat/completions)$"), ignore_eos)
+
+
+@contextlib.contextmanager
+def halted(server: Server) -> Iterator[None]:
+    """The server writes nothing meanwhile, so that a text cannot end before the test has seen it and stopped it."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 def open_tab(visit: Visit, name: str) -> None:

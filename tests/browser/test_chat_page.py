@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SHOTS, Visit, never_end, open_tab, until
+from conftest import SHOTS, Visit, halted, never_end, open_tab, until
 
 # What a model could write to do harm, and what it usually writes.
 MARKDOWN = """# Title
@@ -162,9 +162,10 @@ def test_escape_stops_and_continue_goes_on(chat, chat_server):
     page.fill("#question", "Ramble!")
     page.press("#question", "Enter")
     until(page, "document.querySelector('.turn.assistant .said-text').textContent.length > 20")
-    assert page.locator("#send").is_hidden()
-    page.keyboard.press("Escape")
-    text = finished(one)
+    with halted(chat_server):
+        assert page.locator("#send").is_hidden()
+        page.keyboard.press("Escape")
+        text = finished(one)
     assert chat_server.idle(5)
     assert "stopped" in page.inner_text(".last .figures")
     page.reload()
@@ -400,7 +401,7 @@ def test_a_link_with_a_prompt_opens_the_write_tab(visit_chat):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("device", "width", "height"), [("desktop", 1440, 900), ("phone", 390, 844)])
-def test_screenshots_and_accessibility(chat, scheme, device, width, height):
+def test_screenshots_and_accessibility(chat, chat_server, scheme, device, width, height):
     """Each state at both widths and in both schemes: nothing is wider than the window, and axe finds nothing."""
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
     SHOTS.mkdir(exist_ok=True)
@@ -435,9 +436,10 @@ def test_screenshots_and_accessibility(chat, scheme, device, width, height):
     choose(one, temperature="2", top_p="1", max_tokens="900")
     send("Tell me a long story about a fox, please.")
     until(page, "document.querySelector('.turn.assistant .said-text').textContent.length > 60")
-    shot("writing")
-    page.click("#stop-answer")
-    finished(one)
+    with halted(chat_server):
+        shot("writing")
+        page.click("#stop-answer")
+        finished(one)
     shot("stopped")
     page.unroute_all()
     answer_with(one, MARKDOWN)

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from conftest import SHOTS, Visit, never_end, open_tab, until, walk_tabs
+from conftest import SHOTS, Visit, halted, never_end, open_tab, until, walk_tabs
 from serving_fixtures import STEPS
 
 ONCE = "Once upon a time"
@@ -52,15 +52,22 @@ def keep_seed(visit: Visit, seed: int) -> None:
 def test_text_grows_and_shows_its_figures(visit):
     one = visit()
     keep_seed(one, 5)
+    never_end(one)
     one.page.evaluate(
-        "window.lengths = []; new MutationObserver(() => window.lengths.push(document.querySelectorAll('.token').length))"
-        ".observe(document.getElementById('text'), {childList: true, subtree: true})"
+        "window.lengths = []; window.grown = []; let frame = 0;"
+        "requestAnimationFrame(function next() { frame += 1; requestAnimationFrame(next); });"
+        "new MutationObserver(() => {"
+        "  window.lengths.push(document.querySelectorAll('.token').length);"
+        "  window.grown[frame] = (window.grown[frame] ?? 0) + 1;"
+        "}).observe(document.getElementById('text'), {childList: true, subtree: true})"
     )
     submit(one, tokens=400)
     text = finished(one)
     assert text.startswith(ONCE)
     lengths = [n for n in one.page.evaluate("window.lengths") if n]
     assert lengths == sorted(lengths) and len(set(lengths)) > 5, "the text is drawn as it is written"
+    often = [count for count in one.page.evaluate("window.grown") if count and count > 1]
+    assert len(often) <= 3, f"drawn several times in {len(often)} frames: the page lags behind a fast model"
     figures = one.page.inner_text(".figures")
     assert re.search(r"\d+ tokens · [\d.,]+ tokens/s · \d+ of 1,024 context · seed 5 · step 160", figures), figures
 
@@ -70,14 +77,27 @@ def test_stop_ends_the_writing_and_frees_the_slot(visit, page_server):
     never_end(one)
     submit(one, "", tokens=1000)
     one.page.wait_for_selector(".token >> nth=2")
-    one.page.click("#stop")
-    one.page.wait_for_selector("#text[aria-busy=false]")
+    with halted(page_server):
+        one.page.click("#stop")
+        one.page.wait_for_selector("#text[aria-busy=false]")
     count = one.page.locator(".token").count()
     assert 0 < count < 1000
     assert page_server.idle(5)
     one.page.wait_for_timeout(300)
     assert one.page.locator(".token").count() == count
     assert one.page.inner_text(".end") == "stopped"
+
+
+def test_clear_while_it_writes(visit, page_server):
+    one = visit()
+    never_end(one)
+    submit(one, "", tokens=1000)
+    one.page.wait_for_selector(".token >> nth=2")
+    with halted(page_server):
+        one.page.click("#clear")
+    assert page_server.idle(5)
+    one.page.wait_for_timeout(100)
+    assert one.page.locator(".token").count() == 0 and one.page.locator(".welcome").is_visible()
 
 
 def test_the_same_seed_writes_the_same_text(visit):
@@ -240,7 +260,7 @@ def test_training_tab_draws(visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("device", "width", "height"), [("desktop", 1440, 900), ("phone", 390, 844)])
-def test_screenshots(visit, scheme, device, width, height):
+def test_screenshots(visit, page_server, scheme, device, width, height):
     """Each state at both widths and in both schemes; nothing is wider than the window."""
     SHOTS.mkdir(exist_ok=True)
     touch = {"has_touch": True, "is_mobile": True, "device_scale_factor": 2} if device == "phone" else {}
@@ -270,9 +290,10 @@ def test_screenshots(visit, scheme, device, width, height):
     choose(max_tokens="1000", temperature="2", top_p="1")
     page.click("#submit")
     page.wait_for_selector(".token >> nth=4")
-    shot("writing")
-    page.click("#stop")
-    page.wait_for_selector("#text[aria-busy=false]")
+    with halted(page_server):
+        shot("writing")
+        page.click("#stop")
+        page.wait_for_selector("#text[aria-busy=false]")
     shot("stopped")
     page.unroute_all()
     choose(max_tokens="100", temperature="0.8", top_p="0.9")

@@ -71,6 +71,7 @@ class WriteRequest(PageSettings):
     """A prompt, and the tokens after it that are kept: all of them to continue, some and another one to branch."""
 
     ids: list[int] = Field(default_factory=list, max_length=1 << 17)
+    ignore_eos: bool = False
 
 
 class ServeRequest(StrictModel):

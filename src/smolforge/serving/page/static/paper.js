@@ -21,6 +21,7 @@ export class Paper {
     this.takes = [];
     this.at = -1;
     this.running = null;
+    this.frame = null;
     this.state = {};
     this.place = place;
     this.popover = new Popover((index, choice) => this.branch(index, choice));
@@ -157,6 +158,7 @@ export class Paper {
     const abort = new AbortController();
     this.running = abort;
     Object.assign(take, { finish: null, problem: null, waiting: true, began: 0, count: 0, rate: 0 });
+    this.mark();
     this.describe();
     try {
       await events("page/write", { ...settings.forPage(knobs), ids }, abort.signal, (news) => this.take_in(take, news));
@@ -167,7 +169,10 @@ export class Paper {
     }
     take.waiting = false;
     if (this.running === abort) this.running = null;
-    if (take === this.take) this.mark();
+    if (take === this.take) {
+      this.grow();
+      this.mark();
+    }
     this.describe();
     this.save();
   }
@@ -184,21 +189,15 @@ export class Paper {
     }
     const fresh = news.tokens;
     if (news.rest) fresh.push({ id: null, text: news.rest, p: 0, top: [] });
-    const first = take.tokens.length;
     take.tokens.push(...fresh.filter((token) => token.id !== null));
-    if (news.rest && take.tokens.length) take.tokens[take.tokens.length - 1].text += news.rest; // broken characters at the end
     take.count += fresh.length;
     if (take.count > 1) take.rate = (1000 * (take.count - 1)) / Math.max(1, now - take.began);
     if (news.finish) take.finish = news.finish;
-    if (take === this.take) {
-      const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
-      this.text.append(...take.tokens.slice(first).map((token, i) => this.span(token, first + i)));
-      if (news.rest && first && first === take.tokens.length) {
-        this.text.querySelector(`[data-index="${first - 1}"]`)?.replaceWith(this.span(take.tokens[first - 1], first - 1));
-      }
-      if (bottom) this.text.scrollTop = this.text.scrollHeight;
-      this.describe();
+    if (news.rest && take.tokens.length) { // broken characters at the end
+      take.tokens.at(-1).text += news.rest;
+      if (take === this.take) this.text.querySelector(`[data-index="${take.tokens.length - 1}"]`)?.remove();
     }
+    this.frame ??= requestAnimationFrame(() => this.grow());
   }
 
   // Drawing.
@@ -220,6 +219,18 @@ export class Paper {
     prompt.textContent = this.take.prompt;
     this.text.replaceChildren(prompt, ...this.take.tokens.map((token, i) => this.span(token, i)));
     this.mark();
+  }
+
+  // Draws the tokens that came since it last did. The whole text is laid out then: once for a frame, not for a token.
+  grow() {
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
+    if (!this.take) return; // cleared meanwhile
+    const drawn = this.text.getElementsByClassName("token").length;
+    const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
+    this.text.append(...this.take.tokens.slice(drawn).map((token, i) => this.span(token, drawn + i)));
+    if (bottom) this.text.scrollTop = this.text.scrollHeight;
+    this.describe();
   }
 
   mark() {
