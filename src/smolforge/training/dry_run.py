@@ -10,7 +10,7 @@ from smolforge.checkpoint import commit
 from smolforge.config import RunConfig
 from smolforge.devices import choose_device
 from smolforge.distributed import DistributedContext
-from smolforge.formatting import count
+from smolforge.formatting import count, plural
 from smolforge.model.summary import summarise
 from smolforge.run import Run
 from smolforge.training import setup
@@ -66,7 +66,7 @@ def _tell(run: Run, config: RunConfig, prepared: Prepared, step: int) -> None:
     logger.info(f"length: {total:,} steps of {config.tokens_per_step:,} tokens, {count(tokens)} tokens in all")
     if prepared.eval_set is not None:
         text = prepared.eval_set
-        logger.info(f"validation: {len(text.tokens) - 1:,} tokens of {text.documents:,} held-out documents")
+        logger.info(f"validation: {len(text.tokens) - 1:,} tokens of {plural(text.documents, 'held-out document')}")
     state = f"resuming from step {step:,}" if step else "a new run"
     logger.info(f"run: {run.path}, {state}")
     logger.info("dry run: nothing was written")
