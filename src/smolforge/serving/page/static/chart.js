@@ -12,7 +12,7 @@ const short = (value) => {
   const size = Math.abs(value);
   if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
   if (size >= 1e3) return `${+(value / 1e3).toPrecision(3)}k`;
-  return size !== 0 && size < 2e-2 ? (+value.toPrecision(2)).toExponential() : `${+value.toPrecision(3)}`;
+  return size !== 0 && size < 1e-3 ? (+value.toPrecision(2)).toExponential() : `${+value.toPrecision(3)}`;
 };
 
 // A mean over a window around each point that shrinks towards both ends, so that it neither lags nor begins late.

@@ -101,7 +101,7 @@ export function training(place, state) {
 
 function summary(run) {
   const { step, tokens, loss, tokens_per_second: rate, validation } = run.last;
-  const parts = [run.live ? "training" : step >= run.total ? "finished" : "not training now"];
+  const parts = [step >= run.total ? "finished" : run.live ? "training" : "not training now"];
   if (step !== undefined) parts.push(`step ${number(step)}${run.total ? ` of ${number(run.total)}` : ""}`);
   if (tokens) parts.push(`${number(tokens)} tokens`);
   if (loss !== undefined) parts.push(`loss ${number(loss, 3)}`);
