@@ -1,12 +1,14 @@
 """Generation side by side: smolforge, llama.cpp, transformers and the seed's loop, on the same weights.
 
-    python benchmarks/generation/compare.py [--model MODEL] [--llama-python PYTHON] [--rounds 7] [--threads 2]
-                                            [--only NAME ...]
+    python benchmarks/generation/compare.py [--model MODEL] [--llama-python PYTHON] [--ik-bench PROGRAM]
+                                            [--rounds 7] [--threads 2] [--only NAME ...]
 
 Contestants live in processes of their own and take turns, job by job, so that a machine that is slow for a while
 is slow for all. Reported are medians, and medians of the ratios of neighbouring turns. llama.cpp runs where
 PYTHON can import `llama_cpp` (a virtual environment with `pip install llama-cpp-python`). Without MODEL the weights
-are random and of SmolLM2-135M's shape. Where MODEL is a GGUF file, native-file and llama.cpp-file run that very file.
+are random and of SmolLM2-135M's shape. PROGRAM is `llama-bench` of ik_llama.cpp, whose authors call it the fastest
+on a CPU; it repacks the same GGUF files as it loads them, and runs each job in a process of its own.
+Where MODEL is a GGUF file, native-file, llama.cpp-file and ik-file run that very file.
 Read bandwidth is measured in the same run by summing an array beyond the caches, and
 the bare loop (bare.cpp: the same matrices times one row, nothing else) takes its turn with the others where the
 processor has AVX-512 with VNNI and bf16.
@@ -33,6 +35,10 @@ PAIRS = {
     "native-fp32": ("llama.cpp-f32", 0.95), "native-bf16": ("llama.cpp-bf16", 1.3),
     "native-int8": ("llama.cpp-q8_0", 2.0), "native-int4": ("llama.cpp-q4_0", 1.7),
     "native-file": ("llama.cpp-file", 1.7),
+}  # fmt: skip
+IK_PAIRS = {
+    "native-fp32": ("ik-f32", 1.0), "native-bf16": ("ik-bf16", 1.5), "native-int8": ("ik-q8_0", 1.5),
+    "native-int4": ("ik-q4_0", 1.5), "native-file": ("ik-file", 1.5),
 }  # fmt: skip
 OTHERS = ["engine-int8", "transformers-fp32", "transformers-bf16", "transformers-compiled-bf16", "seed-fp32"]
 BARE = {"native-fp32": (32, None), "native-bf16": (16, 0.8), "native-int8": (8, 0.8), "native-int4": (4, 0.7)}
@@ -90,6 +96,31 @@ class Peer:
         self._process.wait(60)
 
 
+IK_JOBS = {"decode 32 64": ["-p", "0", "-n", "64"], "first 512": ["-p", "512", "-n", "0"]}
+
+
+class IkBench:
+    """llama-bench of ik_llama.cpp on one GGUF file: a process for each job, which warms up and measures once."""
+
+    def __init__(self, program: str, model: Path, threads: int) -> None:
+        best = ["-rtr", "1", "-fa", "1"]  # repack the weights as they are loaded; flash attention
+        self._command = [program, "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json", *best]
+        self.facts = {"load_seconds": 0.0, "weight_bytes": model.stat().st_size}
+
+    def run(self, job: str) -> float | None:
+        """Seconds of one job; None for what it cannot do: several sequences."""
+        if job not in IK_JOBS:
+            return None
+        answer = subprocess.run([*self._command, *IK_JOBS[job]], capture_output=True, check=True, text=True).stdout
+        return json.loads(answer[answer.index("[") :])[0]["avg_ns"] / 1e9
+
+    def resident(self) -> None:
+        """Not known: each job has a process of its own."""
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
 def make_model(workspace: Path, llama_python: str | None, model: str | None = None) -> None:
     """A model, or one of random weights, as a Hugging Face directory and, for llama.cpp, as GGUF files."""
     from smolforge.checkpoint.format import write_model
@@ -134,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--llama-python", default=None)
+    parser.add_argument("--ik-bench", default=None, help="llama-bench of ik_llama.cpp")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "smolforge-compare")
@@ -141,12 +173,18 @@ def main() -> None:
     args = parser.parse_args()
     llama = args.llama_python and shutil.which(args.llama_python)
     make_model(args.workspace, llama, args.model)
-    names = list(dict.fromkeys([name for pair, (theirs, _) in PAIRS.items() for name in (pair, theirs)] + OTHERS))
+    pairs = [*PAIRS.items(), *IK_PAIRS.items(), *(("native-int8", (other, 10.0)) for other in OTHERS[1:3])]
+    names = list(dict.fromkeys([name for ours, (theirs, _) in pairs for name in (ours, theirs)] + OTHERS))
     names = [n for n in names if (args.only is None or n in args.only) and (llama or not n.startswith("llama"))]
+    names = [n for n in names if args.ik_bench or not n.startswith("ik-")]
     names = [n for n in names if not n.endswith("-file") or (args.workspace / "file.gguf").exists()]
     read = bandwidth(args.threads)
-    peers = {}
+    peers: dict[str, Peer | IkBench] = {}
     for name in names:
+        if name.startswith("ik-"):
+            model = args.workspace / f"{name.removeprefix('ik-')}.gguf"
+            peers[name] = IkBench(args.ik_bench, model, args.threads)
+            continue
         python = llama if name.startswith("llama") else sys.executable
         peers[name] = Peer(name, str(python), args.workspace, args.threads)
     times: dict[str, dict[str, list[float]]] = {name: {job: [] for job in JOBS} for name in names}
@@ -163,8 +201,8 @@ def main() -> None:
                     continue
                 count = "8" if name.startswith("seed") else None
                 seconds = peers[name].run(line if count is None else line.replace(" 64", f" {count}"))
-                seconds *= 8 if count and job == "decode" else 1
-                if turn:
+                if turn and seconds is not None:
+                    seconds *= 8 if count and job == "decode" else 1
                     times[name][job].append(seconds)
     result = {"threads": args.threads, "rounds": args.rounds, "read_bytes_per_second": round(read), "peers": {}}
     print(f"{'':20} {'tokens/s':>9} {'8 seqs':>8} {'first ms':>9} {'load s':>7} {'weights MB':>11} {'% of read':>10}")
@@ -184,16 +222,18 @@ def main() -> None:
             f"{facts['load_seconds']:7.2f} {facts['weight_bytes'] / 1e6:11.0f} {100 * share:10.0f}"
         )
     result["ratios"] = {}
-    for ours, (theirs, wanted) in [*PAIRS.items(), *(("native-int8", (o, 10.0)) for o in OTHERS[1:3])]:
+    for ours, (theirs, wanted) in pairs:
         if ours in times and theirs in times:
             ratios = {
                 job: statistics.median([b / a for a, b in zip(times[ours][job], times[theirs][job], strict=True)])
                 for job in JOBS
+                if times[theirs][job]
             }
             result["ratios"][f"{ours} / {theirs}"] = {**ratios, "wanted_decode": wanted}
+            several = f" 8 sequences {ratios['batch8']:.2f} (1.2)," if "batch8" in ratios else ""
             print(
-                f"{ours} / {theirs}: decode {ratios['decode']:.2f} (wanted {wanted}), 8 sequences "
-                f"{ratios['batch8']:.2f} (1.2), first token in {1 / ratios['first512']:.2f} of the time (0.7)"
+                f"{ours} / {theirs}: decode {ratios['decode']:.2f} (wanted {wanted}),{several} "
+                f"first token in {1 / ratios['first512']:.2f} of the time (0.7)"
             )
     for name, loop in bare_times.items():
         own = [seconds / TOKENS["decode"] for seconds in times[name]["decode"]]
