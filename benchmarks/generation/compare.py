@@ -7,7 +7,7 @@ Contestants live in processes of their own and take turns, job by job, so that a
 is slow for all. Reported are medians, and medians of the ratios of neighbouring turns. llama.cpp runs where
 PYTHON can import `llama_cpp` (a virtual environment with `pip install llama-cpp-python`). Without MODEL the weights
 are random and of SmolLM2-135M's shape. PROGRAM is `llama-bench` of ik_llama.cpp, whose authors call it the fastest
-on a CPU; it repacks the same GGUF files as it loads them, and runs each job in a process of its own.
+on a CPU; it reads the same GGUF files, and runs each job in a process of its own.
 Where MODEL is a GGUF file, native-file, llama.cpp-file and ik-file run that very file.
 Read bandwidth is measured in the same run by summing an array beyond the caches, and
 the bare loop (bare.cpp: the same matrices times one row, nothing else) takes its turn with the others where the
@@ -96,23 +96,27 @@ class Peer:
         self._process.wait(60)
 
 
-IK_JOBS = {"decode 32 64": ["-p", "0", "-n", "64"], "first 512": ["-p", "512", "-n", "0"]}
-
-
 class IkBench:
     """llama-bench of ik_llama.cpp on one GGUF file: a process for each job, which warms up and measures once."""
 
     def __init__(self, program: str, model: Path, threads: int) -> None:
-        best = ["-rtr", "1", "-fa", "1"]  # repack the weights as they are loaded; flash attention
-        self._command = [program, "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json", *best]
+        self._command = [program, "-m", str(model), "-t", str(threads), "-o", "json", "-fa", "1"]
         self.facts = {"load_seconds": 0.0, "weight_bytes": model.stat().st_size}
+        jobs = {"decode 32 64": ["-p", "0", "-n", "64"], "first 512": ["-p", "512", "-n", "0"]}
+        # Repacking the weights as they are loaded helps some types and harms others: each job gets what is faster.
+        self._jobs = {
+            job: min(([*words, "-rtr", packed] for packed in "01"), key=lambda words: self._bench(words, rounds=5))
+            for job, words in jobs.items()
+        }
+
+    def _bench(self, words: list[str], rounds: int = 1) -> float:
+        command = [*self._command, *words, "-r", str(rounds)]
+        answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        return json.loads(answer[answer.index("[") :])[0]["avg_ns"] / 1e9
 
     def run(self, job: str) -> float | None:
         """Seconds of one job; None for what it cannot do: several sequences."""
-        if job not in IK_JOBS:
-            return None
-        answer = subprocess.run([*self._command, *IK_JOBS[job]], capture_output=True, check=True, text=True).stdout
-        return json.loads(answer[answer.index("[") :])[0]["avg_ns"] / 1e9
+        return self._bench(self._jobs[job]) if job in self._jobs else None
 
     def resident(self) -> None:
         """Not known: each job has a process of its own."""
