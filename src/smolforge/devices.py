@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -194,24 +193,3 @@ def _peak_of(name: str) -> float | None:
         return None
     found = [known for known in CARDS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
     return 1e12 * CARDS[max(found, key=len)][0] if found else None
-
-
-def available_memory() -> int:
-    """Bytes that processes may still take; where the system does not say, half of what the machine has."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
-    except OSError:
-        found = None
-    return int(found[1]) << 10 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def physical_cores(world_size: int) -> int:
-    """Physical cores that this process may use, divided by the ranks of this machine."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
-        allowed = set(range(os.cpu_count() or 1))
-    siblings = ((cpu, Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) for cpu in allowed)
-    cores = {path.read_text("ascii") if path.is_file() else str(cpu) for cpu, path in siblings}
-    return max(1, len(cores) // max(1, local_ranks))

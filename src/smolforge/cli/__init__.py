@@ -77,8 +77,12 @@ def run(argv: Sequence[str]) -> int:
     # Large blocks on pages of 2 MiB: a twelfth of a training step went into pages of 4 KiB (docs/log.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from smolforge import logging
+    from smolforge import limits, logging
     from smolforge.errors import SmolforgeError
+
+    # A container that may use two of sixty CPUs is slowed down by sixty threads.
+    if (quota := limits.cpu_quota()) and quota < len(limits.visible_cpus()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
 
     logging.show()
     args = parser(verb=argv[0] if argv else None).parse_args(argv)

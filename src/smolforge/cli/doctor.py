@@ -68,9 +68,9 @@ def _python() -> tuple[str, str]:
 def _torch() -> tuple[str, str]:
     import torch
 
-    from smolforge.devices import physical_cores
+    from smolforge.limits import physical_cores
 
-    return "ok", f"{torch.__version__}, {physical_cores(1)} physical cores"
+    return "ok", f"{torch.__version__}, {physical_cores(1)} cores for it"
 
 
 def _device() -> tuple[str, str]:

@@ -249,7 +249,7 @@ class TrainingConfig(Section):
     rollbacks: int = Field(default=3, ge=0)
     """How often a run may go back to its last checkpoint after three non-finite steps in a row."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of the matrix products on a CPU; the physical cores unless given."""
+    """Threads of the matrix products on a CPU; unless given OMP_NUM_THREADS, or the cores that may be used."""
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:

@@ -16,9 +16,10 @@ import torch
 
 from smolforge import kernels
 from smolforge.config import RunConfig
-from smolforge.devices import Gpu, gpu_of, physical_cores
+from smolforge.devices import Gpu, gpu_of
 from smolforge.errors import BadInput
 from smolforge.formatting import plural
+from smolforge.limits import physical_cores
 from smolforge.model import attention as attentions
 from smolforge.model.lora import count_adapter_parameters
 from smolforge.model.loss import chunk_of

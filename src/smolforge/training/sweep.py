@@ -24,10 +24,11 @@ import yaml
 from smolforge.config import RunConfig, build_config
 from smolforge.config.layers import merge, read_file
 from smolforge.data import Corpus
-from smolforge.devices import available_memory, choose_device, physical_cores
+from smolforge.devices import choose_device
 from smolforge.errors import BadInput, RunFailed, SmolforgeError
 from smolforge.files import write_atomically
 from smolforge.formatting import number, plural, setting
+from smolforge.limits import available_memory, physical_cores
 from smolforge.report.history import read_history, summarize
 from smolforge.report.sweep import markdown, write_sweep_page
 from smolforge.run import Run, lock_run
