@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_an_error_is_marked_where_another_rank_reports_it() -> None:
             raise error
         marks.append(caught.value.is_reported)
     assert marks == [False, True, True]
+
+
+def test_the_thread_of_the_rendezvous_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it prints an error at the end, where it happens to be the last that knows of itself."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    stopped: list[object] = []
+    monkeypatch.setattr(DynamicRendezvousHandler, "shutdown", lambda self: stopped.append(self))
+    monkeypatch.setattr(LocalElasticAgent, "run", lambda _: SimpleNamespace(failures={}))
+    for name in (launch.STARTED_BY, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "")
+    assert launch.start_processes(2, ["train"]) == 0 and len(stopped) == 1
 
 
 def test_bad_input_is_reported_once_with_its_own_code(tmp_path: Path) -> None:

@@ -85,16 +85,19 @@ def start_processes(count: int, words: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The agent's own handlers would kill a process that saves for 30 s, and forget its exit code: it has none.
     os.environ |= {STARTED_BY: str(count), "TORCHELASTIC_SIGNALS_TO_HANDLE": ""}
-    rendezvous = RendezvousParameters("c10d", "127.0.0.1:0", f"smolforge-{os.getpid()}", 1, 1, "127.0.0.1")
+    parameters = RendezvousParameters("c10d", "127.0.0.1:0", f"smolforge-{os.getpid()}", 1, 1, "127.0.0.1")
+    rendezvous = get_rendezvous_handler(parameters)
     with tempfile.TemporaryDirectory(prefix="smolforge-") as folder:
         spec = WorkerSpec(
             role="train", local_world_size=count, entrypoint=sys.executable, args=("-m", "smolforge", *words),
-            rdzv_handler=get_rendezvous_handler(rendezvous), max_restarts=0, monitor_interval=0.1,
-            local_addr="127.0.0.1",
+            rdzv_handler=rendezvous, max_restarts=0, monitor_interval=0.1, local_addr="127.0.0.1",
         )  # fmt: skip
         agent: Any = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
-        with _signals_passed_on(agent):
-            failures = agent.run().failures
+        try:
+            with _signals_passed_on(agent):
+                failures = agent.run().failures
+        finally:
+            rendezvous.shutdown()  # or its thread may drop the last reference to itself, and fail to wait for its end
     return exit_code({rank: failure.exitcode for rank, failure in failures.items()})
 
 
