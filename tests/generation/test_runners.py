@@ -148,6 +148,14 @@ print(runner.forward([ScheduledChunk(runner.new_cache(9), [5, 3, 8, 1], 0, 4)]).
     assert float(done.stdout) == expected
 
 
+def test_a_container_that_may_use_two_cpus_gets_two_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 60)
+    assert CpuRunner(make_model(), "int8").threads == 2
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: None)
+    assert CpuRunner(make_model(), "int8", threads=1).threads == 1
+
+
 @pytest.mark.parametrize("runner_of", [lambda m: CpuRunner(m, "int8"), lambda m: CudaRunner(m, "fp32"), ModuleRunner])
 def test_a_copied_prefix_continues_as_the_original(runner_of):
     model = make_model()

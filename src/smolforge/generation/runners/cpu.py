@@ -26,6 +26,7 @@ from smolforge.generation.kv_cache import KVCache
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.gguf_file import Blocks, blocks_of
 from smolforge.kernels import NativeUnavailable, library
+from smolforge.limits import cpu_quota
 from smolforge.model.architecture import architecture_of
 from smolforge.model.llama import rotary_angles
 
@@ -108,7 +109,8 @@ class CpuRunner:
             raise NativeUnavailable(f"the native step runs Llama, not {config.architecture!r}")
         self._library: Any = library()
         self._library.smolforge_open.restype = ctypes.c_void_p
-        self.config, self.threads = config, threads or torch.get_num_threads()
+        usual = torch.get_num_threads()
+        self.config, self.threads = config, threads or min(usual, cpu_quota() or usual)
         threads_of = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         self.name = f"native C++, {precision}, {threads_of}"
         self._dtype = torch.float32 if precision in ("fp32", "file") else torch.bfloat16
