@@ -41,7 +41,7 @@ lint: $(VENV)/installed-dev      ## ruff, pyright, and the layers of the code
 
 soak: $(VENV)/installed-dev $(CLIENTS)/installed  ## long checks: random kills, faults and corruption (an hour or more)
 	$(PIP) -e '.[native]'
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 bench: $(VENV)/installed-peers   ## smolforge beside its peers (builds llama.cpp first); each ends in one JSON line
 	$(BIN)/smolforge bench train
