@@ -29,6 +29,13 @@ def submit(visit: Visit, prompt: str = ONCE, tokens: int | None = None) -> None:
     page.click("#submit")
 
 
+def write_on(visit: Visit) -> None:
+    """Begin a text that goes on until it is stopped."""
+    never_end(visit)
+    submit(visit, "", tokens=1000)
+    visit.page.wait_for_selector(".token >> nth=2")
+
+
 def finished(visit: Visit) -> str:
     """The text, once it is written."""
     until(visit.page, "document.querySelector('.takes').textContent !== ''")
@@ -74,9 +81,7 @@ def test_text_grows_and_shows_its_figures(visit):
 
 def test_stop_ends_the_writing_and_frees_the_slot(visit, page_server):
     one = visit()
-    never_end(one)
-    submit(one, "", tokens=1000)
-    one.page.wait_for_selector(".token >> nth=2")
+    write_on(one)
     with halted(page_server):
         one.page.click("#stop")
         one.page.wait_for_selector("#text[aria-busy=false]")
@@ -90,9 +95,7 @@ def test_stop_ends_the_writing_and_frees_the_slot(visit, page_server):
 
 def test_clear_while_it_writes(visit, page_server):
     one = visit()
-    never_end(one)
-    submit(one, "", tokens=1000)
-    one.page.wait_for_selector(".token >> nth=2")
+    write_on(one)
     with halted(page_server):
         one.page.click("#clear")
     assert page_server.idle(5)
