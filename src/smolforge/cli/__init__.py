@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
 
     # A container that may use two of sixty CPUs is slowed down by sixty threads.
     if (quota := limits.cpu_quota()) and quota < len(limits.visible_cpus()):
-        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
+        os.environ.setdefault("OMP_NUM_THREADS", str(limits.physical_cores(1)))
 
     logging.show()
     args = parser(verb=argv[0] if argv else None).parse_args(argv)

@@ -68,7 +68,10 @@ class PageSettings(StrictModel):
 
 
 class WriteRequest(PageSettings):
-    """A prompt, and the tokens after it that are kept: all of them to continue, some and another one to branch."""
+    """A prompt, and the tokens after it that are kept: all of them to continue, some and another one to branch.
+
+    `ignore_eos`: write on past the end of a text, as in the API.
+    """
 
     ids: list[int] = Field(default_factory=list, max_length=1 << 17)
     ignore_eos: bool = False

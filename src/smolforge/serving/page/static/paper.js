@@ -169,11 +169,8 @@ export class Paper {
     }
     take.waiting = false;
     if (this.running === abort) this.running = null;
-    if (take === this.take) {
-      this.grow();
-      this.mark();
-    }
-    this.describe();
+    this.grow();
+    this.mark();
     this.save();
   }
 
@@ -225,11 +222,12 @@ export class Paper {
   grow() {
     cancelAnimationFrame(this.frame);
     this.frame = null;
-    if (!this.take) return; // cleared meanwhile
-    const drawn = this.text.getElementsByClassName("token").length;
-    const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
-    this.text.append(...this.take.tokens.slice(drawn).map((token, i) => this.span(token, drawn + i)));
-    if (bottom) this.text.scrollTop = this.text.scrollHeight;
+    if (this.take) { // not cleared meanwhile
+      const drawn = this.text.getElementsByClassName("token").length;
+      const bottom = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
+      this.text.append(...this.take.tokens.slice(drawn).map((token, i) => this.span(token, drawn + i)));
+      if (bottom) this.text.scrollTop = this.text.scrollHeight;
+    }
     this.describe();
   }
 
