@@ -300,8 +300,9 @@ def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if not fits or not q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return blocked(q, k, v, mask)
     first = None
-    if mask is not None:  # the first key that each query sees, (B, T)
-        first = mask[:, 0].to(torch.uint8).argmax(-1).to(torch.int32).expand(q.shape[0], -1).contiguous()
+    if mask is not None:  # the first key that each query sees, (B, T): what it sees ends at itself
+        after = torch.arange(1, length + 1, dtype=torch.int32)
+        first = (after - mask[:, 0].sum(-1, dtype=torch.int32)).expand(q.shape[0], -1).contiguous()
     return native_rows(q, k, v, first)[0]
 
 

@@ -86,7 +86,7 @@ def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, step
     """Seconds of each part of the first step and of `steps` timed ones; the warm-up between them is left out."""
     device = plan.device
     model = build_model(config.model, **plan.model_options)
-    optimizer = build_optimizer(model, config.optimizer, update=plan.update)
+    optimizer = build_optimizer(model, config.optimizer, update=plan.update, products=plan.precision.products)
     tokens = torch.randint(config.model.vocab_size, (sequences, length + 1), device=device)
     timings: list[dict[str, float]] = []
 
@@ -109,7 +109,7 @@ def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, step
 
 def matmul_flops(config: RunConfig, plan: Plan, rows: int) -> float:
     """FLOP/s of the products of an MLP alone, (rows, D) x (D, I), in the precision of the run: the best of ten."""
-    dtype = plan.precision.autocast or plan.precision.weights
+    dtype = plan.precision.products
     width, inner = config.model.hidden_size, config.model.intermediate_size
     left = torch.randn(rows, width, device=plan.device).to(dtype)
     right = torch.randn(width, inner, device=plan.device).to(dtype)

@@ -89,7 +89,7 @@ class Forecast:
             return 2 * (copies - 1) / copies * self.memory.gradients
         # Each pass gathers all parameters for forward and backward, and sums the gradients in fp32.
         passes = self.plan.sequences // self.plan.micro_batch
-        each = 2 * (precision.autocast or precision.weights).itemsize + 4
+        each = 2 * precision.products.itemsize + 4
         return passes * each * count_parameters(self.config.model) * (shards - 1) / shards
 
     def as_dict(self) -> dict[str, Any]:

@@ -283,7 +283,7 @@ class MetricsLogger:
     def sample(self, step: int) -> None:
         """Continue the fixed prompts on rank 0. Called by all ranks together."""
         precision = self.plan.precision
-        model = whole_model(self.context.model, self.ranks, precision.autocast or precision.weights)
+        model = whole_model(self.context.model, self.ranks, precision.products)
         with self.ranks.together():
             self._write_samples(step, model)
 

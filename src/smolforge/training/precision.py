@@ -29,6 +29,11 @@ class Precision:
     matmul: str  # for `torch.set_float32_matmul_precision`
     scaler: bool = False  # whether gradients are scaled against fp16's narrow range
 
+    @property
+    def products(self) -> torch.dtype:
+        """Of the inputs of matrix products."""
+        return self.autocast or self.weights
+
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context of forward passes."""
         return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()

@@ -32,7 +32,7 @@ def build_run_model(config: RunConfig, plan: Plan, newest: Path | None, *, with_
     lora = config.lora.r > 0
     options = plan.model_options
     if lora:
-        options |= {"dtype": plan.precision.autocast or plan.precision.weights, "sparse_embedding": False}
+        options |= {"dtype": plan.precision.products, "sparse_embedding": False}
     if plan.shards > 1:
         options |= {"shard": partial(shard_model, device=plan.device, precision=plan.precision, shards=plan.shards)}
     model = build_model(

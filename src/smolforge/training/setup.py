@@ -321,7 +321,7 @@ def build_context(
         learns_pairs = config.data.format == "preferences"
         is_reference = learns_pairs and not run.reference_path.is_file()  # it is computed with the weights of `init`
         model = build_run_model(config, plan, newest, with_init=newest is None or is_reference)
-        optimizer = build_optimizer(model, config.optimizer, update=plan.update)
+        optimizer = build_optimizer(model, config.optimizer, update=plan.update, products=plan.precision.products)
         ema, preferences = config.training.ema, None
         if learns_pairs:
             preferences = open_preferences(run, config, plan, prepared.corpus, prepared.tokenizer, model, ranks)

@@ -29,8 +29,9 @@ from smolforge.config import OptimizerConfig, ScheduleConfig
 from smolforge.distributed import DistributedContext, is_sharded
 from smolforge.errors import unknown
 
-# (model on its device, section `optimizer` of the configuration, *, update) -> optimizer. `update` is the code that
-# updates weights in bf16: "torch", "compiled" or "native"; others may ignore it.
+# (model on its device, section `optimizer` of the configuration, *, update, products) -> optimizer. `update` is the
+# code that updates weights in bf16 ("torch", "compiled" or "native") and `products` the precision of the model's
+# matrix products; an optimizer may ignore them.
 OptimizerBuilder = Callable[..., torch.optim.Optimizer]
 _BUILDERS: dict[str, OptimizerBuilder] = {}
 
@@ -59,10 +60,12 @@ def check_optimizer(name: str) -> None:
         raise unknown("optimizer", name, sorted(builders()), field="optimizer.name")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, update: str = "torch") -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, update: str = "torch", products: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """The optimizer of `config` over the parameters of `model` that learn; arguments as of `OptimizerBuilder`."""
     check_optimizer(config.name)
-    return builders()[config.name](model, config, update=update)
+    return builders()[config.name](model, config, update=update, products=products)
 
 
 def parameter_groups(

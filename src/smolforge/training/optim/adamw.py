@@ -189,7 +189,7 @@ def _key(seed: int, number: int, step: Tensor) -> Tensor:
 
 
 @register("adamw")
-def build_adamw(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
+def build_adamw(model: nn.Module, config: OptimizerConfig, *, update: str, **_: Any) -> torch.optim.Optimizer:
     """torch's fused AdamW, where one kernel updates all parameters; weights in bf16 are rounded stochastically."""
     groups = parameter_groups(model, config)
     if any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad):
@@ -198,7 +198,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig, *, update: str) -> to
 
 
 @register("adamw8bit")
-def build_adamw8bit(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
+def build_adamw8bit(model: nn.Module, config: OptimizerConfig, **_: Any) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), from bitsandbytes."""
     try:
         import bitsandbytes  # type: ignore[import-not-found]

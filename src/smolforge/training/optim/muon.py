@@ -5,8 +5,8 @@ Muon is for matrices that map hidden states to hidden states; AdamW updates embe
 are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so one learning rate and decay serve
 both.
 
-Unlike torch.optim.Muon this one computes in fp32 on a CPU, where bf16 is slow or missing, supports `found_inf`, and
-updates the rest of the parameters too.
+Unlike torch.optim.Muon this one computes in fp32 on a CPU unless the model is trained in bf16 there, supports
+`found_inf`, and updates the rest of the parameters too.
 """
 
 from __future__ import annotations
@@ -33,49 +33,51 @@ _ITERATIONS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 _SIZE = 0.2
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
     """Approximately U Vᵀ of each matrix's singular value decomposition.
 
     Singular values from 0.01 of the Frobenius norm on come between 0.7 and 1.3.
 
     Args:
         matrices: (N, rows, columns), not zero throughout.
+        precision: of the iterations.
 
     Returns:
-        (N, rows, columns) in `_precision`.
+        (N, rows, columns) in `precision`.
     """
     x = matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     # In fp32: fp16 does not hold a small gradient.
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(_precision(x.device))
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(precision)
     for a, b, c in _ITERATIONS:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-def _precision(device: torch.device) -> torch.dtype:
-    """Of the iterations: fp32 on a CPU, 16 bits elsewhere, where matrix products in fp32 are slow."""
-    return torch.float32 if device.type == "cpu" else half_precision(device)
+def _precision(device: torch.device, products: torch.dtype) -> torch.dtype:
+    """Of the iterations: that of the model's matrix products on a CPU; 16 bits elsewhere, where fp32 is slow."""
+    return products if device.type == "cpu" else half_precision(device)
 
 
 def _rows(tensors: list[Tensor]) -> list[Tensor]:
     return [local_rows(tensor)[0] for tensor in tensors]
 
 
-def _orthogonalize_together(rows: Tensor, like: Any) -> Tensor:
+def _orthogonalize_together(rows: Tensor, like: Any, precision: torch.dtype) -> Tensor:
     """`orthogonalize` of matrices that may be sharded: each rank does some of them whole.
 
     Args:
         rows: (N, rows of this rank, columns); all rows unless sharded.
         like: a parameter of the shape of one matrix, sharded as all of them are.
+        precision: as of `orthogonalize`.
 
     Returns:
-        As `rows`.
+        As `rows`, in `precision`.
     """
     if not is_sharded(like):
-        return orthogonalize(rows)
+        return orthogonalize(rows, precision)
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, (height, width) = like.device_mesh, like.shape
@@ -83,12 +85,14 @@ def _orthogonalize_together(rows: Tensor, like: Any) -> Tensor:
     whole: dict[str, Any] = {"shape": (len(rows), height, width), "stride": (height * width, width, 1)}
     given = DTensor.from_local(rows.contiguous(), mesh, by_rows, run_check=False, **whole)
     mine = given.redistribute(placements=by_matrix).to_local()
-    done = DTensor.from_local(orthogonalize(mine).contiguous(), mesh, by_matrix, run_check=False, **whole)
+    done = DTensor.from_local(orthogonalize(mine, precision).contiguous(), mesh, by_matrix, run_check=False, **whole)
     return done.redistribute(placements=by_rows).to_local()
 
 
 @register("muon")
-def build_muon(model: nn.Module, config: OptimizerConfig, *, update: str) -> torch.optim.Optimizer:
+def build_muon(
+    model: nn.Module, config: OptimizerConfig, *, update: str, products: torch.dtype
+) -> torch.optim.Optimizer:
     """Muon over the layers' matrices, AdamW over the rest."""
     if any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad):
         raise BadInput(
@@ -98,7 +102,8 @@ def build_muon(model: nn.Module, config: OptimizerConfig, *, update: str) -> tor
         )
     assert isinstance(model, CausalLM)
     groups = parameter_groups(model, config, orthogonal=model.hidden_matrices())
-    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum)
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    return Muon(groups, momentum=config.momentum, products=products, **options)
 
 
 class Muon(torch.optim.AdamW):
@@ -107,6 +112,7 @@ class Muon(torch.optim.AdamW):
     Args:
         params: parameter groups of `parameter_groups`.
         momentum: decay of the running mean of the gradient, of `orthogonal` groups.
+        products: the precision of the model's matrix products.
         options: lr, betas and eps, as of torch's AdamW.
 
     Attributes:
@@ -115,9 +121,11 @@ class Muon(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: list[dict[str, Any]], *, momentum: float, **options: Any) -> None:
+    def __init__(
+        self, params: list[dict[str, Any]], *, momentum: float, products: torch.dtype = torch.float32, **options: Any
+    ) -> None:
         super().__init__(params, fused=True, **options)
-        self.momentum = momentum
+        self.momentum, self.products = momentum, products
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -153,7 +161,9 @@ class Muon(torch.optim.AdamW):
             torch._foreach_copy_(momenta, torch.where(skip, old, means).unbind())  # pyright: ignore[reportPrivateImportUsage]
             looks_ahead = torch.lerp(gradients, means, self.momentum)  # Nesterov's
             del gradients, old, means  # each is as large as all these matrices
-            updates = _orthogonalize_together(looks_ahead, parameters[0]).mul(group["lr"] * _SIZE * max(shape) ** 0.5)
+            precision = _precision(device, self.products)
+            updates = _orthogonalize_together(looks_ahead, parameters[0], precision)
+            updates = updates.mul(group["lr"] * _SIZE * max(shape) ** 0.5)
             old = torch.stack(weights)
             new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(updates)
             torch._foreach_copy_(weights, torch.where(skip, old, new).unbind())  # pyright: ignore[reportPrivateImportUsage]
