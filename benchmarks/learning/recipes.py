@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from smolforge.config.values import parse_count
+
 MODEL = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 3,
     "num_key_value_heads": 1, "max_position_embeddings": 1024, "rope_theta": 10000.0, "vocab_size": 4096,
@@ -48,10 +50,10 @@ RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def configuration(recipe: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of one run."""
+def configuration(recipe: str, seed: int, args: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """The configuration of one run of the recipe's share of `tokens`."""
     share, settings = RECIPES[recipe]
-    training = {"tokens": int(share * args.tokens), "seed": seed, "compile": "off", "threads": args.threads}
+    training = {"tokens": int(share * tokens), "seed": seed, "compile": "off", "threads": args.threads}
     never = {"every": 1_000_000}
     return {
         "model": MODEL,
@@ -100,31 +102,43 @@ def table(found: dict[str, list[dict[str, Any]]], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Train all runs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="+", help="files of text, each weighted by its size")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--tokens", type=lambda text: int(float(text.replace("M", "e6"))), default=2_000_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
-    args = parser.parse_args()
+def parser(description: str | None, tokens: str) -> argparse.ArgumentParser:
+    """What both benchmarks of learning ask; `tokens` is the default."""
+    asked = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("texts", nargs="+", help="files of text, each weighted by its size")
+    asked.add_argument("--out", type=Path, required=True, help="directory of the runs")
+    asked.add_argument("--tokens", default=tokens, help=f"of a run: {tokens}")
+    asked.add_argument("--seeds", type=int, default=3)
+    asked.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    asked.add_argument("--threads", type=int, default=1, help="threads of each")
+    return asked
+
+
+def train_tokenizer(args: argparse.Namespace) -> None:
+    """Train the tokenizer of all runs, and with it one step."""
     args.out.mkdir(parents=True, exist_ok=True)
-    first = configuration("adamw", 0, args)
+    first = configuration("adamw", 0, args, 1_000_000)
     first["tokenizer"] = {"train": {"vocab_size": MODEL["vocab_size"], "documents": 4000}}
     train("tokenizer", first, args.out, "--steps", "1")
+
+
+def main() -> None:
+    """Train all runs and print the table."""
+    asked = parser(__doc__, tokens="2M")
+    asked.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    args = asked.parse_args()
+    train_tokenizer(args)
+    tokens = parse_count(args.tokens)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {
-            (recipe, seed): pool.submit(train, f"{recipe}-{seed}", configuration(recipe, seed, args), args.out)
+            (recipe, seed): pool.submit(train, f"{recipe}-{seed}", configuration(recipe, seed, args, tokens), args.out)
             for seed in range(args.seeds)
             for recipe in args.only
         }
         found = {recipe: [runs[recipe, seed].result() for seed in range(args.seeds)] for recipe in args.only}
-    print(table(found, args.tokens))
+    print(table(found, tokens))
     ends = {recipe: [run["bits_per_byte"] for run in each] for recipe, each in found.items()}
-    print(json.dumps({"tokens": args.tokens, "bits_per_byte": ends}))
+    print(json.dumps({"tokens": tokens, "bits_per_byte": ends}))
 
 
 if __name__ == "__main__":

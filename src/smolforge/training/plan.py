@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ from smolforge.training.precision import Precision, choose_precision
 
 # Tokens of one micro-batch on a CPU: enough rows to fill the matrix products, few enough to stay in memory.
 CPU_MICRO_TOKENS = 4096
-# What tuning on a CPU is planned for by itself, so that it stays within 4 and 2 GB of a laptop that has other programs:
-# the peak of SmolLM2-135M was up to 11% above the estimate in training, and saving an adapter's model takes more.
-TUNING_MEMORY, LORA_MEMORY = 3_600_000_000, 1_800_000_000
+# What tuning on a CPU stays within by itself, every weight or an adapter: a laptop has other programs too.
+TUNING_MEMORY, LORA_MEMORY = 4_000_000_000, 2_000_000_000
+# Of an amount of memory, what tuning on a CPU is planned for where that is enough: SmolLM2-135M's peak was up to 12%
+# above the estimate.
+TUNING_SHARE = 0.9
 # Longest sequence for which blocked attention is chosen in bf16 on a CPU; between the two lengths that were measured.
 SHORT = 1024
 # What compiling costs and gains, from docs/performance.md: it must pay for itself well within the run.
@@ -173,24 +176,24 @@ def _fit_memory(
 ) -> tuple[int, bool, str]:
     """Micro-batch, whether to recompute activations, and the reason where memory decided; `estimate` as `memory_of`."""
     budget, asked = config.training.memory, config.training.micro_batch
-    tunes = budget == "auto" and device.type == "cpu" and config.data.format != "text"
-    if tunes:
+    tunes = device.type == "cpu" and config.data.format != "text"
+    share, must_fit = TUNING_SHARE if tunes else 1.0, budget != "auto"
+    if budget == "auto" and tunes:
         budget = LORA_MEMORY if config.lora.r else TUNING_MEMORY
     if budget == "auto":
         micro = _micro_batch(config, sequences, gpu, estimate)
         return micro, False, _memory_by_part(estimate(micro, recompute=False), gpu) if gpu else ""
     choices = _divisors(sequences)
-    if asked != "auto" or tunes:
+    if asked != "auto" or not must_fit:
         most = _micro_batch(config, sequences, gpu, estimate)
         choices = [most] if asked != "auto" else [micro for micro in choices if micro <= most]
-    for recompute in (False, True):
-        for micro in choices:
-            needed = estimate(micro, recompute=recompute).total
-            if needed <= budget:
-                how = "activations computed again in the backward pass" if recompute else "activations kept"
-                return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
+    for limit, recompute, micro in product((share * budget, budget), (False, True), choices):
+        needed = estimate(micro, recompute=recompute).total
+        if needed <= limit:
+            how = "activations computed again in the backward pass" if recompute else "activations kept"
+            return micro, recompute, f"about {needed / 1e9:.2f} of {budget / 1e9:.2f} GB, {how}"
     least = estimate(choices[-1], recompute=True).total
-    if tunes:
+    if not must_fit:
         return choices[-1], True, f"about {least / 1e9:.2f} GB, activations computed again in the backward pass"
     raise BadInput(
         f"{budget / 1e9:.2f} GB are not enough: at least about {least / 1e9:.2f} GB are needed",
