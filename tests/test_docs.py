@@ -51,9 +51,12 @@ def test_programs_of_the_repository_exist_and_have_the_options(page: Path) -> No
     for name, words in PROGRAM.findall(page.read_text()):
         if name.startswith("examples/test_"):
             continue  # a folder of tests/
-        assert (ROOT / name).is_file(), name
+        program = ROOT / name
+        assert program.is_file(), name
+        beside = [path for path in program.parent.glob("*.py") if f"from {path.stem} import" in program.read_text()]
+        code = "".join(path.read_text() for path in [program, *beside])  # it may share its options with them
         for option in re.findall(r"(?<= )--[\w-]+", words):
-            assert f'"{option}"' in (ROOT / name).read_text(), f"{name} has no {option}"
+            assert f'"{option}"' in code, f"{name} has no {option}"
 
 
 def test_there_are_commands_to_check() -> None:
