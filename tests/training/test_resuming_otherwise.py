@@ -130,7 +130,7 @@ def eight_bit(monkeypatch):
     monkeypatch.setitem(
         builders,
         "eightbit",
-        lambda model, config, *, update: EightBit(optim.parameter_groups(model, config), {"lr": 0}),
+        lambda model, config, **_: EightBit(optim.parameter_groups(model, config), {"lr": 0}),
     )
 
 
