@@ -168,6 +168,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
     pty = pytest.importorskip("pty")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would this one
         greedy = ["--temperature", "0", "--repetition-penalty", "1"]  # it repeats itself to the end
         os.execv(
             sys.executable, [sys.executable, "-m", "smolforge", "chat", str(model), "--max-tokens", "1900", *greedy]
