@@ -16,7 +16,7 @@ from smolforge.config import RunConfig, build_config
 from smolforge.training.dry_run import rehearse
 from smolforge.training.plan import memory_of
 from smolforge.training.precision import choose_precision
-from smolforge.training.recipe import best_batch, best_peak, count_body, resolve_batch, resolve_recipe
+from smolforge.training.recipe import adapter_peak, best_batch, best_peak, count_body, resolve_batch, resolve_recipe
 from smolforge.training.setup import TrainRequest
 from smolforge.training.train import run_training
 
@@ -125,3 +125,17 @@ def test_the_memory_is_that_of_the_optimizer_which_the_recipe_takes(tmp_path) ->
     config, _ = resolve_recipe(build_config(str(path)))
     needed = memory_of(config, CPU, choose_precision("fp32", CPU)[0], 1, recompute=True).total
     rehearse(TrainRequest(str(path), overrides=[f"training.memory={needed}"], out=tmp_path / "run"))
+
+
+def test_the_peak_of_an_adapter_follows_from_the_width() -> None:
+    """2e-3 for SmolLM2-135M; what is given, and what a run keeps in its configuration, stays."""
+    settings = ["data.format=chat", "lora.r=4", "training.steps=5"]
+    for preset, peak in (("smollm2-135m", 2e-3), ("smollm2-360m", 1.3e-3), ("smollm2-1.7b", 7.4e-4)):
+        model = build_config(preset).model.model_dump(exclude_unset=True)
+        config = build_config("lora", settings, model=model)
+        found, lines = resolve_recipe(config)
+        assert found.optimizer.lr == peak and len(lines) == 1 and f"{peak:g}" in lines[0]
+        assert resolve_recipe(found) == (found, [])
+    fixed = build_config("lora", [*settings, "optimizer.lr=1e-4"])
+    assert resolve_recipe(fixed) == (fixed, [])
+    assert adapter_peak(32) == 2e-3  # not on, to widths that nobody measured

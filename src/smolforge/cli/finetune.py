@@ -46,7 +46,7 @@ def add(verbs: Any) -> None:
         "--lora", metavar="RANK", help="learn an adapter of this rank beside the weights, which stay as they are"
     )
     parser.add_argument("--preset", metavar="PRESET|FILE.yaml", help="settings (default: sft; lora with --lora)")
-    options.add_usual(parser, epochs="sft: 3", lr="sft: 1e-4, lora: 5e-4", batch=f"default {BATCH}")
+    options.add_usual(parser, epochs="sft: 3", lr="sft: 1e-4, lora: by the width", batch=f"default {BATCH}")
     options.add_run(parser, out="runs/MODEL-PRESET", setting="data.too_long=truncate")
     options.add_device(parser)
     options.add_json(parser)

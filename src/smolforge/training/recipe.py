@@ -39,6 +39,16 @@ def best_peak(parameters: int, tokens: float) -> float:
     return 1.78 * parameters**-0.712 * tokens**0.307
 
 
+def adapter_peak(width: int) -> float:
+    """AdamW's peak for an adapter of a model of this width.
+
+    15 times the peak of tuning every weight, 5e-5 (2000 / width)^0.781: the factor that Schulman et al. 2025 ("LoRA
+    without regret", thinkingmachines.ai) saw in short runs, and their fit for Llama; at most the highest that we have
+    measured (docs/finetuning.md).
+    """
+    return min(15 * 5e-5 * (2000 / width) ** 0.781, 2e-3)
+
+
 def best_batch(tokens: float) -> float:
     """The best batch in tokens for D tokens, by Step Law."""
     return SCALE * tokens**POWER
@@ -71,11 +81,16 @@ def resolve_batch(config: RunConfig, device: torch.device) -> RunConfig:
 def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """`config` with the values that it leaves open, and a line for people for each of them.
 
-    Weights that others trained (`init`) and chat data keep the defaults of the configuration.
+    Weights that others trained (`init`) and chat data keep the configuration's defaults, but for an adapter's peak.
     """
+    given = config.optimizer.model_fields_set
     if config.init is not None or config.data.format != "text":
-        return config, []
-    given, steps = config.optimizer.model_fields_set, config.total_steps
+        if not config.lora.r or "lr" in given:
+            return config, []
+        lr = float(f"{adapter_peak(config.model.hidden_size):.2g}")
+        line = f"learning rate: {lr:g} at its peak (an adapter: 7.5e-4 × (2000 / width)^0.781)"
+        return config.with_keys("optimizer", lr=lr), [line]
+    steps = config.total_steps
     parameters, tokens = count_body(config), steps * config.tokens_per_step
     of = f"N {count(parameters)}, D {count(tokens)}"
     found: dict[str, Any] = {}
