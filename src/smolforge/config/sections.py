@@ -168,7 +168,7 @@ class OptimizerConfig(Section):
     name: str = "adamw"
     """adamw, muon or adamw8bit (bitsandbytes and a CUDA device); new weights take muon unless it is given."""
     lr: float = Field(default=3e-3, gt=0)
-    """Peak learning rate; that of new weights follows from their number and the tokens of the run unless given."""
+    """Peak learning rate; unless given, it follows from size and tokens (new weights) or width (an adapter)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running mean of the gradient, and of its square; the second follows from the batch unless given."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
