@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_run, tiny_file, validations_of  # noqa: F401
 
 from smolforge import cli
 from smolforge.config import build_config
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
+from smolforge.training import recipe
+from smolforge.training.recipe import resolve_batch
 from smolforge.training.run_data import keep_places
 
 WORDS = Path(__file__).parents[2] / "src" / "smolforge" / "tales"
@@ -44,6 +47,19 @@ def test_the_text_is_counted_in_one_line_and_epochs_become_steps(
     exact = sum(len(tokenizer.encode(path.read_text())) + 1 for path in place.iterdir())
     assert 1.7 < steps * 256 / (exact * 0.95) < 2.3
     assert validations_of(run)
+
+
+@pytest.mark.parametrize("given", [None, 96])
+def test_the_batch_follows_from_a_length_in_epochs_as_from_one_in_tokens(
+    make_run: Callable[..., Run], tmp_path: Path, given: int | None  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": sentences(6, i)}) + "\n" for i in range(60)))
+    data = {"sources": {str(tmp_path / "text.jsonl"): 1.0}, "sequence_length": 16, "lanes": 1}
+    config = build_config(str(make_run(data=data, training={"epochs": 4, "tokens_per_step": given}).config_path))
+    tokens = config.total_steps * config.tokens_per_step
+    by_tokens = config.with_keys("training", tokens=tokens, steps=None, epochs=None, tokens_per_step=None)
+    expected = given or resolve_batch(by_tokens, torch.device("cpu")).tokens_per_step
+    assert config.tokens_per_step == expected < recipe.MOST["cpu"]
 
 
 def test_an_empty_file_among_those_of_a_shell_pattern_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from smolforge.config import RunConfig
 from smolforge.data import Corpus
 from smolforge.distributed import DistributedContext
 from smolforge.formatting import count, plural, size
 from smolforge.tokenizer import Tokenizer
+from smolforge.training.recipe import resolve_batch
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +78,15 @@ def _sample(corpus: Corpus, source: int) -> list[str]:
 
 
 def resolve_epochs(
-    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: DistributedContext
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: DistributedContext, device: torch.device
 ) -> tuple[RunConfig, float]:
-    """Tell the size of the text; `config`, with steps where the length is given in epochs, and the most epochs read."""
+    """Tell the size of the text; `config`, with batch and steps where epochs are given, and the most epochs read."""
     sizes = ranks.broadcast(measure(corpus, tokenizer) if ranks.is_main else None)
     if config.training.steps is None and config.training.epochs is not None:
-        once = max(epochs(sizes, config.with_keys("training", steps=1)))
-        config = config.with_keys("training", steps=max(round(config.training.epochs / once), 1))
+        one = config.with_keys("training", steps=1, tokens_per_step=config.data.sequence_length)
+        tokens = config.training.epochs / max(epochs(sizes, one)) * one.tokens_per_step
+        batch = resolve_batch(config.with_keys("training", tokens=round(tokens), epochs=None), device).tokens_per_step
+        config = config.with_keys("training", tokens_per_step=batch, steps=max(round(tokens / batch), 1))
     if ranks.is_main:
         tell_size(sizes, config)
     return config, max(epochs(sizes, config))

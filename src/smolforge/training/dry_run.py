@@ -15,7 +15,6 @@ from smolforge.model.summary import summarise
 from smolforge.run import Run
 from smolforge.training import setup
 from smolforge.training.prepare import Prepared, prepare
-from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainRequest
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,6 @@ def rehearse(request: TrainRequest) -> None:
     run.check_place()
     newest = None if request.fresh else commit.newest_whole(run.checkpoints_path)
     config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
-    config = resolve_batch(config, device)
     with tempfile.TemporaryDirectory(prefix="smolforge-dry-run-") as place:
         scratch = Run(Path(place) / "run")
         scratch.prepare()

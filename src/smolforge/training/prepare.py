@@ -24,7 +24,7 @@ from smolforge.training import finetuning
 from smolforge.training.data_size import resolve_epochs
 from smolforge.training.optim import check_optimizer
 from smolforge.training.plan import Plan, make_plan
-from smolforge.training.recipe import resolve_recipe
+from smolforge.training.recipe import resolve_batch, resolve_recipe
 from smolforge.training.run_data import open_corpus
 from smolforge.training.small_corpus import resolve_small_corpus
 
@@ -51,14 +51,17 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Decide the plan and the length, and open data, tokenizer and held-out text."""
     check_optimizer(config.optimizer.name)
+    in_epochs = config.training.steps is None and config.training.epochs is not None
+    batched = resolve_batch(config, device)
     # What this machine cannot do is refused before data is opened, on which the run's length may depend.
-    make_plan(resolve_recipe(config)[0], device, ranks.world_size, local=ranks.local_size)
+    make_plan(resolve_recipe(batched)[0], device, ranks.world_size, local=ranks.local_size)
+    config = config if in_epochs and config.data.format == "text" else batched
     epochs = 0.0  # through text, by a run that begins
     corpus = open_corpus(run, config, newest, ranks, request.index, accept_changes=request.accept_changed_data)
     tokenizer = _open_tokenizer(config, corpus, run, newest, ranks, request.tokenizer)
-    if newest is None or (config.training.steps is None and config.training.epochs is not None):
+    if newest is None or in_epochs:
         if config.data.format == "text":
-            config, epochs = resolve_epochs(config, corpus, tokenizer, ranks)
+            config, epochs = resolve_epochs(config, corpus, tokenizer, ranks, device)
         else:
             config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
     derived, recipe = resolve_recipe(config)

@@ -37,7 +37,6 @@ from smolforge.training.metrics import MetricsLogger, StepMetrics, tell_outcome
 from smolforge.training.optim import schedule_factor
 from smolforge.training.progress import Throughput, build_profiler
 from smolforge.training.ranks import check_ranks
-from smolforge.training.recipe import resolve_batch
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 from smolforge.training.step import Replica, dropout_keys, replicate, train_step
@@ -89,7 +88,6 @@ def open_run(
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
     config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
-    config = resolve_batch(config, device)
     if ranks.is_main:
         run.prepare()
         stack.enter_context(lock_run(run))
