@@ -13,6 +13,7 @@ from smolforge.config import build_config
 from smolforge.devices import gpu_named
 from smolforge.errors import BadInput
 from smolforge.model.summary import count_parameters
+from smolforge.training import bench
 from smolforge.training.forecast import forecast, parse_gpus
 from smolforge.training.plan import make_plan
 from smolforge.training.recipe import resolve_batch
@@ -69,6 +70,24 @@ def test_shards_where_a_copy_does_not_fit() -> None:
 def test_what_does_not_fit_is_told() -> None:
     assert "THIS DOES NOT FIT" in forecast(build_config("smollm2-1.7b"), *parse_gpus("T4")).lines()[-1]
     assert "DOES NOT FIT" not in "\n".join(forecast(build_config("smollm2-1.7b"), *parse_gpus("H100")).lines())
+
+
+def test_on_this_cpu_the_decisions_are_those_of_a_run_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config("pocket", training={"tokens": "50k", "tokens_per_step": 4096, "micro_batch": 2})
+    parts = [{"forward": 9.0, "backward": 9.0, "update": 9.0}]  # the first step, which is left out
+    parts += [{"forward": f, "backward": 2.0, "update": 0.5} for f in (1.0, 0.9, 7.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "_time_steps", lambda config, plan, sequences, length, steps: parts)
+        found = forecast(config, *parse_gpus("CPU"), price=2.0)
+    assert found.gpu is None and found.plan.device.type == "cpu" and found.plan.micro_batch == 2
+    assert found.measured == 4 * (1.0 + 2.0) + 0.5 and found.seconds == pytest.approx(13 * 12.5)
+    assert found.gpu_bytes == found.memory.total and found.cost == pytest.approx(found.seconds / 3600 * 2)
+    lines = "\n".join(found.lines())
+    assert "as some steps took here" in lines and "the peak" not in lines
+    assert f"memory: about {found.memory.total / 1e9:.2f} of" in lines
+    assert found.as_dict()["gpu"] is None
+    timed = forecast(config, 1, None)
+    assert timed.measured is not None and 0 < timed.measured < 100
 
 
 def test_names_of_gpus() -> None:

@@ -1,4 +1,4 @@
-"""smolforge plan: what a run would decide, take and cost on GPUs that need not be here."""
+"""smolforge plan: what a run would decide, take and cost, on this machine or on GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ examples:
   smolforge plan smollm2-135m --on H100
   smolforge plan smollm2-360m --on 8xA100-80GB --tokens 20B --price 1.8
   smolforge plan seed-recipe --on T4 --set training.precision=fp16
+  smolforge plan llama-13m --tokens 20M --on cpu
 """
 
 
@@ -20,13 +21,14 @@ def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
         "plan",
-        help="batch, memory, time and cost of a run on other GPUs",
+        help="batch, memory, time and cost of a run before it begins",
         description="What `smolforge train` would decide on GPUs that need not be here, and how long that would take.\n"
-        "The time assumes a share of the GPUs' peak; small models reach much less of it.",
+        "The time assumes a share of the GPUs' peak; small models reach much less of it. With --on cpu some steps are\n"
+        "timed on this machine.",
         epilog=EXAMPLES,
     )
     parser.add_argument("base", nargs="?", default="smollm2-135m", metavar="PRESET|FILE.yaml", help="what to train")
-    parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, rtx4090, ...")
+    parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, rtx4090, ..., or cpu")
     parser.add_argument("--tokens", metavar="N", help="length of the run (default: the preset's)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak (default 0.4, assumed)")

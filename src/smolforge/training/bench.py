@@ -31,6 +31,7 @@ from smolforge.training.step import train_step
 
 logger = logging.getLogger(__name__)
 
+TIMED_FLOPS = 1e12  # of `step_seconds`, about five seconds of a laptop
 PARTS = ("forward", "backward", "update")
 
 
@@ -105,6 +106,16 @@ def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, step
         if number >= 2:
             logger.info(f"step {number - 1}/{steps}: {sequences * length / sum(timings[-1].values()):,.0f} tokens/s")
     return [timings[0], *timings[2:]]
+
+
+def step_seconds(config: RunConfig, plan: Plan) -> float:
+    """Seconds of a step of the run of `config` on this machine, from some timed ones of one micro-batch each."""
+    length = config.data.sequence_length
+    flops = flops_per_token(config.model, length)["training"] * plan.micro_batch * length
+    apply_plan(plan)
+    _, *timings = _time_steps(config, plan, plan.micro_batch, length, min(max(int(TIMED_FLOPS / flops), 3), 30))
+    forward, backward, update = (statistics.median(parts[name] for parts in timings) for name in PARTS)
+    return plan.sequences / plan.micro_batch * (forward + backward) + update
 
 
 def matmul_flops(config: RunConfig, plan: Plan, rows: int) -> float:

@@ -1,10 +1,12 @@
-"""A run on GPUs that need not be here: what would be decided, how long it would take, what it would store and send.
+"""A run that has not begun: what would be decided, how long it would take, what it would store and send.
 
-Decisions and memory are those of the plan. Times follow from an assumed share of the peak (MFU), since nothing runs.
+Decisions and memory are those of the plan. Times on GPUs, which need not be here, follow from an assumed share of the
+peak (MFU), since nothing runs; on the CPU of this machine some steps are timed.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,20 +17,25 @@ from smolforge.config import RunConfig
 from smolforge.devices import Gpu, gpu_named
 from smolforge.errors import BadInput
 from smolforge.formatting import count, duration, size
+from smolforge.limits import available_memory
+from smolforge.logging import quiet
 from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_token
-from smolforge.training.plan import Plan, make_plan, planned_memory
+from smolforge.training.bench import step_seconds
+from smolforge.training.plan import Plan, make_plan, memory_by_part, planned_memory
 from smolforge.training.recipe import resolve_batch, resolve_recipe
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 PER_MACHINE = 8  # GPUs, where there are more
 TEXT_BYTES = 4.1  # in a token of SmolLM2's tokenizer: 4.0 of WikiText-2, 4.1 of classic books, 4.2 of TinyStories
 
 
-def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """`8xH100` → (8, the card); BadInput where no such card is known."""
+def parse_gpus(text: str) -> tuple[int, Gpu | None]:
+    """`8xH100` → (8, the card), `cpu` → (1, None); BadInput where no such card is known."""
+    if text.strip().lower() == "cpu":
+        return 1, None
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.+)", text.strip(), re.IGNORECASE)
     if match is None or match[1] == "0":
-        raise BadInput(f"{text!r} names no GPUs", field="--on", hint="Write T4, 8xH100, A100-80GB.")
+        raise BadInput(f"{text!r} names no GPUs", field="--on", hint="Write T4, 8xH100, A100-80GB, cpu.")
     return int(match[1] or 1), gpu_named(match[2])
 
 
@@ -37,18 +44,21 @@ class Forecast:
     """What a run would be.
 
     Attributes:
+        gpu: the card; None for the CPU of this machine.
         gpus: how many, one process each.
         mfu: assumed share of the GPUs' peak, counted as `flops_per_token` does.
         price: of one GPU for an hour, 0 where it is not given.
+        measured: seconds of a step, where some were timed.
     """
 
     config: RunConfig
-    gpu: Gpu
+    gpu: Gpu | None
     gpus: int
     plan: Plan
     memory: MemoryEstimate
     mfu: float
     price: float
+    measured: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,9 +67,11 @@ class Forecast:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together."""
+        """Of all GPUs together, or of the CPU."""
+        if self.measured is not None:
+            return self.config.tokens_per_step / self.measured
         flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
-        return self.gpus * self.mfu * (self.gpu.peak_flops or 0) / flops
+        return self.gpus * self.mfu * ((self.gpu and self.gpu.peak_flops) or 0) / flops
 
     @property
     def seconds(self) -> float:
@@ -73,8 +85,8 @@ class Forecast:
 
     @property
     def gpu_bytes(self) -> int:
-        """Memory of a GPU in a step."""
-        return self.memory.total - self.memory.process
+        """Memory of a GPU in a step; of a CPU that of the whole process."""
+        return self.memory.total - (self.memory.process if self.gpu else 0)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -96,7 +108,8 @@ class Forecast:
         """All of it, JSON-able; bytes and seconds."""
         names = ("gpus", "mfu", "tokens", "tokens_per_second", "seconds", "gpu_bytes", "checkpoint_bytes", "step_bytes")
         found = {name: getattr(self, name) for name in names}
-        found |= {"gpu": asdict(self.gpu), "steps": self.config.total_steps, "memory": asdict(self.memory)}
+        found |= {"gpu": asdict(self.gpu) if self.gpu else None, "steps": self.config.total_steps}
+        found |= {"memory": asdict(self.memory)}
         found |= {"tokens_per_step": self.config.tokens_per_step, "micro_batch": self.plan.micro_batch}
         found |= {"precision": self.plan.precision.name, "reasons": self.plan.reasons}
         found |= {"parallel": self.plan.parallel, "shards": self.plan.shards}
@@ -109,11 +122,13 @@ class Forecast:
         """For people: the decisions, then the figures."""
         steps, rate, second = self.config.total_steps, self.tokens_per_second, self.seconds / self.config.total_steps
         parameters = count_parameters(self.config.model)
+        how = (f"at an assumed {self.mfu:.0%} of the peak", "; measured nowhere")
+        if self.measured is not None:
+            how = ("as some steps took here", "; validation, samples and checkpoints come on top")
         lines = [
             *self.plan.reasons,
             f"length: {steps:,} steps, {count(self.tokens)} tokens, {self.tokens / parameters:.1f} for each parameter",
-            f"time: {duration(self.seconds)} at an assumed {self.mfu:.0%} of the peak ({count(rate)} tokens/s, "
-            f"{second:.2g} s a step); measured nowhere",
+            f"time: {duration(self.seconds)} {how[0]} ({count(rate)} tokens/s, {second:.2g} s a step){how[1]}",
             f"checkpoint: {size(self.checkpoint_bytes)}{self._written()}",
             f"data: about {size(rate * TEXT_BYTES)} of text a second",
         ]
@@ -124,18 +139,27 @@ class Forecast:
             lines.append(f"network: {sent}; {gigabits:.1f} Gbit/s keep that below a tenth of the step")
         if self.price:
             lines.append(f"cost: {self.cost:,.2f} at {self.price:g} per GPU and hour")
-        if self.gpu_bytes > self.gpu.memory:
-            lines.append(f"THIS DOES NOT FIT: {size(self.gpu_bytes)} of {size(self.gpu.memory)}; set training.memory")
+        has = self.gpu.memory if self.gpu else available_memory()
+        if self.gpu_bytes > has:
+            lines.append(f"THIS DOES NOT FIT: {size(self.gpu_bytes)} of {size(has)}; set training.memory")
         return lines
 
 
-def forecast(config: RunConfig, gpus: int, gpu: Gpu, *, mfu: float = 0.4, price: float = 0.0) -> Forecast:
+def forecast(config: RunConfig, gpus: int, gpu: Gpu | None, *, mfu: float = 0.4, price: float = 0.0) -> Forecast:
     """What the run of `config` would be on so many of these GPUs, one process each, `PER_MACHINE` in a machine.
+
+    Without a GPU it is what the run would be on the CPU of this machine, where some steps are timed.
 
     Raises:
         BadInput: they cannot share its batch, or the memory that it sets is not enough.
     """
-    config, recipe = resolve_recipe(resolve_batch(config, CUDA))
-    plan = make_plan(config, CUDA, gpus, gpu, local=min(gpus, PER_MACHINE))
+    device = CUDA if gpu else CPU
+    config, recipe = resolve_recipe(resolve_batch(config, device))
+    plan = make_plan(config, device, gpus, gpu, local=min(gpus, PER_MACHINE))
     plan.reasons.extend(recipe)
-    return Forecast(config, gpu, gpus, plan, planned_memory(config, plan, gpu), mfu, price)
+    memory, measured = planned_memory(config, plan, gpu), None
+    if not gpu:
+        plan.reasons.append(f"memory: {memory_by_part(memory, gpu)}")
+        with quiet(logging.WARNING), torch.random.fork_rng(devices=[]):
+            measured = step_seconds(config, plan)
+    return Forecast(config, gpu, gpus, plan, memory, mfu, price, measured)

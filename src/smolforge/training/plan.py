@@ -20,7 +20,7 @@ from smolforge.config import RunConfig
 from smolforge.devices import Gpu, gpu_of
 from smolforge.errors import BadInput
 from smolforge.formatting import plural
-from smolforge.limits import physical_cores
+from smolforge.limits import available_memory, physical_cores
 from smolforge.model import attention as attentions
 from smolforge.model.lora import count_adapter_parameters
 from smolforge.model.loss import chunk_of
@@ -182,7 +182,7 @@ def _fit_memory(
         budget = LORA_MEMORY if config.lora.r else TUNING_MEMORY
     if budget == "auto":
         micro = _micro_batch(config, sequences, gpu, estimate)
-        return micro, False, _memory_by_part(estimate(micro, recompute=False), gpu) if gpu else ""
+        return micro, False, memory_by_part(estimate(micro, recompute=False), gpu) if gpu else ""
     choices = _divisors(sequences)
     if asked != "auto" or not must_fit:
         most = _micro_batch(config, sequences, gpu, estimate)
@@ -202,10 +202,14 @@ def _fit_memory(
     )
 
 
-def _memory_by_part(found: MemoryEstimate, gpu: Gpu) -> str:
+def memory_by_part(found: MemoryEstimate, gpu: Gpu | None) -> str:
+    """The memory of a step on a GPU, or of the whole process on a CPU, and what it consists of."""
     parts = {"state": found.state, "exchange": found.exchange, "activations": found.activations, "head": found.head}
+    if not gpu:
+        parts |= {"a copy to save": found.saving, "Python and torch": found.process}
     shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-    return f"about {(found.total - found.process) / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB ({shares})"
+    has = gpu.memory if gpu else available_memory()
+    return f"about {sum(parts.values()) / 1e9:.2f} of {has / 1e9:.2f} GB ({shares})"
 
 
 def memory_of(
