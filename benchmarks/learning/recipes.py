@@ -85,9 +85,20 @@ def train(name: str, config: dict[str, Any], out: Path, *more: str) -> dict[str,
             raise RuntimeError(f"{name} failed:\n{log.read_text()[-2000:]}")
         rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         curve = [[row["tokens"], row["validation"]["bits_per_byte"]] for row in rows if "validation" in row]
-        figures = {"bits_per_byte": curve[-1][1], "curve": curve, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        averages = [[row["tokens"], row["average"]["bits_per_byte"]] for row in rows if "average" in row]
+        figures = {
+            "bits_per_byte": curve[-1][1],
+            "curve": curve,
+            "averages": averages,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        }
         done.write_text(json.dumps(figures | {"seconds": time.time() - started}))
     return json.loads(done.read_text())
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`2.1175 ± 0.0189`: mean and standard deviation, where there are several."""
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def table(found: dict[str, list[dict[str, Any]]], tokens: int) -> str:
@@ -95,10 +106,9 @@ def table(found: dict[str, list[dict[str, Any]]], tokens: int) -> str:
     lines = ["| recipe | tokens | held-out bits per byte | CPU seconds |", "|---|---|---|---|"]
     for recipe, runs in found.items():
         values = [run["bits_per_byte"] for run in runs]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         cpu = statistics.mean(run["cpu_seconds"] for run in runs)
         read = int(RECIPES[recipe][0] * tokens)
-        lines.append(f"| {recipe} | {read:,} | {statistics.mean(values):.4f}{spread} ({len(values)}) | {cpu:,.0f} |")
+        lines.append(f"| {recipe} | {read:,} | {mean_and_spread(values)} ({len(values)}) | {cpu:,.0f} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from recipes import MODEL, configuration, parser, train, train_tokenizer
+from recipes import MODEL, configuration, mean_and_spread, parser, train, train_tokenizer
 
 from smolforge.config import RunConfig
 from smolforge.config.values import parse_count
@@ -56,11 +56,7 @@ def table(found: dict[tuple[str, int, str], list[float]]) -> str:
     lines = [f"| model | tokens | {' | '.join(CHANGES)} | default above the best |", f"|{'---|' * (len(CHANGES) + 3)}"]
     for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in found):
         row = [found[model, tokens, change] for change in CHANGES]
-        means = [statistics.mean(values) for values in row]
-        cells = [
-            f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-            for mean, values in zip(means, row, strict=True)
-        ]
+        means, cells = [statistics.mean(values) for values in row], map(mean_and_spread, row)
         lines.append(f"| {model} | {tokens:,} | {' | '.join(cells)} | {means[0] / min(means) - 1:.2%} |")
     return "\n".join(lines)
 

@@ -65,7 +65,7 @@ def gpu_named(text: str) -> Gpu:
     names = {re.sub(r"[\s_-]", "", card).lower(): card for card in CARDS}
     card = names.get(re.sub(r"[\s_-]", "", name).lower())
     if card is None:
-        raise unknown("GPU", text, list(CARDS), field="--on")
+        raise unknown("GPU", text, [*CARDS, "cpu (of this machine)"], field="--on")
     teraflops, gigabytes = CARDS[card]
     return Gpu(card, int(memory or gigabytes) * 10**9, card not in WITHOUT_BF16, teraflops * 1e12)
 

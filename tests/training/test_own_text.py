@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from tiny import make_run, tiny_file, validations_of  # noqa: F401
 
 from smolforge import cli
 from smolforge.config import build_config
+from smolforge.data import Corpus
+from smolforge.distributed import DistributedContext
 from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import recipe
+from smolforge.training.data_size import resolve_epochs
 from smolforge.training.recipe import resolve_batch
 from smolforge.training.run_data import keep_places
 
@@ -60,6 +64,24 @@ def test_the_batch_follows_from_a_length_in_epochs_as_from_one_in_tokens(
     by_tokens = config.with_keys("training", tokens=tokens, steps=None, epochs=None, tokens_per_step=None)
     expected = given or resolve_batch(by_tokens, torch.device("cpu")).tokens_per_step
     assert config.tokens_per_step == expected < recipe.MOST["cpu"]
+
+
+class Several(DistributedContext):
+    """The main one of several processes, which the others follow."""
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def test_each_of_several_processes_has_a_sequence_of_a_short_text() -> None:
+    config = build_config("pocket", training={"epochs": 0.001, "steps": None, "tokens_per_step": None})
+    tokenizer = Tokenizer.train([sentences(9)], 300)
+    batches = []
+    with Corpus.open(config.data) as corpus:
+        for processes in (1, 64):
+            resolved, _ = resolve_epochs(config, corpus, tokenizer, Several(world_size=processes), torch.device("cpu"))
+            batches.append(resolved.sequences_per_step)
+    assert batches[0] < 64 == batches[1]
 
 
 def test_an_empty_file_among_those_of_a_shell_pattern_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

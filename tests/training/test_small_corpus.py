@@ -18,7 +18,8 @@ from smolforge.config import RunConfig, build_config
 from smolforge.metrics_log import read_metrics
 from smolforge.model.summary import estimate_memory
 from smolforge.run import Run
-from smolforge.training import small_corpus
+from smolforge.training.recipe import count_body
+from smolforge.training.small_corpus import resolve_small_corpus
 from training.test_own_text import sentences
 
 BOTH = {"dropout": 0.2, "ema": 8}
@@ -94,37 +95,50 @@ def test_an_average_may_begin_in_the_middle_of_a_run(make_run: Callable[..., Run
     assert load_state(run.checkpoints_path / "last" / "training")["average"]["count"] == 4
 
 
-def test_a_text_that_is_read_more_than_once_changes_what_is_not_given(
-    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture  # noqa: F811
+def test_a_text_that_is_read_many_times_changes_what_is_not_given(
+    make_run: Callable[..., Run], tmp_path: Path, caplog: pytest.LogCaptureFixture  # noqa: F811
 ) -> None:  # fmt: skip
     caplog.set_level("INFO", logger="smolforge")
     (tmp_path / "texts").mkdir()
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(sentences(6, i))
-    defaults = {("training", "dropout"): 0.1, ("training", "ema"): 0.25, ("evaluation", "patience"): 3}
-    monkeypatch.setattr(small_corpus, "DEFAULTS", defaults)
-    monkeypatch.setattr(small_corpus, "DECAY", 3.0)
     data = {"sources": {str(tmp_path / "texts"): 1.0}}
 
-    def train(name: str, **training: float) -> tuple[str, Run]:
+    def train(name: str, **training: float) -> tuple[str, RunConfig]:
         caplog.clear()
         run = make_run(name, data=data, training=training)
-        return " ".join(message for message in caplog.messages if message.startswith("small corpus")), run
+        told = " ".join(message for message in caplog.messages if message.startswith("small corpus"))
+        return told, build_config(str(run.config_path))
 
-    told, run = train("often", epochs=3)
-    for wanted in ("read 3 times", "training.dropout=0.1", "evaluation.patience=3"):
-        assert wanted in told
+    told, config = train("often", epochs=5)
+    assert "5 readings" in told and "training.dropout=0.1, training.ema=0.1" in told
+    assert (config.training.dropout, config.training.ema) == (0.1, 0.1)
     assert "weight_decay" not in told, "it was given"
-    free = RunConfig()
-    config, lines = small_corpus.resolve_small_corpus(free, free, 3.0)
-    assert (
-        config.optimizer.weight_decay == pytest.approx(3 * free.optimizer.weight_decay) and "weight_decay" in lines[0]
-    )
-    config = build_config(str(run.config_path))
-    assert (config.training.dropout, config.training.ema, config.evaluation.patience) == (0.1, 0.25, 3)
-    assert "dropout" not in train("given", epochs=3, dropout=0.0)[0]
-    told, run = train("once", epochs=1)
-    assert not told and build_config(str(run.config_path)).training.dropout == 0
+    told, config = train("given", epochs=5, dropout=0.0)
+    assert "dropout" not in told and config.training.dropout == 0 and config.training.ema == 0.1
+    told, config = train("thrice", epochs=3)
+    assert "3 readings" in told and "dropout" not in told and config.training.dropout == 0
+    told, config = train("once", epochs=1)
+    assert not told and config.training.dropout == 0
+
+
+def test_what_is_read_many_times_by_a_large_model_decays_more() -> None:
+    free = RunConfig().with_keys("training", tokens_per_step=8192, steps=2000)
+    body = count_body(free)
+    assert resolve_small_corpus(free, free, 1.4) == (free, [])
+    config, lines = resolve_small_corpus(free, free, 5.0)
+    assert config.optimizer.weight_decay == pytest.approx(3 * free.optimizer.weight_decay)
+    assert f"optimizer.weight_decay={config.optimizer.weight_decay:g}" in lines[0]
+    shared, lines = resolve_small_corpus(free, free, 5.0, alone=False)
+    assert shared.training.dropout and not shared.training.ema and "training.ema" not in lines[0]
+    # Nearly twice as many tokens in the text as the model has parameters, and then more.
+    for tokens, applies in ((1.99 * body, True), (2.01 * body, False)):
+        long = free.with_keys("training", steps=round(5 * tokens / 8192))
+        assert bool(resolve_small_corpus(long, long, 5.0)[0].training.dropout) == applies
+    continued = free.model_copy(update={"init": "smollm2"})
+    assert resolve_small_corpus(continued, continued, 5.0)[0] == continued
+    given = free.with_keys("optimizer", weight_decay=0.0)
+    assert resolve_small_corpus(given, given, 5.0)[0].optimizer.weight_decay == 0
 
 
 def test_the_estimate_counts_both() -> None:

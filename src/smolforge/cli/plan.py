@@ -28,7 +28,7 @@ def add(verbs: Any) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("base", nargs="?", default="smollm2-135m", metavar="PRESET|FILE.yaml", help="what to train")
-    parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, rtx4090, ..., or cpu")
+    parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, ..., or cpu")
     parser.add_argument("--tokens", metavar="N", help="length of the run (default: the preset's)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak (default 0.4, assumed)")

@@ -176,7 +176,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Applied to matrices; norms are never decayed. Follows from peak and steps unless given."""
+    """Applied to matrices; norms are never decayed. Follows from peak, steps and epochs unless given."""
     groups: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Regular expression over parameter names: {lr: factor, weight_decay: value}; the first match wins."""
 
@@ -231,9 +231,9 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the new weights and of dropout."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of what attention and MLP add to the residual stream that is dropped, in training only."""
+    """Share of what attention and MLP add that is dropped in training; 0.1 where text is read four times or more."""
     ema: float = Field(default=0.0, ge=0)
-    """Horizon of an exponential average of the weights: steps, or a share of the run where below 1; 0 for none."""
+    """Horizon of an average of the weights: steps, or a share of the run below 1; 0.1 where text is read four times."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0 turns clipping off."""
     z_loss: float = Field(default=0.0, ge=0)

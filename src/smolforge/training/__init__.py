@@ -26,7 +26,8 @@ In the order to read them:
     precision.py       the numbers that a run computes in
     plan.py            device, precision, batch, memory and kernels, each with its reason
     parallel.py        copies (DDP) or shards (FSDP2) on several ranks, and whole tensors of shards
-    forecast.py        a run on GPUs that need not be here: the plan, time, storage and cost
+    forecast.py        a run before it begins: the plan, time, storage, cost and expected loss
+    scaling_law.py     the expected loss from size and tokens, and what repeated text is worth
     launch.py          `--nproc`: several processes on this machine
     ranks.py           what the processes of a run must have in common
     apply_plan.py      threads and allocator of the process, the first compiled step
@@ -40,6 +41,6 @@ In the order to read them:
     sweep.py           the rounds of a sweep, its table and its winner
     trackers.py        TensorBoard, wandb, trackio
     shutdown.py        signals and the time limit
-    bench.py           `smolforge bench train`
+    bench.py           `smolforge bench train`, and how long a step takes here
     api.py             `smolforge.train` for Python
 """

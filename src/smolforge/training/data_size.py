@@ -86,6 +86,8 @@ def resolve_epochs(
         one = config.with_keys("training", steps=1, tokens_per_step=config.data.sequence_length)
         tokens = config.training.epochs / max(epochs(sizes, one)) * one.tokens_per_step
         batch = resolve_batch(config.with_keys("training", tokens=round(tokens), epochs=None), device).tokens_per_step
+        if config.training.tokens_per_step is None:  # processes were started before anybody knew how short the text is
+            batch = max(batch, ranks.world_size * config.data.sequence_length)
         config = config.with_keys("training", tokens_per_step=batch, steps=max(round(tokens / batch), 1))
     if ranks.is_main:
         tell_size(sizes, config)

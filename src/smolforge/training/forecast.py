@@ -22,7 +22,8 @@ from smolforge.logging import quiet
 from smolforge.model.summary import MemoryEstimate, count_parameters, flops_per_token
 from smolforge.training.bench import step_seconds
 from smolforge.training.plan import Plan, make_plan, memory_by_part, planned_memory
-from smolforge.training.recipe import resolve_batch, resolve_recipe
+from smolforge.training.recipe import count_body, resolve_batch, resolve_recipe
+from smolforge.training.scaling_law import expected_bits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 PER_MACHINE = 8  # GPUs, where there are more
@@ -84,6 +85,19 @@ class Forecast:
         return self.seconds / 3600 * self.gpus * self.price
 
     @property
+    def expected(self) -> tuple[float, float] | None:
+        """Held-out bits per byte of English prose and their error; None where the weights are not new."""
+        if self.config.init is not None or self.config.data.format != "text":
+            return None
+        return expected_bits(count_body(self.config), self.tokens)
+
+    def _learned(self) -> list[str]:
+        if self.expected is None:
+            return []
+        bits, error = self.expected
+        return [f"expected: {bits:.2f} ± {error:.2f} bits per byte of held-out English prose (docs/recipes.md)"]
+
+    @property
     def gpu_bytes(self) -> int:
         """Memory of a GPU in a step; of a CPU that of the whole process."""
         return self.memory.total - (self.memory.process if self.gpu else 0)
@@ -112,7 +126,7 @@ class Forecast:
         found |= {"memory": asdict(self.memory)}
         found |= {"tokens_per_step": self.config.tokens_per_step, "micro_batch": self.plan.micro_batch}
         found |= {"precision": self.plan.precision.name, "reasons": self.plan.reasons}
-        found |= {"parallel": self.plan.parallel, "shards": self.plan.shards}
+        found |= {"parallel": self.plan.parallel, "shards": self.plan.shards, "expected_bits_per_byte": self.expected}
         return found | ({"cost": self.cost} if self.price else {})
 
     def _written(self) -> str:
@@ -129,6 +143,7 @@ class Forecast:
             *self.plan.reasons,
             f"length: {steps:,} steps, {count(self.tokens)} tokens, {self.tokens / parameters:.1f} for each parameter",
             f"time: {duration(self.seconds)} {how[0]} ({count(rate)} tokens/s, {second:.2g} s a step){how[1]}",
+            *self._learned(),
             f"checkpoint: {size(self.checkpoint_bytes)}{self._written()}",
             f"data: about {size(rate * TEXT_BYTES)} of text a second",
         ]

@@ -65,7 +65,7 @@ def prepare(
         else:
             config = finetuning.resolve_chat(config, corpus, tokenizer, ranks)
     derived, recipe = resolve_recipe(config)
-    config, small = resolve_small_corpus(config, derived, epochs)
+    config, small = resolve_small_corpus(config, derived, epochs, alone=ranks.world_size == 1)
     plan = make_plan(config, device, ranks.world_size, local=ranks.local_size)
     plan.reasons.extend([*recipe, *small])
     return Prepared(config, plan, corpus, tokenizer, _open_eval_set(config, corpus, tokenizer))
