@@ -35,8 +35,8 @@ def resolve_small_corpus(
     """
     if epochs < REPEATS:
         return config, []
-    line = f"small corpus: {epochs:.2g} readings of a text teach about as much as {worth(epochs, epochs):.2g} times as "
-    line += "much new text (arXiv:2305.16264)"
+    line = f"small corpus: {epochs:.2g} readings of the text teach about as much as new text of "
+    line += f"{worth(epochs, epochs):.2g} times its length (arXiv:2305.16264)"
     each = count_body(config) * epochs / (config.total_steps * config.tokens_per_step)
     if epochs < MANY or each < LARGE or config.init is not None:  # measured for new weights only
         return config, [line]
