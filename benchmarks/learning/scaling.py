@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from recipes import MODEL, configuration, parser, train, train_tokenizer
+from rules import SMALL
 
 from smolforge.config import RunConfig
 from smolforge.config.values import parse_count
@@ -25,7 +26,7 @@ from smolforge.training.scaling_law import Fit
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 1},
-    "small": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 8, "num_attention_heads": 2},
+    "small": SMALL,
     "large": {},
 }  # fmt: skip
 ALPHA = 0.34
@@ -47,7 +48,7 @@ def fit(points: list[tuple[float, float, float]]) -> Fit:
 
 
 def main() -> None:
-    """Train all runs, the shortest first, and print the table and the fits."""
+    """Train all runs, the shortest first, and print the table and the fit."""
     args = parser(__doc__, tokens="250k,500k,1M,2M").parse_args()
     train_tokenizer(args)
     runs = []
@@ -57,9 +58,9 @@ def main() -> None:
                 for seed in range(args.seeds if tokens <= MOST.get(shape, tokens) else 0):
                     config = configuration("muon", seed, args, tokens) | {"model": MODEL | changes}
                     body = count_body(RunConfig.model_validate(config))
-                    runs.append((shape, body, tokens, pool.submit(train, f"{shape}-{tokens}-{seed}", config, args.out)))
-        points = [(shape, body, tokens, run.result()["bits_per_byte"]) for shape, body, tokens, run in runs]
-    print(report([(body, tokens, bits) for _, body, tokens, bits in points]))
+                    runs.append((body, tokens, pool.submit(train, f"{shape}-{tokens}-{seed}", config, args.out)))
+        points = [(body, tokens, run.result()["bits_per_byte"]) for body, tokens, run in runs]
+    print(report(points))
 
 
 def report(points: list[tuple[float, float, float]]) -> str:
