@@ -8,7 +8,7 @@ import torch
 from cards import CARDS, Card, insert_cards
 from smolforge import devices
 from smolforge.cli import run
-from smolforge.devices import choose_device, half_precision, known_peak_flops
+from smolforge.devices import choose_device, half_precision, known_peak_flops, to_device
 from smolforge.errors import BadInput
 
 TOO_OLD = (
@@ -118,3 +118,10 @@ def test_sixteen_bits_of_a_device(cuda) -> None:
 def test_each_of_two_unequal_cards_has_its_own_precision(monkeypatch) -> None:
     insert_cards([CARDS["T4"], CARDS["4090"]], put=monkeypatch.setattr)
     assert [half_precision(torch.device("cuda", i)) for i in range(2)] == [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_expanded_tensor_can_be_moved() -> None:
+    """Memory that several elements share cannot be page-locked as it is."""
+    ids = torch.arange(4).expand(3, 4)
+    assert torch.equal(to_device(ids, torch.device("cuda")).cpu(), ids)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(place: Path) -> smolforge.Model:
     return smolforge.load(place / "runs" / "pocket")
+
+
+def test_the_sources_have_a_version_without_being_installed(monkeypatch) -> None:
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert smolforge.__version__ == "0+sources"
 
 
 def test_the_names_are_listed_and_each_is_documented() -> None:

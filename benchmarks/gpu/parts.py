@@ -7,6 +7,7 @@ A part adds rows to its table; each row is on disk before the next is measured. 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from smolforge.distributed import DistributedContext
 from smolforge.metrics_log import read_metrics
 from smolforge.model import attention
 from smolforge.model.architecture import build_model
+from smolforge.model.documents import document_mask
 from smolforge.model.loss import chunked_loss, full_loss
 from smolforge.model.summary import flops_per_token
 from smolforge.run import Run
@@ -39,6 +41,7 @@ from smolforge.training.optim import build_optimizer
 from smolforge.training.optim.adamw import round_stochastically
 from smolforge.training.optim.muon import orthogonalize
 from smolforge.training.plan import make_plan, planned_memory
+from smolforge.training.recorded import RecordedPasses
 from smolforge.training.setup import TrainRequest, apply_plan
 from smolforge.training.step import train_step
 from smolforge.training.train import run_training
@@ -49,7 +52,7 @@ model: {vocab_size: 280, hidden_size: 128, intermediate_size: 256, num_hidden_la
   num_key_value_heads: 2, max_position_embeddings: 256}
 tokenizer: {train: {vocab_size: 280, documents: 100}}
 data: {sequence_length: 128, lanes: 4, holdout: 0, workers: 1, mask_documents: true}
-optimizer: {lr: 3.0e-3}
+optimizer: {name: adamw, lr: 3.0e-3}
 training: {tokens_per_step: 2048, micro_batch: 8, compile: "off", threads: 1}
 samples: {prompts: []}
 logging: {every: 1, trackers: []}
@@ -175,7 +178,7 @@ def _attention_errors(
     found = []
     for name, place, dtype in (("sdpa", torch.device("cpu"), torch.float64), (way, device, half)):
         inputs = [x.to(half).to(place, dtype).requires_grad_() for x in tensors]
-        mask = None if ids is None else attention.document_mask(name, ids, place, dtype)
+        mask = None if ids is None else document_mask(name, ids, place, dtype)
         out = attention.ATTENTION[name](*inputs, mask)
         out.square().sum().backward()
         found.append([x.double().cpu() for x in (out, *(x.grad for x in inputs)) if x is not None])
@@ -221,14 +224,13 @@ def _config(part: Part, micro: int, *overrides: str) -> Any:
     return build_config("smollm2-135m", [*given, *size, "training.compile=off", "training.steps=1000", *overrides])
 
 
-def _time_step(part: Part, config: Any, *, whole: bool = False) -> dict[str, Any]:
-    """Tokens/s, MFU and peak memory of one training step."""
+def _time_step(part: Part, config: Any, *, graph: bool = True) -> dict[str, Any]:
+    """Tokens/s, MFU and peak memory of one training step, as a CUDA graph where the plan has one and `graph` is set."""
     plan = make_plan(config, part.device, 1)
     apply_plan(plan)
     model = build_model(config.model, **plan.model_options)
-    if whole:
-        model.loss = torch.compile(model.loss, dynamic=False)  # type: ignore[method-assign]
     optimizer = build_optimizer(model, config.optimizer, update=plan.update)
+    passes = RecordedPasses(model) if plan.graph and graph else None
     length, scaler = (
         config.data.sequence_length,
         torch.amp.GradScaler(part.device.type) if plan.precision.scaler else None,
@@ -240,9 +242,14 @@ def _time_step(part: Part, config: Any, *, whole: bool = False) -> dict[str, Any
 
     def step() -> None:
         train_step(
-            model, optimizer, plan, config, tokens, documents, lr=1e-4, ranks=DistributedContext(), scaler=scaler
-        )
+            model, optimizer, plan, config, tokens, documents,
+            lr=1e-4, ranks=DistributedContext(), scaler=scaler, passes=passes,
+        )  # fmt: skip
 
+    began = time.perf_counter()
+    step()
+    part.wait()
+    first = time.perf_counter() - began
     seconds = part.seconds(step)
     speed = plan.sequences * length / seconds
     flops, peak = flops_per_token(config.model, length)["training"], known_peak_flops(part.device)
@@ -251,31 +258,42 @@ def _time_step(part: Part, config: Any, *, whole: bool = False) -> dict[str, Any
     planned_gb = (planned.total - planned.process) / 1e9
     return {
         "precision": plan.precision.name, "attention": plan.attention, "tokens/s": speed,
-        "MFU %": 100 * speed * flops / peak if peak else None, "peak GB": held and held / 1e9, "planned GB": planned_gb,
+        "MFU %": 100 * speed * flops / peak if peak else None, "first step s": first,
+        "graph": None if passes is None else "fails" if passes.fails else "yes",
+        "peak GB": held and held / 1e9, "planned GB": planned_gb,
     }  # fmt: skip
 
 
 def speed(part: Part) -> None:
     """Training: micro-batches, precisions, compiled block and whole model; then attention and loss by themselves."""
-    for micro in (2,) if part.rehearsal else (1, 4, 16, 32):
-        with part.row(what=f"eager, {micro} sequences") as row:
-            row |= _time_step(part, _config(part, micro))
-    best = 2 if part.rehearsal else 16
-    variants = {
-        "compiled block": (["training.compile=on"], False), "compiled whole": ([], True),
-        "packed documents": (["data.mask_documents=true"], False), "muon": (["optimizer.name=muon"], False),
-        "fp32": (["training.precision=fp32"], False), "fp32-high": (["training.precision=fp32-high"], False),
-        "bf16-pure, compiled block": (["training.precision=bf16-pure", "training.compile=on"], False),
-    }  # fmt: skip
-    if part.rehearsal:
-        del variants["compiled block"], variants["compiled whole"], variants["bf16-pure, compiled block"]
-    for name, (overrides, whole) in variants.items():
-        with part.row(what=f"{name}, {best} sequences") as row:
-            row |= _time_step(part, _config(part, best, *overrides), whole=whole)
+    for micro, graph in itertools.product((2,) if part.rehearsal else (1, 4, 16, 32), (False, True)):
+        with part.row(what=f"{'graph' if graph else 'eager'}, {micro} sequences") as row:
+            row |= _time_step(part, _config(part, micro), graph=graph)
     _time_kernels(part)
+    compiled, best = "training.compile=on", 2 if part.rehearsal else 16
+    variants = {
+        "adamw": ["optimizer.name=adamw"], "packed documents": ["data.mask_documents=true"], "compiled": [compiled],
+        "fp32-high": ["training.precision=fp32-high"],
+        "compiled, packed documents": ["data.mask_documents=true", compiled],
+        "bf16-pure, compiled": ["optimizer.name=adamw", "training.precision=bf16-pure", compiled],
+    }  # fmt: skip
+    for name, overrides in variants.items():
+        if not (part.rehearsal and compiled in overrides):
+            with part.row(what=f"{name}, {best} sequences") as row:
+                row |= _time_step(part, _config(part, best, *overrides))
+    if not part.rehearsal:
+        with part.row(what="compiled, 4 sequences") as row:
+            row |= _time_step(part, _config(part, 4, compiled))
     part.notes.append(
         "MFU counts attention over all positions, the masked half too (PaLM), against the dense peak in 16 bits."
     )
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attention.sdpa(q, k, v, mask)
 
 
 def _time_kernels(part: Part) -> None:
@@ -283,10 +301,14 @@ def _time_kernels(part: Part) -> None:
     half, device = half_precision(part.device), part.device
     q, k, v = (torch.randn(batch, n, length, 64, device=device, dtype=half, requires_grad=True) for n in (9, 3, 3))
     ids = (torch.arange(length) // 300).expand(batch, -1)
-    for way, masked in (("sdpa", False), ("expanded", False), ("expanded", True), ("varlen", True)):
-        mask = attention.document_mask(way, ids, device, half) if masked else None
+    ways = [("sdpa", False), ("expanded", False), ("expanded", True), ("varlen", True)]
+    if device.type == "cuda":
+        ways.append(("cudnn", False))
+    for way, masked in ways:
+        mask = document_mask(way, ids, device, half) if masked else None
         with part.row(what=f"attention {way}{', packed documents' if masked else ''}, forward and backward") as row:
-            seconds = part.seconds(lambda way=way, mask=mask: attention.ATTENTION[way](q, k, v, mask).sum().backward())
+            attend = attention.ATTENTION.get(way, _cudnn)
+            seconds = part.seconds(lambda attend=attend, mask=mask: attend(q, k, v, mask).sum().backward())
             row["ms"], row["TFLOP/s"] = 1e3 * seconds, 7 * batch * 9 * length**2 * 64 / seconds / 1e12  # causal half
     hidden = torch.randn(rows, 576, device=device, dtype=half, requires_grad=True)
     weight = torch.randn(words, 576, device=device, requires_grad=True)
@@ -317,13 +339,18 @@ def _train(part: Part, name: str, *overrides: str, device: str, kill_at: int | N
         return run
     settings = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "smolforge", "train", str(base), "--out", str(run.path), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=_environment())
     while process.poll() is None:
         if run.metrics_path.exists() and any(row["step"] >= kill_at for row in read_metrics(run)):
             process.kill()
         time.sleep(0.02)
     return run
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the package of this checkout before what else it finds."""
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _losses(run: Run) -> list[float]:
@@ -484,7 +511,7 @@ def _decoding_peers(part: Part) -> None:
     workspace = part.target.parent / "compare"
     make_model(workspace, None)
     found = beside.measure(
-        workspace / "hf", list(beside.NAMES), [1, 64], 2, "cuda", build_config("smollm2-135m").model.vocab_size
+        workspace / "hf", list(beside.NAMES[:2]), [1, 64], 2, "cuda", build_config("smollm2-135m").model.vocab_size
     )
     for name, row in found["peers"].items():
         rates = {f"tokens/s, {batch} sequences": rate for batch, rate in row["tokens_per_second"].items()}
@@ -493,24 +520,23 @@ def _decoding_peers(part: Part) -> None:
 
 def tests(part: Part) -> None:
     """The tests that concern the GPU, where pytest is installed."""
-    files = ["tests/test_devices.py", "tests/model/test_loss.py"]
-    files += ["tests/generation/test_cuda.py", "tests/model/test_attention.py", "tests/training/test_muon.py"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(files[:1] if part.rehearsal else files),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    files = [
+        "tests/test_devices.py", "tests/gpu/test_graph.py", "tests/generation/test_cuda.py",
+        "tests/model/test_attention.py", "tests/training/test_muon.py",
+        "tests/model/test_loss.py",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-v", "--durations=10", "-p", "no:cacheprovider"]
+    command += files[:1] if part.rehearsal else files
+    with (part.target.parent / "tests.txt").open("w+") as said:  # stays where the part is cut
+        done = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=said, stderr=said, check=False)
+        said.seek(0)
+        lines = said.read().strip().splitlines()
     part.rows = [{"what": line} for line in lines if line.startswith(("FAILED", "ERROR"))]
     part.rows.append({"what": lines[-1] if lines else f"exit code {done.returncode}"})
-    missing = "No module named" in lines[-1] if lines else False
-    part.failed = bool(done.returncode) and not missing
+    if any("No module named pytest" in line for line in lines):
+        part.notes.append("pytest is not installed.")
+    else:
+        part.failed = bool(done.returncode)
 
 
 PARTS = {

@@ -1,12 +1,14 @@
 """What a token teaches by four recipes: one small Llama on real text, held-out bits per byte, several seeds.
 
     python benchmarks/learning/recipes.py TEXTS... --out DIR [--tokens 2M] [--seeds 3] [--jobs 2] [--only NAME ...]
+    python benchmarks/learning/recipes.py TEXTS... --out DIR --preset smollm2-135m --tokenizer DIR --jobs 1
 
 TEXTS are files that `smolforge train` reads; the figures of docs/recipes.md are of TinyStories, classic books and
 WikiText-2. The model is deep and narrow and ties its embedding, as SmolLM2 does: 12 layers of width 192, with a
-tokenizer trained on the same texts. `muon@0.5` is the default recipe planned for half of the tokens, since a rate that
-falls to zero makes the middle of a longer run worse than the end of a shorter one. Each run is an ordinary run
-directory in DIR: what a killed benchmark has trained is not trained again. The last line is one JSON object.
+tokenizer trained on the same texts; `--preset` trains a preset's model instead, which takes a GPU. `muon@0.5` is the
+default recipe planned for half of the tokens, since a rate that falls to zero makes the middle of a longer run worse
+than the end of a shorter one. Each run is an ordinary run directory in DIR: what a killed benchmark has trained is not
+trained again. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from smolforge.config import build_config
 from smolforge.config.values import parse_count
 
 MODEL = {
@@ -55,12 +58,19 @@ def configuration(recipe: str, seed: int, args: argparse.Namespace, tokens: int)
     share, settings = RECIPES[recipe]
     training = {"tokens": int(share * tokens), "seed": seed, "compile": "off", "threads": args.threads}
     never = {"every": 1_000_000}
+    shape, length, tokenizer = MODEL, 512, str(args.out / "tokenizer" / "tokenizer")
+    if args.preset:
+        preset = build_config(args.preset)
+        shape, length, tokenizer = preset.model.model_dump(), preset.data.sequence_length, args.tokenizer
+        training |= {"compile": args.compile, "threads": None}
+        if recipe == "smollm2":
+            settings = settings | {"training": {"tokens_per_step": 524_288}}  # as the preset had it
     return {
-        "model": MODEL,
-        "tokenizer": str(args.out / "tokenizer" / "tokenizer"),
+        "model": shape,
+        "tokenizer": tokenizer,
         "data": {
             "sources": {source: Path(source).stat().st_size for source in args.texts},
-            "sequence_length": 512, "lanes": 8, "seed": seed, "mask_documents": True,
+            "sequence_length": length, "lanes": 8, "seed": seed, "mask_documents": True,
         },
         **settings,
         "training": {**training, **settings.get("training", {})},
@@ -76,7 +86,8 @@ def train(name: str, config: dict[str, Any], out: Path, *more: str) -> dict[str,
         path = out / f"{name}.yaml"
         path.write_text(json.dumps(config))  # JSON is YAML
         command = [sys.executable, "-m", "smolforge", "train", str(path), "--out", str(out / name), *more]
-        environment = os.environ | {"OMP_NUM_THREADS": str(config["training"]["threads"])}
+        threads = config["training"]["threads"]
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with log.open("w") as said:
             started = time.time()
             process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
@@ -121,6 +132,7 @@ def parser(description: str | None, tokens: str) -> argparse.ArgumentParser:
     asked.add_argument("--seeds", type=int, default=3)
     asked.add_argument("--jobs", type=int, default=2, help="runs at a time")
     asked.add_argument("--threads", type=int, default=1, help="threads of each")
+    asked.set_defaults(preset=None)
     return asked
 
 
@@ -136,8 +148,14 @@ def main() -> None:
     """Train all runs and print the table."""
     asked = parser(__doc__, tokens="2M")
     asked.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    asked.add_argument("--preset", help="train its model, with --tokenizer, instead of the small one")
+    asked.add_argument("--tokenizer", help="directory of the preset's tokenizer")
+    asked.add_argument("--compile", default="auto", help="of the preset's runs: auto, on or off")
     args = asked.parse_args()
-    train_tokenizer(args)
+    if args.preset:
+        args.out.mkdir(parents=True, exist_ok=True)
+    else:
+        train_tokenizer(args)
     tokens = parse_count(args.tokens)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {

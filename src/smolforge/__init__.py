@@ -57,9 +57,12 @@ _lazy = lazy_attributes(__name__, _HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("smolforge")
+        try:
+            return version("smolforge")
+        except PackageNotFoundError:  # run from its sources, without being installed
+            return "0+sources"
     return _lazy(name)
 
 

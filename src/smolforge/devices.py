@@ -145,7 +145,7 @@ def _cuda_unavailable() -> tuple[str, str] | None:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`; the copy to a GPU is queued from page-locked memory, and the host goes on."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be locked
     return tensor.to(device)
 
 

@@ -15,7 +15,7 @@ from test_sampler import chi_square_limit
 from tiny_llama import SHAPES, make_model
 
 from smolforge.errors import RunFailed
-from smolforge.generation import Engine, SamplingParams
+from smolforge.generation import Engine, SamplingParams, bench
 from smolforge.generation.runners.cuda import (
     FREQUENCY,
     MIN_P,
@@ -95,6 +95,11 @@ def test_every_setting_writes_what_the_host_writes(shape, tokenizer):
         assert [s.tokens for s in mine.sequences] == [s.tokens for s in other.sequences]
         assert [s.finish_reason for s in mine.sequences] == [s.finish_reason for s in other.sequences]
     assert ours.memory()["cache_reserved"] == 0
+
+
+def test_the_benchmark_decodes_on_the_device():
+    runner = CudaRunner(make_model("plain").to(DEVICE), "fp32")
+    assert bench._decode(runner, 2, 3) > 0 and len(runner.memory) == 2
 
 
 def test_tokens_are_drawn_on_the_device_wherever_they_can_be(tokenizer, monkeypatch):

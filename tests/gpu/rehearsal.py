@@ -176,7 +176,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     """One step of a plan; what was seen."""
     from smolforge.config import build_config
     from smolforge.distributed import DistributedContext
-    from smolforge.model import attention
+    from smolforge.model import documents as packed
     from smolforge.model.architecture import build_model
     from smolforge.training.metrics import StepMetrics
     from smolforge.training.optim import build_optimizer
@@ -186,7 +186,7 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
 
     insert_cards([CARDS[card]])
     # On the host, of numbers, which fake tensors do not have.
-    attention.document_borders = lambda ids: torch.empty(8 * len(ids) + 1, dtype=torch.int32)
+    packed.document_borders = lambda ids: torch.empty(8 * len(ids) + 1, dtype=torch.int32)
     config = resolve_batch(build_config(preset, ["training.compile=off", *overrides]), CUDA)
     plan = make_plan(config, CUDA, 1)
     length, micro = config.data.sequence_length, plan.micro_batch

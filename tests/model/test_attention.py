@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from smolforge.config import ModelConfig
 from smolforge.model import attention
 from smolforge.model.architecture import build_model
-from smolforge.model.attention import blocked, causal_mask, sdpa, sdpa_fp32
+from smolforge.model.attention import blocked, sdpa, sdpa_fp32
+from smolforge.model.documents import causal_mask, document_borders
 
 
 def inputs(batch, heads, kv_heads, length, width, dtype) -> list[torch.Tensor]:
@@ -102,9 +103,9 @@ def test_packed_documents_without_a_mask_equal_the_masked_module(documents: list
 
 def test_document_borders_are_a_power_of_two_and_end_with_empty_documents() -> None:
     ids = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 2]])
-    borders = attention.document_borders(ids)
+    borders = document_borders(ids)
     assert borders.dtype == torch.int32 and borders.tolist() == [0, 3, 4, 6] + [8] * 13
-    many = attention.document_borders(torch.arange(40).view(1, 40))
+    many = document_borders(torch.arange(40).view(1, 40))
     assert len(many) == 64 + 1 and many.tolist()[:41] == list(range(41))
 
 
@@ -121,12 +122,12 @@ def test_one_query_reads_the_cache_without_repeating_it() -> None:
         torch.testing.assert_close(attention.one_query(q[:, :, 5:6], k, v, mask), sdpa(q[:, :, 5:6], k, v, mask))
 
 
-def test_varlen_needs_a_kernel_that_knows_groups(monkeypatch) -> None:
+def test_varlen_needs_a_causal_kernel(monkeypatch) -> None:
     from torch.nn.attention import varlen
 
     assert attention.varlen_unavailable() is None
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal=False: None)
-    assert "knows no groups" in str(attention.varlen_unavailable())
+    assert "has no windows" in str(attention.varlen_unavailable())
 
 
 def test_caches_go_to_sdpa() -> None:

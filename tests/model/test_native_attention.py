@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import both, inputs
 
-from smolforge.model.attention import blocked, causal_mask, native, native_rows, native_unavailable, sdpa
+from smolforge.model.attention import blocked, native, native_rows, native_unavailable, sdpa
+from smolforge.model.documents import causal_mask
 
 missing = native_unavailable()
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no native attention: {missing}")

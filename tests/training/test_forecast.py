@@ -48,6 +48,21 @@ def test_time_storage_network_and_cost_follow_from_the_shapes() -> None:
     assert not any("network" in line or "cost" in line for line in one.lines())
 
 
+# Sequences of 2,048 tokens in the one micro-batch of a step of SmolLM2-135M under AdamW, whether it is compiled, and what
+# an H100 took: milliseconds and GB (docs/performance.md).
+H100 = [(1, "off", 20.6, 5.10), (4, "off", 48.4, 12.03), (16, "off", 161.7, 26.97), (32, "off", 305.3, 46.88),
+        (4, "on", 34.6, 9.80), (16, "on", 105.9, 21.37)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sequences", "compiled", "milliseconds", "gigabytes"), H100)
+def test_an_h100_took_what_is_planned(sequences, compiled, milliseconds, gigabytes) -> None:
+    training = {"tokens_per_step": 2048 * sequences, "micro_batch": sequences, "compile": compiled, "steps": 1000}
+    config = build_config("smollm2-135m", ["optimizer.name=adamw", "optimizer.lr=1e-3"], training=training)
+    found = forecast(config, 1, gpu_named("H100"))
+    assert 1e3 * found.seconds / found.config.total_steps == pytest.approx(milliseconds, rel=0.2)
+    assert found.gpu_bytes / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
 def test_shards_where_a_copy_does_not_fit() -> None:
     config = build_config("smollm2-1.7b", ["optimizer.name=adamw"])
     parameters = count_parameters(config.model)
@@ -109,5 +124,6 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         found["gpus"] == 2 and found["tokens"] >= 10e6 and found["gpu"]["name"] == "L4" and found["precision"] == "bf16"
     )
-    assert cli.run(["plan", "pocket", "--on", "T4"]) == 0 and "assumed 40%" in capsys.readouterr().out
+    assert cli.run(["plan", "pocket", "--on", "T4"]) == 0 and "at 27% of the peak" in capsys.readouterr().out
+    assert cli.run(["plan", "pocket", "--on", "T4", "--mfu", "0.3"]) == 0 and "assumed 30%" in capsys.readouterr().out
     assert cli.run(["plan", "pocket", "--on", "T4", "--mfu", "40"]) == 2 and "--mfu" in capsys.readouterr().err

@@ -181,11 +181,13 @@ def test_attention_on_every_card(monkeypatch, card, overrides, attention, reason
      "about 7.14 of 16.00 GB (state 2.42, activations 2.64, head 2.08)"),
     (CARDS["4090"], "smollm2-135m", 4, "about 11.43 of 25.39 GB (state 2.42, activations 4.91, head 4.10)"),
     (CARDS["H100"], "smollm2-135m", 16, "about 26.21 of 85.02 GB (state 2.42, activations 19.63, head 4.16)"),
+    (CARDS["H100"], "smollm2-135m", 32, "about 37.61 of 85.02 GB (state 2.42, activations 30.95, head 4.23)"),
 ])  # fmt: skip
 def test_memory_by_part(monkeypatch, card, preset, micro, line) -> None:
     """The estimate that the rehearsal holds against the bytes that a step keeps."""
     monkeypatch.setitem(CARDS, "this", card)
-    chosen = on_card(monkeypatch, "this", preset)
+    compiled = "on" if micro == 32 else "off"
+    chosen = on_card(monkeypatch, "this", preset, f"training.compile={compiled}")
     assert chosen.micro_batch == micro and f"memory: {line}" in chosen.reasons
 
 

@@ -131,7 +131,7 @@ def parser(verb: str | None = None):
 class _ShowVersion(argparse.Action):
     # Unlike argparse's own action it reads the package's metadata only when asked: that is too slow for every start.
     def __call__(self, *_: object) -> None:
-        from importlib.metadata import version
+        from smolforge import __version__
 
-        print(f"smolforge {version('smolforge')}")
+        print(f"smolforge {__version__}")
         sys.exit(0)

@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, ..., or cpu")
     parser.add_argument("--tokens", metavar="N", help="length of the run (default: the preset's)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak (default 0.4, assumed)")
+    parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak (as measured on an H100)")
     parser.add_argument("--price", type=float, default=0.0, metavar="X", help="of one GPU for an hour")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -39,7 +39,7 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecast."""
-    if not 0 < args.mfu <= 1:
+    if args.mfu is not None and not 0 < args.mfu <= 1:
         raise BadInput(f"{args.mfu:g} is not a share of the peak", field="--mfu", hint="Give a number up to 1, as 0.4.")
     from smolforge.config import build_config
     from smolforge.training.forecast import forecast, parse_gpus

@@ -136,8 +136,7 @@ def _decode(runner: Runner, batch: int, tokens: int) -> float:
 def _decode_on_device(sampler: DeviceSampler, prompts: Any, following: Any, caches: Any, tokens: int) -> float:
     """As `_decode`, where the runner picks the tokens."""
     params, sequences = SamplingParams(temperature=0, max_tokens=tokens + 1), []
-    no_text: Any = SimpleNamespace(push=lambda token_id: "")  # a decoder; `stream` makes it a tokenizer as well
-    no_text.stream = lambda: no_text
+    no_text: Any = SimpleNamespace(special_ids=frozenset(), token_bytes=lambda token_id: b"")  # a tokenizer
     for prompt, token_id, cache in zip(prompts, following, caches, strict=True):
         sequence = Sequence(Request(0, prompt, params, 0), 0, no_text, PROMPT + tokens, frozenset())
         sequence.tokens.append(token_id)

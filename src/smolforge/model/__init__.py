@@ -14,6 +14,7 @@ In the order to read them:
     qwen.py          Qwen2 and Qwen3
     smollm3.py       SmolLM3
     attention.py     exact causal attention: torch's, in blocks, in C++
+    documents.py     positions and masks of packed documents
     dropout.py       dropout that follows from seed and step
     loss.py          the loss of the next token, without storing the logits as a whole
     recreation.py    the seed's own architecture

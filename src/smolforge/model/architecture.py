@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from smolforge import model as package
 from smolforge.config import ModelConfig
-from smolforge.devices import to_device
 from smolforge.distributed import copy_whole, local_rows
 from smolforge.errors import BadInput, unknown
 from smolforge.model import hf_config
-from smolforge.model.attention import Attend, document_mask, positions_in_documents
+from smolforge.model.attention import Attend
+from smolforge.model.documents import Documents
 from smolforge.model.dropout import Dropout
 from smolforge.model.loss import choose_loss, evaluation_loss, without_ignored
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None,
+        self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm, (B, T, D).
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: (B, T).
             positions: (B, T) or (T,); unless given counted from the start of each document.
-            document_ids: (B, T), best on the host; where given, attention stops at document borders.
+            document_ids: (B, T), best on the host, or made of them; where given, attention stops at document borders.
             cache: keys and values of earlier positions.
         """
         x = self.embed_tokens(input_ids)
@@ -96,15 +96,16 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(device):
             # Autocast leaves embeddings in fp32, which would keep the whole residual stream there.
             x = x.to(torch.get_autocast_dtype(device))
-        if positions is None and document_ids is not None:
-            positions = positions_in_documents(to_device(document_ids, x.device))
-        elif positions is None:
+        mask = None if cache is None else cache.mask
+        if document_ids is not None:
+            documents = document_ids
+            if isinstance(documents, Tensor):
+                documents = Documents.of(self.attention, documents, x.device, x.dtype)
+            positions, mask = documents.positions if positions is None else positions, documents.mask
+        if positions is None:
             positions = torch.arange(input_ids.shape[1], device=x.device)
         # (T, d) or (B, T, d) → (1 or B, 1, T, d): one angle for all heads.
         cos, sin = (angle.reshape(-1, 1, *angle.shape[-2:]) for angle in self.rotation(positions))
-        mask = None if cache is None else cache.mask
-        if document_ids is not None:
-            mask = document_mask(self.attention, document_ids, x.device, x.dtype)
         for layer in self.layers:
             x = self._run(layer, x, cos, sin, mask, cache)
         return self.norm(x)
@@ -173,7 +174,7 @@ class CausalLM(nn.Module):
         return self.head(self.decoder(input_ids, **options))
 
     def loss(
-        self, inputs: Tensor, targets: Tensor, *, document_ids: Tensor | None = None, scale: float = 1.0,
+        self, inputs: Tensor, targets: Tensor, *, document_ids: Tensor | Documents | None = None, scale: float = 1.0,
         z_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loss to differentiate and the loss to report, without ever storing the logits as a whole.
@@ -181,8 +182,8 @@ class CausalLM(nn.Module):
         Args:
             inputs: (B, T) token ids.
             targets: (B, T) ids of the next tokens, `loss.IGNORE` where a position does not count.
-            document_ids: (B, T), best on the host; where given, attention stops at document borders and positions
-                restart there.
+            document_ids: (B, T), best on the host, or made of them; where given, attention stops at document borders
+                and positions restart there.
             scale: 1 / tokens of the global batch, so that gradients of micro-batches and ranks add up to the mean.
             z_weight: weight of the z-loss.
 

@@ -13,7 +13,7 @@ to S - T + i; where `mask` (B or 1, 1, T, S) is given it replaces that rule.
     expanded   `sdpa` with a key/value head for each query head, for the kernels of a GPU that know no groups
     varlen     torch's varlen_attn: documents of any length end to end, without a mask
 
-`document_mask` makes the mask of a batch of documents in the form that each of them reads.
+`documents.py` makes the mask of a batch of documents in the form that each of them reads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolforge import kernels
-from smolforge.devices import to_device
 from smolforge.errors import unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -37,52 +36,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # Rows of one block's matrix products: enough for full speed, few enough that the scores stay in the cache and that
 # little above the diagonal is computed.
 BLOCK_ROWS = 192
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Positions that start anew with each document, (B, T)."""
-    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    return place - torch.where(_starts(document_ids), place, 0).cummax(dim=1).values
-
-
-def _starts(document_ids: Tensor) -> Tensor:
-    """Where a document begins, (B, T)."""
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return starts
-
-
-def causal_mask(document_ids: Tensor) -> Tensor:
-    """True where a query may look: not later, and in the same document. (B, T) → (B, 1, T, T)."""
-    length = document_ids.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return (earlier & same)[:, None]
-
-
-def document_borders(document_ids: Tensor) -> Tensor:
-    """Where each document of (B, T) begins if the rows are laid end to end, and where the last ends: (N + 1,) int32.
-
-    N is a power of two, and at least 8 B: empty documents at the end fill it up, so that compiled code meets few
-    shapes. On a GPU counting would make the host wait, so the ids come from the host.
-    """
-    first = _starts(document_ids).flatten().nonzero()[:, 0]
-    length = max(8 * len(document_ids), 1 << (len(first) - 1).bit_length())
-    return F.pad(first, (0, length + 1 - len(first)), value=document_ids.numel()).int()
-
-
-def document_mask(way: str | Attend, document_ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The mask of documents (B, T) for a key of `ATTENTION`, on a device.
-
-    For varlen `document_borders`; for expanded what is added to the scores, (B, 1, T, T), made once for all layers;
-    otherwise `causal_mask`.
-    """
-    if way == "varlen":
-        return to_device(document_borders(document_ids), device)
-    mask = causal_mask(to_device(document_ids, device))
-    if way == "expanded":
-        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
-    return mask
+VARLEN_HAS_GROUPS = torch.__version__ >= "2.12"
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,13 +68,13 @@ def varlen_unavailable() -> str | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no varlen_attn"
-    if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+    if "window_size" in inspect.signature(varlen_attn).parameters:
         return None
-    return f"varlen_attn of torch {torch.__version__} knows no groups"
+    return f"varlen_attn of torch {torch.__version__} has no windows"
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Documents end to end: `mask` is that of `document_borders`; anything else goes to `sdpa`. In 16 bits on CUDA."""
+    """Documents end to end, in 16 bits on CUDA: `mask` is of `document_borders`; what has another goes to `sdpa`."""
     if mask is None or mask.dim() != 1:
         return sdpa(q, k, v, mask)
     batch, heads, length, width = q.shape
@@ -128,9 +82,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
-            q, k, v, mask, mask, length, length, window_size=(-1, 0), enable_gqa=heads != k.shape[1]
-        )  # fmt: skip
+        groups: dict[str, Any] = {"enable_gqa": heads != k.shape[1]}
+        if not VARLEN_HAS_GROUPS:
+            k, v, groups = *(x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v)), {}
+        out = varlen_attn(q, k, v, mask, mask, length, length, window_size=(-1, 0), **groups)
     else:
         borders = mask.tolist()
         documents = [slice(a, b) for a, b in itertools.pairwise(borders) if a < b]

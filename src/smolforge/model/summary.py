@@ -15,6 +15,7 @@ from torch import nn
 from smolforge.config import ModelConfig
 from smolforge.formatting import size
 from smolforge.model.architecture import architecture_of, build_model
+from smolforge.model.attention import VARLEN_HAS_GROUPS
 from smolforge.model.loss import CHUNK
 
 CONVENTIONS = {
@@ -98,7 +99,7 @@ def estimate_memory(
     computed: torch.dtype | None = None, optimizer: str = "adamw", recompute: bool = False, loss: str = "chunked",
     chunk: int = CHUNK, attention: str | None = None, masked: bool = False, save_copy: bool = False, adapter: int = 0,
     dropout: bool = False, average: bool = False, shards: int = 1, copies: bool = False,
-    accumulated: bool = False,
+    accumulated: bool = False, compiled: bool = False,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step, from shapes alone: the same machine plans the same again.
 
@@ -121,12 +122,13 @@ def estimate_memory(
         shards: ranks that the state is cut among (FSDP2); then layers are whole only while they compute.
         copies: whether other ranks have the same model (DDP), whose sums of gradients are kept.
         accumulated: whether a step of shards has several micro-batches.
+        compiled: whether inductor computes cheap activations again, as on a GPU.
     """
     groups = count_groups(config)
     width, inner = stored.itemsize, (computed or stored).itemsize
     state = _state_bytes(groups, width, inner, optimizer, adapter, shards)
     tokens, layers = sequences * length, config.num_hidden_layers
-    entries = _layer_entries(config, attention, copies=adapter > 0 and inner == 2)
+    entries = _layer_entries(config, attention, copies=adapter > 0 and inner == 2, compiled=compiled)
     layer = tokens * (entries * inner + 2 * config.hidden_size * dropout)
     averaged = 4 * (adapter or sum(groups.values())) * average
     mask = sequences * length**2 * inner if attention == "expanded" and masked else 0  # the only one that keeps it
@@ -150,15 +152,18 @@ def estimate_memory(
     )  # fmt: skip
 
 
-def _layer_entries(config: ModelConfig, attention: str | None, *, copies: bool) -> int:
+def _layer_entries(config: ModelConfig, attention: str | None, *, copies: bool, compiled: bool) -> int:
     """What autograd keeps for each token and layer of `llama.py`.
 
     Inputs and outputs of both norms, queries and the output of attention, keys and values, and of the MLP gate,
-    silu(gate), up and their product; `copies`: of each norm three, since eager norms compute in fp32.
+    silu(gate), up and their product; `copies`: of each norm three, since eager norms compute in fp32; `compiled`: the
+    output of a norm and silu(gate) less, so that an H100 held 0.98 of what is planned (docs/performance.md).
     """
     heads = config.num_attention_heads
-    heads += heads if attention == "expanded" else config.num_key_value_heads
+    repeats = attention == "expanded" or (attention == "varlen" and not VARLEN_HAS_GROUPS)
+    heads += heads if repeats else config.num_key_value_heads
     kept = 4 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
+    kept -= (config.hidden_size + config.intermediate_size) * compiled
     return kept + (12 * config.hidden_size if copies else 0)
 
 

@@ -12,6 +12,7 @@ In the order to read them:
 
     train.py           open, step, save, evaluate
     step.py            one step: micro-batches and the update
+    recorded.py        its passes as CUDA graphs
     setup.py           from a request to configuration, data, tokenizer, model and optimizer
     prepare.py         what is decided and opened before there is a model
     dry_run.py         `smolforge train --dry-run`

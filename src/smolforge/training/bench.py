@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from smolforge.config import RunConfig, build_config
+from smolforge.cuda_graph import WARM_UP
 from smolforge.devices import choose_device, known_peak_flops
 from smolforge.distributed import DistributedContext
 from smolforge.formatting import size
@@ -27,12 +28,13 @@ from smolforge.training.apply_plan import apply_plan, compiled_graphs
 from smolforge.training.metrics import memory_in_use
 from smolforge.training.optim import build_optimizer
 from smolforge.training.plan import Plan, make_plan
+from smolforge.training.recorded import RecordedPasses
 from smolforge.training.step import train_step
 
 logger = logging.getLogger(__name__)
 
 TIMED_FLOPS = 1e12  # of `step_seconds`, about five seconds of a laptop
-PARTS = ("forward", "backward", "update")
+PARTS = ("forward", "backward", "replay", "update")
 
 
 def measure(
@@ -89,6 +91,7 @@ def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, step
     model = build_model(config.model, **plan.model_options)
     optimizer = build_optimizer(model, config.optimizer, update=plan.update, products=plan.precision.products)
     tokens = torch.randint(config.model.vocab_size, (sequences, length + 1), device=device)
+    passes = RecordedPasses(model) if plan.graph else None
     timings: list[dict[str, float]] = []
 
     @contextlib.contextmanager
@@ -97,15 +100,17 @@ def _time_steps(config: RunConfig, plan: Plan, sequences: int, length: int, step
         yield
         timings[-1][name] += _now(device) - began
 
-    for number in range(steps + 2):
+    warm_up = 1 + (WARM_UP if passes else 1)
+    for number in range(steps + warm_up):
         timings.append(defaultdict(float))
         train_step(
             model, optimizer, plan, config, tokens, None,
-            lr=config.optimizer.lr, ranks=DistributedContext(), span=span,
+            lr=config.optimizer.lr, ranks=DistributedContext(), span=span, passes=passes,
         )  # fmt: skip
-        if number >= 2:
-            logger.info(f"step {number - 1}/{steps}: {sequences * length / sum(timings[-1].values()):,.0f} tokens/s")
-    return [timings[0], *timings[2:]]
+        if number >= warm_up:
+            speed = sequences * length / sum(timings[-1].values())
+            logger.info(f"step {number - warm_up + 1}/{steps}: {speed:,.0f} tokens/s")
+    return [timings[0], *timings[warm_up:]]
 
 
 def step_seconds(config: RunConfig, plan: Plan) -> float:
@@ -114,8 +119,8 @@ def step_seconds(config: RunConfig, plan: Plan) -> float:
     flops = flops_per_token(config.model, length)["training"] * plan.micro_batch * length
     apply_plan(plan)
     _, *timings = _time_steps(config, plan, plan.micro_batch, length, min(max(int(TIMED_FLOPS / flops), 3), 30))
-    forward, backward, update = (statistics.median(parts[name] for parts in timings) for name in PARTS)
-    return plan.sequences / plan.micro_batch * (forward + backward) + update
+    *passes, update = (statistics.median(parts.get(name, 0.0) for parts in timings) for name in PARTS)
+    return plan.sequences / plan.micro_batch * sum(passes) + update
 
 
 def matmul_flops(config: RunConfig, plan: Plan, rows: int) -> float:
@@ -140,7 +145,7 @@ def _now(device: torch.device) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The measurements as text."""
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in result["share_by_part"].items())
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in result["share_by_part"].items() if share)
     lines = [
         f"tokens/s          {result['tokens_per_second']:,.0f}"
         f" ({result['sequences']} x {result['length']:,} tokens, {result['precision']}, {result['attention']})",

@@ -1,7 +1,7 @@
 """A run that has not begun: what would be decided, how long it would take, what it would store and send.
 
-Decisions and memory are those of the plan. Times on GPUs, which need not be here, follow from an assumed share of the
-peak (MFU), since nothing runs; on the CPU of this machine some steps are timed.
+Decisions and memory are those of the plan. Times on GPUs, which need not be here, follow from the share of the peak
+(MFU) that SmolLM2-135M reached on an H100, since nothing runs; on the CPU of this machine some steps are timed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from smolforge.training.scaling_law import expected_bits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 PER_MACHINE = 8  # GPUs, where there are more
+# Of a micro-batch of SmolLM2-135M on an H100 (docs/performance.md): the share of the peak by whether it is compiled,
+# and the seconds that do not depend on its size.
+SHARE, PASS_SECONDS = {True: 0.40, False: 0.27}, 0.012
 TEXT_BYTES = 4.1  # in a token of SmolLM2's tokenizer: 4.0 of WikiText-2, 4.1 of classic books, 4.2 of TinyStories
 
 
@@ -47,7 +50,7 @@ class Forecast:
     Attributes:
         gpu: the card; None for the CPU of this machine.
         gpus: how many, one process each.
-        mfu: assumed share of the GPUs' peak, counted as `flops_per_token` does.
+        mfu: assumed share of the GPUs' peak, counted as `flops_per_token` does; None for `SHARE` and `PASS_SECONDS`.
         price: of one GPU for an hour, 0 where it is not given.
         measured: seconds of a step, where some were timed.
     """
@@ -57,7 +60,7 @@ class Forecast:
     gpus: int
     plan: Plan
     memory: MemoryEstimate
-    mfu: float
+    mfu: float | None
     price: float
     measured: float | None = None
 
@@ -71,8 +74,13 @@ class Forecast:
         """Of all GPUs together, or of the CPU."""
         if self.measured is not None:
             return self.config.tokens_per_step / self.measured
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)["training"]
-        return self.gpus * self.mfu * ((self.gpu and self.gpu.peak_flops) or 0) / flops
+        length, peak = self.config.data.sequence_length, (self.gpu and self.gpu.peak_flops) or 0
+        flops = flops_per_token(self.config.model, length)["training"]
+        if self.mfu is not None:
+            return self.gpus * self.mfu * peak / flops
+        passes = self.plan.sequences / self.plan.micro_batch
+        step = self.plan.sequences * length * flops / (SHARE[self.plan.compile] * peak) + passes * PASS_SECONDS
+        return self.config.tokens_per_step / step
 
     @property
     def seconds(self) -> float:
@@ -136,7 +144,9 @@ class Forecast:
         """For people: the decisions, then the figures."""
         steps, rate, second = self.config.total_steps, self.tokens_per_second, self.seconds / self.config.total_steps
         parameters = count_parameters(self.config.model)
-        how = (f"at an assumed {self.mfu:.0%} of the peak", "; measured nowhere")
+        how = (f"at {SHARE[self.plan.compile]:.0%} of the peak and 12 ms a micro-batch", "; measured on one H100 only")
+        if self.mfu is not None:
+            how = (f"at an assumed {self.mfu:.0%} of the peak", "; measured nowhere")
         if self.measured is not None:
             how = ("as some steps took here", "; validation, samples and checkpoints come on top")
         lines = [
@@ -160,7 +170,9 @@ class Forecast:
         return lines
 
 
-def forecast(config: RunConfig, gpus: int, gpu: Gpu | None, *, mfu: float = 0.4, price: float = 0.0) -> Forecast:
+def forecast(
+    config: RunConfig, gpus: int, gpu: Gpu | None, *, mfu: float | None = None, price: float = 0.0
+) -> Forecast:
     """What the run of `config` would be on so many of these GPUs, one process each, `PER_MACHINE` in a machine.
 
     Without a GPU it is what the run would be on the CPU of this machine, where some steps are timed.

@@ -38,9 +38,9 @@ TUNING_SHARE = 0.9
 # Longest sequence for which blocked attention is chosen in bf16 on a CPU; between the two lengths that were measured.
 SHORT = 1024
 # What compiling costs and gains, from docs/performance.md: it must pay for itself well within the run.
-COMPILE_SECONDS = {"cpu": 40.0, "cuda": 90.0}
-COMPILE_GAIN = 1.25
-ASSUMED_FLOPS = {"cpu": 2e11, "cuda": 2e14}
+COMPILE_SECONDS = {"cpu": 40.0, "cuda": 20.0}
+COMPILE_GAIN = {"cpu": 1.25, "cuda": 1.5}
+ASSUMED_FLOPS = {"cpu": 2e11, "cuda": 2.7e14}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Plan:
         sequences: most sequences of the global batch that a rank computes in a step.
         micro_batch: sequences of one forward pass; divides `sequences`. A rank with fewer ends with a smaller one.
         compile: whether blocks, loss and update go through torch.compile.
+        graph: whether passes are recorded as CUDA graphs.
         threads: of matrix products on a CPU.
         attention: a key of `model.attention.ATTENTION`.
         loss: a key of `model.loss.LOSSES`.
@@ -73,6 +74,7 @@ class Plan:
     recompute: bool = False
     parallel: str = "single"
     shards: int = 1
+    graph: bool = False
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -110,9 +112,11 @@ def make_plan(
     parallel, shards, parallel_reason = _choose_parallel(config, device, precision, world_size, local, gpu)
     if parallel != "single":
         reasons.append(f"parallel: {parallel} ({parallel_reason})")
+    compiled, compile_reason = _choose_compile(config, device, world_size)
     estimate = partial(
-        memory_of, config, device, precision, gpu=gpu, shards=shards, copies=parallel == "ddp", sequences=sequences
-    )
+        memory_of, config, device, precision, gpu=gpu, shards=shards, copies=parallel == "ddp", sequences=sequences,
+        compiled=compiled and gpu is not None,
+    )  # fmt: skip
     micro, recompute, memory = _fit_memory(config, device, sequences, gpu, estimate)
     reasons.append(
         f"batch: {config.tokens_per_step:,} tokens per step = {processes} × "
@@ -125,7 +129,6 @@ def make_plan(
     reasons.append(f"attention: {_for_people(attention)} ({attention_reason})")
     loss, reason = _choose_loss(config, device, precision)
     reasons.append(f"loss: {_for_people(loss)} ({reason})")
-    compiled, compile_reason = _choose_compile(config, device, world_size)
     update = "torch"
     if precision.weights == torch.bfloat16 and config.optimizer.name == "adamw":
         update, reason = _choose_update(device, compiled)
@@ -133,12 +136,16 @@ def make_plan(
     if "native" in (attention, loss, update):
         reasons.append(f"kernels: {kernels.description()}")
     reasons.append(f"compile: {'on' if compiled else 'off'} ({compile_reason})")
+    graph = False
+    if gpu:
+        graph, reason = _choose_graph(config, precision, parallel)
+        reasons.append(f"graph: {'on' if graph else 'off'} ({reason})")
     threads = config.training.threads or physical_cores(world_size)
     if device.type == "cpu":
         reasons.append(f"threads: {threads}")
     return Plan(
         device, precision, sequences, micro, compiled, threads, attention, loss, update, recompute, parallel, shards,
-        reasons,
+        graph, reasons,
     )  # fmt: skip
 
 
@@ -215,18 +222,20 @@ def memory_by_part(found: MemoryEstimate, gpu: Gpu | None) -> str:
 def memory_of(
     config: RunConfig, device: torch.device, precision: Precision, micro_batch: int, *, recompute: bool,
     gpu: Gpu | None = None, shards: int = 1, copies: bool = False, sequences: int = 1,
+    compiled: bool = False,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one rank's training step. Where a GPU trains, the copy for saving lies in the host's memory.
 
     Args:
         sequences: of the rank, in a step.
+        compiled: whether a GPU's blocks are.
     """
     gpu = gpu or gpu_of(device)
     return estimate_memory(
         config.model, sequences=micro_batch, length=config.data.sequence_length,
         stored=precision.weights, computed=precision.autocast, optimizer=config.optimizer.name, recompute=recompute,
         loss=_choose_loss(config, device, precision)[0], chunk=chunk_of(device),
-        attention=_choose_gpu_attention(config, gpu, precision)[0] if gpu else None,
+        attention=_choose_gpu_attention(config, gpu, precision)[0] if gpu else None, compiled=compiled,
         masked=config.data.mask_documents,
         save_copy=config.checkpoint.asynchronous and device.type == "cpu",
         adapter=count_adapter_parameters(config.model, config.lora),
@@ -239,7 +248,7 @@ def planned_memory(config: RunConfig, plan: Plan, gpu: Gpu | None = None) -> Mem
     """The memory of one rank's training step as it is planned; `gpu` as of `make_plan`."""
     return memory_of(
         config, plan.device, plan.precision, plan.micro_batch, recompute=plan.recompute, gpu=gpu, shards=plan.shards,
-        copies=plan.parallel == "ddp", sequences=plan.sequences,
+        copies=plan.parallel == "ddp", sequences=plan.sequences, compiled=plan.compile and plan.device.type == "cuda",
     )  # fmt: skip
 
 
@@ -364,10 +373,22 @@ def _choose_compile(config: RunConfig, device: torch.device, world_size: int) ->
         return True, "as asked"
     flops = flops_per_token(config.model, config.data.sequence_length)["training"]
     seconds = flops * config.tokens_per_step * config.total_steps / ASSUMED_FLOPS[device.type] / world_size
-    saved, cost = seconds * (1 - 1 / COMPILE_GAIN), COMPILE_SECONDS[device.type]
+    saved, cost = seconds * (1 - 1 / COMPILE_GAIN[device.type]), COMPILE_SECONDS[device.type]
     if saved > 1.5 * cost:
         return True, f"saves about {saved:,.0f} s of this run for {cost:.0f} s of compiling"
     return False, f"would save about {saved:,.0f} s of this run and cost {cost:.0f} s"
+
+
+def _choose_graph(config: RunConfig, precision: Precision, parallel: str) -> tuple[bool, str]:
+    if parallel != "single":
+        return False, "several processes exchange gradients in between"
+    if precision.scaler:
+        return False, "the scale of gradients changes"
+    if config.data.format != "text":
+        return False, "the tokens that are learned differ from step to step"
+    if config.training.memory != "auto":
+        return False, "it would keep its memory, and training.memory is limited"
+    return True, "a micro-batch starts at once, not kernel by kernel"
 
 
 def _for_people(choice: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 
+from smolforge import __version__
 from smolforge.config import RunConfig
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput
@@ -19,7 +19,7 @@ def check_ranks(run: Run, config: RunConfig, ranks: DistributedContext) -> None:
     deadline = time.monotonic() + SHARED_SECONDS
     while not (same := lock_holder(run) == holder) and time.monotonic() < deadline:
         time.sleep(0.5)
-    found = ranks.all_gather((same, version("smolforge"), config.to_yaml()))
+    found = ranks.all_gather((same, __version__, config.to_yaml()))
     for rank, (same, installed, text) in enumerate(found):
         if not same:
             raise BadInput(

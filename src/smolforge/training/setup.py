@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smolforge import __version__
 from smolforge.checkpoint import commit, format, locate
 from smolforge.config import RunConfig, build_config
 from smolforge.data import Corpus
@@ -348,7 +348,7 @@ def record(context: TrainContext) -> None:
         return
     write_atomically(context.run.config_path, context.config.to_yaml())
     environment = {
-        "smolforge": version("smolforge"),
+        "smolforge": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),

@@ -19,10 +19,12 @@ from smolforge.data import Batch
 from smolforge.devices import to_device
 from smolforge.distributed import DistributedContext, is_lost
 from smolforge.model.architecture import CausalLM
+from smolforge.model.documents import Documents
 from smolforge.model.dropout import sequence_keys
 from smolforge.model.loss import IGNORE
 from smolforge.training.optim import optimizer_step
 from smolforge.training.plan import Plan
+from smolforge.training.recorded import RecordedPasses
 
 # (model, rows of the batch, inputs (B, T), targets (B, T), document ids (B, T) or None) -> the loss to differentiate,
 # which adds up over micro-batches and ranks, and the sum of losses to report.
@@ -137,11 +139,37 @@ def _loss_of_nothing(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return model.loss(tokens[:1, :-1].contiguous(), torch.full_like(tokens[:1, 1:], IGNORE))
 
 
+def _replay(
+    passes: RecordedPasses, model: CausalLM, plan: Plan, config: RunConfig, rows: slice,
+    tokens: Tensor, document_ids: Tensor | None, keys: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Add the gradients of some rows, and return the sum of their losses in nats, (); arguments as of `train_step`."""
+
+    def run(
+        inputs: Tensor, targets: Tensor, keys: Tensor | None, positions: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        model.options.dropout.keys = keys
+        documents = None if positions is None or mask is None else Documents(positions, mask)
+        scale, z_weight = 1 / config.tokens_per_step, config.training.z_loss
+        with plan.precision.context(inputs.device):
+            loss, nats = model.loss(inputs, targets, document_ids=documents, scale=scale, z_weight=z_weight)
+        loss.backward()
+        return nats
+
+    positions, mask = None, None
+    if document_ids is not None:
+        ids = document_ids[rows, :-1].contiguous()
+        documents = Documents.of(plan.attention, ids, tokens.device, plan.precision.products)
+        positions, mask = documents.positions, documents.mask
+    inputs, targets = tokens[rows, :-1].contiguous(), tokens[rows, 1:].contiguous()
+    return passes(run, inputs, targets, None if keys is None else keys[rows], positions, mask)
+
+
 def train_step(
     model: CausalLM, optimizer: torch.optim.Optimizer, plan: Plan, config: RunConfig,
     tokens: Tensor, document_ids: Tensor | None, *,
     lr: float, ranks: DistributedContext, scaler: Any = None, targets: Tensor | None = None, count: int | None = None,
-    replica: Replica | None = None, keys: Tensor | None = None,
+    replica: Replica | None = None, keys: Tensor | None = None, passes: RecordedPasses | None = None,
     span: Callable[[str], AbstractContextManager[Any]] = record_function, objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the global batch in micro-batches, then one update.
@@ -153,7 +181,8 @@ def train_step(
         count: targets that are learned, in the global batch; all unless given.
         replica: of several ranks, as `replicate` made it of the model.
         keys: (B,) of dropout, as `dropout_keys` makes them; without, nothing is dropped.
-        span: the context of each part ("forward", "backward", "update"), for profiles and timings.
+        passes: of the model, to record those of one rank, of which all tokens are learned, and repeat them.
+        span: the context of each part ("forward" and "backward", or "replay", and "update"), for profiles and timings.
         objective: what is learned instead of the next token.
 
     Returns:
@@ -178,10 +207,12 @@ def train_step(
     count_all = plan.sequences if plan.shards > 1 else len(tokens)
     together = contextlib.nullcontext() if plan.shards > 1 else ranks.together()
     with together, replica.step() if replica else contextlib.nullcontext():
-        for start in range(0, count_all, plan.micro_batch):
-            rows = slice(start, start + plan.micro_batch)
-            is_last = rows.stop >= count_all
-            with _sums_in_last(model, plan, replica, is_last):
+        for rows in [slice(start, start + plan.micro_batch) for start in range(0, count_all, plan.micro_batch)]:
+            if passes:
+                with span("replay"):
+                    nats += _replay(passes, model, plan, config, rows, tokens, document_ids, keys)
+                continue
+            with _sums_in_last(model, plan, replica, is_last=rows.stop >= count_all):
                 with span("forward"), plan.precision.context(tokens.device):
                     loss, part = replica(partial(compute, rows=rows)) if replica else compute(model, rows)
                 with span("backward"):
@@ -192,5 +223,5 @@ def train_step(
         norm, skipped = optimizer_step(
             model, optimizer, nats, lr=lr, clip=config.training.grad_clip, ranks=ranks, scaler=scaler
         )
-    optimizer.zero_grad(set_to_none=replica is None)
+    optimizer.zero_grad(set_to_none=not (replica or passes))
     return nats, norm, skipped

@@ -37,6 +37,7 @@ from smolforge.training.metrics import MetricsLogger, StepMetrics, tell_outcome
 from smolforge.training.optim import schedule_factor
 from smolforge.training.progress import Throughput, build_profiler
 from smolforge.training.ranks import check_ranks
+from smolforge.training.recorded import RecordedPasses
 from smolforge.training.setup import TrainContext, TrainRequest
 from smolforge.training.shutdown import GracefulShutdown, StopRequested
 from smolforge.training.step import Replica, dropout_keys, replicate, train_step
@@ -128,6 +129,7 @@ class Trainer:
         self.saved_step = position.step if position.cursor else -1
         self.updating = False  # the weights are between two steps
         self.replica: Replica | None = None
+        self.passes = RecordedPasses(context.model) if self.plan.graph else None
         self.profiler: profile | None = None
         self.parts: Parts | None = None  # of the checkpoint that is written last
         self.committer = Committer(
@@ -254,8 +256,8 @@ class Trainer:
             objective, count = context.preferences.objective(batch, self.ranks)
         figures = train_step(
             context.model, context.optimizer, self.plan, config, tokens, document_ids,
-            targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler,
-            replica=self.replica, span=self._span, objective=objective, keys=dropout_keys(config, batch, device),
+            targets=targets, count=count, lr=lr, ranks=self.ranks, scaler=context.scaler, span=self._span,
+            replica=self.replica, passes=self.passes, objective=objective, keys=dropout_keys(config, batch, device),
         )  # fmt: skip
         if context.average:
             context.average.update()

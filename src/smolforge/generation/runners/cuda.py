@@ -1,8 +1,5 @@
 """The CUDA runner: a static cache, one CUDA graph per batch size, and sampling on the device.
 
-It has not run on a GPU yet: the tests run what a graph records eagerly on a CPU, where it equals the module runner and
-the host's sampler. Capture and replay themselves are untested.
-
 Decoding a token on a GPU is limited by starting its kernels, not by running them, unless the whole step is one recorded
 graph, and a graph needs shapes that never change. So every sequence has a slot in one fixed tensor of keys and values,
 and row i of a step is slot i. A step is recorded once for each batch size (a power of two above the highest slot in
@@ -17,11 +14,13 @@ from __future__ import annotations
 import copy
 import heapq
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smolforge.cuda_graph import WARM_UP, CudaGraph, run_aside
 from smolforge.devices import half_precision
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.runners.cpu import Precision
@@ -31,7 +30,6 @@ from smolforge.generation.sequence import Sequence
 # The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly.
 TOKEN, POSITION, UNIFORM, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(10)
 FEWEST_KEYS = 128  # shorter texts share one graph
-WARM_UP = 2  # runs before capture: libraries choose kernels and allocate workspaces in the first
 
 
 class SlotCache(TensorCache):
@@ -91,7 +89,7 @@ class CudaRunner(ModuleRunner):
         self._in_prompt = torch.empty(0, c.vocab_size, dtype=torch.bool, device=self._device)
         self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
-        self._graphs: dict[tuple[int, int, bool], tuple[Any, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
         self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
 
@@ -152,25 +150,14 @@ class CudaRunner(ModuleRunner):
             with torch.cuda.device(self._device):
                 if shape not in self._graphs:
                     self._graphs[shape] = self._capture(shape)
-                graph, buffer, tokens = self._graphs[shape]
-                buffer.copy_(inputs, non_blocking=True)
-                graph.replay()
-                return tokens
+                return self._graphs[shape](inputs)
 
-    def _capture(self, shape: tuple[int, int, bool]) -> tuple[Any, Tensor, Tensor]:
+    def _capture(self, shape: tuple[int, int, bool]) -> CudaGraph:
         """Record a step; the warm-up runs rows without a sequence, which change nothing."""
-        buffer = self._idle_inputs(shape[0]).to(self._device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._step(*shape[1:], buffer)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a trainer's, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            tokens = self._step(*shape[1:], buffer)
-        return graph, buffer, tokens
+        step, idle = partial(self._step, *shape[1:]), [self._idle_inputs(shape[0]).to(self._device)]
+        for _ in range(WARM_UP):
+            run_aside(step, idle)
+        return CudaGraph(step, idle)
 
     def _idle_inputs(self, rows: int) -> Tensor:
         """The input of a step without sequences, (10, B)."""
