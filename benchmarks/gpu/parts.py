@@ -522,7 +522,7 @@ def tests(part: Part) -> None:
     """The tests that concern the GPU, where pytest is installed."""
     files = [
         "tests/test_devices.py", "tests/gpu/test_graph.py", "tests/generation/test_cuda.py",
-        "tests/model/test_attention.py", "tests/training/test_muon.py",
+        "tests/generation/test_fused_decoding.py", "tests/model/test_attention.py", "tests/training/test_muon.py",
         "tests/model/test_loss.py",
     ]  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-v", "--durations=10", "-p", "no:cacheprovider"]

@@ -3,6 +3,7 @@
     module.py   any module, its live weights, on any device: correct by construction, training samples with it
     cpu.py      packed weights and the native step of `smolforge.kernels`
     cuda.py     a static cache, CUDA graphs, and sampling on the GPU
+    fused.py    its step of a plain Llama in a few Triton kernels
 
 `select_runner` chooses one and its precision once per engine, and gives the reasons in words.
 """

@@ -5,6 +5,7 @@ graph, and a graph needs shapes that never change. So every sequence has a slot 
 and row i of a step is slot i. A step is recorded once for each batch size (a power of two above the highest slot in
 use), each number of keys (a power of two) and whether it is greedy. Rows without a sequence write to a position that
 none reads. Prompts, and the rare settings that `can_sample` refuses, run through the module one sequence at a time.
+The step is the kernels of `fused.py` where they compute what the module computes, else the module itself.
 
 Shapes: B rows, S keys, L positions of a slot, K key/value heads, d head_dim, V vocabulary.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import logging
 import weakref
 from functools import partial
 from typing import Any
@@ -26,6 +28,8 @@ from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.runners.cpu import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
 from smolforge.generation.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 # The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly.
 TOKEN, POSITION, UNIFORM, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(10)
@@ -90,6 +94,7 @@ class CudaRunner(ModuleRunner):
         self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
         self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
+        self._fused = self._fused_step()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
         self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
 
@@ -137,11 +142,22 @@ class CudaRunner(ModuleRunner):
     def _step(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
         """The next token of each row, (B,); what a graph records."""
         tokens, positions = inputs[TOKEN].long(), inputs[POSITION].long()
-        cache = StaticCache(self.memory, positions, keys)
-        logits = self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0].float()
+        if self._fused is not None:
+            logits = self._fused(tokens, positions, self.memory, keys).float()
+        else:
+            cache = StaticCache(self.memory, positions, keys)
+            logits = self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0].float()
         if greedy:
             return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
         return sample_batch(logits, inputs, self._in_prompt[: len(tokens)], self._written[: len(tokens)])
+
+    def _fused_step(self) -> Any:
+        """A `FusedStep`, or None where the module itself has to run."""
+        if self._device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(self._device) < (8, 0):
+            return None
+        from smolforge.generation.runners.fused import fused_step  # imports Triton, which takes time
+
+        return fused_step(self.module, self.positions)
 
     def _run(self, shape: tuple[int, int, bool], inputs: Tensor) -> Tensor:
         with evaluating(self.module):
@@ -155,6 +171,12 @@ class CudaRunner(ModuleRunner):
     def _capture(self, shape: tuple[int, int, bool]) -> CudaGraph:
         """Record a step; the warm-up runs rows without a sequence, which change nothing."""
         step, idle = partial(self._step, *shape[1:]), [self._idle_inputs(shape[0]).to(self._device)]
+        if self._fused is not None:
+            try:
+                run_aside(step, idle)
+            except Exception as error:  # Triton's are of many kinds: no C compiler, no Python headers, a GPU too old
+                logger.warning("the kernels of a decoding step cannot be compiled, so the module runs: %s", error)
+                self._fused = None
         for _ in range(WARM_UP):
             run_aside(step, idle)
         return CudaGraph(step, idle)
