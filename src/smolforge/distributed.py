@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smolforge.errors import BadInput, OtherProcessFailed, RunFailed, SmolforgeError
+from smolforge.errors import BadInput, OtherProcessFailed, RunFailed, SmolforgeError, in_one_line
 
 # How long a rank may be silent: at the start, where rank 0 may try for `data.patience` seconds to reach a source while
 # the others wait, and after the first step.
@@ -199,8 +199,8 @@ def init_distributed(device: torch.device) -> DistributedContext:
         store = dist.PrefixStore(f"attempt-{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=START_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise RunFailed(f"process {rank} of {world} could not join the others at {host}:{port}: {reason}") from None
+        where = f"process {rank} of {world} could not join the others at {host}:{port}"
+        raise RunFailed(f"{where} ({in_one_line(error)})") from None
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=START_TIMEOUT)
     ranks = DistributedContext(rank, world, control=control, store=store)
     sizes = set(ranks.all_gather(int(os.environ.get("LOCAL_WORLD_SIZE", world))))

@@ -92,6 +92,11 @@ class OtherProcessFailed(RunFailed):
     is_reported = True
 
 
+def in_one_line(error: BaseException) -> str:
+    """Kind and first line of an error of other code, at most 200 characters of it, for a message of ours."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def first_problem(error: ValidationError) -> BadInput:
     """The first thing that pydantic found wrong with the fields of an object."""
     first = error.errors()[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from smolforge.errors import OtherProcessFailed
+from smolforge.errors import OtherProcessFailed, in_one_line
 from smolforge.model.architecture import CausalLM
 from smolforge.training.plan import Plan
 
@@ -71,8 +71,7 @@ def run_first_step(
         compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
         if not compiling and not isinstance(error, OtherProcessFailed):  # of another that cannot compile
             raise
-        first = str(error).strip().splitlines()[0][:200]
-        logger.warning(f"compile: off, it fails on this machine ({type(error).__name__}: {first})")
+        logger.warning(f"compile: off, it fails on this machine ({in_one_line(error)})")
         for part in (model, optimizer):
             if hasattr(part, "uncompile"):
                 part.uncompile()  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smolforge.cuda_graph import WARM_UP, CudaGraph, run_aside
+from smolforge.errors import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,6 @@ class RecordedPasses:
                 self._graphs[shape] = CudaGraph(function, inputs, self._pool)
             except RuntimeError as error:  # nothing was computed
                 self.fails = True
-                first = str(error).strip().partition("\n")[0][:200]
-                logger.warning(f"graph: off, it fails on this machine ({type(error).__name__}: {first})")
+                logger.warning(f"graph: off, it fails on this machine ({in_one_line(error)})")
                 return function(*inputs)
         return self._graphs[shape](*inputs)

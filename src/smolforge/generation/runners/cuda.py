@@ -24,6 +24,7 @@ from torch import Tensor
 
 from smolforge.cuda_graph import WARM_UP, CudaGraph, run_aside
 from smolforge.devices import half_precision
+from smolforge.errors import in_one_line
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.runners.cpu import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
@@ -175,7 +176,7 @@ class CudaRunner(ModuleRunner):
             try:
                 run_aside(step, idle)
             except Exception as error:  # Triton's are of many kinds: no C compiler, no Python headers, a GPU too old
-                logger.warning("the kernels of a decoding step cannot be compiled, so the module runs: %s", error)
+                logger.warning(f"decoding: slower, its kernels fail on this machine ({in_one_line(error)})")
                 self._fused = None
         for _ in range(WARM_UP):
             run_aside(step, idle)
