@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 # Each part and its limit in seconds on a GPU; together 10 minutes. The most telling come first.
 LIMITS = {
     "machine": 15, "kernels": 40, "speed": 130, "losses": 65, "resume": 60, "decoding": 60, "memory": 30,
-    "peers": 80, "tests": 120,
+    "peers": 80, "tests": 110,
 }  # fmt: skip
 REHEARSAL_SECONDS = 600  # of a part, on a busy machine with two cores
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "PyYAML", "rich")
