@@ -96,6 +96,7 @@ def make(name: str, directory: Path, device: str) -> Contestant:
 
 def measure(directory: Path, names: list[str], batches: list[int], rounds: int, device: str, vocab: int) -> dict:
     """Seconds of every contestant's jobs by batch; who fails is left out, and why is told."""
+    from smolforge.errors import in_one_line
     from smolforge.generation.bench import wait
 
     peers: dict[str, Contestant] = {}
@@ -108,7 +109,7 @@ def measure(directory: Path, names: list[str], batches: list[int], rounds: int, 
         except Exception as problem:
             if name.startswith("smolforge"):
                 raise
-            failed[name] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
+            failed[name] = in_one_line(problem)
             print(f"{name} does not work here: {failed[name]}", file=sys.stderr)
             return None
 

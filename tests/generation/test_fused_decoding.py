@@ -26,7 +26,7 @@ CONTEXT = 600  # of which KEYS are in use: more than one part of attention, and 
 SHAPES = {
     "tied": {"hidden_size": 96, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 32},
-    # A width of heads that is no power of two, groups of 3, more columns than a tile has, scaled rotation, a head.
+    # A width of heads that is not a power of two, groups of 3, more columns than a tile has, scaled rotation, a head.
     "odd": {"hidden_size": 136, "intermediate_size": 140, "num_attention_heads": 6, "num_key_value_heads": 2,
             "head_dim": 12, "tie_word_embeddings": False, "rope_theta": 10_000.0,
             "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

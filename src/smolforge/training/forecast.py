@@ -144,7 +144,8 @@ class Forecast:
         """For people: the decisions, then the figures."""
         steps, rate, second = self.config.total_steps, self.tokens_per_second, self.seconds / self.config.total_steps
         parameters = count_parameters(self.config.model)
-        how = (f"at {SHARE[self.plan.compile]:.0%} of the peak and 12 ms a micro-batch", "; measured on one H100 only")
+        fixed = f"{1e3 * PASS_SECONDS:.0f} ms a micro-batch"
+        how = (f"at {SHARE[self.plan.compile]:.0%} of the peak and {fixed}", "; measured on one H100 only")
         if self.mfu is not None:
             how = (f"at an assumed {self.mfu:.0%} of the peak", "; measured nowhere")
         if self.measured is not None:
