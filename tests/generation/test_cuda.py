@@ -50,15 +50,42 @@ def test_a_static_step_computes_what_the_module_computes(shape):
     texts = [torch.randint(0, 400, (n,), generator=generator).tolist() for n in (5, 130, 31, 200)]
     caches, theirs = ([kind.new_cache(256) for _ in texts] for kind in (runner, plain))
     for one, other, text in zip(caches, theirs, texts, strict=True):
-        chunk = ScheduledChunk(one, text[:-1], 0, 1)
-        assert torch.equal(runner.forward([chunk]), plain.forward([ScheduledChunk(other, text[:-1], 0, 1)]))
-    positions = torch.tensor([len(text) - 1 for text in texts], device=DEVICE)
+        runner.forward([ScheduledChunk(one, text[:-1], 0, 0)])
+        plain.forward([ScheduledChunk(other, text[:-1], 0, 0)])
+    positions = torch.tensor([[len(text) - 1] for text in texts], device=DEVICE)
     cache = StaticCache(runner.memory, positions, keys=256)
     with torch.no_grad():
         tokens = torch.tensor([[text[-1]] for text in texts], device=DEVICE)
-        logits = model(tokens, positions=positions[:, None], cache=cache)[:, 0].cpu()
+        logits = model(tokens, positions=positions, cache=cache)[:, 0].cpu()
     chunks = [ScheduledChunk(c, t[-1:], len(t) - 1, 1) for c, t in zip(theirs, texts, strict=True)]
     torch.testing.assert_close(logits, plain.forward(chunks), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_is_read_as_the_module_reads_it(shape):
+    """In chunks of every length, behind others, and whatever the text before it left in the shared slot."""
+    model = make_model(shape).to(DEVICE)
+    runner, plain = CudaRunner(model, "fp32"), ModuleRunner(model)
+    generator = torch.Generator().manual_seed(1)
+    for lengths in ([1], [16], [17, 1], [100, 40], [64, 3, 60], [129]):
+        one, other, start = runner.new_cache(256), plain.new_cache(256), 0
+        if runner._prompt_memory is not None:
+            runner._prompt_memory.fill_(torch.inf)
+        for length, logits in zip(lengths, [0] * (len(lengths) - 1) + [1], strict=True):
+            tokens = torch.randint(0, 400, (length,), generator=generator).tolist()
+            ours = runner.forward([ScheduledChunk(one, tokens, start, logits)])
+            theirs = plain.forward([ScheduledChunk(other, tokens, start, logits)])
+            assert ours.shape == theirs.shape == (logits, model.config.vocab_size)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            start += length
+        torch.testing.assert_close(one.memory[:, :, :start], other.memory[:, :, :start], rtol=1e-4, atol=1e-4)
+        assert not one.memory[:, :, start : runner.positions].any()
+        # Where the logits of all tokens are wanted, the module goes on from the same slot.
+        ours, theirs = (
+            kind.forward([ScheduledChunk(cache, [5, 6, 7], start, 3)])
+            for kind, cache in ((runner, one), (plain, other))
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 SETTINGS = [

@@ -69,7 +69,7 @@ def make_rows(module, rows):
 @torch.no_grad()
 def module_logits(module, tokens, positions, memory):
     """What the runner's step computes without the kernels."""
-    cache = StaticCache(memory, positions, CONTEXT)
+    cache = StaticCache(memory, positions[:, None], CONTEXT)
     return module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0]
 
 

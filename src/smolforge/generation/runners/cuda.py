@@ -1,13 +1,16 @@
-"""The CUDA runner: a static cache, one CUDA graph per batch size, and sampling on the device.
+"""The CUDA runner: a static cache, CUDA graphs, and sampling on the device.
 
 Decoding a token on a GPU is limited by starting its kernels, not by running them, unless the whole step is one recorded
 graph, and a graph needs shapes that never change. So every sequence has a slot in one fixed tensor of keys and values,
 and row i of a step is slot i. A step is recorded once for each batch size (a power of two above the highest slot in
 use), each number of keys (a power of two) and whether it is greedy. Rows without a sequence write to a position that
-none reads. Prompts, and the rare settings that `can_sample` refuses, run through the module one sequence at a time.
-The step is the kernels of `fused.py` where they compute what the module computes, else the module itself.
+none reads. The step is the kernels of `fused.py` where they compute what the module computes, else the module itself.
 
-Shapes: B rows, S keys, L positions of a slot, K key/value heads, d head_dim, V vocabulary.
+A prompt's chunk is one sequence through the module, in a graph as well: recorded once for each width and number of
+keys, both powers of two. It reads and writes a slot of its own, so that one graph serves all sequences. Where logits of
+more than its last token are wanted, the module runs without a graph.
+
+Shapes: B rows, T tokens, S keys, L positions of a slot, K key/value heads, d head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import copy
 import heapq
 import logging
 import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from functools import partial
 from typing import Any
 
@@ -28,13 +33,13 @@ from smolforge.errors import in_one_line
 from smolforge.generation.kv_cache import TensorCache
 from smolforge.generation.runners.cpu import Precision
 from smolforge.generation.runners.module import ModuleRunner, evaluating
-from smolforge.generation.sequence import Sequence
+from smolforge.generation.sequence import ScheduledChunk, Sequence
 
 logger = logging.getLogger(__name__)
 
 # The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly.
 TOKEN, POSITION, UNIFORM, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(10)
-FEWEST_KEYS = 128  # shorter texts share one graph
+FEWEST_KEYS, FEWEST_TOKENS = 128, 16  # shorter texts, and shorter chunks of prompts, share one graph
 
 
 class SlotCache(TensorCache):
@@ -51,23 +56,23 @@ class SlotCache(TensorCache):
 
 
 class StaticCache:
-    """The first B slots in one step with one token of each: fixed shapes, and positions as a tensor.
+    """The first B slots in one step: fixed shapes, and positions as a tensor.
 
     Args:
         memory: (slots, layers, 2 K, L + 1, d).
-        positions: of the tokens, (B,).
+        positions: of the tokens, (B, T); L for one that is none, whose keys no other sees.
         keys: S, more than any position in use.
     """
 
     def __init__(self, memory: Tensor, positions: Tensor, keys: int) -> None:
         self._memory, self._positions, self._keys = memory[: len(positions)], positions, keys
-        # (B, 1, 1, S): the keys that a row may see.
-        self.mask = (torch.arange(keys, device=memory.device) <= positions[:, None])[:, None, None]
+        # (B, 1, T, S): the keys that a token may see.
+        self.mask = (torch.arange(keys, device=memory.device) <= positions[..., None])[:, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, 1, d) at the positions; the first S of each slot, (B, K, S, d), as views."""
+        """Write k and v (B, K, T, d) at the positions; the first S of each slot, (B, K, S, d), as views."""
         slots, new = self._memory[:, layer], torch.cat((k, v), 1)
-        slots.scatter_(2, self._positions.view(-1, 1, 1, 1).expand_as(new), new)
+        slots.scatter_(2, self._positions[:, None, :, None].expand_as(new), new)
         keys, values = slots[:, :, : self._keys].split(k.shape[1], 1)
         return keys, values
 
@@ -95,6 +100,9 @@ class CudaRunner(ModuleRunner):
         self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
         self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
+        self._prompt_graphs: dict[tuple[int, int], CudaGraph] = {}
+        self._prompt_memory: Tensor | None = None  # (1, layers, 2 K, L + 1, d)
+        self._pool: Any = None  # memory of all graphs, of which none needs what another left
         self._fused = self._fused_step()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
         self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
@@ -118,6 +126,37 @@ class CudaRunner(ModuleRunner):
         weakref.finalize(cache, heapq.heappush, self._free, cache.slot).atexit = False
         return cache
 
+    @torch.no_grad()
+    def forward(self, chunks: Many[ScheduledChunk]) -> Tensor:
+        """Run the chunks one by one, those with logits of at most one token as CUDA graphs."""
+        run = super().forward
+        rows = [run([chunk]) if chunk.logits > 1 else self._read(chunk) for chunk in chunks]
+        return torch.cat([torch.empty(0, self.config.vocab_size), *rows])
+
+    def _read(self, chunk: ScheduledChunk) -> Tensor:
+        """Run a chunk's tokens; the logits of the last one on the host, (1, V), or (0, V) where none are wanted."""
+        start, end = chunk.start, chunk.start + len(chunk.tokens)
+        keys = min(max(_power_of_two(end), FEWEST_KEYS), self.positions)
+        inputs = self._idle_chunk(max(_power_of_two(end - start), FEWEST_TOKENS))
+        inputs[:, : end - start] = torch.tensor([chunk.tokens, range(start, end)])
+        if self._prompt_memory is None:
+            self._prompt_memory = self.memory.new_zeros(1, *self.memory.shape[1:])
+        slot: Any = chunk.cache
+        # With the zeros behind the text: what another text left there may be infinite.
+        self._prompt_memory[0, :, :, :keys] = slot.memory[:, :, :keys]
+        logits = self._run(self._prompt_graphs, (inputs.shape[1], keys), partial(self._read_step, keys), inputs)
+        slot.memory[:, :, start:end] = self._prompt_memory[0, :, :, start:end]
+        return logits[: chunk.logits].float().cpu()
+
+    def _read_step(self, keys: int, inputs: Tensor) -> Tensor:
+        """The logits after a chunk, (1, V); what a graph records."""
+        tokens, positions = inputs[:1], inputs[1:]
+        assert self._prompt_memory is not None
+        cache = StaticCache(self._prompt_memory, positions, keys)
+        hidden = self.module.decoder(tokens, positions=positions, cache=cache)
+        last = (positions < self.positions).sum(1) - 1
+        return self.module.head(hidden[0].index_select(0, last))
+
     def can_sample(self, sequence: Sequence) -> bool:
         """Whether the next token can be drawn on the device: no log-probabilities, bias, grammar, typical sampling."""
         p = sequence.params
@@ -137,20 +176,30 @@ class CudaRunner(ModuleRunner):
         greedy = all(sequence.params.greedy and not _has_penalty(sequence) for sequence in sequences)
         inputs = self._idle_inputs(min(rows, len(self.memory)))
         inputs[:, slots] = torch.tensor([_inputs_of(s) for s in sequences], dtype=torch.float64).T
-        tokens = self._run((inputs.shape[1], keys, greedy), inputs).tolist()
+        tokens = self._decode(keys, greedy, inputs).tolist()
         return [tokens[slot] for slot in slots]
+
+    def _decode(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
+        shape, step = (inputs.shape[1], keys, greedy), partial(self._step, keys, greedy)
+        return self._run(self._graphs, shape, step, inputs)
 
     def _step(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
         """The next token of each row, (B,); what a graph records."""
         tokens, positions = inputs[TOKEN].long(), inputs[POSITION].long()
-        if self._fused is not None:
-            logits = self._fused(tokens, positions, self.memory, keys).float()
-        else:
-            cache = StaticCache(self.memory, positions, keys)
-            logits = self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0].float()
+        logits = self._logits(tokens, positions, keys).float()
         if greedy:
             return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
         return sample_batch(logits, inputs, self._in_prompt[: len(tokens)], self._written[: len(tokens)])
+
+    def _logits(self, tokens: Tensor, positions: Tensor, keys: int) -> Tensor:
+        if self._fused is not None:
+            try:
+                return self._fused(tokens, positions, self.memory, keys)
+            except Exception as error:  # Triton's are of many kinds: no C compiler, no Python headers, a GPU too old
+                logger.warning(f"decoding: slower, its kernels fail on this machine ({in_one_line(error)})")
+                self._fused = None
+        cache = StaticCache(self.memory, positions[:, None], keys)
+        return self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0]
 
     def _fused_step(self) -> Any:
         """A `FusedStep`, or None where the module itself has to run."""
@@ -160,27 +209,31 @@ class CudaRunner(ModuleRunner):
 
         return fused_step(self.module, self.positions)
 
-    def _run(self, shape: tuple[int, int, bool], inputs: Tensor) -> Tensor:
+    def _run(
+        self, graphs: dict[Any, CudaGraph], shape: tuple[int, ...], step: Callable[[Tensor], Tensor], inputs: Tensor
+    ) -> Tensor:
+        """What `step` returns; `graphs` has it, or gets it, as a graph under `shape`."""
         with evaluating(self.module):
             if self._device.type != "cuda":
-                return self._step(*shape[1:], inputs)
+                return step(inputs)
             with torch.cuda.device(self._device):
-                if shape not in self._graphs:
-                    self._graphs[shape] = self._capture(shape)
-                return self._graphs[shape](inputs)
+                if shape not in graphs:
+                    graphs[shape] = self._capture(step, inputs)
+                return graphs[shape](inputs)
 
-    def _capture(self, shape: tuple[int, int, bool]) -> CudaGraph:
-        """Record a step; the warm-up runs rows without a sequence, which change nothing."""
-        step, idle = partial(self._step, *shape[1:]), [self._idle_inputs(shape[0]).to(self._device)]
-        if self._fused is not None:
-            try:
-                run_aside(step, idle)
-            except Exception as error:  # Triton's are of many kinds: no C compiler, no Python headers, a GPU too old
-                logger.warning(f"decoding: slower, its kernels fail on this machine ({in_one_line(error)})")
-                self._fused = None
+    def _capture(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> CudaGraph:
+        """Record a step; what it writes in the warm-up, it writes again."""
+        given = [inputs.to(self._device)]
         for _ in range(WARM_UP):
-            run_aside(step, idle)
-        return CudaGraph(step, idle)
+            run_aside(step, given)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return CudaGraph(step, given, self._pool)
+
+    def _idle_chunk(self, tokens: int) -> Tensor:
+        """The input of a prompt's chunk, (2, T): token ids and positions, all L as long as they are no tokens."""
+        inputs = torch.zeros(2, tokens, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        inputs[1] = self.positions
+        return inputs
 
     def _idle_inputs(self, rows: int) -> Tensor:
         """The input of a step without sequences, (10, B)."""

@@ -49,7 +49,6 @@ with contextlib.suppress(ImportError):
 DOT_ROWS = 2  # from so many rows on a projection uses `tl.dot`
 VECTOR_OUTPUTS = 4  # of a program without `tl.dot`
 VECTOR_TILE = 8192  # most products that such a program holds
-DOT_COLUMNS = 128
 KEYS = 64  # of an attention program's tile
 SPLIT_FROM, SPLIT_KEYS = 512, 128  # from so many keys on attention is divided, in parts of at least so many keys
 PROGRAMS = 264  # that fill a GPU: two for each multiprocessor of an H100
@@ -361,10 +360,10 @@ def _add_projection(x: Tensor, y: Tensor, w: Tensor) -> None:
 def _tile(x: Tensor) -> dict[str, Any]:
     """The tile of a program that multiplies x (B, width) by a matrix, as options of its kernel."""
     (rows, width), whole = x.shape, x.dtype == torch.float32
-    if rows >= DOT_ROWS:
-        r, n = (16, 16) if rows <= 64 else (32, 32) if rows <= 128 or whole else (64, 32)
-        columns = DOT_COLUMNS // 2 if whole or r > 16 else DOT_COLUMNS  # that shared memory has room for
-        return {"R": r, "N": n, "C": columns, "DOT": True, "num_warps": 4, "num_stages": 4}
+    if rows >= DOT_ROWS:  # the fastest on an H200 (docs/performance.md), as far as shared memory has room for them
+        r, n = (16, 16) if rows <= 16 else (16, 32) if rows <= 64 else (32, 32) if rows <= 128 or whole else (64, 32)
+        columns = 64 if whole or r > 16 else 256 if rows <= 16 else 128
+        return {"R": r, "N": n, "C": columns, "DOT": True, "num_warps": 4, "num_stages": 3 if columns > 128 else 4}
     r = triton.next_power_of_2(rows)
     columns = min(triton.next_power_of_2(width), VECTOR_TILE // (r * VECTOR_OUTPUTS))
     return {"R": r, "N": VECTOR_OUTPUTS, "C": columns, "DOT": False, "num_warps": 4, "num_stages": 2}
