@@ -15,10 +15,11 @@ from smolforge.config import RunConfig
 from smolforge.formatting import count
 from smolforge.model.summary import count_groups
 
-# Muon's peak relative to Step Law's for AdamW: the updates of both have one size (arXiv:2502.16982, section 2.2), and
-# orthogonal ones bear more of it (docs/recipes.md).
-MUON_FACTOR = 3.0
-# Peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
+# Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which more tokens
+# wanted a higher one (docs/recipes.md).
+MUON_PEAK, MUON_POWER = 0.35, -0.25
+MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and tells several times that
+# Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
 MOST_DECAY = 0.01  # of a weight in one step, which short runs come to
 # The mean of squared gradients spans as many tokens at any batch as 0.95 does at this one (arXiv:2507.07101).
@@ -35,8 +36,22 @@ SCALE, POWER = 0.573, 0.571
 
 
 def best_peak(parameters: int, tokens: float) -> float:
-    """AdamW's best peak for N parameters and D tokens, by Step Law."""
-    return 1.78 * parameters**-0.712 * tokens**0.307
+    """AdamW's best peak for N parameters and D tokens, by Step Law; at most `MOST_PEAK`."""
+    return min(1.78 * parameters**-0.712 * tokens**0.307, MOST_PEAK)
+
+
+def muon_peak(parameters: int) -> float:
+    """Muon's best peak for N parameters."""
+    return MUON_PEAK * parameters**MUON_POWER
+
+
+def decay_of_run(parameters: int, tokens: float, *, muon: bool) -> float:
+    """The best peak × weight decay × steps.
+
+    AdamW's is the root of the tokens per parameter: Bergsma et al. 2025 (arXiv:2505.13738) found that power, and our
+    sweeps the size.
+    """
+    return DECAY_OF_RUN if muon else (tokens / parameters) ** 0.5
 
 
 def adapter_peak(width: int) -> float:
@@ -92,7 +107,6 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config.with_keys("optimizer", lr=lr), [line]
     steps = config.total_steps
     parameters, tokens = count_body(config), steps * config.tokens_per_step
-    of = f"N {count(parameters)}, D {count(tokens)}"
     found: dict[str, Any] = {}
     lines = []
     if "name" not in given:
@@ -101,9 +115,11 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         lines.append(f"optimizer: {found['name']} ({why})")
     is_muon = found.get("name", config.optimizer.name) == "muon"
     if "lr" not in given:
-        found["lr"] = float(f"{best_peak(parameters, tokens) * (MUON_FACTOR if is_muon else 1):.2g}")
-        times = f"{MUON_FACTOR:g} × " if is_muon else ""
-        lines.append(f"learning rate: {found['lr']:g} at its peak ({times}Step Law, arXiv:2503.04715, {of})")
+        found["lr"] = float(f"{muon_peak(parameters) if is_muon else best_peak(parameters, tokens):.2g}")
+        rule = f"Step Law, arXiv:2503.04715, N {count(parameters)}, D {count(tokens)}"
+        if is_muon:
+            rule = f"{MUON_PEAK:g} × N^{MUON_POWER:g}, N {count(parameters)}"
+        lines.append(f"learning rate: {found['lr']:g} at its peak ({rule})")
     if "betas" not in given:
         share = (1 - BETA2) * config.tokens_per_step / BETA2_TOKENS
         beta2 = round(1 - min(max(share, 1 / (SPAN * steps)), 1 - BETA2), 4)
@@ -112,12 +128,12 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
             f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SPAN:.0%} of the run)"
         )
     if "weight_decay" not in given:
-        peak = found.get("lr", config.optimizer.lr)
-        found["weight_decay"] = float(f"{min(DECAY_OF_RUN / steps, MOST_DECAY) / peak:.2g}")
-        lines.append(
-            f"weight decay: {found['weight_decay']:g} "
-            f"({DECAY_OF_RUN:g} / (peak × steps), at most {MOST_DECAY:g} / peak)"
-        )
+        peak, whole = found.get("lr", config.optimizer.lr), decay_of_run(parameters, tokens, muon=is_muon)
+        found["weight_decay"] = float(f"{min(whole / steps, MOST_DECAY) / peak:.2g}")
+        rule = f"{whole:.2g} / (peak × steps), at most {MOST_DECAY:g} / peak"
+        if not is_muon:
+            rule += f"; {whole:.2g} is the root of the tokens per parameter, arXiv:2505.13738"
+        lines.append(f"weight decay: {found['weight_decay']:g} ({rule})")
     config = config.with_keys("optimizer", **found)
     if not config.schedule.model_fields_set:
         config = config.with_keys("schedule", name="wsd", decay=DECAY)

@@ -19,6 +19,7 @@ import copy
 import heapq
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import partial
@@ -102,6 +103,7 @@ class CudaRunner(ModuleRunner):
         self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
         self._prompt_graphs: dict[tuple[int, int], CudaGraph] = {}
         self._prompt_memory: Tensor | None = None  # (1, layers, 2 K, L + 1, d)
+        self._calls: Counter[tuple[int, ...]] = Counter()  # of each shape
         self._pool: Any = None  # memory of all graphs, of which none needs what another left
         self._fused = self._fused_step()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
@@ -212,22 +214,19 @@ class CudaRunner(ModuleRunner):
     def _run(
         self, graphs: dict[Any, CudaGraph], shape: tuple[int, ...], step: Callable[[Tensor], Tensor], inputs: Tensor
     ) -> Tensor:
-        """What `step` returns; `graphs` has it, or gets it, as a graph under `shape`."""
+        """What `step` returns: from the third call for a shape on by a graph, of which `graphs` has one for each."""
         with evaluating(self.module):
             if self._device.type != "cuda":
                 return step(inputs)
             with torch.cuda.device(self._device):
                 if shape not in graphs:
-                    graphs[shape] = self._capture(step, inputs)
+                    given = [inputs.to(self._device)]
+                    self._calls[shape] += 1
+                    if self._calls[shape] <= WARM_UP:
+                        return run_aside(step, given)
+                    self._pool = self._pool or torch.cuda.graph_pool_handle()
+                    graphs[shape] = CudaGraph(step, given, self._pool)
                 return graphs[shape](inputs)
-
-    def _capture(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> CudaGraph:
-        """Record a step; what it writes in the warm-up, it writes again."""
-        given = [inputs.to(self._device)]
-        for _ in range(WARM_UP):
-            run_aside(step, given)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return CudaGraph(step, given, self._pool)
 
     def _idle_chunk(self, tokens: int) -> Tensor:
         """The input of a prompt's chunk, (2, T): token ids and positions, all L as long as they are no tokens."""
