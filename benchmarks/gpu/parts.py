@@ -261,7 +261,7 @@ def _time_step(part: Part, config: Any, *, graph: bool = True) -> dict[str, Any]
     return {
         "precision": plan.precision.name, "attention": plan.attention, "tokens/s": speed,
         "MFU %": 100 * speed * flops / peak if peak else None, "first step s": first,
-        "graph": None if passes is None else "fails" if passes.fails else "yes",
+        "graph": None if passes is None else "fails" if passes.calls.fails else "yes",
         "peak GB": held and held / 1e9, "planned GB": planned_gb,
     }  # fmt: skip
 

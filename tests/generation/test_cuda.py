@@ -253,6 +253,21 @@ def test_slots_are_counted_reused_and_clean(tokenizer):
     assert again.slot == slot and not again.memory.any()
 
 
+def test_room_is_made_for_no_more_sequences_than_may_run(tokenizer):
+    """Slots double until the batch, or the budget, is full; then one by one."""
+    runner = CudaRunner(make_model().to(DEVICE), "fp32")
+    for max_batch, slots, most in ((5, 9, 5), (64, 6, 6)):
+        engine = Engine(runner, tokenizer, max_batch=max_batch, cache_bytes=slots * runner.cache_bytes(256))
+        assert runner.most_caches == most and engine.runner is runner
+    caches, sizes = [], []
+    for number in range(8):
+        caches.append(runner.new_cache(5))
+        runner.memory[number] = number + 1
+        sizes.append(len(runner.memory))
+    assert sizes == [1, 2, 4, 4, 6, 6, 7, 8]
+    assert [float(memory.min()) for memory in runner.memory] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_weights_of_the_wanted_precision_are_shared_and_others_copied():
     model = make_model().to(DEVICE)
     assert CudaRunner(model, "fp32").module is model and CudaRunner(model, "fp32").weight_bytes == 0

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from smolforge import cuda_graph
 from smolforge.config import build_config
 from smolforge.distributed import DistributedContext
 from smolforge.model.architecture import build_model
@@ -36,8 +37,8 @@ class Replayed:
 def without_gpu(monkeypatch):
     """Graphs are replayed on a CPU."""
     Replayed.made = []
-    monkeypatch.setattr(recorded, "CudaGraph", Replayed)
-    monkeypatch.setattr(recorded, "run_aside", lambda function, inputs: function(*inputs))
+    monkeypatch.setattr(cuda_graph, "CudaGraph", Replayed)
+    monkeypatch.setattr(cuda_graph, "run_aside", lambda function, inputs: function(*inputs))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
 
 
@@ -85,11 +86,11 @@ def test_what_cannot_be_recorded_is_computed(passes, monkeypatch, caplog) -> Non
     def refuses(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(recorded, "CudaGraph", refuses)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", refuses)
     with caplog.at_level("WARNING"):
         for _ in range(5):
             call(torch.ones(2, 3), None)
-    assert recording.fails and model.weight.grad.tolist() == [[10.0, 10.0, 10.0]]
+    assert recording.calls.fails and model.weight.grad.tolist() == [[10.0, 10.0, 10.0]]
     assert [record.message for record in caplog.records] == [
         "graph: off, it fails on this machine (RuntimeError: operation not permitted when stream is capturing)"
     ]
@@ -143,6 +144,6 @@ def three_runs(name, device):
                 lr=1e-3, ranks=DistributedContext(), keys=keys, passes=passes,
             )  # fmt: skip
             losses.append(float(figures[0]))
-        assert passes is None or (passes._graphs and not passes.fails)
+        assert passes is None or (len(passes.calls) and not passes.calls.fails)
         found.append((torch.tensor(losses), torch.cat([p.detach().flatten().cpu() for p in model.parameters()])))
     return found

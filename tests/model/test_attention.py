@@ -116,10 +116,19 @@ def test_expanded_heads_keep_no_scores_on_a_kernel_without_groups() -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
-def test_one_query_reads_the_cache_without_repeating_it() -> None:
+def test_a_group_as_rows_reads_the_cache_without_repeating_it() -> None:
     q, k, v = inputs(3, 6, 2, 20, 8, torch.float64)
-    for mask in (None, (torch.arange(20) <= torch.tensor([3, 11, 19])[:, None])[:, None, None]):
-        torch.testing.assert_close(attention.one_query(q[:, :, 5:6], k, v, mask), sdpa(q[:, :, 5:6], k, v, mask))
+    many = (torch.arange(20) <= torch.tensor([[3, 4, 5], [0, 11, 12], [17, 18, 19]])[..., None])[
+        :, None
+    ]  # (3, 1, 3, 20)
+    for queries, mask in (
+        (q[:, :, 5:6], None),
+        (q[:, :, 5:6], many[:, :, :1]),
+        (q[:, :, 5:8], many),
+        (q, many[:1, :, 1:2]),
+    ):
+        mask = None if mask is None else mask.expand(-1, -1, queries.shape[2], -1)
+        torch.testing.assert_close(attention.as_rows(queries, k, v, mask), sdpa(queries, k, v, mask))
 
 
 def test_varlen_needs_a_causal_kernel(monkeypatch) -> None:

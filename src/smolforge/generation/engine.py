@@ -79,6 +79,8 @@ class Engine:
         self._paired = PairedRunner(runner, draft.runner) if draft is not None else runner
         self._device_sampler = runner if isinstance(runner, DeviceSampler) else None
         budget = cache_bytes or (self._device_sampler.default_cache_bytes() if self._device_sampler else DEFAULT_CACHE)
+        if self._device_sampler:
+            self._device_sampler.most_caches = min(max_batch, budget // runner.cache_bytes(self.context))
         pool = CachePool(self._paired.new_cache, self._paired.cache_bytes, budget, keep=max_batch if reuse else 0)
         self.scheduler = Scheduler(pool, max_batch, reuse_prefixes=reuse)
         self._next_id = 0

@@ -45,8 +45,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and t not in (1, s):
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     causal, grouped = mask is None and t > 1, q.shape[1] != k.shape[1]
-    if grouped and t == 1 and q.device.type == "cuda":
-        return one_query(q, k, v, mask)
+    if grouped and not causal and q.device.type == "cuda":
+        return as_rows(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
@@ -96,9 +96,14 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.view(batch, length, heads, width).transpose(1, 2)
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`sdpa` of one position, with the query heads of a group as rows: no kernel has to repeat the cache for them."""
-    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+def as_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`sdpa` of one position, or with a mask, with the query heads of a group as rows of one head.
+
+    So kernels that know no groups need not repeat keys and values, and CUDA's memory-efficient one keeps no scores.
+    """
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, G T, d)
+    if mask is not None:
+        mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
 
 

@@ -59,7 +59,12 @@ class Runner(Protocol):
 
 @runtime_checkable
 class DeviceSampler(Protocol):
-    """A runner that can draw the next tokens of many sequences itself, so that no logits leave the device."""
+    """A runner that can draw the next tokens of many sequences itself, so that no logits leave the device.
+
+    It makes room for as many caches as are used at a time, in a few steps, and for more than `most_caches` one by one.
+    """
+
+    most_caches: int
 
     def default_cache_bytes(self) -> int:
         """Memory for keys and values, unless the user says how much."""

@@ -19,7 +19,6 @@ import copy
 import heapq
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolforge.cuda_graph import WARM_UP, CudaGraph, run_aside
+from smolforge.cuda_graph import RecordedCalls
 from smolforge.devices import half_precision
 from smolforge.errors import in_one_line
 from smolforge.generation.kv_cache import TensorCache
@@ -87,6 +86,7 @@ class CudaRunner(ModuleRunner):
     """
 
     batch_invariant = False  # the batch size chooses the kernels, and a prompt's kernels are not a token's
+    most_caches = 1 << 20
 
     def __init__(self, module: Any, precision: Precision) -> None:
         stored = next(module.parameters())
@@ -100,11 +100,8 @@ class CudaRunner(ModuleRunner):
         self._in_prompt = torch.empty(0, c.vocab_size, dtype=torch.bool, device=self._device)
         self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
-        self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
-        self._prompt_graphs: dict[tuple[int, int], CudaGraph] = {}
+        self._steps, self._prompts = RecordedCalls(), RecordedCalls()
         self._prompt_memory: Tensor | None = None  # (1, layers, 2 K, L + 1, d)
-        self._calls: Counter[tuple[int, ...]] = Counter()  # of each shape
-        self._pool: Any = None  # memory of all graphs, of which none needs what another left
         self._fused = self._fused_step()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
         self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
@@ -120,7 +117,7 @@ class CudaRunner(ModuleRunner):
     def new_cache(self, capacity: int) -> SlotCache:
         """An empty slot, the lowest that is free; it is free again when the cache is dropped."""
         if not self._free:
-            self._add_slots(max(1, len(self.memory)))
+            self._add_slots(max(1, min(len(self.memory), self.most_caches - len(self.memory))))
         cache = SlotCache(self, heapq.heappop(self._free))
         # An infinity that another sequence left would become NaN where its weight is 0.
         for tensor in (self.memory, self._in_prompt, self._written):
@@ -146,7 +143,7 @@ class CudaRunner(ModuleRunner):
         slot: Any = chunk.cache
         # With the zeros behind the text: what another text left there may be infinite.
         self._prompt_memory[0, :, :, :keys] = slot.memory[:, :, :keys]
-        logits = self._run(self._prompt_graphs, (inputs.shape[1], keys), partial(self._read_step, keys), inputs)
+        logits = self._run(self._prompts, (inputs.shape[1], keys), partial(self._read_step, keys), inputs)
         slot.memory[:, :, start:end] = self._prompt_memory[0, :, :, start:end]
         return logits[: chunk.logits].float().cpu()
 
@@ -183,7 +180,7 @@ class CudaRunner(ModuleRunner):
 
     def _decode(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
         shape, step = (inputs.shape[1], keys, greedy), partial(self._step, keys, greedy)
-        return self._run(self._graphs, shape, step, inputs)
+        return self._run(self._steps, shape, step, inputs)
 
     def _step(self, keys: int, greedy: bool, inputs: Tensor) -> Tensor:
         """The next token of each row, (B,); what a graph records."""
@@ -197,9 +194,12 @@ class CudaRunner(ModuleRunner):
         if self._fused is not None:
             try:
                 return self._fused(tokens, positions, self.memory, keys)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # Triton's are of many kinds: no C compiler, no Python headers, a GPU too old
                 logger.warning(f"decoding: slower, its kernels fail on this machine ({in_one_line(error)})")
                 self._fused = None
+                self._steps.clear()  # they use its tables
         cache = StaticCache(self.memory, positions[:, None], keys)
         return self.module(tokens[:, None], positions=positions[:, None], cache=cache)[:, 0]
 
@@ -212,21 +212,14 @@ class CudaRunner(ModuleRunner):
         return fused_step(self.module, self.positions)
 
     def _run(
-        self, graphs: dict[Any, CudaGraph], shape: tuple[int, ...], step: Callable[[Tensor], Tensor], inputs: Tensor
+        self, calls: RecordedCalls, shape: tuple[int, ...], step: Callable[[Tensor], Tensor], inputs: Tensor
     ) -> Tensor:
-        """What `step` returns: from the third call for a shape on by a graph, of which `graphs` has one for each."""
         with evaluating(self.module):
+            given = inputs.to(self._device, non_blocking=True)
             if self._device.type != "cuda":
-                return step(inputs)
+                return step(given)
             with torch.cuda.device(self._device):
-                if shape not in graphs:
-                    given = [inputs.to(self._device)]
-                    self._calls[shape] += 1
-                    if self._calls[shape] <= WARM_UP:
-                        return run_aside(step, given)
-                    self._pool = self._pool or torch.cuda.graph_pool_handle()
-                    graphs[shape] = CudaGraph(step, given, self._pool)
-                return graphs[shape](inputs)
+                return calls(step, [given], shape)
 
     def _idle_chunk(self, tokens: int) -> Tensor:
         """The input of a prompt's chunk, (2, T): token ids and positions, all L as long as they are no tokens."""
@@ -244,8 +237,10 @@ class CudaRunner(ModuleRunner):
         first = len(self.memory)
         for name in ("memory", "_in_prompt", "_written"):
             old: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat((old, old.new_zeros(count, *old.shape[1:]))))
-        self._graphs.clear()  # they use the old memory
+            new = old.new_zeros(first + count, *old.shape[1:])
+            new[:first] = old
+            setattr(self, name, new)
+        self._steps.clear()  # they use the old memory
         self._free += range(first, first + count)  # a heap, since it was empty
 
     def _count(self, sequences: list[Sequence]) -> None:
