@@ -123,12 +123,13 @@ def table(found: dict[str, list[dict[str, Any]]], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def parser(description: str | None, tokens: str) -> argparse.ArgumentParser:
-    """What both benchmarks of learning ask; `tokens` is the default."""
+def parser(description: str | None, tokens: str | None = None) -> argparse.ArgumentParser:
+    """What the benchmarks of learning ask; `tokens` is the default, where a run has so many."""
     asked = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("texts", nargs="+", help="files of text, each weighted by its size")
     asked.add_argument("--out", type=Path, required=True, help="directory of the runs")
-    asked.add_argument("--tokens", default=tokens, help=f"of a run: {tokens}")
+    if tokens:
+        asked.add_argument("--tokens", default=tokens, help=f"of a run: {tokens}")
     asked.add_argument("--seeds", type=int, default=3)
     asked.add_argument("--jobs", type=int, default=2, help="runs at a time")
     asked.add_argument("--threads", type=int, default=1, help="threads of each")

@@ -62,7 +62,7 @@ def trained(arm: str, seed: int, pieces: Path, args: argparse.Namespace) -> dict
 
 def main() -> None:
     """Train all runs and print the table."""
-    asked = parser(__doc__, tokens="unused")
+    asked = parser(__doc__)
     asked.add_argument("--megabytes", type=float, default=0.9)
     asked.add_argument("--epochs", type=float, default=10)
     args = asked.parse_args()

@@ -69,8 +69,7 @@ def test_a_prompt_is_read_as_the_module_reads_it(shape):
     generator = torch.Generator().manual_seed(1)
     for lengths in ([1], [16], [17, 1], [100, 40], [64, 3, 60], [129]):
         one, other, start = runner.new_cache(256), plain.new_cache(256), 0
-        if runner._prompt_memory is not None:
-            runner._prompt_memory.fill_(torch.inf)
+        runner._prompt_memory.fill_(torch.inf)
         for length, logits in zip(lengths, [0] * (len(lengths) - 1) + [1], strict=True):
             tokens = torch.randint(0, 400, (length,), generator=generator).tolist()
             ours = runner.forward([ScheduledChunk(one, tokens, start, logits)])
@@ -251,6 +250,14 @@ def test_slots_are_counted_reused_and_clean(tokenizer):
     gc.collect()
     again = runner.new_cache(5)
     assert again.slot == slot and not again.memory.any()
+
+
+def test_texts_are_written_in_and_out_of_inference_mode(tokenizer):
+    engine, _ = engines(tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with torch.inference_mode():
+        inside = [output.text for output in engine.stream(["hello"], params)]
+    assert [output.text for output in engine.stream(["hello"], params)] == inside
 
 
 def test_room_is_made_for_no_more_sequences_than_may_run(tokenizer):

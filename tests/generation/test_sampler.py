@@ -79,10 +79,18 @@ def test_logprobs_are_the_models_own():
     assert describe(logits, 3, 0).top_logprobs == ()
 
 
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-38, 1e-9, 1e-6])
+def test_the_lowest_temperatures_take_the_likeliest_token(temperature):
+    """Divided by them, logits of any size stay finite: none of them draws by chance, or NaN."""
+    logits = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3e4
+    picked = Sampler(SamplingParams(temperature=temperature, top_p=1.0), [0], seed=0).sample(logits, 0)
+    assert picked.token_id == int(logits.argmax())
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
+        ("temperature", -0.1), ("temperature", 1e39), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
         ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("typical_p", 0), ("top_k", -1), ("top_k", 2.5),
         ("max_tokens", -1), ("max_tokens", True), ("n", 0), ("n", 10_000), ("repetition_penalty", 0),
         ("repetition_penalty", 5e-324),

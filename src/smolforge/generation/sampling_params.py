@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -26,7 +27,8 @@ MAX_CHOICES = 128
 
 Count = Annotated[int, Field(ge=0)]
 TokenId = Annotated[int, Field(ge=0)]
-Temperature = Annotated[float, Field(ge=0)]
+# Logits divided by less than 1e-6 can overflow; the likeliest token has all of the probability long before.
+Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(lambda value: value if value >= 1e-6 else 0.0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Mass = Annotated[float, Field(gt=0, le=1)]  # of probability, which is never empty
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -44,7 +46,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens to write; 0 writes none (useful with `echo`). The context ends earlier.
-        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        temperature: divides the logits; 0, as all below 1e-6, takes the likeliest token (greedy).
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens until their probability reaches p, in (0, 1].
         min_p: drop tokens less likely than this share of the likeliest, in [0, 1].

@@ -101,7 +101,7 @@ class CudaRunner(ModuleRunner):
         self._written = torch.empty(0, c.vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
         self._steps, self._prompts = RecordedCalls(), RecordedCalls()
-        self._prompt_memory: Tensor | None = None  # (1, layers, 2 K, L + 1, d)
+        self._prompt_memory = self.memory  # (1, layers, 2 K, L + 1, d) as soon as there are slots
         self._fused = self._fused_step()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu, without graphs"
         self.name = f"CUDA graphs, {'fp16' if dtype == torch.float16 else precision} on {where}"
@@ -138,8 +138,6 @@ class CudaRunner(ModuleRunner):
         keys = min(max(_power_of_two(end), FEWEST_KEYS), self.positions)
         inputs = self._idle_chunk(max(_power_of_two(end - start), FEWEST_TOKENS))
         inputs[:, : end - start] = torch.tensor([chunk.tokens, range(start, end)])
-        if self._prompt_memory is None:
-            self._prompt_memory = self.memory.new_zeros(1, *self.memory.shape[1:])
         slot: Any = chunk.cache
         # With the zeros behind the text: what another text left there may be infinite.
         self._prompt_memory[0, :, :, :keys] = slot.memory[:, :, :keys]
@@ -150,7 +148,6 @@ class CudaRunner(ModuleRunner):
     def _read_step(self, keys: int, inputs: Tensor) -> Tensor:
         """The logits after a chunk, (1, V); what a graph records."""
         tokens, positions = inputs[:1], inputs[1:]
-        assert self._prompt_memory is not None
         cache = StaticCache(self._prompt_memory, positions, keys)
         hidden = self.module.decoder(tokens, positions=positions, cache=cache)
         last = (positions < self.positions).sum(1) - 1
@@ -233,8 +230,11 @@ class CudaRunner(ModuleRunner):
         inputs[POSITION] = self.positions
         return inputs
 
+    @torch.inference_mode(False)  # they outlive the mode of who wants the first ones
     def _add_slots(self, count: int) -> None:
         first = len(self.memory)
+        if not first:
+            self._prompt_memory = self.memory.new_zeros(1, *self.memory.shape[1:])
         for name in ("memory", "_in_prompt", "_written"):
             old: Tensor = getattr(self, name)
             new = old.new_zeros(first + count, *old.shape[1:])
