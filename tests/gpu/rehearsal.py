@@ -224,8 +224,8 @@ def rehearse(card: str, preset: str, overrides: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def decode(card: str, preset: str, rows: int) -> dict[str, Any]:
-    """What a CUDA graph of one decoded token for `rows` sequences records."""
+def decode(card: str, preset: str, rows: int, prompt: int = 0) -> dict[str, Any]:
+    """What a CUDA graph records of one decoded token for `rows` sequences, or of so many tokens of a prompt."""
     from smolforge.config import build_config
     from smolforge.devices import half_precision
     from smolforge.generation.runners import cuda, select_runner
@@ -241,11 +241,12 @@ def decode(card: str, preset: str, rows: int) -> dict[str, Any]:
         assert isinstance(runner, cuda.CudaRunner)
         runner._add_slots(rows)
         inputs = torch.empty(10, rows, dtype=torch.float64, device=CUDA)
+        chunk = torch.empty(2, prompt, dtype=torch.int64, device=CUDA)
         with watch, cuda.evaluating(runner.module):
-            tokens = runner._step(256, False, inputs)
+            result = runner._read_step(1024, chunk) if prompt else runner._step(256, False, inputs)
     return {
         "kernels": dict(functions.kernels), "operations": watch.operations, "waits": dict(watch.waits),
-        "to_host": dict(watch.to_host), "tokens": list(tokens.shape), "cache": str(runner.memory.dtype),
+        "to_host": dict(watch.to_host), "result": list(result.shape), "cache": str(runner.memory.dtype),
         "layers": config.num_hidden_layers, "decisions": decisions,
     }  # fmt: skip
 

@@ -68,14 +68,17 @@ def test_sixteen_bits_on_each_card(seen) -> None:
     assert seen[7]["orthogonalized"] == seen[9]["orthogonalized"] == ["torch.float16"]
 
 
-def test_decoding_sixty_four_sequences(rehearse) -> None:
-    """Sampled on the device, in what the card multiplies, with kernels that neither keep scores nor repeat the cache."""
-    wanted = [{"card": card, "preset": "smollm2-135m", "rows": 64} for card in ("H100", "T4")]
+@pytest.mark.parametrize(
+    ("work", "result"), [({"rows": 64}, [64]), ({"rows": 1, "prompt": 256}, [1, 49_152])], ids=["decode", "read"]
+)
+def test_what_a_decoder_records(rehearse, work, result) -> None:
+    """On the device, in what the card multiplies, with kernels that neither keep scores nor repeat the cache."""
+    wanted = [{"card": card, "preset": "smollm2-135m", **work} for card in ("H100", "T4")]
     for seen, precision in zip(rehearse(wanted), ("bf16", "fp16"), strict=True):
         assert "error" not in seen, seen
         assert seen["cache"] == ("torch.bfloat16" if precision == "bf16" else "torch.float16")
         assert any(line.startswith(f"precision: {precision} (") for line in seen["decisions"])
-        assert seen["kernels"] == {"efficient": seen["layers"]} and seen["tokens"] == [64]
+        assert seen["kernels"] == {"efficient": seen["layers"]} and seen["result"] == result
         assert not seen["waits"] and not seen["to_host"] and seen["operations"] < 100 + 40 * seen["layers"], seen
 
 
