@@ -15,10 +15,10 @@ from smolforge.config import RunConfig
 from smolforge.formatting import count
 from smolforge.model.summary import count_groups
 
-# Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which more tokens
-# wanted a higher one (docs/recipes.md).
+# Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which the best
+# peak rose with the tokens (docs/recipes.md).
 MUON_PEAK, MUON_POWER = 0.35, -0.25
-MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and tells several times that
+MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and gives several times that
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
 MOST_DECAY = 0.01  # of a weight in one step, which short runs come to
