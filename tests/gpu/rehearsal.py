@@ -241,7 +241,7 @@ def decode(card: str, preset: str, rows: int, prompt: int = 0) -> dict[str, Any]
         assert isinstance(runner, cuda.CudaRunner)
         runner._add_slots(rows)
         inputs = torch.empty(10, rows, dtype=torch.float64, device=CUDA)
-        chunk = torch.empty(2, prompt, dtype=torch.int64, device=CUDA)
+        chunk = torch.empty(2, prompt, dtype=torch.float64, device=CUDA)
         with watch, cuda.evaluating(runner.module):
             result = runner._read_step(1024, chunk) if prompt else runner._step(256, False, inputs)
     return {

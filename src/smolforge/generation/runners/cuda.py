@@ -37,7 +37,8 @@ from smolforge.generation.sequence import ScheduledChunk, Sequence
 
 logger = logging.getLogger(__name__)
 
-# The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly.
+# The rows of a step's input, one column for each slot, in float64, which holds token ids and positions exactly. A
+# chunk of a prompt has the first two, with a column for each token.
 TOKEN, POSITION, UNIFORM, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(10)
 FEWEST_KEYS, FEWEST_TOKENS = 128, 16  # shorter texts, and shorter chunks of prompts, share one graph
 
@@ -135,9 +136,8 @@ class CudaRunner(ModuleRunner):
     def _read(self, chunk: ScheduledChunk) -> Tensor:
         """Run a chunk's tokens; the logits of the last one on the host, (1, V), or (0, V) where none are wanted."""
         start, end = chunk.start, chunk.start + len(chunk.tokens)
-        keys = min(max(_power_of_two(end), FEWEST_KEYS), self.positions)
-        inputs = self._idle_chunk(max(_power_of_two(end - start), FEWEST_TOKENS))
-        inputs[:, : end - start] = torch.tensor([chunk.tokens, range(start, end)])
+        keys, inputs = self._keys(end), self._idle_inputs(max(_power_of_two(end - start), FEWEST_TOKENS), rows=2)
+        inputs[:, : end - start] = torch.tensor([chunk.tokens, range(start, end)], dtype=torch.float64)
         slot: Any = chunk.cache
         # With the zeros behind the text: what another text left there may be infinite.
         self._prompt_memory[0, :, :, :keys] = slot.memory[:, :, :keys]
@@ -147,7 +147,7 @@ class CudaRunner(ModuleRunner):
 
     def _read_step(self, keys: int, inputs: Tensor) -> Tensor:
         """The logits after a chunk, (1, V); what a graph records."""
-        tokens, positions = inputs[:1], inputs[1:]
+        tokens, positions = inputs.long().split(1)
         cache = StaticCache(self._prompt_memory, positions, keys)
         hidden = self.module.decoder(tokens, positions=positions, cache=cache)
         last = (positions < self.positions).sum(1) - 1
@@ -168,7 +168,7 @@ class CudaRunner(ModuleRunner):
         self._count([sequence for sequence in sequences if _has_penalty(sequence)])
         slots = [sequence.cache.slot for sequence in sequences]
         rows, last = _power_of_two(max(slots) + 1), max(sequence.computed for sequence in sequences)
-        keys = min(max(_power_of_two(last + 1), FEWEST_KEYS), self.positions)
+        keys = self._keys(last + 1)
         greedy = all(sequence.params.greedy and not _has_penalty(sequence) for sequence in sequences)
         inputs = self._idle_inputs(min(rows, len(self.memory)))
         inputs[:, slots] = torch.tensor([_inputs_of(s) for s in sequences], dtype=torch.float64).T
@@ -218,15 +218,13 @@ class CudaRunner(ModuleRunner):
             with torch.cuda.device(self._device):
                 return calls(step, [given], shape)
 
-    def _idle_chunk(self, tokens: int) -> Tensor:
-        """The input of a prompt's chunk, (2, T): token ids and positions, all L as long as they are no tokens."""
-        inputs = torch.zeros(2, tokens, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        inputs[1] = self.positions
-        return inputs
+    def _keys(self, length: int) -> int:
+        """How many keys a step reads for texts of up to so many tokens."""
+        return min(max(_power_of_two(length), FEWEST_KEYS), self.positions)
 
-    def _idle_inputs(self, rows: int) -> Tensor:
-        """The input of a step without sequences, (10, B)."""
-        inputs = torch.zeros(10, rows, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+    def _idle_inputs(self, columns: int, rows: int = 10) -> Tensor:
+        """The input of a step without sequences, (10, B), or of a prompt's chunk without tokens, (2, T)."""
+        inputs = torch.zeros(rows, columns, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         inputs[POSITION] = self.positions
         return inputs
 

@@ -361,8 +361,9 @@ def _tile(x: Tensor) -> dict[str, Any]:
     """The tile of a program that multiplies x (B, width) by a matrix, as options of its kernel."""
     (rows, width), whole = x.shape, x.dtype == torch.float32
     if rows >= DOT_ROWS:  # the fastest on an H200 (docs/performance.md), as far as shared memory has room for them
-        r, n = (16, 16) if rows <= 16 else (16, 32) if rows <= 64 else (32, 32) if rows <= 128 or whole else (64, 32)
-        columns = 64 if whole or r > 16 else 256 if rows <= 16 else 128
+        n = 16 if rows <= 16 else 32
+        r = 16 if rows <= 64 else 32 if rows <= 128 or whole else 64
+        columns = 64 if whole or r > 16 else 4096 // n
         return {"R": r, "N": n, "C": columns, "DOT": True, "num_warps": 4, "num_stages": 3 if columns > 128 else 4}
     r = triton.next_power_of_2(rows)
     columns = min(triton.next_power_of_2(width), VECTOR_TILE // (r * VECTOR_OUTPUTS))
