@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TINY, steps_of, undo_after, weights_of
 
-from smolforge.config import RunConfig, build_config
+from smolforge.config import OptimizerConfig, RunConfig, build_config
+from smolforge.model.architecture import build_model
 from smolforge.training.dry_run import rehearse
+from smolforge.training.optim import parameter_groups
 from smolforge.training.plan import memory_of
 from smolforge.training.precision import choose_precision
 from smolforge.training.recipe import (
@@ -72,7 +74,7 @@ def test_decay_of_the_run_follows_its_rule_at_any_length(steps: int, name: str) 
 
 
 def test_what_is_given_stays_and_every_other_value_is_told() -> None:
-    given_values = {"name": "adamw", "lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.3}
+    given_values = {"name": "adamw", "lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.3, "groups": {}}
     schedule = {"name": "cosine"}
     config, lines = resolve_recipe(config_with(optimizer=given_values, schedule=schedule))
     assert lines == []
@@ -83,6 +85,31 @@ def test_what_is_given_stays_and_every_other_value_is_told() -> None:
     for value in (config.optimizer.lr, config.optimizer.betas[1], config.optimizer.weight_decay):
         assert f"{value:g}" in told
     assert "muon" in told and "arXiv" in told
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_norms_have_a_rate_of_their_own_in_short_runs(name: str) -> None:
+    """0.02 up to 1,000 steps, which fades to that of all others; not where groups are given."""
+
+    def resolved(steps: int, **optimizer: Any) -> OptimizerConfig:
+        config = config_with(optimizer={"name": name, **optimizer}, training={"steps": steps, "tokens_per_step": 1024})
+        return resolve_recipe(config)[0].optimizer
+
+    for steps, factor in ((100, 20), (1000, 20), (2000, 10)):
+        config = resolved(steps, lr=1e-3)
+        groups = parameter_groups(build_model(config_with().model), config)
+        assert {group["factor"]: {len(one.shape) for one in group["params"]} for group in groups} == {
+            1: {2},
+            factor: {1},
+        }
+    assert resolved(20_000, lr=1e-3).groups == resolved(100, groups={}).groups == {}
+
+
+def test_momentum_of_muon_is_shorter_in_short_runs() -> None:
+    found = [resolve_recipe(config_with(training={"steps": steps}))[0].optimizer for steps in (100, 1000, 1500, 9000)]
+    assert [one.momentum for one in found] == pytest.approx([0.9, 0.9, 0.933, 0.95], abs=1e-3)
+    adamw = config_with(optimizer={"name": "adamw"})
+    assert resolve_recipe(adamw)[0].optimizer.momentum == adamw.optimizer.momentum
 
 
 def test_a_run_decides_once(tmp_path) -> None:

@@ -18,6 +18,9 @@ from smolforge.model.summary import count_groups
 # Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which the best
 # peak rose with the tokens (docs/recipes.md).
 MUON_PEAK, MUON_POWER = 0.35, -0.25
+# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon with a
+# shorter momentum (docs/recipes.md). Beyond them both fade to what the field uses: longer runs were not swept.
+SHORT, NORMS, MOMENTA = 1000, 0.02, (0.9, 0.95)
 MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and gives several times that
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
@@ -52,6 +55,17 @@ def decay_of_run(parameters: int, tokens: float, *, muon: bool) -> float:
     sweeps the size.
     """
     return DECAY_OF_RUN if muon else (tokens / parameters) ** 0.5
+
+
+def norms_factor(peak: float, steps: int) -> float:
+    """The rate of the norms' weights over that of the others, whose peak is `peak`; at least 1."""
+    return max(round(NORMS / peak * min(SHORT / steps, 1), 2), 1.0)
+
+
+def short_momentum(steps: int) -> float:
+    """Muon's momentum for a run of so many steps."""
+    shortest, longest = MOMENTA
+    return round(min(max(1 - (1 - shortest) * SHORT / steps, shortest), longest), 3)
 
 
 def adapter_peak(width: int) -> float:
@@ -120,6 +134,14 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         if is_muon:
             rule = f"{MUON_PEAK:g} × N^{MUON_POWER:g}, N {count(parameters)}"
         lines.append(f"learning rate: {found['lr']:g} at its peak ({rule})")
+    if is_muon and "momentum" not in given:
+        found["momentum"] = short_momentum(steps)
+        lines.append(f"momentum: {found['momentum']:g} ({MOMENTA[0]} up to {SHORT:,} steps, more in longer runs)")
+    peak = found.get("lr", config.optimizer.lr)
+    if "groups" not in given and (factor := norms_factor(peak, steps)) > 1:
+        found["groups"] = {"norm": {"lr": factor}}
+        rule = f"{NORMS:g} at their peak up to {SHORT:,} steps, less in longer runs"
+        lines.append(f"norms: {factor:g} times that rate ({rule})")
     if "betas" not in given:
         share = (1 - BETA2) * config.tokens_per_step / BETA2_TOKENS
         beta2 = round(1 - min(max(share, 1 / (SPAN * steps)), 1 - BETA2), 4)
@@ -128,7 +150,7 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
             f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SPAN:.0%} of the run)"
         )
     if "weight_decay" not in given:
-        peak, whole = found.get("lr", config.optimizer.lr), decay_of_run(parameters, tokens, muon=is_muon)
+        whole = decay_of_run(parameters, tokens, muon=is_muon)
         found["weight_decay"] = float(f"{min(whole / steps, MOST_DECAY) / peak:.2g}")
         rule = f"{whole:.2g} / (peak × steps), at most {MOST_DECAY:g} / peak"
         if not is_muon:
