@@ -172,13 +172,13 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running mean of the gradient, and of its square; the second follows from the batch unless given."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    """muon only: decay of the running mean of the gradient of the layers' matrices."""
+    """muon only: decay of the running mean of the gradient of the layers' matrices. Follows from steps unless given."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Applied to matrices; norms are never decayed. Follows from peak, steps and epochs unless given."""
     groups: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Regular expression over parameter names: {lr: factor, weight_decay: value}; the first match wins."""
+    """Regular expression over names: {lr: factor, weight_decay: value}, the first wins. Norms follow unless given."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

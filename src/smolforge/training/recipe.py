@@ -18,8 +18,8 @@ from smolforge.model.summary import count_groups
 # Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which the best
 # peak rose with the tokens (docs/recipes.md).
 MUON_PEAK, MUON_POWER = 0.35, -0.25
-# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon with a
-# shorter momentum (docs/recipes.md). Beyond them both fade to what the field uses: longer runs were not swept.
+# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon with
+# a shorter momentum (docs/recipes.md). Beyond them both fade to what the field uses: longer runs were not swept.
 SHORT, NORMS, MOMENTA = 1000, 0.02, (0.9, 0.95)
 MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and gives several times that
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
