@@ -40,13 +40,13 @@ RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
     "adamw": (1.0, {"optimizer": {"name": "adamw"}}),
     # SmolLM2's own pretraining, as the presets had it: 2 million steps, of which the run has some hundred.
     "smollm2": (1.0, {
-        "optimizer": {"name": "adamw", "lr": 3e-3, "groups": {}, "betas": [0.9, 0.95], "weight_decay": 0.01},
+        "optimizer": {"name": "adamw", "lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.01},
         "schedule": {"name": "wsd", "warmup": 0.1, "decay": 0.2},
         "training": {"tokens_per_step": 8192},
     }),
     # The notebook that smolforge began as: OneCycleLR, batches of 4,096 tokens.
     "seed": (1.0, {
-        "optimizer": {"name": "adamw", "lr": 3e-4, "groups": {}, "betas": [0.9, 0.999], "weight_decay": 1e-4},
+        "optimizer": {"name": "adamw", "lr": 3e-4, "betas": [0.9, 0.999], "weight_decay": 1e-4},
         "schedule": {"name": "onecycle", "start": 0.04, "warmup": 0.2, "floor": 0.01, "anneal": "linear"},
         "training": {"tokens_per_step": 4096},
     }),

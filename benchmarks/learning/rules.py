@@ -45,7 +45,7 @@ def changed(model: str, tokens: int, change: str, seed: int, args: argparse.Name
     config["data"]["sequence_length"] = WINDOW
     default, factors = planned(config), CHANGES[change]
     if "peak" in factors:
-        config["optimizer"] = {"lr": default.optimizer.lr * factors["peak"]}
+        config["optimizer"] = {"lr": default.optimizer.lr * factors["peak"], "groups": default.optimizer.groups}
     if "batch" in factors:
         config["training"]["tokens_per_step"] = round(default.tokens_per_step * factors["batch"] / WINDOW) * WINDOW
     return config

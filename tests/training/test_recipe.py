@@ -74,7 +74,7 @@ def test_decay_of_the_run_follows_its_rule_at_any_length(steps: int, name: str) 
 
 
 def test_what_is_given_stays_and_every_other_value_is_told() -> None:
-    given_values = {"name": "adamw", "lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.3, "groups": {}}
+    given_values = {"name": "adamw", "lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.3}
     schedule = {"name": "cosine"}
     config, lines = resolve_recipe(config_with(optimizer=given_values, schedule=schedule))
     assert lines == []
@@ -89,20 +89,23 @@ def test_what_is_given_stays_and_every_other_value_is_told() -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_norms_have_a_rate_of_their_own_in_short_runs(name: str) -> None:
-    """0.02 up to 1,000 steps, which fades to that of all others; not where groups are given."""
+    """0.02 up to 1,000 steps, which fades to that of all others; not where rate or groups are given."""
 
     def resolved(steps: int, **optimizer: Any) -> OptimizerConfig:
-        config = config_with(optimizer={"name": name, **optimizer}, training={"steps": steps, "tokens_per_step": 1024})
+        config = config_with(model=model, optimizer={"name": name, **optimizer}, training={"steps": steps})
         return resolve_recipe(config)[0].optimizer
 
-    for steps, factor in ((100, 20), (1000, 20), (2000, 10)):
-        config = resolved(steps, lr=1e-3)
-        groups = parameter_groups(build_model(config_with().model), config)
-        assert {group["factor"]: {len(one.shape) for one in group["params"]} for group in groups} == {
-            1: {2},
-            factor: {1},
-        }
-    assert resolved(20_000, lr=1e-3).groups == resolved(100, groups={}).groups == {}
+    model = {**SHAPE, "hidden_size": 256, "intermediate_size": 512}
+
+    for steps, share in ((100, 1), (1000, 1), (1500, 2 / 3)):
+        config = resolved(steps)
+        groups = parameter_groups(build_model(config_with(model=model).model), config)
+        rates = {group["factor"] * config.lr: {len(one.shape) for one in group["params"]} for group in groups}
+        whole, norms = sorted(rates)
+        assert rates[whole] == {2} and whole == config.lr
+        assert rates[norms] == {1} and norms == pytest.approx(max(0.02 * share, whole), rel=0.01)
+    for config in (resolved(100_000), resolved(100, groups={}), resolved(100, lr=1e-3)):
+        assert config.groups == {}
 
 
 def test_momentum_of_muon_is_shorter_in_short_runs() -> None:

@@ -134,14 +134,14 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         if is_muon:
             rule = f"{MUON_PEAK:g} × N^{MUON_POWER:g}, N {count(parameters)}"
         lines.append(f"learning rate: {found['lr']:g} at its peak ({rule})")
+        factor = norms_factor(found["lr"], steps)
+        if "groups" not in given and factor > 1:
+            found["groups"] = {"norm": {"lr": factor}}
+            rule = f"{NORMS:g} at their peak up to {SHORT:,} steps, less in longer runs"
+            lines.append(f"norms: {factor:g} times that rate ({rule})")
     if is_muon and "momentum" not in given:
         found["momentum"] = short_momentum(steps)
         lines.append(f"momentum: {found['momentum']:g} ({MOMENTA[0]} up to {SHORT:,} steps, more in longer runs)")
-    peak = found.get("lr", config.optimizer.lr)
-    if "groups" not in given and (factor := norms_factor(peak, steps)) > 1:
-        found["groups"] = {"norm": {"lr": factor}}
-        rule = f"{NORMS:g} at their peak up to {SHORT:,} steps, less in longer runs"
-        lines.append(f"norms: {factor:g} times that rate ({rule})")
     if "betas" not in given:
         share = (1 - BETA2) * config.tokens_per_step / BETA2_TOKENS
         beta2 = round(1 - min(max(share, 1 / (SPAN * steps)), 1 - BETA2), 4)
@@ -150,7 +150,7 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
             f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SPAN:.0%} of the run)"
         )
     if "weight_decay" not in given:
-        whole = decay_of_run(parameters, tokens, muon=is_muon)
+        peak, whole = found.get("lr", config.optimizer.lr), decay_of_run(parameters, tokens, muon=is_muon)
         found["weight_decay"] = float(f"{min(whole / steps, MOST_DECAY) / peak:.2g}")
         rule = f"{whole:.2g} / (peak × steps), at most {MOST_DECAY:g} / peak"
         if not is_muon:
