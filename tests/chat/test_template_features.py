@@ -58,10 +58,15 @@ def trained() -> Tokenizer:
     return made
 
 
+def ids_of(theirs: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """The ids that the tokenizer of transformers, 4 or 5, makes of a conversation."""
+    return theirs.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=["few special tokens", "all special tokens"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_templates_are_rendered_as_by_transformers(trained: Tokenizer, tmp_path: Path, name: str, config: Any) -> None:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, __version__
 
     settings = {**config, "chat_template": FEATURES[name]}
     trained.backend.save(str(tmp_path / "tokenizer.json"))
@@ -69,11 +74,11 @@ def test_templates_are_rendered_as_by_transformers(trained: Tokenizer, tmp_path:
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **texts)
     ours = ChatTemplate(Tokenizer(trained.backend, settings))
     for messages in CONVERSATIONS:
+        if name == "json" and __version__ < "5" and any("reasoning_content" in message for message in messages):
+            continue  # version 4 gives the template no `thinking` beside it, as version 5 and smolforge do
         for prompt in (True, False):
             try:
-                expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)[
-                    "input_ids"
-                ]
+                expected = ids_of(theirs, messages, add_generation_prompt=prompt)
             except Exception:
                 with pytest.raises(BadInput, match="refuses this conversation"):
                     ours.encode(messages, generation_prompt=prompt)
@@ -91,7 +96,7 @@ def test_a_begun_answer_is_continued_as_by_transformers(trained: Tokenizer, tmp_
     ours = ChatTemplate(Tokenizer(trained.backend, settings))
     for text in ("An animal", "An animal ", " An\n", "What is a cat?", "the <b>"):
         messages = [USER, {"role": "assistant", "content": text}]
-        expected = theirs.apply_chat_template(messages, continue_final_message=True, tokenize=True)["input_ids"]
+        expected = ids_of(theirs, messages, continue_final_message=True)
         assert ours.encode(messages) == expected, text
     assert ours.encode([USER, {"role": "assistant", "content": ""}]) == ours.encode([USER])
 
@@ -123,7 +128,7 @@ def test_variables_reach_the_template_as_in_transformers(trained: Tokenizer, tmp
             with pytest.raises(BadInput, match="is not read by the chat template of this model"):
                 ours.encode([USER], variables=variables)
             continue
-        expected = theirs.apply_chat_template([USER, ANSWER, USER], tokenize=True, **variables)["input_ids"]
+        expected = ids_of(theirs, [USER, ANSWER, USER], **variables)
         assert ours.encode([USER, ANSWER, USER], variables=variables) == expected, variables
         taken += 1
     assert taken > 1
@@ -152,12 +157,12 @@ def test_what_is_rendered_and_what_is_continued_can_be_chosen(trained: Tokenizer
     ours = ChatTemplate(Tokenizer(trained.backend, settings))
     for messages in ([USER], [USER, ANSWER]):
         for prompt in (True, False):
-            expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)["input_ids"]
+            expected = ids_of(theirs, messages, add_generation_prompt=prompt)
             assert ours.encode(messages, generation_prompt=prompt, continued=False) == expected
-        expected = theirs.apply_chat_template(messages, continue_final_message=True, tokenize=True)["input_ids"]
+        expected = ids_of(theirs, messages, continue_final_message=True)
         assert ours.encode(messages, continued=True) == expected
     called = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
-    expected = theirs.apply_chat_template(called, add_generation_prompt=True, tokenize=True)["input_ids"]
+    expected = ids_of(theirs, called, add_generation_prompt=True)
     assert ours.encode(called) == expected  # the call is not left out
     with pytest.raises(BadInput, match="no text that can be continued"):
         ours.encode([{"role": "user", "content": " "}], continued=True)

@@ -249,9 +249,9 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def missing(*_: Any, **__: Any) -> None:
         from httpx import Request, Response
 
-        raise huggingface_hub.errors.RemoteEntryNotFoundError(
-            "404", response=Response(404, request=Request("GET", "u"))
-        )
+        errors = huggingface_hub.errors
+        remote = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)  # before version 1
+        raise remote("404", response=Response(404, request=Request("GET", "u")))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
     with pytest.raises(CheckpointError, match=r"has no file x\.gguf on the Hub"):

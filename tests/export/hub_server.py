@@ -61,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.repos.setdefault(name, {})
             owner.private[name] = asked.get("private") or asked.get("visibility") == "private"
             return self._send(200, {"url": f"{owner.root}/{name}", "name": name})
+        if match := re.match(r"^/api/models/([^/]+/[^/]+)/revision/main$", path):  # clients before version 1 ask
+            return self._send(200, {"id": match[1], "sha": "0" * 40, "siblings": []})
         if match := re.match(r"^/api/models/([^/]+/[^/]+)/preupload/main$", path):
             files = json.loads(body)["files"]
             modes = [(f["path"], "lfs" if f["path"].endswith(".safetensors") else "regular") for f in files]

@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, hf_api
 
 
 @dataclass
@@ -211,6 +211,9 @@ def as_hub(server: FaultServer, monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     template = server.root + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", server.root)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Clients before version 1 keep copies of both.
+    monkeypatch.setattr(hf_api.api, "endpoint", server.root)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 

@@ -130,7 +130,8 @@ def test_a_group_as_rows_reads_the_cache_without_repeating_it() -> None:
 def test_varlen_needs_a_causal_kernel(monkeypatch) -> None:
     from torch.nn.attention import varlen
 
-    assert attention.varlen_unavailable() is None
+    if torch.__version__ >= "2.13":  # 2.10 has no windows
+        assert attention.varlen_unavailable() is None
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal=False: None)
     assert "has no windows" in str(attention.varlen_unavailable())
 

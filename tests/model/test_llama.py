@@ -44,6 +44,7 @@ def oracle_of(config: ModelConfig) -> Oracle:
             max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
+            rope_theta=config.rope_theta,  # transformers 4
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         )
     )

@@ -15,6 +15,10 @@ from smolforge.model.loss import IGNORE, LOSSES, chunked_loss, full_loss, native
 
 missing = kernels.unavailable()
 needs_native = pytest.mark.skipif(missing is not None, reason=f"no native loss: {missing}")
+NEEDS = {
+    "linear": pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has it from 2.13 on"),
+    "native": needs_native,
+}
 WAYS = [chunked_loss, pytest.param(LOSSES["native"], marks=needs_native, id="native")]
 
 
@@ -188,7 +192,7 @@ def test_the_peak_is_not_vocabulary_times_tokens() -> None:
     assert wider < 6 * 64 * vocabulary * 4 < many * vocabulary * 4, wider
 
 
-@pytest.mark.parametrize("way", LOSSES)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=NEEDS.get(way, ())) for way in LOSSES])
 @pytest.mark.parametrize("count, rows", [(0, 0), (8, 8), (9, 16), (24, 24)])
 def test_positions_that_do_not_count_cost_no_product(monkeypatch, way, count, rows) -> None:
     monkeypatch.setattr(loss, "ROWS", 8)

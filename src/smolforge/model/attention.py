@@ -225,9 +225,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     t, s = q.shape[2], k.shape[2]
+    seen = None if mask is None else mask[:, 0].expand(len(q), t, s)
 
     def may_see(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return mask[b if mask.shape[0] > 1 else 0, 0, i, j] if mask is not None else i + (s - t) >= j
+        return i + (s - t) >= j if seen is None else seen[b, i, j]
 
     block_mask = create_block_mask(may_see, None if mask is None else q.shape[0], None, t, s, device=q.device.type)
     out = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
