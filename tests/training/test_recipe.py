@@ -70,7 +70,7 @@ def test_decay_of_the_run_follows_its_rule_at_any_length(steps: int, name: str) 
     if name == "adamw":  # the root of the tokens per parameter
         whole = math.sqrt(steps * config.tokens_per_step / count_body(config))
     assert o.lr * o.weight_decay * steps == pytest.approx(min(whole, 0.01 * steps), rel=0.06)
-    assert 0.95 <= o.betas[1] < 1 and o.betas[0] == 0.9
+    assert 0.8 <= o.betas[0] <= 0.9 < 0.95 <= o.betas[1] <= 0.999
 
 
 def test_what_is_given_stays_and_every_other_value_is_told() -> None:
@@ -82,7 +82,7 @@ def test_what_is_given_stays_and_every_other_value_is_told() -> None:
     config, lines = resolve_recipe(config_with())
     assert config.optimizer.name == "muon" and config.schedule.decay == 0.7
     told = "\n".join(lines)
-    for value in (config.optimizer.lr, config.optimizer.betas[1], config.optimizer.weight_decay):
+    for value in (config.optimizer.lr, *config.optimizer.betas, config.optimizer.weight_decay):
         assert f"{value:g}" in told
     assert "muon" in told and "arXiv" in told
 
@@ -113,6 +113,20 @@ def test_momentum_of_muon_is_shorter_in_short_runs() -> None:
     assert [one.momentum for one in found] == pytest.approx([0.9, 0.9, 0.933, 0.95], abs=1e-3)
     adamw = config_with(optimizer={"name": "adamw"})
     assert resolve_recipe(adamw)[0].optimizer.momentum == adamw.optimizer.momentum
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_betas_follow_from_steps_and_batch(name: str) -> None:
+    """The mean of the gradient from the steps, as Muon's momentum; that of its square spans the same tokens."""
+
+    def resolved(steps: int, tokens_per_step: int) -> tuple[float, float]:
+        training = {"steps": steps, "tokens_per_step": tokens_per_step}
+        return resolve_recipe(config_with(optimizer={"name": name}, training=training))[0].optimizer.betas
+
+    firsts = [resolved(steps, 1 << 19)[0] for steps in (100, 1000, 1500, 9000)]
+    assert firsts == pytest.approx([0.8, 0.8, 0.867, 0.9], abs=1e-3)
+    seconds = {tokens: resolved(100, tokens)[1] for tokens in (1 << 9, 1 << 16, 1 << 18, 1 << 19, 1 << 22)}
+    assert list(seconds.values()) == pytest.approx([0.999, 1 - 0.05 / 8, 0.975, 0.95, 0.95], abs=1e-4)
 
 
 def test_a_run_decides_once(tmp_path) -> None:

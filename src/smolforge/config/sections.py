@@ -170,7 +170,7 @@ class OptimizerConfig(Section):
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate; unless given, it follows from size and tokens (new weights) or width (an adapter)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running mean of the gradient, and of its square; the second follows from the batch unless given."""
+    """Decay of the running mean of the gradient, and of its square; follow from steps and batch unless given."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """muon only: decay of the running mean of the gradient of the layers' matrices. Follows from steps unless given."""
     eps: float = Field(default=1e-8, gt=0)

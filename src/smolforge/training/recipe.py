@@ -18,16 +18,17 @@ from smolforge.model.summary import count_groups
 # Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which the best
 # peak rose with the tokens (docs/recipes.md).
 MUON_PEAK, MUON_POWER = 0.35, -0.25
-# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon with
-# a shorter momentum (docs/recipes.md). Beyond them both fade to what the field uses: longer runs were not swept.
-SHORT, NORMS, MOMENTA = 1000, 0.02, (0.9, 0.95)
+# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon and
+# AdamW with a shorter mean of the gradient (docs/recipes.md). Beyond them all three fade to what the field uses: longer
+# runs were not swept.
+SHORT, NORMS, MOMENTA, BETA1 = 1000, 0.02, (0.9, 0.95), (0.8, 0.9)
 MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and gives several times that
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
 MOST_DECAY = 0.01  # of a weight in one step, which short runs come to
-# The mean of squared gradients spans as many tokens at any batch as 0.95 does at this one (arXiv:2507.07101).
-BETA2, BETA2_TOKENS = 0.95, 1 << 19
-SPAN = 0.1  # of the run, that mean's longest
+# The mean of squared gradients spans as many tokens at any batch as the first does at this one (arXiv:2507.07101), and
+# no more than 1,000 steps.
+BETA2, BETA2_TOKENS = (0.95, 0.999), 1 << 19
 # Share of the run over which the rate falls to zero (arXiv:2502.15938).
 DECAY = 0.7
 # Most tokens of a step, which takes seconds then.
@@ -62,10 +63,16 @@ def norms_factor(peak: float, steps: int) -> float:
     return max(round(NORMS / peak * min(SHORT / steps, 1), 2), 1.0)
 
 
-def short_momentum(steps: int) -> float:
-    """Muon's momentum for a run of so many steps."""
-    shortest, longest = MOMENTA
+def mean_decay(shortest: float, longest: float, steps: int) -> float:
+    """Decay of a running mean: the shortest in runs of up to 1,000 steps, a span that grows with the steps beyond."""
     return round(min(max(1 - (1 - shortest) * SHORT / steps, shortest), longest), 3)
+
+
+def best_betas(tokens_per_step: int, steps: int) -> tuple[float, float]:
+    """AdamW's decay of the mean gradient, by the steps, and of its square, by the batch."""
+    least, most = BETA2
+    beta2 = min(max(1 - (1 - least) * tokens_per_step / BETA2_TOKENS, least), most)
+    return mean_decay(*BETA1, steps), round(beta2, 4)
 
 
 def adapter_peak(width: int) -> float:
@@ -140,15 +147,12 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
             rule = f"{NORMS:g} at their peak up to {SHORT:,} steps, less in longer runs"
             lines.append(f"norms: {factor:g} times that rate ({rule})")
     if is_muon and "momentum" not in given:
-        found["momentum"] = short_momentum(steps)
+        found["momentum"] = mean_decay(*MOMENTA, steps)
         lines.append(f"momentum: {found['momentum']:g} ({MOMENTA[0]} up to {SHORT:,} steps, more in longer runs)")
     if "betas" not in given:
-        share = (1 - BETA2) * config.tokens_per_step / BETA2_TOKENS
-        beta2 = round(1 - min(max(share, 1 / (SPAN * steps)), 1 - BETA2), 4)
-        found["betas"] = (0.9, beta2)
-        lines.append(
-            f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SPAN:.0%} of the run)"
-        )
+        found["betas"] = beta1, beta2 = best_betas(config.tokens_per_step, steps)
+        lines.append(f"beta1: {beta1:g} ({BETA1[0]} up to {SHORT:,} steps, more in longer runs)")
+        lines.append(f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SHORT:,} steps)")
     if "weight_decay" not in given:
         peak, whole = found.get("lr", config.optimizer.lr), decay_of_run(parameters, tokens, muon=is_muon)
         found["weight_decay"] = float(f"{min(whole / steps, MOST_DECAY) / peak:.2g}")
