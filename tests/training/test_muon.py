@@ -15,7 +15,7 @@ from smolforge.errors import BadInput
 from smolforge.model.architecture import build_model
 from smolforge.training import optim
 from smolforge.training.optim import muon
-from smolforge.training.optim.muon import Muon, orthogonalize
+from smolforge.training.optim.muon import Muon, even_neurons, orthogonalize
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -42,6 +42,25 @@ def test_fp16_holds_small_gradients() -> None:
     found = orthogonalize(matrices, torch.float16)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_neurons_of_the_longer_side_move_equally_far(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+    updates = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    side = -1 if rows >= columns else -2
+    shown = updates if side == -1 else updates.mT
+    shown[0, 0] = 0  # a neuron that had no gradient
+    found = even_neurons(updates)
+    assert found.dtype == dtype and not (found if side == -1 else found.mT)[0, 0].any()
+    lengths, before = (x.double().norm(dim=side) for x in (found, updates))
+    near = {"rtol": 0.02 if dtype == torch.float16 else 1e-4, "atol": 1e-6}
+    whole = before.square().mean(-1, keepdim=True).sqrt()
+    moved = before > 0.02 * whole  # a factor of 100 is the most
+    torch.testing.assert_close(lengths[moved], whole.expand_as(lengths)[moved], **near)
+    cosines = (found.double() * updates.double()).sum(side) - lengths * before
+    assert cosines.abs().max() <= 0.01 * before.max() * lengths.max() + 1e-9
+    assert not even_neurons(torch.zeros(1, rows, columns)).any()
 
 
 def test_a_run_in_bf16_orthogonalizes_in_bf16(monkeypatch) -> None:

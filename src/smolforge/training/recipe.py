@@ -26,8 +26,8 @@ MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read 
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
 MOST_DECAY = 0.01  # of a weight in one step, which short runs come to
-# The mean of squared gradients spans as many tokens at any batch as the first does at this one (arXiv:2507.07101), and
-# no more than 1,000 steps.
+# The mean of squared gradients spans as many tokens at any batch as the first does at this one (arXiv:2507.07101), but
+# no more steps than the second does.
 BETA2, BETA2_TOKENS = (0.95, 0.999), 1 << 19
 # Share of the run over which the rate falls to zero (arXiv:2502.15938).
 DECAY = 0.7
@@ -152,7 +152,8 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if "betas" not in given:
         found["betas"] = beta1, beta2 = best_betas(config.tokens_per_step, steps)
         lines.append(f"beta1: {beta1:g} ({BETA1[0]} up to {SHORT:,} steps, more in longer runs)")
-        lines.append(f"beta2: {beta2:g} (spans the same tokens at any batch, arXiv:2507.07101, at most {SHORT:,} steps)")
+        rule = f"{BETA2[0]} at {BETA2_TOKENS:,} tokens a step, the same span of tokens at fewer, at most {BETA2[1]}"
+        lines.append(f"beta2: {beta2:g} ({rule}; arXiv:2507.07101)")
     if "weight_decay" not in given:
         peak, whole = found.get("lr", config.optimizer.lr), decay_of_run(parameters, tokens, muon=is_muon)
         found["weight_decay"] = float(f"{min(whole / steps, MOST_DECAY) / peak:.2g}")

@@ -56,6 +56,30 @@ def orthogonalize(matrices: Tensor, precision: torch.dtype = torch.float32) -> T
     return x.mT if tall else x
 
 
+def even_neurons(updates: Tensor) -> Tensor:
+    """Updates whose neurons all move equally far: the longer side's rows or columns get one length, in sum the same.
+
+    Those of an MLP that is wider than the hidden states differ after `orthogonalize`, since only the shorter side can
+    be orthogonal. NorMuon (Li et al. 2025, arXiv:2510.05491) divides by a running mean of these lengths instead, which
+    needs state and gained no more (docs/recipes.md).
+
+    Args:
+        updates: (N, rows, columns).
+
+    Returns:
+        (N, rows, columns), of the type of `updates`.
+    """
+    side = -1 if updates.shape[-2] >= updates.shape[-1] else -2
+    lengths = torch.linalg.vector_norm(updates, dim=side, keepdim=True, dtype=torch.float32)
+    even = lengths.square().mean((-2, -1), keepdim=True).sqrt()
+    # A neuron without a gradient stays where it is, and fp16 holds the factor.
+    return updates * (even / lengths.clamp_min(1e-7).maximum(0.01 * even)).to(updates.dtype)
+
+
+def _direction(matrices: Tensor, precision: torch.dtype) -> Tensor:
+    return even_neurons(orthogonalize(matrices, precision))
+
+
 def _precision(device: torch.device, products: torch.dtype) -> torch.dtype:
     """Of the iterations: that of the model's matrix products on a CPU; 16 bits elsewhere, where fp32 is slow."""
     return products if device.type == "cpu" else half_precision(device)
@@ -65,8 +89,8 @@ def _rows(tensors: list[Tensor]) -> list[Tensor]:
     return [local_rows(tensor)[0] for tensor in tensors]
 
 
-def _orthogonalize_together(rows: Tensor, like: Any, precision: torch.dtype) -> Tensor:
-    """`orthogonalize` of matrices that may be sharded: each rank does some of them whole.
+def _directions(rows: Tensor, like: Any, precision: torch.dtype) -> Tensor:
+    """The directions of updates of matrices that may be sharded: each rank does some of them whole.
 
     Args:
         rows: (N, rows of this rank, columns); all rows unless sharded.
@@ -77,7 +101,7 @@ def _orthogonalize_together(rows: Tensor, like: Any, precision: torch.dtype) -> 
         As `rows`, in `precision`.
     """
     if not is_sharded(like):
-        return orthogonalize(rows, precision)
+        return _direction(rows, precision)
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, (height, width) = like.device_mesh, like.shape
@@ -85,7 +109,7 @@ def _orthogonalize_together(rows: Tensor, like: Any, precision: torch.dtype) -> 
     whole: dict[str, Any] = {"shape": (len(rows), height, width), "stride": (height * width, width, 1)}
     given = DTensor.from_local(rows.contiguous(), mesh, by_rows, run_check=False, **whole)
     mine = given.redistribute(placements=by_matrix).to_local()
-    done = DTensor.from_local(orthogonalize(mine, precision).contiguous(), mesh, by_matrix, run_check=False, **whole)
+    done = DTensor.from_local(_direction(mine, precision).contiguous(), mesh, by_matrix, run_check=False, **whole)
     return done.redistribute(placements=by_rows).to_local()
 
 
@@ -162,7 +186,7 @@ class Muon(torch.optim.AdamW):
             looks_ahead = torch.lerp(gradients, means, self.momentum)  # Nesterov's
             del gradients, old, means  # each is as large as all these matrices
             precision = _precision(device, self.products)
-            updates = _orthogonalize_together(looks_ahead, parameters[0], precision)
+            updates = _directions(looks_ahead, parameters[0], precision)
             updates = updates.mul(group["lr"] * _SIZE * max(shape) ** 0.5)
             old = torch.stack(weights)
             new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(updates)
