@@ -148,8 +148,22 @@ def _explain(error: Any) -> BadInput:
         return BadInput(text, field=field)
     if kind.startswith("byte_size"):
         return BadInput(f"{error['input']!r} is not an amount of memory; write it as 6GB or 512MiB", field=field)
+    if ":" in path[-1] and error["input"] is None:
+        name, _, value = path[-1].rpartition(":")
+        return BadInput("no value", field=field, hint=f"Write {{{name}: {value}}}, with a space after the colon.")
     given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
-    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field)
+    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field, hint=_example(path))
+
+
+def _example(path: list[str]) -> str | None:
+    """The values that the list or mapping at `path` takes, with its default as it is written."""
+    for key, field in _leaves():
+        if key.split(".") == path[:2] and get_origin(field.annotation) in (list, tuple, dict):
+            default = field.get_default(call_default_factory=True)
+            written = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+            as_in = f", as in {key}={written.strip()}" if default else ""
+            return f"{key} takes {_allowed(field.annotation)}{as_in}."
+    return None
 
 
 # Tags that pydantic adds to a location for the members of a union; they are not keys.
