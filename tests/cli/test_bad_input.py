@@ -55,7 +55,7 @@ def test_unknown_verb_and_option(fail) -> None:
         ("optimizer.lr=fast", ("optimizer.lr", "fast")),
         ("optimizer.betas=0.8", ("takes a list of: a number", "optimizer.betas=[0.9, 0.95]")),
         ("optimizer.betas=[0.8]", ("optimizer.betas=[0.9, 0.95]",)),
-        ("optimizer.groups={norm:{lr:3}}", ("{lr: 3}", "a space after the colon")),
+        ("optimizer.groups={norm:{lr:.3}}", ("{lr: .3}", "a space after the colon")),
         ("data.sources={a.txt:3}", ("{a.txt: 3}",)),
         ("data.sources=3", ("takes a mapping", "data.sources={tales: 1.0}")),
         ("optimizer.lr=-1", ("optimizer.lr", "greater than 0", "-1")),
@@ -74,6 +74,12 @@ def test_configuration(fail, override, words) -> None:
     message = fail("train", "TINY", "--out", "run", "--set", override)
     for word in words:
         assert word in message
+
+
+def test_a_url_without_a_weight_is_not_taken_apart(fail) -> None:
+    message = fail("train", "TINY", "--set", "data.sources={https://host:80/a.txt: }")
+    assert "data.sources.https://host:80/a.txt" in message
+    assert "Write {" not in message
 
 
 def test_several_problems_are_told_together(fail) -> None:

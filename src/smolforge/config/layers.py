@@ -148,9 +148,10 @@ def _explain(error: Any) -> BadInput:
         return BadInput(text, field=field)
     if kind.startswith("byte_size"):
         return BadInput(f"{error['input']!r} is not an amount of memory; write it as 6GB or 512MiB", field=field)
-    if ":" in path[-1] and error["input"] is None:
-        name, _, value = path[-1].rpartition(":")
-        return BadInput("no value", field=field, hint=f"Write {{{name}: {value}}}, with a space after the colon.")
+    glued = re.fullmatch(r"(.+):([\d.][\w.+-]*)", path[-1]) if path and error["input"] is None else None
+    if glued:  # which YAML reads as one key; a URL's colon is not followed by a number alone
+        written = f"{{{glued[1]}: {glued[2]}}}"
+        return BadInput("no value", field=field, hint=f"Write {written}, with a space after the colon.")
     given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
     return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field, hint=_example(path))
 
