@@ -158,13 +158,13 @@ def _explain(error: Any) -> BadInput:
 
 def _example(path: list[str]) -> str | None:
     """The values that the list or mapping at `path` takes, with its default as it is written."""
-    for key, field in _leaves():
-        if key.split(".") == path[:2] and get_origin(field.annotation) in (list, tuple, dict):
-            default = field.get_default(call_default_factory=True)
-            written = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-            as_in = f", as in {key}={written.strip()}" if default else ""
-            return f"{key} takes {_allowed(field.annotation)}{as_in}."
-    return None
+    key = ".".join(path[:2])
+    field = dict(_leaves()).get(key)
+    if field is None or get_origin(field.annotation) not in (list, tuple, dict):
+        return None
+    default = field.get_default(call_default_factory=True)
+    written = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+    return f"{key} takes {_allowed(field.annotation)}{f', as in {key}={written.strip()}' if default else ''}."
 
 
 # Tags that pydantic adds to a location for the members of a union; they are not keys.
