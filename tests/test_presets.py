@@ -144,3 +144,9 @@ def test_settings_of_one_mapping_add_up() -> None:
     one = configuration.build_config("pocket", ["tokenizer.train.documents=200"])
     assert one.tokenizer.train.vocab_size == base.tokenizer.train.vocab_size  # type: ignore[union-attr]
     assert configuration.build_config("pocket", ["tokenizer=here"]).tokenizer == "here"
+
+
+@pytest.mark.parametrize(("key", "default"), [(r.key, r.default) for r in configuration.key_records() if r.default])
+def test_a_default_is_listed_as_set_takes_it(key: str, default: str) -> None:
+    given = configuration.build_config(overrides=[f"{key}={default}"])
+    assert given.model_dump() == configuration.build_config().model_dump()

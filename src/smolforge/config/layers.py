@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import yaml
 from pydantic import BaseModel, ByteSize, ValidationError
+from pydantic_core import to_jsonable_python
 
 from smolforge.config.sections import RunConfig
 from smolforge.errors import BadInput, ConfigError, nearest, unknown
@@ -163,8 +164,13 @@ def _example(path: list[str]) -> str | None:
     if field is None or get_origin(field.annotation) not in (list, tuple, dict):
         return None
     default = field.get_default(call_default_factory=True)
-    written = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-    return f"{key} takes {_allowed(field.annotation)}{f', as in {key}={written.strip()}' if default else ''}."
+    return f"{key} takes {_allowed(field.annotation)}{f', as in {key}={_written(default)}' if default else ''}."
+
+
+def _written(value: Any) -> str:
+    """`value` as a YAML file and `--set` take it, on one line."""
+    dumped = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=float("inf"))
+    return dumped.removesuffix("...\n").strip()
 
 
 # Tags that pydantic adds to a location for the members of a union; they are not keys.
@@ -218,9 +224,8 @@ def _leaves() -> Iterator[tuple[str, Any]]:
 def _record(key: str, field: Any) -> KeyRecord:
     derived = field.default_factory_takes_validated_data  # from other keys: its meaning says how
     default = None if derived else field.get_default(call_default_factory=True)
-    shown = default.model_dump() if isinstance(default, BaseModel) else default
     meaning = " ".join((field.description or "").split())
-    return KeyRecord(key, _allowed(field.annotation), None if shown is None else str(shown), meaning)
+    return KeyRecord(key, _allowed(field.annotation), None if default is None else _written(default), meaning)
 
 
 _KINDS = {
