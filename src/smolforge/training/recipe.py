@@ -18,10 +18,12 @@ from smolforge.model.summary import count_groups
 # Muon's peak: MUON_PEAK × N^MUON_POWER, fitted to our sweeps from 1.4M to 106M parameters, in none of which the best
 # peak rose with the tokens (docs/recipes.md).
 MUON_PEAK, MUON_POWER = 0.35, -0.25
-# In runs of up to 1,000 steps the norms' weights, which AdamW updates, learn most at a peak of their own, and Muon and
-# AdamW with a shorter mean of the gradient (docs/recipes.md). Beyond them all three fade to what the field uses: longer
-# runs were not swept.
-SHORT, NORMS, MOMENTA, BETA1 = 1000, 0.02, (0.9, 0.95), (0.8, 0.9)
+# The norms' weights, which AdamW updates, learn most at a peak of their own: this many / steps, but no more than the
+# second (docs/recipes.md).
+NORMS, MOST_NORMS = 20, 0.04
+# In runs of up to 1,000 steps Muon and AdamW do with a shorter mean of the gradient. Longer ones were not swept: there
+# both fade to what the field uses.
+SHORT, MOMENTA, BETA1 = 1000, (0.9, 0.95), (0.8, 0.9)
 MOST_PEAK = 0.01  # of AdamW: Step Law was not fitted to small models that read much, and gives several times that
 # Muon's peak × weight decay × steps: a weight that is never updated would shrink to exp(-2.5) of itself at the peak.
 DECAY_OF_RUN = 2.5
@@ -60,7 +62,7 @@ def decay_of_run(parameters: int, tokens: float, *, muon: bool) -> float:
 
 def norms_factor(peak: float, steps: int) -> float:
     """The rate of the norms' weights over that of the others, whose peak is `peak`; at least 1."""
-    return max(round(NORMS / peak * min(SHORT / steps, 1), 2), 1.0)
+    return max(round(min(NORMS / steps, MOST_NORMS) / peak, 2), 1.0)
 
 
 def mean_decay(shortest: float, longest: float, steps: int) -> float:
@@ -144,7 +146,7 @@ def resolve_recipe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         factor = norms_factor(found["lr"], steps)
         if "groups" not in given and factor > 1:
             found["groups"] = {"norm": {"lr": factor}}
-            rule = f"{NORMS:g} at their peak up to {SHORT:,} steps, less in longer runs"
+            rule = f"{NORMS} / steps at their peak, at most {MOST_NORMS:g}"
             lines.append(f"norms: {factor:g} times that rate ({rule})")
     if is_muon and "momentum" not in given:
         found["momentum"] = mean_decay(*MOMENTA, steps)
