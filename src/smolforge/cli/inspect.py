@@ -87,8 +87,8 @@ def _config(args: argparse.Namespace) -> int:
     records = key_records()
     found = [r for r in records if args.key is None or r.key == args.key or r.key.startswith(f"{args.key}.")]
     if args.key is not None and not found:
-        sections = {record.key.partition(".")[0] for record in records}
-        raise unknown("key", args.key, [record.key for record in records] + sorted(sections), field="KEY")
+        known = {name for record in records for name in (record.key, record.key.partition(".")[0])}  # sections too
+        raise unknown("key", args.key, sorted(known), field="KEY")
     lines = []
     for record in found:
         default = "" if record.default is None else f" (default {record.default})"

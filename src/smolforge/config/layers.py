@@ -169,8 +169,8 @@ def _example(path: list[str]) -> str | None:
 
 def _written(value: Any) -> str:
     """`value` as a YAML file and `--set` take it, on one line."""
-    dumped = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=float("inf"))
-    return dumped.removesuffix("...\n").strip()
+    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 1e9}
+    return yaml.safe_dump(to_jsonable_python(value), **style).removesuffix("...\n").strip()
 
 
 # Tags that pydantic adds to a location for the members of a union; they are not keys.
