@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -14,6 +15,9 @@ import pytest
 from conftest import CHROMIUM, Visit
 from serving_fixtures import Server, wait_until, write_run
 from smolforge.export.space import export_space
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 TITLE = "A cat's tale"
 
@@ -23,7 +27,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`python app.py` in the Space's own directory, with its own copy of the package."""
     if not CHROMIUM.exists():
         pytest.skip("Debian's chromium is not installed: apt-get install chromium")
-    run = write_run(tmp_path_factory.mktemp("runs") / "tales-tiny")
+    run = write_run(tmp_path_factory.mktemp("runs") / "tales-tiny", idle_layers=300)
     place = export_space(run, tmp_path_factory.mktemp("spaces") / "space", title=TITLE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,6 +62,30 @@ def test_a_visitor_writes_with_it(chromium, space: Server) -> None:
     assert visit.page.input_value("#prompt textarea") == ""
     visit.page.get_by_text("In the distant galaxy").click()
     visit.page.wait_for_function("document.querySelector('#prompt textarea').value === 'In the distant galaxy'")
+    visit.close()
+
+
+def test_clear_also_empties_what_arrives_after_it(chromium, space: Server) -> None:
+    """The server hears of Clear late, so that text is shown after the page was emptied."""
+    visit = open_page(chromium, space)
+    held: list[Route] = []
+    visit.page.route("**/cancel", lambda route: held.append(route))
+    visit.page.fill("#prompt textarea", "Once upon a time")
+    visit.page.click("#submit")
+    visit.page.wait_for_function("document.querySelector('#output textarea').value.length > 17", polling=5)
+    visit.page.evaluate("""() => {
+        const output = document.querySelector('#output textarea');
+        document.querySelector('#clear').click();
+        output.value = '';
+        setInterval(() => { window.returned ||= output.value !== ''; }, 1);
+    }""")
+    visit.page.wait_for_function("window.returned")
+    for route in held:
+        route.continue_()
+    visit.page.wait_for_function("document.querySelector('#output textarea').value === ''")
+    visit.page.fill("#prompt textarea", "Once upon a time")
+    visit.page.click("#submit")
+    visit.page.wait_for_function("document.querySelector('#output textarea').value.length > 17")
     visit.close()
 
 
