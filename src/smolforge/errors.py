@@ -8,6 +8,7 @@ not be reached (the run was saved, try again later), 130/143 stopped by a signal
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -97,12 +98,19 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
+def in_yaml_terms(message: str) -> str:
+    """A sentence of pydantic about a wrong value, to follow the value's name: `must be a list`."""
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    message = re.sub("valid dictionary( or object to extract fields from)?", "mapping", message)
+    message = re.sub("valid (list|tuple)", "list", message)
+    return message[:1].lower() + message[1:]
+
+
 def first_problem(error: ValidationError) -> BadInput:
     """The first thing that pydantic found wrong with the fields of an object."""
     first = error.errors()[0]
-    message = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" else f", not {first['input']!r:.100}"
-    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=str(first["loc"][0]) if first["loc"] else None)
+    return BadInput(in_yaml_terms(first["msg"]) + given, field=str(first["loc"][0]) if first["loc"] else None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -328,8 +328,8 @@ def test_variables_of_the_chat_template(chat_model, tmp_path):
             body = {"messages": messages, "max_tokens": 1, "add_special_tokens": value}
             assert client.post("/v1/chat/completions", json=body).status_code == status
         for wrong, words in (
-            ({"thinking": True}, "It reads enable_thinking."), ({"tools": []}, "not a variable to set"), ([], "dict"),
-            ("x", "dict"),
+            ({"thinking": True}, "It reads enable_thinking."), ({"tools": []}, "not a variable to set"),
+            ([], "must be a mapping"), ("x", "must be a mapping"),
         ):  # fmt: skip
             for path in ("/v1/chat/completions", "/tokenize"):
                 refusal = client.post(path, json={"messages": messages, "chat_template_kwargs": wrong})

@@ -223,6 +223,20 @@ def test_what_cannot_be_done_is_refused_by_its_name(server, path, body, param) -
     assert answer.json()["error"]["param"] == param, answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("completions", {"prompt": "a", "logit_bias": 3}, "logit_bias: must be a mapping"),
+        ("chat/completions", {"messages": [3]}, "messages.0: must be a mapping"),
+        ("chat/completions", {"messages": 3}, "messages: must be a list"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+         "input.0.message.content.0.type: must be 'input_text', 'output_text' or 'text'"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_place_and_what_is_right(server, path, body, message) -> None:
+    assert server.post(f"/v1/{path}", body).json()["error"]["message"] == message
+
+
 def test_a_completion_model_says_that_it_has_no_chat_template(tiny_run) -> None:
     from serving_fixtures import serving
 

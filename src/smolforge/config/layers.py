@@ -14,7 +14,7 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic_core import to_jsonable_python
 
 from smolforge.config.sections import RunConfig
-from smolforge.errors import BadInput, ConfigError, nearest, unknown
+from smolforge.errors import BadInput, ConfigError, in_yaml_terms, nearest, unknown
 
 
 def preset_names() -> list[str]:
@@ -134,7 +134,7 @@ def _explain(error: Any) -> BadInput:
     """What pydantic says of one wrong key or value, in our words, with the nearest right key."""
     path = [str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part))]
     field = ".".join(path) or None
-    kind, message = error["type"], error["msg"]
+    kind = error["type"]
     if kind == "extra_forbidden":
         known, places = _keys_at(path[:-1]), [place for place, _ in _leaves() if "." in place]
         elsewhere = next((place for place in places if place.endswith(f".{path[-1]}")), None)  # lr → optimizer.lr
@@ -154,7 +154,7 @@ def _explain(error: Any) -> BadInput:
         written = f"{{{glued[1]}: {glued[2]}}}"
         return BadInput("no value", field=field, hint=f"Write {written}, with a space after the colon.")
     given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
-    return BadInput(f"{message[0].lower()}{message[1:]}{given}", field=field, hint=_example(path))
+    return BadInput(in_yaml_terms(error["msg"]) + given, field=field, hint=_example(path))
 
 
 def _example(path: list[str]) -> str | None:

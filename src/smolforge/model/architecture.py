@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from smolforge import model as package
 from smolforge.config import ModelConfig
 from smolforge.distributed import copy_whole, local_rows
-from smolforge.errors import BadInput, unknown
+from smolforge.errors import first_problem, unknown
 from smolforge.model import hf_config
 from smolforge.model.attention import Attend
 from smolforge.model.documents import Documents
@@ -281,8 +281,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig(architecture=found.name, **found.from_hf(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(str(first.get("ctx", {}).get("error", first["msg"]))) from None
+        raise first_problem(error) from None
     found.check(config)
     return config
 

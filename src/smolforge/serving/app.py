@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from smolforge.errors import SmolforgeError
+from smolforge.errors import SmolforgeError, in_yaml_terms
 from smolforge.serving import openai_routes, responses_routes, security
 from smolforge.serving.errors import STATUSES, ApiError, as_api_error, not_ready
 from smolforge.serving.settings import ServeSettings
@@ -164,15 +164,16 @@ async def _answer(_: Request, error: Exception) -> Response:
 async def _invalid(_: Request, error: Exception) -> Response:
     """The first error of a body in words."""
     assert isinstance(error, RequestValidationError)
-    first: dict[str, Any] = error.errors()[0]
+    first, *others = error.errors()
+    # A field of several types has an error for each. The one deepest inside the value is about the type that was meant.
+    first = max([first, *(e for e in others if e["loc"][:2] == first["loc"][:2])], key=lambda e: len(e["loc"]))
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     no_object = not where and first["type"] in ("json_invalid", "model_attributes_type", "missing")
     if no_object or (len(where) == 1 and where[0].isdigit()):  # a number is the position of the JSON error
         return ApiError(400, "the body is not a JSON object; send one with Content-Type: application/json").response()
-    message = first["msg"].removeprefix("Value error, ")
     path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
     param = where[0] if where else None
-    return ApiError(400, f"{path}: {message[:1].lower()}{message[1:]}", param=param).response()
+    return ApiError(400, f"{path}: {in_yaml_terms(first['msg'])}", param=param).response()
 
 
 async def _http(request: Request, error: Exception) -> Response:
