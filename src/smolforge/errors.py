@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 
 class SmolforgeError(Exception):
@@ -98,18 +99,77 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
+class WrongValue(NamedTuple):
+    """What pydantic found wrong at one place inside a value."""
+
+    path: tuple[str, ...]
+    """Keys of mappings and positions in lists, from the outside in."""
+    message: str
+    """To follow the path: `must be a list`."""
+    error: ErrorDetails
+    """Pydantic's own, the first of the place."""
+
+
+def wrong_values(errors: Iterable[ErrorDetails], value: Any) -> list[WrongValue]:
+    """What pydantic found wrong inside `value`, once for each place, in its order.
+
+    A value of several types has an error for each of them. Where one is about something inside the value, its type was
+    meant, and the others say nothing; otherwise what each asks for is told together: `must be a string, or a mapping`.
+    """
+    places: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        places.setdefault(_path(error, value), []).append(error)
+    around = {path[:length] for path in places for length in range(len(path))}
+    return [WrongValue(path, _joined(each), each[0]) for path, each in places.items() if path not in around]
+
+
+def _path(error: ErrorDetails, value: Any) -> tuple[str, ...]:
+    """The keys and positions of `error` inside `value`, without the names of types that pydantic puts between them."""
+    path: list[str | int] = []
+    for part in error["loc"]:
+        inner: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(inner, dict) and part in inner:
+            value = inner[part]
+            path.append(part)
+    last = error["loc"][-1:]
+    return tuple(map(str, [*path, *last] if error["type"] == "missing" or last == ("[key]",) else path))
+
+
+def _joined(errors: list[ErrorDetails]) -> str:
+    """One message for the errors of one place: what each type asks for, or the first that says more than that."""
+    messages = list(dict.fromkeys(in_yaml_terms(error["msg"]) for error in errors))
+    wanted = [message.removeprefix("must be ") for message in messages]
+    is_plain = all(message.startswith("must be ") for message in messages)
+    return f"must be {', or '.join(wanted)}" if is_plain else messages[0]
+
+
+# What pydantic says of a type or a length, and what a user of YAML or JSON does.
+_TERMS = {
+    r"valid dictionary( or (object to extract fields from|instance of \w+))?": "mapping",
+    r"valid (list|tuple)": "list",
+    r"valid (string|number)": r"\1",
+    r"a valid boolean": "true or false",
+    r"a valid integer": "a whole number",
+    r", unable to (parse|interpret) .*|, got a number with a fractional part|, not \d+$| after validation": "",
+    r"^(Input|String|List|Tuple|Dictionary) should": "must",
+    r"^Field required": "is required",
+    r"^Input tag (.+) found using (.+) does not match any of the expected tags: (.+)": r"\2 must be \3, not \1",
+}
+
+
 def in_yaml_terms(message: str) -> str:
     """A sentence of pydantic about a wrong value, to follow the value's name: `must be a list`."""
-    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    message = re.sub("valid dictionary( or object to extract fields from)?", "mapping", message)
-    message = re.sub("valid (list|tuple)", "list", message)
-    return message[:1].lower() + message[1:]
+    ours = message.removeprefix("Value error, ")
+    if ours == message:
+        for theirs, term in _TERMS.items():
+            ours = re.sub(theirs, term, ours)
+    return ours[:1].lower() + ours[1:]
 
 
 def first_problem(error: ValidationError) -> BadInput:
     """The first thing that pydantic found wrong with the fields of an object."""
     first = error.errors()[0]
-    given = "" if first["type"] == "value_error" else f", not {first['input']!r:.100}"
+    given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r:.100}"
     return BadInput(in_yaml_terms(first["msg"]) + given, field=str(first["loc"][0]) if first["loc"] else None)
 
 

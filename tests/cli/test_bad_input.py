@@ -85,6 +85,18 @@ def test_a_url_without_a_weight_is_not_taken_apart(fail) -> None:
     assert "Write {" not in message
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("{train: {vocab_size: x}}", "tokenizer.train.vocab_size: 'x' is not a whole number"),
+        ("{train: 3}", "tokenizer.train: must be a mapping, not 3"),
+        ("3", "tokenizer: must be a string, or a mapping, not 3"),
+    ],
+)
+def test_a_key_of_several_types_has_one_error(fail, tokenizer, message) -> None:
+    assert fail("train", "TINY", "--set", f"tokenizer={tokenizer}").startswith(f"error: {message}")
+
+
 def test_several_problems_are_told_together(fail) -> None:
     message = fail("train", "TINY", "--set", "optimizer.lr=-1", "--set", "data.holdout=2", "--set", "modle.x=1")
     for word in ("3 errors", "optimizer.lr", "data.holdout", "modle", "model"):

@@ -230,7 +230,7 @@ def test_what_cannot_be_done_is_refused_by_its_name(server, path, body, param) -
         ("chat/completions", {"messages": [3]}, "messages.0: must be a mapping"),
         ("chat/completions", {"messages": 3}, "messages: must be a list"),
         ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-         "input.0.message.content.0.type: must be 'input_text', 'output_text' or 'text'"),
+         "input.0.content.0.type: must be 'input_text', 'output_text' or 'text'"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_place_and_what_is_right(server, path, body, message) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic_core import to_jsonable_python
 
 from smolforge.config.sections import RunConfig
-from smolforge.errors import BadInput, ConfigError, in_yaml_terms, nearest, unknown
+from smolforge.errors import BadInput, ConfigError, WrongValue, nearest, unknown, wrong_values
 
 
 def preset_names() -> list[str]:
@@ -80,10 +80,8 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        first: dict[str, BadInput] = {}  # each member of a union has an error of its own about one value
-        for problem in (_explain(e) for e in error.errors() if e["type"] != _NOT_DERIVED):
-            first.setdefault(problem.field or problem.message, problem)
-        raise ConfigError([*problems, *first.values()]) from None
+        errors = [e for e in error.errors() if e["type"] != _NOT_DERIVED]
+        raise ConfigError([*problems, *map(_explain, wrong_values(errors, tree))]) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -130,9 +128,9 @@ def merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
             tree[key] = value
 
 
-def _explain(error: Any) -> BadInput:
+def _explain(wrong: WrongValue) -> BadInput:
     """What pydantic says of one wrong key or value, in our words, with the nearest right key."""
-    path = [str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part))]
+    path, error = list(wrong.path), wrong.error
     field = ".".join(path) or None
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -142,7 +140,7 @@ def _explain(error: Any) -> BadInput:
         hint = f"Did you mean {guess!r}? " if guess else ""
         return BadInput("unknown key", field=field, hint=f"{hint}Known here: {', '.join(known)}.")
     if kind == "value_error":
-        text = str(error["ctx"]["error"])
+        text = str(error.get("ctx", {})["error"])
         inner, colon, rest = text.partition(": ")
         if colon and re.fullmatch(r"[\w.]+", inner):
             return BadInput(rest, field=f"{field}.{inner}" if field else inner)
@@ -153,8 +151,8 @@ def _explain(error: Any) -> BadInput:
     if glued:  # which YAML reads as one key; a URL's colon is not followed by a number alone
         written = f"{{{glued[1]}: {glued[2]}}}"
         return BadInput("no value", field=field, hint=f"Write {written}, with a space after the colon.")
-    given = "" if isinstance(error.get("input"), dict) else f", not {error.get('input')!r}"
-    return BadInput(in_yaml_terms(error["msg"]) + given, field=field, hint=_example(path))
+    given = "" if isinstance(error["input"], dict) else f", not {error['input']!r}"
+    return BadInput(wrong.message + given, field=field, hint=_example(path))
 
 
 def _example(path: list[str]) -> str | None:
@@ -171,10 +169,6 @@ def _written(value: Any) -> str:
     """`value` as a YAML file and `--set` take it, on one line."""
     style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 1e9}
     return yaml.safe_dump(to_jsonable_python(value), **style).removesuffix("...\n").strip()
-
-
-# Tags that pydantic adds to a location for the members of a union; they are not keys.
-_BRANCH = re.compile(r"TokenizerConfig|str|int|bool|function-\w+\[.*\]|literal\[.*\]")
 
 
 def _keys_at(path: list[str]) -> list[str]:

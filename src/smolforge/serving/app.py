@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from smolforge.errors import SmolforgeError, in_yaml_terms
+from smolforge.errors import SmolforgeError, wrong_values
 from smolforge.serving import openai_routes, responses_routes, security
 from smolforge.serving.errors import STATUSES, ApiError, as_api_error, not_ready
 from smolforge.serving.settings import ServeSettings
@@ -161,19 +161,17 @@ async def _answer(_: Request, error: Exception) -> Response:
     return as_api_error(error).response()
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    """The first error of a body in words."""
+async def _invalid(request: Request, error: Exception) -> Response:
+    """The first error of a request in words."""
     assert isinstance(error, RequestValidationError)
-    first, *others = error.errors()
-    # A field of several types has an error for each. The one deepest inside the value is about the type that was meant.
-    first = max([first, *(e for e in others if e["loc"][:2] == first["loc"][:2])], key=lambda e: len(e["loc"]))
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    no_object = not where and first["type"] in ("json_invalid", "model_attributes_type", "missing")
-    if no_object or (len(where) == 1 and where[0].isdigit()):  # a number is the position of the JSON error
+    given = {"body": error.body, "query": dict(request.query_params), "path": request.path_params}
+    first, *others = wrong_values(error.errors(), given)
+    # An entry of several types has errors of each. The deepest inside it is about the type that was meant.
+    first = max([first, *(o for o in others if o.path[:2] == first.path[:2])], key=lambda wrong: len(wrong.path))
+    where = first.path[1:]
+    if not where and first.error["type"] in ("json_invalid", "model_attributes_type", "missing"):
         return ApiError(400, "the body is not a JSON object; send one with Content-Type: application/json").response()
-    path = ".".join(part for part in where if part.isidentifier() or part.isdigit())
-    param = where[0] if where else None
-    return ApiError(400, f"{path}: {in_yaml_terms(first['msg'])}", param=param).response()
+    return ApiError(400, f"{'.'.join(where)}: {first.message}", param=where[0] if where else None).response()
 
 
 async def _http(request: Request, error: Exception) -> Response:
