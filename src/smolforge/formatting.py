@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,6 +25,11 @@ def clean(text: Any, limit: int | None = None) -> str:
         half = limit // 2
         shown = f"{shown[:half]} […{len(shown) - 2 * half:,} characters…] {shown[-half:]}"
     return _UNPRINTABLE.sub("\ufffd", shown.replace("\r\n", "\n"))
+
+
+def for_stdout(text: str) -> str:
+    """Text that a model wrote: as it is, but cleaned for a terminal, which would obey its control characters."""
+    return clean(text) if sys.stdout.isatty() else text
 
 
 def replace_lone_surrogates(text: str) -> str:

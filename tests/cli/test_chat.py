@@ -22,7 +22,7 @@ from tiny_llama import make_model
 from smolforge import cli
 from smolforge.checkpoint.format import write_model
 from smolforge.checkpoint.locate import resolve_model
-from smolforge.cli.chat import MarkdownView, split_blocks
+from smolforge.cli.chat import MarkdownView, _shown, split_blocks
 from smolforge.errors import BadInput, SourceUnavailable
 from smolforge.generation import Conversation, Engine, SamplingParams
 from smolforge.serving.state import ModelSource
@@ -212,6 +212,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(model: Path) -> None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         os.close(terminal)
+
+
+def test_an_answer_cannot_command_the_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert list(_shown(["a\x1b[2J", "b"])) == ["a\x1b[2J", "b"]
+    shown = capsys.readouterr().out
+    assert "a\ufffd[2Jb" in shown and "\x1b[2J" not in shown
 
 
 def test_markdown_is_cut_where_a_block_has_ended() -> None:

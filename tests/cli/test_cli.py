@@ -14,6 +14,7 @@ from tiny import tiny_file
 
 import smolforge
 from smolforge import cli
+from smolforge.generation import Engine
 
 HEAVY = ("torch", "transformers", "pyarrow", "gradio", "numpy", "pydantic", "rich")
 
@@ -97,6 +98,17 @@ def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
         assert prompt in first
     assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_no_control_characters_of_a_model(run: Path, capsys, monkeypatch, is_terminal: bool) -> None:
+    written = "a\x1b]0;title\x07b\x9bc\n\td"
+    stream = Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda *a, **k: (out._replace(text=written) for out in stream(*a, **k)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert cli.run(["generate", str(run), "Once", "--max-tokens", "1"]) == 0
+    shown = "a\ufffd]0;title\ufffdb\ufffdc\n\td" if is_terminal else written
+    assert capsys.readouterr().out == f"Once{shown}\n"
 
 
 def test_the_version_is_that_of_the_package(capsys) -> None:

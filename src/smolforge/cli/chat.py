@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampling, print_result, sampling_params
 from smolforge.errors import BadInput, SmolforgeError, unknown
+from smolforge.formatting import for_stdout
 from smolforge.generation import CHAT_SAMPLING
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _shown(text: Iterable[str], quiet: bool = False) -> Iterator[str]:
     view = MarkdownView(Console(highlight=False))
     try:
         for part in text:
-            view.push(part)
+            view.push(for_stdout(part))
             yield part
     finally:
         view.close()

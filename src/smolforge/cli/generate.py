@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampling, print_result, sampling_params
+from smolforge.formatting import for_stdout
 
 if TYPE_CHECKING:
     from smolforge.generation import Engine, SamplingParams
@@ -83,7 +84,7 @@ def _stream(engine: Engine, prompts: list[str], given: list[Prompt], params: Sam
             seed = None if params.seed is None else params.seed + index
             reason = None
             for step in engine.stream([given[number]], replace(params, n=1, seed=seed)):
-                print(step.text, end="", flush=True)
+                print(for_stdout(step.text), end="", flush=True)
                 reason = step.finish_reason or reason
             print(flush=True)
             print(f"[{_REASONS.get(reason or '', reason)}]", file=sys.stderr)

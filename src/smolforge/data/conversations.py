@@ -23,7 +23,7 @@ from smolforge.data.corpus import Address, Corpus, Document, LeftOut
 from smolforge.data.order import Position, RowRange, permutation
 from smolforge.data.readers import BadRow, Row
 from smolforge.errors import BadInput, CheckpointError, DataError
-from smolforge.formatting import plural
+from smolforge.formatting import clean, plural
 from smolforge.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -273,11 +273,11 @@ def held_out_windows(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> I
 
 
 def show_learned(conversation: Tokenized, tokenizer: Tokenizer, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-    """The text of a conversation, special tokens included, with marks around what is learned."""
+    """The text of a conversation, special tokens included, with marks around what is learned, for people to read."""
     text, learning, part = "", False, []
 
     def flush() -> str:
-        return tokenizer.decode(part, skip_special_tokens=False)
+        return clean(tokenizer.decode(part, skip_special_tokens=False))
 
     for token, learned in zip(conversation.ids.tolist(), conversation.learned.tolist(), strict=True):
         if learned != learning:

@@ -22,7 +22,7 @@ from smolforge.data import Batch, data_digest
 from smolforge.devices import known_peak_flops, to_host
 from smolforge.evaluation import evaluate
 from smolforge.files import read_json_lines
-from smolforge.formatting import plural
+from smolforge.formatting import clean, plural
 from smolforge.generation.engine import Engine
 from smolforge.generation.sampling_params import SamplingParams
 from smolforge.metrics_log import MetricsLog
@@ -305,7 +305,7 @@ class MetricsLogger:
             shown = prompt + ("" if self.config.data.format == "text" else " → ") + text
             self.trackers.text(step, f"samples/{prompt}", shown)
             if prompt is prompts[0]:
-                logger.info(f"step {step:,}  sample: {' '.join(shown.split())[:160]}")
+                logger.info(f"step {step:,}  sample: {clean(' '.join(shown.split()))[:160]}")
 
     def _prompts(self) -> list[str]:
         """The prompts that the model can continue: neither empty nor longer than its context."""
