@@ -45,8 +45,8 @@ def cut(source: Path, size: float, out: Path) -> Path:
 
 def trained(arm: str, seed: int, pieces: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run. `off` has what `mode` derived, without dropout and with the decay of unrepeated text."""
-    config = configuration("muon", seed, args, 1_000_000) | (RECIPES["smollm2"][1] if arm == "before" else {})
     name, _, share = arm.partition("@")
+    config = configuration("muon", seed, args, 1_000_000) | (RECIPES["smollm2"][1] if name == "before" else {})
     epochs = args.epochs * float(share or 1)
     given = {"epochs": epochs, "seed": seed, "compile": "off", "threads": args.threads}
     config["training"] = given | ({"dropout": 0.0, "ema": 0.0} if name != "mode" else {})

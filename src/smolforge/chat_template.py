@@ -65,10 +65,11 @@ class ChatTemplate:
         self.specials = [text for i in sorted(tokenizer.special_ids) if (text := tokenizer.token_text(i))]
         self._special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
         # A mark is one character without a meaning, so no filter can change or cut it; which ones, no message knows.
-        first = 0x100000 + secrets.randbelow(max(1, 0xFFFE - len(self.specials)))
+        first = 0x100000 + secrets.randbelow(max(1, 0xFFFD - len(self.specials)))
         self._marks = {text: chr(first + i) for i, text in enumerate(self.specials)}
         self._quoted = {mark: text for text, mark in self._marks.items()}
-        self._mark = re.compile(f"[{chr(first)}-{chr(first + len(self.specials))}]")
+        self._end = chr(first + len(self.specials))  # the mark of the end of a text that is continued
+        self._mark = re.compile(f"[{chr(first)}-{self._end}]")
         # A token that the tokenizer does not name is undefined, as in transformers. One made here ends texts with all.
         made_here = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.token_text(tokenizer.eos_id))
         named = tokenizer.config or made_here
@@ -101,12 +102,13 @@ class ChatTemplate:
             if continued:  # nothing of the answer was written yet
                 messages, generation_prompt = messages[:-1], True
             return self._tokens(self._render(messages, tools, generation_prompt, now, variables))[0]
-        text, begun = self._render(messages, tools, False, now, variables), self._protect(begun)
-        at = text.rfind(begun.strip())
-        if at < 0:
+        marked = [*messages[:-1], {**last, "content": begun + self._end}]
+        head, end, _ = self._render(marked, tools, False, now, variables).rpartition(self._end)
+        text = self._render(messages, tools, False, now, variables)
+        head = head if text.startswith(head) else head.rstrip()  # blanks are continued where the template keeps them
+        if not end or not text.startswith(head):
             raise BadInput("the chat template changes the last message, so it cannot be continued", field="messages")
-        kept = begun.lstrip()  # blanks at its end are continued where the template keeps them
-        return self._tokens(text[: at + len(kept if text.startswith(kept, at) else begun.strip())])[0]
+        return self._tokens(head)[0]
 
     def encode_answers(self, messages: Sequence[Message], *, tools: Any = None, after: int = 0) -> ChatTokens:
         """Token ids of a whole conversation, and which of them are the assistant's answers, with their end tokens.

@@ -94,7 +94,7 @@ def test_a_begun_answer_is_continued_as_by_transformers(trained: Tokenizer, tmp_
     trained.backend.save(str(tmp_path / "tokenizer.json"))
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **settings)
     ours = ChatTemplate(Tokenizer(trained.backend, settings))
-    for text in ("An animal", "An animal ", " An\n", "What is a cat?", "the <b>"):
+    for text in ("An animal", "An animal ", " An\n", "What is a cat?", "the <b>", "  An", "<", "i", "d", "s>"):
         messages = [USER, {"role": "assistant", "content": text}]
         expected = ids_of(theirs, messages, continue_final_message=True)
         assert ours.encode(messages) == expected, text

@@ -247,6 +247,22 @@ def test_markdown_of_any_cut_prints_the_same() -> None:
     assert "bold" in shown(1) and "**" not in shown(1) and "x = 1" in shown(1)
 
 
+def test_what_is_being_written_fits_on_the_screen_and_is_no_markup() -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
+    view = MarkdownView(console)
+    view.push("```python\n" + "re.split(r'[/]', path)\n" * 20 + "last")
+    rows = ["".join(part.text for part in row) for row in console.render_lines(view._live.renderable)]
+    assert len(rows) == 10 and "last" in rows[-1] and "[/]" in rows[0]
+    view.push("\n```\n\n" + " ".join(f"word{i}" for i in range(200)))  # one line of many rows
+    rows = ["".join(part.text for part in row) for row in console.render_lines(view._live.renderable)]
+    assert len(rows) == 10 and "word199" in rows[-1]
+    view.close()
+
+
 def test_generate_names_chat_and_applies_the_template(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def generate(*words: str) -> tuple[dict[str, Any], str]:
         assert cli.run(["generate", str(model), *words, "--temperature", "0", "--max-tokens", "8", "--json"]) == 0

@@ -134,6 +134,16 @@ def test_ends(tokenizer):
     assert len(long[0]) == 6 and long[2] == "length", "the context ends at 256"
 
 
+def test_a_text_that_any_token_ends_has_no_least_length(tokenizer):
+    engine = Engine.from_model(make_model(), tokenizer)
+    every = tuple(range(engine.vocab_size))
+    with pytest.raises(BadInput, match="every token ends the text"):
+        engine.add("hello", SamplingParams(min_tokens=2, stop_token_ids=every, top_k=5))
+    others = tuple(i for i in every if i != 5)
+    written = collect(engine.stream(["hello"], SamplingParams(min_tokens=2, stop_token_ids=others, top_k=5)))[0, 0]
+    assert written[0][:2] == [5, 5] and not engine.busy
+
+
 def test_max_tokens_one_and_zero(tokenizer):
     engine = Engine.from_model(make_model(), tokenizer)
     assert len(list(engine.stream(["hello"], SamplingParams(max_tokens=1)))) == 1

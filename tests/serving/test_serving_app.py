@@ -26,6 +26,7 @@ from smolforge.serving.page_routes import TrainingView
 from smolforge.serving.page_routes import select_steps as spread
 from smolforge.serving.security import COOKIE, Keys
 from smolforge.serving.settings import ServeSettings
+from smolforge.serving.state import ModelSource, ServerState
 from smolforge.serving.streaming import event
 from smolforge.tokenizer import Tokenizer
 
@@ -152,6 +153,19 @@ def test_a_run_is_followed_without_dropping_requests(tiny_run, tmp_path):
         assert prints[0] == f"smolforge-step-{STEPS[0]}" and prints[-1] == f"smolforge-step-{STEPS[-1]}"
         assert metric(client.get("/metrics").text, "smolforge_checkpoint_swaps_total") == 2
         until(lambda: len(client.service.thread._models) == 1)
+
+
+def test_a_run_that_begins_anew_is_followed(tiny_run, tmp_path):
+    run = tmp_path / "again"
+    shutil.copytree(tiny_run, run)
+    with app_of(run) as client:
+        shutil.rmtree(run / "checkpoints")  # as `train --fresh` does
+        (run / "checkpoints").mkdir()
+        first = run / "checkpoints" / f"step-{STEPS[0]:08d}"
+        shutil.copytree(tiny_run / "checkpoints" / first.name, run / "checkpoints" / ".new")
+        os.utime(run / "checkpoints" / ".new" / "model.safetensors")
+        (run / "checkpoints" / ".new").rename(first)
+        until(lambda: client.get("/v1/models").json()["data"][0]["checkpoint_step"] == STEPS[0])
 
 
 def test_a_damaged_newer_checkpoint_is_not_taken(tiny_run, tmp_path):
@@ -541,6 +555,27 @@ def test_runs_of_a_directory_are_read_together_and_new_ones_appear(two_runs, tmp
         shutil.copytree(tmp_path / "runs" / "short", tmp_path / "runs" / "third", symlinks=True)
         assert client.get("/page/state").json()["runs"] == ["long", "short", "third"]
         assert client.get("/page/runs", params={"name": ["x"] * 9}).status_code == 400
+
+
+def test_a_request_belongs_to_the_model_that_it_came_to(two_runs, monkeypatch):
+    """Prompts become ids, then another run is served, whose tokens mean something else."""
+    compute, switched = ServerState.compute, []
+
+    async def switch_after(state: ServerState, work):
+        found = await compute(state, work)
+        if not switched:
+            switched.append(1)
+            await state.load(ModelSource(str(two_runs / "short")), switch=True)
+        return found
+
+    with app_of(two_runs, page=True) as client:
+        asked = {**ONCE, "temperature": 0}
+        expected = client.post("/v1/completions", json=asked).json()
+        monkeypatch.setattr(ServerState, "compute", switch_after)
+        answer = client.post("/v1/completions", json=asked).json()
+        assert client.get("/v1/models").json()["data"][0]["id"] == "short"
+        for key in ("model", "system_fingerprint", "choices"):
+            assert answer[key] == expected[key]
 
 
 def test_a_run_that_cannot_be_loaded_leaves_the_served_one(two_runs, tmp_path):

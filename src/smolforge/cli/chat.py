@@ -17,7 +17,7 @@ from smolforge.formatting import for_stdout
 from smolforge.generation import CHAT_SAMPLING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
 
     from smolforge.generation import Conversation
 
@@ -250,10 +250,7 @@ class MarkdownView:
         if done:
             self._live.update("")
             self._console.print(Markdown(done))
-        # What does not fit on the screen could not be erased, so only its end is drawn.
-        tail = self._rest.splitlines()[-max(self._console.height - 2, 1) :]
-        whole = len(tail) == len(self._rest.splitlines())
-        self._live.update(Markdown(self._rest) if whole else "\n".join(tail))
+        self._live.update(_LastRows(self._rest))
 
     def close(self) -> None:
         """Print what is left."""
@@ -263,6 +260,22 @@ class MarkdownView:
         if self._rest.strip():
             self._console.print(Markdown(self._rest))
         self._rest = ""
+
+
+class _LastRows:
+    """Markdown, of which the last rows that fit on the screen are drawn: more could not be erased."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markdown import Markdown
+        from rich.segment import Segment
+
+        rows = console.render_lines(Markdown(self.text), options.update(height=None), pad=False)
+        for row in rows[-max(console.height - 2, 1) :]:
+            yield from row
+            yield Segment.line()
 
 
 def split_blocks(text: str) -> tuple[str, str]:

@@ -222,7 +222,7 @@ class Engine:
 
         Raises:
             BadInput: the prompt is empty, contains something that is not a token id, or is too long for the context;
-                or the request needs more cache than there is.
+                or the request needs more cache than there is, or a token that does not end the text and has none.
         """
         params = params or self.params()
         ids = prompt_ids(prompt, self.tokenizer, self.vocab_size)
@@ -234,6 +234,8 @@ class Engine:
         named = (self.tokenizer.backend.token_to_id(text) for text in params.stop)
         special = [i for i in named if i in self.tokenizer.special_ids]
         stop = frozenset((*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos_ids)))
+        if params.min_tokens and stop.issuperset(range(self.vocab_size)):
+            raise BadInput("every token ends the text, so it cannot have min_tokens", field="stop_token_ids")
         request.sequences = [Sequence(request, index, self.tokenizer, limit, stop) for index in range(params.n)]
         if params.max_tokens == 0 and not (params.echo and params.logprobs is not None):
             for sequence in request.sequences:

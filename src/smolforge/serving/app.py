@@ -105,7 +105,7 @@ def about(state: ServerState) -> APIRouter:
     def describe() -> dict[str, Any]:
         model = state.model
         return {
-            "id": state.source.name, "object": "model", "created": model.created, "owned_by": "smolforge",
+            "id": model.name, "object": "model", "created": int(model.created), "owned_by": "smolforge",
             "max_model_len": model.engine.context, "checkpoint_step": model.step,
         }  # fmt: skip
 
@@ -115,7 +115,7 @@ def about(state: ServerState) -> APIRouter:
 
     @routes.get("/v1/models/{model:path}", summary="The served model")
     async def one_model(model: str) -> dict[str, Any]:
-        state.check_model(model)
+        state.model_named(model)
         return describe()
 
     @routes.get("/health", summary="Whether requests are served")
@@ -134,13 +134,12 @@ def about(state: ServerState) -> APIRouter:
 async def load_and_follow(state: ServerState) -> None:
     """Load the model. For a run: wait for its first checkpoint and take over each newer one."""
     thread, seconds = state.thread, state.settings.follow_seconds
-    source, tried = state.source, None  # the newest step that was tried: a damaged checkpoint is read once
+    source, tried = state.source, None  # the newest checkpoint that was tried: a damaged one is read once
     while True:
         if source is not state.source:  # a visitor of the page chose another run
             source, tried = state.source, None
-        newest = max(source.steps(), default=None) if source.follows else None
-        served = thread.model.step if thread.model else None
-        newer = newest is not None and newest != tried and (served is None or newest > served)
+        newest = source.newest() if source.follows else None
+        newer = newest is not None and newest != tried and (thread.model is None or newest > thread.model.age)
         if newer or (thread.model is None and not source.follows):
             tried = newest
             try:

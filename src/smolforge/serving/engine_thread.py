@@ -39,11 +39,17 @@ RATE_SECONDS = 10.0
 class LoadedModel:
     """An engine and its checkpoint. Only the engine thread steps it."""
 
+    name: str  # in the API
     engine: Engine
     step: int | None  # training step of the checkpoint; None for a model without one
-    created: int  # time of the weights file in seconds since the epoch, for the API
+    created: float  # time of the weights file in seconds since the epoch
     # The owners of the engine's requests by their ids, each with the index of its prompt.
     owners: dict[int, tuple[ServerRequest, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """What is greater for a newer checkpoint: by time first, since a run that begins anew begins at step 0."""
+        return self.created, self.step or 0
 
 
 class ServerRequest:
@@ -172,21 +178,18 @@ class EngineThread:
         await self._ask(swap)
         self.model = model
 
-    async def submit(
-        self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
-    ) -> ServerRequest:
-        """Queue prompts for `model` or the served one; returns when the engine has accepted all of them.
+    async def submit(self, model: LoadedModel, prompts: list[list[int]], params: SamplingParams) -> ServerRequest:
+        """Queue prompts for `model`, served or not; returns when its engine has accepted all of them.
 
         Raises:
             ApiError: the queue is full, or nothing can be served now.
             BadInput: the engine refused a prompt; then none of them runs.
         """
-        target = model or self.model
         if self.draining:
             raise shutting_down(headers={"Retry-After": "5"})
-        if self.problem is not None or target is None:
-            raise not_ready(self.problem or "the model is loading")
-        request = ServerRequest(prompts, params, target)
+        if self.problem is not None:
+            raise not_ready(self.problem)
+        request = ServerRequest(prompts, params, model)
         if self.waiting + request.waiting > self.max_queue:
             raise busy(f"{self.waiting} sequences are waiting already, at most {self.max_queue} may; try again soon")
         self.live.add(request)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from smolforge.serving.engine_thread import ServerRequest
+from smolforge.serving.engine_thread import LoadedModel, ServerRequest
 from smolforge.serving.errors import ApiError, refused
 from smolforge.serving.schemas import (
     DEFAULT_MAX_TOKENS,
@@ -50,35 +50,35 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", summary="Continue prompts", responses=EITHER, tags=["OpenAI"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        state.check_model(body.model)
-        prefix = body.add_special_tokens is not False
-        prompts = await prompt_ids(state, body.prompt, special_tokens=bool(body.parse_special), prefix=prefix)
-        defaults = {"max_tokens": DEFAULT_MAX_TOKENS, **state.model.engine.defaults}
+        model, prefix = state.model_named(body.model), body.add_special_tokens is not False
+        prompts = await prompt_ids(state, model, body.prompt, special_tokens=bool(body.parse_special), prefix=prefix)
+        defaults = {"max_tokens": DEFAULT_MAX_TOKENS, **model.engine.defaults}
         params = body.sampling(state.settings.max_n, defaults)
-        return await answer(state, CompletionAnswer, body, request, prompts, params)
+        return await answer(state, model, CompletionAnswer, body, request, prompts, params)
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def chat(body: ChatRequest, request: Request) -> Response:
-        state.check_model(body.model)
-        ids = await chat_ids(state, body.conversation(), **body.rendering())
-        params = body.sampling(state.settings.max_n, chat_defaults(state, ids))
-        return await answer(state, ChatAnswer, body, request, [ids], params)
+        model = state.model_named(body.model)
+        ids = await chat_ids(state, model, body.conversation(), **body.rendering())
+        params = body.sampling(state.settings.max_n, chat_defaults(model, ids))
+        return await answer(state, model, ChatAnswer, body, request, [ids], params)
 
     @routes.post("/tokenize", summary="Text to token ids", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        engine = state.model.engine
+        model = state.model_named(body.model)
+        engine = model.engine
         if body.messages is not None:
-            ids = await chat_ids(state, plain_messages(body.messages), **body.rendering())
+            ids = await chat_ids(state, model, plain_messages(body.messages), **body.rendering())
         else:
             text = body.content if body.prompt is None else body.prompt
             prefix = body.add_special_tokens is not False and body.add_special is not False
-            ids = (await prompt_ids(state, text, special_tokens=bool(body.parse_special), prefix=prefix))[0]
+            ids = (await prompt_ids(state, model, text, special_tokens=bool(body.parse_special), prefix=prefix))[0]
         pieces = {"pieces": [token_string(engine.tokenizer, i) for i in ids]} if body.with_pieces else {}
         return {"tokens": ids, "count": len(ids), "max_model_len": engine.context, **pieces}
 
     @routes.post("/detokenize", summary="Token ids to text", tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        engine = state.model.engine
+        engine = state.model_named(body.model).engine
         unknown = next((i for i in body.tokens if i >= engine.vocab_size), None)
         if unknown is not None:
             raise refused("tokens", f"token {unknown} is not in the vocabulary of {engine.vocab_size}")
@@ -89,48 +89,52 @@ def router(state: ServerState) -> APIRouter:
 
 
 async def answer(
-    state: ServerState, kind: type[Any], body: Any, request: Request, prompts: list[list[int]], params: SamplingParams
-) -> Response:
+    state: ServerState, model: LoadedModel, kind: type[Any], body: Any, request: Request, prompts: list[list[int]],
+    params: SamplingParams,
+) -> Response:  # fmt: skip
     """Submit prompts; the response, as events where the body asks for a stream.
 
     Args:
-        kind: makes of (submitted request, body, name of the model) an object with `stream` and `whole`.
+        model: which made the prompts' ids: another one may be served by now, and knows other tokens.
+        kind: makes of (submitted request, body) an object with `stream` and `whole`.
         body: a request with `demand` and `stream`.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(state.client(request))
-        demand, engine = body.demand(), state.model.engine
-        grammar = await state.compute(lambda: demand.grammar(engine.grammars))
-        submitted = await state.submit(prompts, dataclasses.replace(params, grammar=grammar))
+        demand = body.demand()
+        grammar = await state.compute(lambda: demand.grammar(model.engine.grammars))
+        submitted = await state.submit(model, prompts, dataclasses.replace(params, grammar=grammar))
         stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
-        found = kind(submitted, body, state.source.name)
+        found = kind(submitted, body)
         if body.stream:
             return EventStream(found.stream(), stack.pop_all())
         return JSONResponse(await found.whole())
 
 
-async def chat_ids(state: ServerState, conversation: list[dict[str, Any]], **options: Any) -> list[int]:
+async def chat_ids(
+    state: ServerState, model: LoadedModel, conversation: list[dict[str, Any]], **options: Any
+) -> list[int]:
     """Token ids of a conversation, as of `ChatTemplate.encode`; ApiError 400 where the model has no chat template."""
-    tokenizer = state.model.engine.tokenizer
+    tokenizer = model.engine.tokenizer
     if tokenizer.chat_template is None:
-        text = f"the model {state.source.name!r} has no chat template: it continues text. Use /v1/completions."
+        text = f"the model {model.name!r} has no chat template: it continues text. Use /v1/completions."
         raise ApiError(400, text, param="messages", code="no_chat_template")
     return await state.compute(lambda: tokenizer.encode_chat(conversation, **options))
 
 
-def chat_defaults(state: ServerState, ids: list[int]) -> dict[str, Any]:
+def chat_defaults(model: LoadedModel, ids: list[int]) -> dict[str, Any]:
     """The sampling of an answer to a prompt: the model's own, and as long as there is room."""
-    engine = state.model.engine
+    engine = model.engine
     room = max(1, engine.room(len(ids)))
     return {**engine.defaults, "max_tokens": min(room, engine.defaults.get("max_tokens", room))}
 
 
-async def prompt_ids(state: ServerState, prompt: Any, **options: Any) -> list[list[int]]:
+async def prompt_ids(state: ServerState, model: LoadedModel, prompt: Any, **options: Any) -> list[list[int]]:
     """Every form of `prompt` as lists of token ids; without a prompt the beginning of a document, as OpenAI has it.
 
     The options are those of `Tokenizer.encode_prompt`.
     """
-    tokenizer = state.model.engine.tokenizer
+    tokenizer = model.engine.tokenizer
     if prompt is None:
         return [tokenizer.prefix_ids or [tokenizer.eos_id]]
     if isinstance(prompt, str):
@@ -147,7 +151,7 @@ class Answer:
     whole_object: str
     stream_object: str
 
-    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
+    def __init__(self, request: ServerRequest, body: Any) -> None:
         self.request, self.body = request, body
         self.tokenizer = request.model.engine.tokenizer
         n, step = request.params.n, request.model.step
@@ -155,8 +159,8 @@ class Answer:
         keys = [(prompt, choice) for prompt in range(len(request.prompts)) for choice in range(n)]
         self.transcripts = {key: (index, Transcript()) for index, key in enumerate(keys)}
         # Which weights wrote it: changes when a newer checkpoint takes over.
-        fingerprint = f"smolforge-{f'step-{step}' if step is not None else request.model.created}"
-        head = {"id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+        fingerprint = f"smolforge-{f'step-{step}' if step is not None else int(request.model.created)}"
+        head = {"id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model.name}
         self.head = {**head, "system_fingerprint": fingerprint}
 
     def logprobs(self, tokens: Sequence[StepOutput]) -> dict[str, Any] | None:
@@ -217,8 +221,8 @@ class CompletionAnswer(Answer):
 
     id_prefix, whole_object, stream_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
-        super().__init__(request, body, model_name)
+    def __init__(self, request: ServerRequest, body: Any) -> None:
+        super().__init__(request, body)
         self._lengths: dict[int, int] = {}  # characters of the prompts, by the engine's request
 
     def choice(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
@@ -258,8 +262,8 @@ class ChatAnswer(Answer):
 
     id_prefix, whole_object, stream_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: ServerRequest, body: Any, model_name: str) -> None:
-        super().__init__(request, body, model_name)
+    def __init__(self, request: ServerRequest, body: Any) -> None:
+        super().__init__(request, body)
         self.demand: Demand = body.demand()
         self.readers = [CallReader(self.demand) for _ in self.transcripts]  # of streamed choices
 

@@ -106,10 +106,11 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/page/write")
     async def write(body: WriteRequest, request: Request) -> Response:
-        [ids] = await prompt_ids(state, body.prompt or None)
+        model = state.model
+        [ids] = await prompt_ids(state, model, body.prompt or None)
         with contextlib.ExitStack() as stack:
             stack.enter_context(state.client(request))
-            submitted = await state.submit([ids + body.ids], body.sampling(state.model.engine, ALTERNATIVES))
+            submitted = await state.submit(model, [ids + body.ids], body.sampling(model.engine, ALTERNATIVES))
             stack.enter_context(cancel_on_exit(state.thread, submitted, state.settings.request_seconds))
             return EventStream(write_events(submitted, body.ids), stack.pop_all())
 
@@ -234,7 +235,7 @@ async def timelapse_events(
                 model = await loop.run_in_executor(thread.loader, source.open, settings, step)
                 tokenizer = model.engine.tokenizer
                 ids = tokenizer.encode_prompt(body.prompt) or [tokenizer.eos_id]
-                submitted = await state.submit([ids], body.sampling(model.engine), model)
+                submitted = await state.submit(model, [ids], body.sampling(model.engine))
             except SmolforgeError as error:  # a checkpoint that was deleted or damaged meanwhile
                 yield event({"step": step, "state": "failed", "message": as_api_error(error).message})
                 continue

@@ -141,10 +141,10 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/responses", summary="Answer a conversation", responses=EITHER, tags=["OpenAI"])
     async def responses(body: ResponsesRequest, request: Request) -> Response:
-        state.check_model(body.model)
-        ids = await chat_ids(state, body.conversation())
-        params = body.sampling(1, chat_defaults(state, ids))
-        return await answer(state, ResponsesAnswer, body, request, [ids], params)
+        model = state.model_named(body.model)
+        ids = await chat_ids(state, model, body.conversation())
+        params = body.sampling(1, chat_defaults(model, ids))
+        return await answer(state, model, ResponsesAnswer, body, request, [ids], params)
 
     return routes
 
@@ -152,8 +152,8 @@ def router(state: ServerState) -> APIRouter:
 class ResponsesAnswer:
     """The answer to one request: a response object, or the events that build it."""
 
-    def __init__(self, request: ServerRequest, body: ResponsesRequest, model_name: str) -> None:
-        self.request, self.body, self.model_name = request, body, model_name
+    def __init__(self, request: ServerRequest, body: ResponsesRequest) -> None:
+        self.request, self.body = request, body
         self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self.message_id = f"msg_{uuid.uuid4().hex}"
         self.reader, self.transcript = CallReader(body.demand()), Transcript()
@@ -200,7 +200,7 @@ class ResponsesAnswer:
         if self.text or not output:
             output.append(self._message("completed" if whole else "incomplete"))
         return {
-            "id": self.id, "object": "response", "created_at": self.created, "model": self.model_name,
+            "id": self.id, "object": "response", "created_at": self.created, "model": self.request.model.name,
             "status": "completed" if whole else "incomplete", "error": None,
             "incomplete_details": None if whole else {"reason": "max_output_tokens"},
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": {},

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from smolforge import hub
 from smolforge.checkpoint import commit, locate
 from smolforge.checkpoint.weights import weight_files
-from smolforge.errors import CheckpointError
+from smolforge.errors import CheckpointError, SmolforgeError
 from smolforge.gguf_file import is_gguf
 from smolforge.run import Run
 from smolforge.serving.engine_thread import EngineThread, LoadedModel, ServerRequest
@@ -64,6 +64,16 @@ class ModelSource:
         """Steps with a checkpoint, oldest first; empty for a model outside a run."""
         return commit.steps(self.run.checkpoints_path) if self.run else []
 
+    def newest(self) -> tuple[float, int] | None:
+        """The `LoadedModel.age` of the newest checkpoint, of time 0 where its weights cannot be read."""
+        if not (self.run and (steps := self.steps())):
+            return None
+        try:
+            files = weight_files(self.run.checkpoints_path / commit.step_name(steps[-1]))
+            return files[0].stat().st_mtime, steps[-1]
+        except (OSError, SmolforgeError):
+            return 0.0, steps[-1]
+
     def timelapse_steps(self) -> list[int]:
         """Steps with a checkpoint or a frame, oldest first; empty for a model outside a run."""
         return sorted({*self.steps(), *commit.steps(self.run.frames_path)}) if self.run else []
@@ -89,8 +99,8 @@ class ModelSource:
             adapter=settings.adapter if step is None else None,
         )  # fmt: skip
         assert engine.directory is not None
-        created = int(weight_files(engine.directory)[0].stat().st_mtime)
-        return LoadedModel(engine, commit.step_of(engine.directory.resolve()), created)
+        created = weight_files(engine.directory)[0].stat().st_mtime
+        return LoadedModel(self.name, engine, commit.step_of(engine.directory.resolve()), created)
 
 
 def runs_below(model: str) -> dict[str, Run]:
@@ -182,7 +192,7 @@ class ServerState:
         """
         model = await asyncio.get_running_loop().run_in_executor(self.thread.loader, source.open, self.settings)
         before = self.thread.model
-        if not switch and (source is not self.source or (before and (model.step or 0) <= (before.step or 0))):
+        if not switch and (source is not self.source or (before and model.age <= before.age)):
             return  # another run is served by now; or the newer checkpoint is damaged, and this is an older one
         await self.thread.install(model)
         self.thread.problem, self.source = None, source
@@ -210,11 +220,13 @@ class ServerState:
             raise not_ready(self.problem or "the model is loading")
         return model
 
-    def check_model(self, name: str | None) -> None:
-        """Accept the id of the served model, or none; ApiError 404 for others."""
-        if name is not None and name != self.source.name:
-            text = f"the model {name[:200]!r} does not exist here; this server has {self.source.name!r}"
+    def model_named(self, name: str | None) -> LoadedModel:
+        """The served model, by its id or None, for the whole of a request; ApiError 404 for others, 503 for none."""
+        served = self.thread.model.name if self.thread.model else self.source.name
+        if name is not None and name != served:
+            text = f"the model {name[:200]!r} does not exist here; this server has {served!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
+        return self.model
 
     async def compute(self, work: Callable[[], T]) -> T:
         """Run work of the tokenizer off the event loop."""
@@ -237,14 +249,12 @@ class ServerState:
             if not self._clients[who]:
                 del self._clients[who]
 
-    async def submit(
-        self, prompts: list[list[int]], params: SamplingParams, model: LoadedModel | None = None
-    ) -> ServerRequest:
+    async def submit(self, model: LoadedModel, prompts: list[list[int]], params: SamplingParams) -> ServerRequest:
         """As `EngineThread.submit`, with a limit on the number of sequences; counts the prompts' tokens."""
         count, limit = len(prompts) * params.n, self.settings.max_sequences
         if count > limit:
             text = f"{len(prompts)} prompts with n = {params.n} are {count} sequences, at most {limit} are allowed"
             raise refused("prompt", text)
-        request = await self.thread.submit(prompts, params, model)
+        request = await self.thread.submit(model, prompts, params)
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return request
