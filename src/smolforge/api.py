@@ -159,7 +159,7 @@ def load(
 
 def evaluate(
     model: str | Path, data: str | Sequence[str] | Mapping[str, float], *, tokens: int = 100_000,
-    length: int | None = None, held_out: bool = False, text_column: str = "text",
+    length: int | None = None, held_out: bool = False, text_column: str | None = None,
 ) -> Score:  # fmt: skip
     """The score of a model on sources of text, in the precision of its file.
 
@@ -168,7 +168,8 @@ def evaluate(
         data: a source, several, or {source: weight}.
         tokens: maximum number of tokens to score.
         length: context in tokens; the model's, at most 2,048, unless given.
-        held_out: only the documents that training never sees.
+        held_out: only the documents that training never sees, by the settings of the model's run.
+        text_column: that of the run, or "text", unless given.
 
     Raises:
         DataError: a source is missing or has no text.
@@ -179,11 +180,12 @@ def evaluate(
         >>> smolforge.evaluate("runs/pocket", "tales", tokens=2_000).bits_per_byte > 0
         True
     """
-    from smolforge.checkpoint.locate import load_model
+    from smolforge.checkpoint.locate import load_model, run_of
     from smolforge.evaluation import score_sources
 
-    module, tokenizer, _ = load_model(model)
+    module, tokenizer, directory = load_model(model)
     sources = dict(data) if isinstance(data, Mapping) else dict.fromkeys([data] if isinstance(data, str) else data, 1.0)
     return score_sources(
-        module, tokenizer, sources, tokens=tokens, length=length, held_out=held_out, text_column=text_column
-    ).score
+        module, tokenizer, sources,
+        tokens=tokens, length=length, held_out=held_out, run=run_of(directory), text_column=text_column,
+    ).score  # fmt: skip

@@ -39,12 +39,12 @@ def opened(tmp_path: Path) -> Any:
     """Open a file as chat data."""
     found: list[Corpus] = []
 
-    def open_corpus(*paths: Path, **settings: Any) -> Corpus:
+    def open_corpus(*paths: Path, index: Any = None, **settings: Any) -> Corpus:
         config = DataConfig(
             sources={str(path): 1.0 for path in paths}, format="chat",
             **{"sequence_length": LENGTH, "lanes": 4, "holdout": 0.1, "mask_documents": True, "workers": 0, **settings},
         )  # fmt: skip
-        found.append(Corpus.open(config, cache_dir=tmp_path / "cache"))
+        found.append(Corpus.open(config, index=index, cache_dir=tmp_path / "cache"))
         return found[-1]
 
     yield open_corpus
@@ -110,6 +110,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"messages": [QUESTION, {"role": "assistant"}]}, "message 2 has no text: its content is missing"),
     "a number": ({"prompt": 3, "completion": "x"}, "prompt has no text: its content is int"),
     "no list": ({"messages": "hello"}, "messages must be a list of messages, not str"),
+    "a list as role": ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "message 1 has the role"),
+    "no tools": ({"messages": [QUESTION, ANSWER], "tools": "none"}, "tools is not valid JSON"),
     "no message": ({"messages": ["hello"]}, "message 1 must have role and content, and is str"),
 }  # fmt: skip
 
@@ -121,6 +123,21 @@ def test_a_broken_row_is_one_error_with_its_place_or_left_out(name: str, opened:
     with pytest.raises(DataError, match=f"a.jsonl, line 21 .*{problem}"):
         opened(path)
     assert sum(1 for _ in opened(path, on_error="skip").documents()) == 20
+
+
+def test_text_beside_conversations_is_left_out(opened: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "faq"
+    folder.mkdir()
+    (folder / "README.txt").write_text("Questions and answers.")
+    with pytest.raises(DataError, match="holds no conversations"):
+        opened(folder)
+    with pytest.raises(DataError, match=r"README\.txt holds text, not conversations"):
+        opened(folder / "README.txt")
+    write(folder / "a.csv", rows_of(MADE[:3]))
+    assert sum(1 for _ in opened(folder).documents()) == 3
+    index = opened(folder).index
+    (folder / "LICENSE.txt").write_text("MIT")
+    assert sum(1 for _ in opened(folder, index=index).documents()) == 3
 
 
 def batches(corpus: Corpus, tokenizer: Tokenizer, count: int, **more: Any) -> list[Batch]:

@@ -100,6 +100,19 @@ def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (("--data", "tales", "--task-files", "x"), "--task-files"), (("--data", "tales", "--shots", "0"), "--shots"),
+        (("--tasks", "a", "--quantize", "int4"), "--quantize"), (("--tasks", "a", "--held-out"), "--held-out"),
+        (("--tasks", "a", "--tokens", "5"), "--tokens"),
+    ],
+)  # fmt: skip
+def test_an_option_of_the_other_question_is_refused(run: Path, capsys, words, field) -> None:
+    assert cli.run(["eval", str(run), *words]) == 2
+    assert f"error: {field}: is an option of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_terminal_gets_no_control_characters_of_a_model(run: Path, capsys, monkeypatch, is_terminal: bool) -> None:
     written = "a\x1b]0;title\x07b\x9bc\n\td"
@@ -171,3 +184,5 @@ def test_a_path_that_exists_is_a_source_even_with_an_equals_sign(tmp_path, monke
     assert parse_sources(["year=2024"]) == {"year=2024": 1.0}
     assert parse_sources(["year=2024=0.25", "notes.txt=0.5"]) == {"year=2024": 0.25, "notes.txt": 0.5}
     assert parse_sources(["month=3"]) == {"month": 3.0}
+    signed = "https://host/a.jsonl?Signature=abc&Expires=1735689600"
+    assert parse_sources([signed, "https://host/b.jsonl=2"]) == {signed: 1.0, "https://host/b.jsonl": 2.0}

@@ -74,6 +74,24 @@ def test_a_resumed_run_keeps_the_files_it_began_with(opened: Any, tmp_path: Path
     assert list(texts(opened(tmp_path, index=index))) == ["a.txt", "b.csv"]
 
 
+def test_a_resumed_run_leaves_out_what_describes_its_data(opened: Any, tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", ["data"])
+    (tmp_path / "LICENSE.txt").write_text("MIT")
+    index = opened(tmp_path).index
+    (tmp_path / "README.txt").write_text("written later")
+    assert texts(opened(tmp_path, index=index)) == {"a.jsonl": "data"}
+    (tmp_path / "more.txt").write_text("more data")
+    with pytest.raises(DataError, match=r"more\.txt is not in the index"):
+        opened(tmp_path, index=index)
+
+
+def test_a_broken_link_is_passed_over(opened: Any, tmp_path: Path, logged: Logged) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    assert texts(opened(tmp_path)) == {"a.txt": "text"}
+    assert "1 broken link passed over" in "\n".join(logged())
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
 def test_utf_16_is_read_by_its_mark(opened: Any, tmp_path: Path, encoding: str) -> None:
     words = "Ünïcödé 🙂 text\n" * 90_000  # over a block, so that a character lies on its border

@@ -78,6 +78,9 @@ def test_the_values_of_ranges_lists_and_draws() -> None:
     assert len(grid) == 24
     assert sorted({values["optimizer.lr"] for values in grid}) == [0.001, 0.01, 0.1]
     assert sorted({values["model.hidden_size"] for values in grid}) == [64, 85, 107, 128]
+    twice = {"model.num_hidden_layers": {"linear": [1, 2], "points": 4}, "optimizer.lr": [1, 1.0, "1"]}
+    once = Sweep.model_validate({"keys": twice, "seeds": [3, 0, 3]})
+    assert [values["model.num_hidden_layers"] for values in once.candidates()] == [1, 2] and once.all_seeds() == [3, 0]
     few, more = (
         Sweep.model_validate({"keys": keys, "method": "random", "trials": trials, "seed": 3}).candidates()
         for trials in (5, 9)
@@ -109,6 +112,8 @@ def test_the_files_of_the_page_and_of_the_help_can_be(tmp_path: Path) -> None:
         ({"keys": {}}, "at least 1 item"),
         ({"kees": {}}, "kees"),
         ({"method": "random"}, "needs a number of trials"),
+        ({"seeds": []}, "at least one seed is needed"),
+        ({"seeds": 0}, "at least one seed is needed"),
         ({"keys": {"optimizer.lr": {"log": [0.1, 0.01]}}}, "keys.optimizer.lr: a range goes from a lower to a higher"),
         ({"keys": {"optimizer.lrr": [1]}}, "Did you mean 'lr'"),
         ({"set": {"data.holdout": 0}}, "none is held out"),

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from smolforge import config as configuration
 from smolforge.data import Corpus
-from smolforge.errors import BadInput, CheckpointError
+from smolforge.errors import BadInput, CheckpointError, SmolforgeError
 from smolforge.files import read_json_lines
 from smolforge.metrics_log import read_metrics
 from smolforge.run import Run
@@ -133,6 +133,29 @@ def test_fresh_keeps_the_earlier_run(make_run, tmp_path) -> None:
     make_run(training={"steps": 5, "seed": 1}, request={"fresh": True})
     assert weights_of(Run(tmp_path / "run.before-1")) == kept
     assert weights_of(first) != kept
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": {"lr": -1}}, {"data": {"sources": {"texst.jsonl": 1.0}}}])
+def test_fresh_that_cannot_begin_leaves_the_earlier_run(make_run, tmp_path, wrong) -> None:
+    first = make_run(training={"steps": 5})
+    kept = weights_of(first)
+    with pytest.raises(SmolforgeError):
+        make_run(request={"fresh": True}, **wrong)
+    assert weights_of(first) == kept and not list(tmp_path.glob("run.before-*"))
+    assert make_run(training={"steps": 6}).path == first.path
+
+
+def test_steps_are_left_out_by_the_numbers_of_the_log(make_run, caplog) -> None:
+    data = {step: digest for step, _, digest in steps_of(make_run("whole", training={"steps": 14}))}
+    make_run(training={"steps": 5}, request={"skip": [(4, 5)]})
+
+    def digests() -> list[str]:
+        return [digest for _, _, digest in steps_of(Run(run.path))]
+
+    for _ in range(2):  # asking again, as a supervisor does, leaves out no more
+        run = make_run(training={"steps": 7}, request={"skip": [(4, 5), (7, 9), (8, 10), (2, 3)]})
+        assert digests() == [data[step] for step in (1, 2, 3, 5, 6, 10, 11)]
+        assert "batches 2 to 2 of the stream were trained on before step 6" in caplog.text
 
 
 def test_starting_from_a_model(make_run) -> None:

@@ -130,6 +130,13 @@ def resolve_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str 
     return model, find_adapter(place, str(adapter))
 
 
+def run_of(directory: Path) -> Run | None:
+    """The run that a checkpoint's directory belongs to, or None."""
+    path = directory.resolve()
+    run = Run(path.parent.parent)
+    return run if commit.step_of(path) is not None and run.exists else None
+
+
 def load_model(
     model: str | Path, *, adapter: str | Path | None = None, dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",

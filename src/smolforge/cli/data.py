@@ -46,6 +46,7 @@ def _which(args: argparse.Namespace) -> int:
     from smolforge.checkpoint import commit
     from smolforge.checkpoint.state import load_state
     from smolforge.data import Corpus, batch_of_step
+    from smolforge.data.loader import merged
     from smolforge.data.order import accepted_cursor
     from smolforge.errors import BadInput
     from smolforge.run import Run
@@ -76,7 +77,7 @@ def _which(args: argparse.Namespace) -> int:
         if step < args.step:
             cursor, done = accepted_cursor(saved["cursor"], corpus.index), step
     address = (cursor["step"] if cursor else 0) + args.step - 1 - done
-    for a, b in sorted(skip):
+    for a, b in merged(skip):
         if (cursor["step"] if cursor else 0) <= a <= address:
             address += b - a
     batch = batch_of_step(

@@ -24,6 +24,13 @@ examples:
 """
 
 
+# Which options belong to which question; another one is an error, not ignored.
+_ONLY = {
+    "--data": ("tokens", "length", "held_out", "quantize", "text_column"),
+    "--tasks": ("task_files", "shots", "limit", "batch", "apply_chat_template"),
+}
+
+
 def add(verbs: Any) -> None:
     """Describe the verb's arguments."""
     parser = verbs.add_parser(
@@ -38,7 +45,7 @@ def add(verbs: Any) -> None:
     what.add_argument("--data", nargs="+", action="extend", metavar="SRC[=WEIGHT]", help="sources of text")
     what.add_argument("--tasks", metavar="A,B,...", help="tasks of lm-eval (pip install 'smolforge[eval]')")
     parser.add_argument(
-        "--tokens", default="100k", metavar="N",
+        "--tokens", metavar="N",
         help="maximum number of tokens to score, of the mixture and of each source (default 100k)",
     )  # fmt: skip
     parser.add_argument(
@@ -49,13 +56,13 @@ def add(verbs: Any) -> None:
         "--quantize", nargs="+", choices=("none", *PRECISIONS), metavar="P",
         help="also score these precisions (none: that of the file), as the CPU serves them, and show what each costs",
     )  # fmt: skip
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
+    parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: text)")
     options.add_adapter(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="a folder of task files, used before lm-eval's")
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
     tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
-    tasks.add_argument("--batch", type=int, default=8, metavar="N", help="questions at a time (default 8)")
+    tasks.add_argument("--batch", type=int, metavar="N", help="questions at a time (default 8)")
     tasks.add_argument(
         "--apply-chat-template", action="store_true", help="ask each question as a message of a conversation"
     )
@@ -65,23 +72,31 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
+    mode, other = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
+    for option in _ONLY[other]:
+        given = getattr(args, option)
+        if given is not None and given is not False:
+            raise BadInput(f"is an option of {other}, not of {mode}", field=f"--{option.replace('_', '-')}")
     return _score_text(args) if args.tasks is None else _score_tasks(args)
 
 
 def _score_text(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from smolforge.checkpoint.locate import load_model
+    from smolforge.checkpoint.locate import load_model, run_of
     from smolforge.evaluation import evaluate_runner, score_sources
     from smolforge.generation.runners import select_runner
 
-    tokens = options.parse_positive(args.tokens, "--tokens")
+    tokens = options.parse_positive(args.tokens or "100k", "--tokens")
     model, tokenizer, directory = load_model(args.model, adapter=args.adapter)
+    trained = run_of(directory)
+    if args.held_out and trained is None:
+        print("note: MODEL is no run, so what a run with the defaults would hold out is scored", file=sys.stderr)
 
     def score(sources: dict[str, float]) -> Any:
         return score_sources(
             model, tokenizer, sources,
-            tokens=tokens, length=args.length, held_out=args.held_out, text_column=args.text_column,
+            tokens=tokens, length=args.length, held_out=args.held_out, run=trained, text_column=args.text_column,
         )  # fmt: skip
 
     def described(one: Any) -> dict[str, Any]:
@@ -147,7 +162,7 @@ def _score_tasks(args: argparse.Namespace) -> int:
     directory = resolve_model(args.model)
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its tasks print to stdout
         found = run_tasks(
-            directory, names, task_files=args.task_files, shots=args.shots, limit=args.limit, batch=args.batch,
+            directory, names, task_files=args.task_files, shots=args.shots, limit=args.limit, batch=args.batch or 8,
             apply_chat_template=args.apply_chat_template,
         )  # fmt: skip
     print_result(args, {"model": str(directory), "tasks": found}, _task_table(found))

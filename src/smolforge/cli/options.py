@@ -205,7 +205,8 @@ def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -
 def parse_sources(words: list[str], field: str = "--data") -> dict[str, float]:
     """`A=0.7` → {A: 0.7}; a source without a weight weighs 1.
 
-    A path that exists is a source as it stands, so `--data year=2024` reads that folder.
+    A path that exists is a source as it stands, so `--data year=2024` reads that folder, and so is an address with a
+    query, as signed ones are.
 
     Raises:
         BadInput: a source is named twice.
@@ -213,7 +214,8 @@ def parse_sources(words: list[str], field: str = "--data") -> dict[str, float]:
     sources: dict[str, float] = {}
     for word in words:
         name, equals, weight = word.rpartition("=")
-        weighted = bool(equals) and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) and not Path(word).expanduser().exists()
+        is_source = re.match(r"https?://.*\?", word) or Path(word).expanduser().exists()
+        weighted = bool(equals) and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) and not is_source
         source = name if weighted else word
         if source in sources:
             raise BadInput(f"{source} is given twice", field=field)
@@ -235,10 +237,11 @@ def parse_positive(text: str, field: str) -> int:
 
 
 def parse_step_range(text: str, field: str) -> tuple[int, int]:
-    """`3:5` → (3, 5); the first must be the smaller."""
+    """`3:5` → (3, 5); the first must be the smaller, and steps count from 1."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise BadInput(f"{text!r} is not a range", field=field, hint="Write A:B with A < B; B itself is kept.")
+    if not match or not 1 <= int(match[1]) < int(match[2]):
+        hint = "Write A:B with A < B; B itself is kept, and the first step is 1."
+        raise BadInput(f"{text!r} is not a range of steps", field=field, hint=hint)
     return int(match[1]), int(match[2])
 
 

@@ -73,8 +73,9 @@ def add(verbs: Any) -> None:
     add_usual(parser, epochs="by an estimate", lr="optimizer.lr", batch="training.tokens_per_step", length=length)
     add_run(parser, out="runs/PRESET", setting="optimizer.lr=1e-3")
     parser.add_argument(
-        "--skip-steps", action="append", default=[], metavar="A:B", help="leave out the data of steps A to B-1"
-    )
+        "--skip-steps", action="append", default=[], metavar="A:B",
+        help="leave out the data of steps A to B-1, of a run that leaves nothing out",
+    )  # fmt: skip
     parser.add_argument(
         "--accept-changed-data", action="store_true", help="continue a run although its data changed; it is recorded"
     )

@@ -88,7 +88,7 @@ class Loader(Iterator[Batch]):
         config = corpus.config
         _check_shape(sequences_per_step, rank, world, skip_steps)
         self.corpus, self.sequences, self.rank, self.world = corpus, sequences_per_step, rank, world
-        self.skip_steps = sorted((a, b) for a, b in skip_steps)
+        self.skip_steps = merged(skip_steps)
         sources = len(corpus.specs)
         owned = lanes_of(rank, world=world, lanes=config.lanes, sequences=sequences_per_step)
         self._step, start = 0, {lane: [Position() for _ in range(sources)] for lane in owned}
@@ -215,6 +215,17 @@ def lanes_of(rank: int, *, world: int, lanes: int, sequences: int) -> range:
     """The lanes that hold a rank's sequences, of `sequences` in a step; ranks equal mod gcd of the three share them."""
     groups = gcd(world, lanes, sequences)
     return range(rank % groups, lanes, groups)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The numbers in half-open ranges as ranges that do not touch, in order: (5, 7), (2, 6) → (2, 7)."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted((a, b) for a, b in ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((first, end))
+    return found
 
 
 def _check_shape(sequences: int, rank: int, world: int, skips: Iterable[tuple[int, int]]) -> None:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from smolforge.config import DataConfig
+from smolforge.config import DataConfig, build_config
 from smolforge.data import Corpus
 from smolforge.devices import sum_type
 from smolforge.distributed import DistributedContext
@@ -27,6 +27,7 @@ from smolforge.generation.scheduler import CHUNK
 from smolforge.generation.sequence import ScheduledChunk
 from smolforge.model.architecture import CausalLM
 from smolforge.model.loss import IGNORE
+from smolforge.run import Run
 from smolforge.tokenizer import Tokenizer
 
 LONGEST = 2048  # context in tokens unless another is given
@@ -204,25 +205,37 @@ class SourceScore:
 
 def score_sources(
     model: CausalLM, tokenizer: Tokenizer, sources: dict[str, float], *,
-    tokens: int, length: int | None = None, held_out: bool = False, text_column: str = "text",
+    tokens: int, length: int | None = None, held_out: bool = False, run: Run | None = None,
+    text_column: str | None = None,
 ) -> SourceScore:  # fmt: skip
     """Score the mixture of some sources by their weights; rows that cannot be read are told and left out.
 
     Args:
         tokens: maximum number of tokens to score.
         length: context in tokens; the model's, at most `LONGEST`, unless given.
-        held_out: only the documents that training never sees.
+        held_out: only the documents that training never sees: that of `run` on all of its sources, or one of the
+            default `data.holdout` on these.
+        run: which trained the model.
+        text_column: that of the run, or "text", unless given.
 
     Raises:
-        DataError: a source is missing or has no text.
+        DataError: a source is missing or has no text; of the run too, where it decides.
         BadInput: the model has no context of that length.
     """
     positions = model.config.max_position_embeddings
     length = min(positions, LONGEST) if length is None else length
     if not 1 <= length <= positions:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="length")
-    config = DataConfig(sources=sources, text_column=text_column, on_error="skip")
+    config, holdout = DataConfig(sources=sources, on_error="skip"), None
+    if held_out and run is not None and (trained := build_config(str(run.config_path)).data).format == "text":
+        with Corpus.open(trained, index=run.read_index(), cache_dir=run.path / "cache") as corpus:
+            holdout = corpus.holdout
+        config = trained.model_copy(update={"sources": sources, "on_error": "skip"})
+    if text_column is not None:
+        config = config.model_copy(update={"text_column": text_column})
     with Corpus.open(config) as corpus:
+        if holdout is not None:
+            corpus.holdout = holdout
         texts = corpus.parts(held_out=True if held_out else None)
         text, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
     windows = -(-(len(text.tokens) - 1) // length)

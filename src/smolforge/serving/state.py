@@ -54,10 +54,10 @@ class ModelSource:
             self.name = name or (Path(model).stem if hub.GGUF_ADDRESS.match(model) else model)
             return
         path = path.resolve()
-        if commit.step_of(path) is not None and Run(path.parent.parent).exists:
-            self.run = Run(path.parent.parent)
-        elif not (path / "config.json").is_file() and (Run(path).exists or Run(path).checkpoints_path.is_dir()):
-            self.run, self.follows = Run(path), True
+        self.run, whole = locate.run_of(path), Run(path)
+        is_run = not (path / "config.json").is_file() and (whole.exists or whole.checkpoints_path.is_dir())
+        if self.run is None and is_run:
+            self.run, self.follows = whole, True
         self.name = name or (path.stem if is_gguf(path) else path.name)
 
     def steps(self) -> list[int]:

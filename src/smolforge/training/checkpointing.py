@@ -16,6 +16,7 @@ import logging
 import math
 import random
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from smolforge.checkpoint.card import card_text
 from smolforge.checkpoint.parts import Parts, new_staging
 from smolforge.checkpoint.state import load_state, save_state, tensors_of
 from smolforge.data import merge_cursors
+from smolforge.data.loader import merged
 from smolforge.data.order import accepted_cursor
 from smolforge.distributed import copy_whole, is_sharded
 from smolforge.errors import CheckpointError, SmolforgeError
@@ -59,6 +61,23 @@ class Position:
     cursor: dict[str, Any] | None = None
     skip: list[tuple[int, int]] = field(default_factory=list)
     rollbacks: int = 0
+
+
+def left_out(position: Position, asked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`Position.skip` with more ranges; asking for the same again changes nothing.
+
+    Args:
+        asked: steps [first, end) of a run that leaves nothing out; they count from 1, batches from 0.
+    """
+    begin, skip = (position.cursor or {"step": 0})["step"], merged(position.skip)
+    for first, end in ((a - 1, b - 1) for a, b in asked):
+        if any(a <= first and end <= b for a, b in skip):
+            continue
+        if first < begin:
+            known = f"batches {first + 1} to {min(begin, end)} of the stream"
+            logger.warning(f"--skip-steps: {known} were trained on before step {position.step + 1}, and stay learned")
+        skip += [(max(first, begin), end)] if end > begin else []
+    return merged(skip)
 
 
 def state_tree(context: TrainContext, position: Position) -> dict[str, Any]:

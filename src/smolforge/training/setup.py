@@ -118,23 +118,39 @@ def base_of(request: TrainRequest) -> str:
     return str(run.config_path) if run.exists and not request.fresh else request.base or "pocket"
 
 
-def clear_place(run: Run, *, fresh: bool) -> None:
+def clear_place(run: Run, *, fresh: bool) -> Path | None:
     """Rename an existing run where a fresh one takes its place; nothing is deleted.
+
+    Returns:
+        Its new name, for `put_back`; None where there is no such run.
 
     Raises:
         BadInput: the place holds something other than a run, or another process writes it.
     """
     run.check_place()
     if not (fresh and run.exists):
-        return
+        return None
     with lock_run(run):
         pass  # no other process writes it
     # A symlink stays, and leads to the fresh run where it led to the existing one.
-    path = run.path.resolve() if run.path.is_symlink() else run.path
+    path = _directory(run)
     target = _first_free(path.with_name(f"{path.name}.before-"), 1)
     path.rename(target)
     path.mkdir()
     logger.info(f"the existing run is now in {target}")
+    return target
+
+
+def put_back(run: Run, moved: Path) -> None:
+    """Give a run that `clear_place` renamed its name again, since the fresh one did not begin."""
+    path = _directory(run)
+    shutil.rmtree(path)
+    moved.rename(path)
+    logger.info(f"the run that was there is in {path} again")
+
+
+def _directory(run: Run) -> Path:
+    return run.path.resolve() if run.path.is_symlink() else run.path
 
 
 def forget_preparations(run: Run) -> None:

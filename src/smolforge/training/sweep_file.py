@@ -89,6 +89,13 @@ class Sweep(Section):
     metric: Literal["bits_per_byte", "loss"] = "bits_per_byte"
     """The lowest held-out value of a run counts, of its weights or of their average."""
 
+    @field_validator("seeds")
+    @classmethod
+    def _at_least_one(cls, seeds: list[int] | int) -> list[int] | int:
+        if seeds == [] or (isinstance(seeds, int) and seeds < 1):
+            raise ValueError(f"at least one seed is needed, not {seeds}")
+        return seeds
+
     @field_validator("keys", mode="before")
     @classmethod
     def _one_value(cls, keys: Any) -> Any:
@@ -106,7 +113,7 @@ class Sweep(Section):
 
     def all_seeds(self) -> list[int]:
         """The seeds of each combination."""
-        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+        return list(range(self.seeds) if isinstance(self.seeds, int) else dict.fromkeys(self.seeds))
 
     def candidates(self) -> list[dict[str, Any]]:
         """The combinations that are tried, {key: value}; more `trials` leave the earlier ones as they are."""
@@ -118,7 +125,9 @@ class Sweep(Section):
                 else [_number(value) for value in values]
                 for key, values in self.keys.items()
             ]
-            return [dict(zip(self.keys, chosen, strict=True)) for chosen in itertools.product(*columns)]
+            # A whole number between two others is often one of them.
+            once = [[value for i, value in enumerate(column) if value not in column[:i]] for column in columns]
+            return [dict(zip(self.keys, chosen, strict=True)) for chosen in itertools.product(*once)]
         draw, found = random.Random(self.seed), {}
         for _ in range(self.trials or 0):
             chosen = {}

@@ -84,8 +84,18 @@ def open_run(
     request: TrainRequest, run: Run, ranks: DistributedContext, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[TrainContext, Position]:
     """Lock the run's directory and open all that its steps need; the context, and the position to train from."""
-    if ranks.is_main:
-        setup.clear_place(run, fresh=request.fresh)
+    moved = setup.clear_place(run, fresh=request.fresh) if ranks.is_main else None
+    try:
+        return _open_run(request, run, ranks, device, stack)
+    except BaseException:
+        if moved:
+            setup.put_back(run, moved)
+        raise
+
+
+def _open_run(
+    request: TrainRequest, run: Run, ranks: DistributedContext, device: torch.device, stack: contextlib.ExitStack
+) -> tuple[TrainContext, Position]:
     ranks.barrier()
     newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
     config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
@@ -104,7 +114,7 @@ def open_run(
         logger.info(f"resuming {run.path} from step {position.step:,}")
         setup.announce_changes(run, context.config, position.step)
     if request.skip:
-        position = replace(position, skip=sorted({*position.skip, *request.skip}))
+        position = replace(position, skip=checkpointing.left_out(position, request.skip))
     return context, position
 
 

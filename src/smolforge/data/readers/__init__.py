@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
-from smolforge.data.sources import Context, Shard
+from smolforge.data.sources import GROUPS, Context, Shard
 from smolforge.errors import DataError
 
 READERS = {
@@ -84,6 +84,10 @@ class Reader(ABC):
 def open_reader(shard: Shard, context: Context) -> Reader:
     """The reader of the shard's format; nothing is read yet."""
     # A conversation is in several columns, or in one with others inside: not what the parquet reader has ranges of.
-    format = "csv" if context.format != "text" and shard.format == "parquet" else shard.format
+    chat = context.format != "text"
+    if chat and shard.format in {"txt"} | GROUPS[2]:
+        hint = "Conversations are read from .parquet, .jsonl, .json, .csv and .tsv; `smolforge train` reads text."
+        raise DataError(f"{shard.name} holds text, not conversations", field="data.sources", hint=hint)
+    format = "csv" if chat and shard.format == "parquet" else shard.format
     module, _, name = READERS[format].partition(":")
     return getattr(importlib.import_module(module), name)(shard, context)

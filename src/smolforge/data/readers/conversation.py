@@ -60,7 +60,7 @@ def conversation_text(row: Mapping[str, Any], *, pair: bool = False) -> str:
         if messages[-1]["role"] != "assistant" if pair else all(m["role"] != "assistant" for m in messages):
             raise BadRow("has no message of the assistant to learn from")
     if row.get("tools"):
-        found["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        found["tools"] = _parsed(row["tools"], "tools") if isinstance(row["tools"], str) else row["tools"]
     return replace_lone_surrogates(json.dumps(found, ensure_ascii=False, sort_keys=True))
 
 
@@ -112,12 +112,17 @@ def _side(value: Any, role: str, name: str) -> list[dict[str, Any]]:
     return _listed(value, name) if isinstance(value, list) else [_message(role, value, name)]
 
 
+def _parsed(text: str, name: str) -> Any:
+    """The JSON in a column."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{name} is not valid JSON: {error}") from None
+
+
 def _listed(value: Any, name: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a csv file
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"{name} is not valid JSON: {error}") from None
+        value = _parsed(value, name)
     if not isinstance(value, list) or not value:
         raise BadRow(f"{name} must be a list of messages, not {_kind(value)}")
     found = []
@@ -128,7 +133,7 @@ def _listed(value: Any, name: str) -> list[dict[str, Any]]:
         is_sharegpt = "from" in message and "role" not in message
         role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
         role = message.get(role_key)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"{where} has the {role_key} {role!r}", hint=f"Known: {', '.join(ROLES)}.")
         others = {
             key: inner for key, inner in message.items()

@@ -44,6 +44,8 @@ KNOWN_ENDINGS = (
 )
 # A folder elsewhere is chosen from by names alone: the first of these groups that has files, which the others describe.
 GROUPS = ({"parquet", "jsonl", "txt"}, {"json", "csv", "tsv"}, {"html", "md", "code", "pdf", "docx", "epub"})
+# The same for conversations, which plain text is not.
+CHAT_GROUPS = ({"parquet", "jsonl"}, {"json", "csv", "tsv"})
 
 
 # Short names of datasets on the Hub, each for one source or for several with their shares.

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smolforge.data.sources import GROUPS, Context, Shard, Source, check_ending, format_of, no_known_file
+from smolforge.data.sources import CHAT_GROUPS, GROUPS, Context, Shard, Source, check_ending, format_of, no_known_file
 from smolforge.errors import DataError, SourceChanged
 from smolforge.formatting import plural
 from smolforge.run import Run
@@ -124,7 +124,7 @@ def resolve(spec: str, context: Context, recorded: dict[str, Any] | None) -> Sou
         name = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
         shards.append(LocalShard(file, name, format))
     if path.is_dir() and not (shards := _choose_shards(spec, shards, context, recorded)):
-        raise no_known_file(problem)
+        raise no_known_file(problem if context.format == "text" else f"folder {spec} holds no conversations")
     return Source(spec, "local", shards)
 
 
@@ -140,6 +140,9 @@ def _walk(root: Path) -> list[Path]:
         # A run lies often among its data, and its logs and tokenizer are no text to train on.
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not Run(Path(folder, f)).begun)
         found += [Path(folder, f) for f in sorted(files) if not f.startswith(".")]
+    found, listed = [path for path in found if path.exists()], len(found)
+    if len(found) < listed:
+        logger.warning("%s: %s passed over", root, plural(listed - len(found), "broken link"))
     if not any(path.is_symlink() for path in found):
         return found
     once: dict[Path, Path] = {}
@@ -160,13 +163,13 @@ def _choose_shards(
     spec: str, shards: Sequence[Shard], context: Context, recorded: dict[str, Any] | None
 ) -> list[Shard]:
     """The shards to read of all that a folder has; `recorded` is the source's entry in an earlier index."""
+    formats = {shard.format for shard in shards}
     if recorded is not None:
         was = {entry["file"] for entry in recorded["shards"]}
-        return [shard for shard in shards if shard.name in was or shard.format in GROUPS[0]]
+        return [shard for shard in shards if shard.name in was or _counts_as_new(shard, formats, context)]
     if context.format != "text":
-        groups = ([shard for shard in shards if shard.format in group] for group in GROUPS[:2])
+        groups = ([shard for shard in shards if shard.format in group] for group in CHAT_GROUPS)
         return next((group for group in groups if group), [])
-    formats = {shard.format for shard in shards}
     left_out: Counter[str] = Counter()
     chosen = []
     for shard in shards:
@@ -176,6 +179,13 @@ def _choose_shards(
             chosen.append(shard)
     _tell(spec, left_out)
     return chosen
+
+
+def _counts_as_new(shard: Shard, formats: set[str], context: Context) -> bool:
+    """Whether a shard that a run did not begin with makes its data others: not where a new run would leave it out."""
+    if context.format != "text":
+        return shard.format in CHAT_GROUPS[0]
+    return shard.format in GROUPS[0] and not _why_not(shard, formats, context)
 
 
 def _why_not(shard: Shard, formats: set[str], context: Context) -> str | None:
