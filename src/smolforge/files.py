@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import CheckpointError, RunFailed
+from smolforge.errors import BadInput, CheckpointError, RunFailed
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 MAX_JSON_BYTES = 64 << 20
@@ -38,7 +38,10 @@ def replacing_file(path: Path, *, needed: int = 0, hint: str | None = None) -> I
 
     Raises:
         RunFailed: no room on the disk; the old file is untouched.
+        BadInput: `path` is a directory or a device.
     """
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is there and is no file", hint="Give the path of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name differs per call, so that two threads or processes may write one path at once. Made by open() and not
     # by mkstemp, whose mode (0600) would keep other users from reading the file.

@@ -32,6 +32,11 @@ def for_stdout(text: str) -> str:
     return clean(text) if sys.stdout.isatty() else text
 
 
+def or_stdin(text: str) -> str:
+    """A text that was typed, or that of stdin for "-", without the line end that it closes with."""
+    return replace_lone_surrogates(sys.stdin.read().removesuffix("\n") if text == "-" else text)
+
+
 def replace_lone_surrogates(text: str) -> str:
     """`text` with each lone surrogate, which JSON can spell and UTF-8 cannot encode, replaced by U+FFFD."""
     try:

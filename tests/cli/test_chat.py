@@ -93,6 +93,10 @@ def test_a_stopped_answer_stays_and_a_refused_question_does_not(conversation: Co
     with pytest.raises(BadInput, match="the context holds 2048"):
         "".join(conversation.ask("cat " * 3000))
     assert len(conversation.messages) == 2 and not conversation.engine.busy
+    conversation.set_system("cat " * 3000)
+    with pytest.raises(BadInput, match="the context holds 2048"):
+        "".join(conversation.retry())
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"], "the question is kept"
 
 
 def test_a_model_without_a_template_names_what_to_do(tmp_path: Path) -> None:
@@ -256,7 +260,7 @@ def test_what_is_being_written_fits_on_the_screen_and_is_no_markup() -> None:
     view = MarkdownView(console)
     view.push("```python\n" + "re.split(r'[/]', path)\n" * 20 + "last")
     rows = ["".join(part.text for part in row) for row in console.render_lines(view._live.renderable)]
-    assert len(rows) == 10 and "last" in rows[-1] and "[/]" in rows[0]
+    assert len(rows) == 10 and "last" in rows[-2] and "[/]" in rows[0]
     view.push("\n```\n\n" + " ".join(f"word{i}" for i in range(200)))  # one line of many rows
     rows = ["".join(part.text for part in row) for row in console.render_lines(view._live.renderable)]
     assert len(rows) == 10 and "word199" in rows[-1]

@@ -1,6 +1,7 @@
 """The command line from outside: quick help, JSON that parses, codes that mean something."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -98,6 +99,28 @@ def test_generate_streams_the_three_prompts(run: Path, capsys) -> None:
         assert prompt in first
     assert cli.run(["generate", str(run), "--max-tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_bytes_that_are_no_text_end_nothing(run: Path) -> None:
+    def generate(*words: str, given: bytes = b"", encoding: str = "utf-8:strict") -> bytes:
+        command = [sys.executable, "-m", "smolforge", "generate", str(run), *words, "--max-tokens", "2", "--seed", "1"]
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, input=given, capture_output=True, env=environment)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    assert generate("-", given=b"caf\xe9\n").startswith("caf\ufffd".encode())
+    assert generate(os.fsdecode(b"caf\xe9")).startswith("caf\ufffd".encode())
+    assert generate("Once \u2728", encoding="latin-1").startswith(b"Once ?")
+    assert generate("-", given=b"Once upon\n") == generate("Once upon")
+
+
+def test_several_texts_are_those_of_json(run: Path, capsys) -> None:
+    words = ["generate", str(run), "Once", "--max-tokens", "4", "--seed", str(2**64 - 1), "--n", "3"]
+    assert cli.run([*words, "--json"]) == 0
+    found = [one["text"] for one in json.loads(capsys.readouterr().out)["completions"]]
+    assert cli.run(words) == 0
+    assert capsys.readouterr().out == f"\n{'-' * 40}\n".join(f"Once{text}\n" for text in found)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from serving_fixtures import STEPS, metric, write_chat_model
@@ -63,6 +64,7 @@ def events(response) -> list[dict]:
         ({"host": "0.0.0.0"}, "host"), ({"host": "192.168.1.5"}, "host"), ({"port": 70000}, "port"), ({"api_key": " "}, "api-key"),
         ({"api_key": "a,,b"}, "api-key"), ({"forwarded_allow_ips": "10.0.0.1,proxy"}, "forwarded-allow-ips"),
         ({"root_path": "llm/"}, "root-path"), ({"cors_origins": ("*",)}, "cors-origin"), ({"max_queue": 0}, "max_queue"), ({"request_seconds": 0}, "request_seconds"),
+        ({"drain_seconds": float("inf")}, "drain_seconds"), ({"follow_seconds": -1}, "follow_seconds"),
     ],
 )  # fmt: skip
 def test_unsafe_or_senseless_settings_are_refused(settings, field):
@@ -78,10 +80,12 @@ def test_public_addresses_with_a_key_or_said_out_loud():
 
 
 def test_keys_of_any_letters():
-    keys = Keys("sesame-öffne", "b")
+    keys = Keys("sesame-öffne", "b", "déjà")
+    request = Request({"type": "http", "headers": [(b"authorization", "Bearer déjà ".encode())]})
+    assert keys.of(request) == 2, "whose last byte is a blank in Latin-1"
     assert keys.find("sesame-öffne".encode()) == 0 and keys.find(b"b") == 1
     assert keys.find(b"sesame") is None and keys.find(b"") is None
-    assert len(set(keys.sessions)) == 2 and not any("sesame" in session for session in keys.sessions)
+    assert len(set(keys.sessions)) == 3 and not any("sesame" in session for session in keys.sessions)
     assert not Keys().needed and Keys().find(b"") is None
 
 
@@ -90,7 +94,8 @@ def test_foreign_hosts_and_origins_stay_out(tiny_run):
         assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
         assert client.get("/v1/models", headers={"Host": "localhost:8000"}).status_code == 200
         assert client.post("/v1/completions", json=ONCE, headers={"Origin": "https://evil.example"}).status_code == 403
-        assert client.post("/v1/completions", json=ONCE, headers={"Origin": "null"}).status_code == 403
+        for origin in ("null", "http://["):
+            assert client.post("/v1/completions", json=ONCE, headers={"Origin": origin}).status_code == 403
         own = client.post("/v1/completions", json=ONCE, headers={"Origin": "http://127.0.0.1:8000"})
         assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
         friend = client.post("/v1/completions", json=ONCE, headers={"Origin": "https://friend.example"})

@@ -181,7 +181,7 @@ def test_12_no_field_is_ignored_silently(server, client):
     harmless = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "x"}
     neutral = {
         "tools": [], "response_format": {"type": "text"}, "suffix": None, "best_of": 1, "store": False,
-        "no_repeat_ngram_size": 0, "repeat_penalty": 1, "skip_special_tokens": True, "chat_template_kwargs": {},
+        "no_repeat_ngram_size": 0, "repeat_penalty": 1.0, "length_penalty": 1, "dry_multiplier": 0.0, "skip_special_tokens": True, "chat_template_kwargs": {},
     }  # fmt: skip
     assert raw(server, prompt=ONCE, max_tokens=2, **harmless, **neutral).status_code == 200
     for field, value in {

@@ -24,6 +24,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ def run(argv: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(limits.physical_cores(1)))
 
     logging.show()
+    _take_any_bytes()
     args = parser(verb=argv[0] if argv else None).parse_args(argv)
     args.words = list(argv)
     if getattr(args, "device", None):
@@ -106,6 +108,13 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _take_any_bytes() -> None:
+    """Let no character that a terminal or a file cannot spell end a program in a traceback."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
 
 
 def name_options(error: SmolforgeError, words: Sequence[str]) -> None:

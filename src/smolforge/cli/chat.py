@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampling, print_result, sampling_params
 from smolforge.errors import BadInput, SmolforgeError, unknown
-from smolforge.formatting import for_stdout
+from smolforge.formatting import for_stdout, or_stdin, replace_lone_surrogates
 from smolforge.generation import CHAT_SAMPLING
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft, adapter=args.adapter)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
-    conversation = Conversation(engine, sampling_params(args, engine), args.system)
+    system = None if args.system is None else replace_lone_surrogates(args.system)
+    conversation = Conversation(engine, sampling_params(args, engine), system)
     if args.question is None:
         return _talk(conversation)
-    question = sys.stdin.read() if args.question == "-" else args.question
+    question = or_stdin(args.question)
     text = "".join(_shown(conversation.ask(question), quiet=args.json))
     answer = conversation.answer
     outcome = {
@@ -105,7 +106,7 @@ def _talk(conversation: Conversation) -> int:
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
     commands = _commands(conversation)
     while (line := _read_turn()) is not None:
-        if not line.strip():
+        if not (line := replace_lone_surrogates(line)).strip():
             continue
         try:
             if not line.startswith("/"):

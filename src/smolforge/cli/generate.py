@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import MODEL_HELP, add_inference, add_json, add_sampling, print_result, sampling_params
-from smolforge.formatting import for_stdout
+from smolforge.formatting import for_stdout, or_stdin
 
 if TYPE_CHECKING:
     from smolforge.generation import Engine, SamplingParams
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from smolforge.generation import Engine
 
     sampling_params(args)  # an error now, not after the model is loaded
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts] or list(THREE_PROMPTS)
+    prompts = [or_stdin(prompt) for prompt in args.prompts] or list(THREE_PROMPTS)
     engine = Engine.from_pretrained(args.model, quantize=args.quantize, draft=args.draft, adapter=args.adapter)
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
@@ -74,20 +74,19 @@ def _given(engine: Engine, prompt: str, args: argparse.Namespace) -> Prompt:
 
 def _stream(engine: Engine, prompts: list[str], given: list[Prompt], params: SamplingParams) -> None:
     """Write one continuation after the other, so that the output reads like text being written."""
-    from dataclasses import replace
-
     for number, prompt in enumerate(prompts):
+        texts, reasons = [""] * params.n, [""] * params.n
         for index in range(params.n):
             if number or index:
                 print("\n" + "-" * 40)
-            print(prompt, end="", flush=True)
-            seed = None if params.seed is None else params.seed + index
-            reason = None
-            for step in engine.stream([given[number]], replace(params, n=1, seed=seed)):
-                print(for_stdout(step.text), end="", flush=True)
-                reason = step.finish_reason or reason
+            print(prompt + for_stdout(texts[index]), end="", flush=True)
+            # The first is written while all of them are.
+            for step in engine.stream([given[number]], params) if index == 0 else ():
+                texts[step.index] += step.text
+                reasons[step.index] = step.finish_reason or reasons[step.index]
+                print(for_stdout(step.text if step.index == 0 else ""), end="", flush=True)
             print(flush=True)
-            print(f"[{_REASONS.get(reason or '', reason)}]", file=sys.stderr)
+            print(f"[{_REASONS.get(reasons[index], reasons[index])}]", file=sys.stderr)
 
 
 _REASONS = {"stop": "end of text", "length": "maximum length reached"}

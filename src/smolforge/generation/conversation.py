@@ -51,7 +51,10 @@ class Conversation:
         Raises:
             BadInput: the conversation does not fit the context, or the template refuses it; it is as before then.
         """
-        messages = [*self.messages, {"role": "user", "content": question}]
+        return self._reply([*self.messages, {"role": "user", "content": question}])
+
+    def _reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        """Answer the question that these messages end with; they are the conversation from the first token on."""
         prompt = self.engine.tokenizer.encode_chat(messages)
         answer = Answer(prompt_tokens=len(prompt))
         outputs = self.engine.stream([prompt], self.params)
@@ -72,16 +75,20 @@ class Conversation:
 
     def undo(self) -> str:
         """Take back the last question and its answer; the question. BadInput where nothing was asked yet."""
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise BadInput("nothing was asked yet")
-        question = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
+        last = self._last_question()
+        question = self.messages[last]["content"]
+        del self.messages[last:]
         return question
 
     def retry(self) -> Iterator[str]:
         """Answer the last question again; with a seed, by the next one, since the same would answer the same."""
-        question = self.undo()
+        messages = self.messages[: self._last_question() + 1]
         if self.params.seed is not None:
             self.params = dataclasses.replace(self.params, seed=self.params.seed + 1)
-        return self.ask(question)
+        return self._reply(messages)
+
+    def _last_question(self) -> int:
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise BadInput("nothing was asked yet")
+        return asked[-1]

@@ -84,6 +84,11 @@ Prompt = Annotated[
 LogitBias = dict[Annotated[TokenId, Field(strict=False)], Bias]
 
 
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values of JSON are equal: 1 and 1.0 are, 1 and true are not."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
 class StrictModel(BaseModel):
     """Fields of exactly the types that they have."""
 
@@ -103,7 +108,7 @@ class Body(StrictModel, extra="allow"):
                 hint = f"did you mean {known}?" if known else "leave it out"
                 raise unsupported(field[:100], f"is not a field of this request; {hint}")
             neutral = (*NEUTRAL[field], *((None,) if any(same is True for same in NEUTRAL[field]) else NOTHING))
-            if not any(type(value) is type(same) and value == same for same in neutral):
+            if not any(_is_same(value, same) for same in neutral):
                 raise unsupported(field, "is not supported by this server; leave it out")
         return self
 

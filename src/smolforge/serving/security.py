@@ -74,7 +74,7 @@ class Keys:
         """The number of the key that the request carries, itself or as the page's session; else None."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Headers are bytes; starlette decodes them as Latin-1.
-        found = self.find(given.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        found = self.find(given.strip(" \t").encode("latin-1")) if scheme.lower() == "bearer" else None
         if found is None:
             session = request.cookies.get(COOKIE, "").encode("utf-8", "replace")
             found = _position(session, [session.encode() for session in self.sessions])
@@ -138,7 +138,7 @@ class SecurityMiddleware:
         if self.hosts is not None and _hostname(host) not in self.hosts:
             raise ApiError(403, "this server only answers under its own address; serve it with a key for others")
         origin, allowed = headers.get("origin"), self.settings.cors_origins
-        if origin is None or urlsplit(origin).netloc == host or origin in allowed or "*" in allowed:
+        if origin is None or origin.partition("://")[2] == host or origin in allowed or "*" in allowed:
             return
         harmless = _path(scope) == "/login" or _path(scope).startswith(OPEN_FILES)  # Chrome names an origin for modules
         if not harmless and headers.get("sec-fetch-site") != "same-origin" and OWN_HEADER not in headers:

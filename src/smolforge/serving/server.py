@@ -109,7 +109,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise BadInput(
             f"port {port} of {host} is in use by another program" if taken else f"cannot use {host}:{port}: {error}",
             field="port" if taken else "host",
-            hint="Stop it, or give another port with --port (0 takes a free one).",
+            hint="Stop it, or give another port with --port (0 takes a free one)." if taken else None,
         ) from None
     listener.setblocking(False)
     return listener

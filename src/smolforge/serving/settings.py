@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 
 from smolforge.errors import BadInput
 
 KEY_VARIABLE = "SMOLFORGE_API_KEY"
 _AT_LEAST_ONE = ("max_batch", "max_queue", "max_per_client", "max_sequences", "max_n", "max_body")
 _ABOVE_ZERO = ("request_seconds", "body_seconds")
+_NOT_BELOW_ZERO = ("drain_seconds", "follow_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,10 @@ class ServeSettings:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise BadInput(f"must be at least 1, not {getattr(self, name)}", field=name)
-        for name in _ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                raise BadInput(f"must be above 0, not {getattr(self, name)}", field=name)
+        for name in (*_ABOVE_ZERO, *_NOT_BELOW_ZERO):
+            value, least = getattr(self, name), name in _NOT_BELOW_ZERO
+            if not (math.isfinite(value) and (value >= 0 if least else value > 0)):
+                raise BadInput(f"must be {'at least' if least else 'above'} 0, not {value}", field=name)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             hint = "Give a path such as /llm, with / only at its beginning."
             raise BadInput(f"{self.root_path!r} is not a prefix", field="root-path", hint=hint)
