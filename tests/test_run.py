@@ -217,6 +217,14 @@ def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkey
     assert path.read_text() == "old"
 
 
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(BadInput, match="is no file"):
+            write_atomically(place, "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"] and not (tmp_path / "pipe").is_file()
+
+
 # ---- the lock --------------------------------------------------------------------------------------------------
 
 HOLDING = """

@@ -62,6 +62,7 @@ def test_unknown_verb_and_option(fail) -> None:
         ("data.sources={a.txt:3}", ("{a.txt: 3}",)),
         ("data.sources=3", ("must be a mapping, not 3", "takes a mapping", "data.sources={tales: 1.0}")),
         ("optimizer.lr=-1", ("optimizer.lr", "greater than 0", "-1")),
+        ("optimizer.lr=2024-13-45", ("optimizer.lr", "2024-13-45")),
         ("data.holdout=0.9", ("data.holdout", "less than 0.5")),
         ("training.precision=fp8", ("training.precision", "bf16", "fp8")),
         ("model.num_key_value_heads=3", ("num_attention_heads", "multiple")),
@@ -101,6 +102,18 @@ def test_several_problems_are_told_together(fail) -> None:
     message = fail("train", "TINY", "--set", "optimizer.lr=-1", "--set", "data.holdout=2", "--set", "modle.x=1")
     for word in ("3 errors", "optimizer.lr", "data.holdout", "modle", "model"):
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data", "show", "tales", "--model", "m", "--count", "-1"), ("data", "write", "a.jsonl", "--documents", "0"),
+        ("bench", "data", "--seconds", "0"), ("train", "TINY", "--minutes", "inf"), ("summary", "pocket", "--length", "-5"),
+        ("plan", "pocket", "--price", "nan"), ("eval", "m", "--tasks", "a", "--shots", "-1"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(fail, words) -> None:
+    assert f"error: {words[-2]}: must be " in fail(*words)
 
 
 def test_options_of_train(fail) -> None:

@@ -160,6 +160,17 @@ def test_a_run_is_followed_without_dropping_requests(tiny_run, tmp_path):
         until(lambda: len(client.service.thread._models) == 1)
 
 
+def test_a_body_nested_too_deep_is_the_clients_error(chat_model):
+    deep: object = "x"
+    for _ in range(900):
+        deep = [deep]
+    with app_of(chat_model) as client:
+        answer = client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "a", "more": deep}]}
+        )
+        assert answer.status_code == 400 and "nested too deeply" in answer.json()["error"]["message"]
+
+
 def test_a_run_that_begins_anew_is_followed(tiny_run, tmp_path):
     run = tmp_path / "again"
     shutil.copytree(tiny_run, run)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import PRECISIONS, add_device, add_json, print_result
+from smolforge.cli.options import PRECISIONS, above_zero, add_device, add_json, positive, print_result
 
 EXAMPLES = """\
 examples:
@@ -38,28 +38,30 @@ def add(verbs: Any) -> None:
     parts = parser.add_subparsers(dest="part", metavar="train|generate|serve|data", required=True)
     train = parts.add_parser("train", help="tokens/s, share of the matmul limit, memory", description=_train.__doc__)
     train.add_argument("preset", nargs="?", default="smollm2-135m", metavar="PRESET|FILE", help="whose model to train")
-    train.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a sequence (default 512)")
-    train.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step (default 4)")
-    train.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default 5)")
+    train.add_argument("--length", type=positive, default=512, metavar="N", help="tokens in a sequence (default 512)")
+    train.add_argument("--batch", type=positive, default=4, metavar="N", help="sequences in a step (default 4)")
+    train.add_argument("--steps", type=positive, default=5, metavar="N", help="measured steps (default 5)")
     train.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
     add_device(train)
     train.set_defaults(run=_train)
     generate = parts.add_parser("generate", help="tokens/s, first token, memory", description=_generate.__doc__)
     generate.add_argument("model", nargs="?", metavar="MODEL", help="what writes (default: 135M random weights)")
-    generate.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
+    generate.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens to decode (default 64)")
     generate.add_argument("--quantize", nargs="+", choices=PRECISIONS, help="default: all four, on a GPU bf16")
     add_device(generate)
     generate.set_defaults(run=_generate)
     serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")
-    serve.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], metavar="N", help="how many at once")
-    serve.add_argument("--tokens", type=int, default=64, metavar="N", help="length of each answer (default 64)")
+    serve.add_argument(
+        "--clients", nargs="+", type=positive, default=[1, 4, 8, 16], metavar="N", help="how many at once"
+    )
+    serve.add_argument("--tokens", type=positive, default=64, metavar="N", help="length of each answer (default 64)")
     serve.add_argument("--quantize", default="auto", choices=("auto", "none", *PRECISIONS))
     serve.set_defaults(run=_serve)
     data = parts.add_parser("data", help="tokens/s of the data pipeline alone", description=_data.__doc__)
     data.add_argument("--data", nargs="+", action="extend", default=[], metavar="SRC", help="sources (default: tales)")
     data.add_argument("--tokenizer", metavar="DIR|ID", help="tokenizer (default: one trained on the source)")
-    data.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long (default 10)")
+    data.add_argument("--seconds", type=above_zero, default=10.0, metavar="S", help="how long (default 10)")
     data.set_defaults(run=_data)
     native = verbs.add_parser(
         "build-native",

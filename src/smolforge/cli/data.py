@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, add_json, parse_sources, print_result
+from smolforge.cli.options import MODEL_HELP, add_json, parse_sources, positive, print_result
 
 SET_HELP = "any key of the configuration, e.g. data.loss_on=all (may be repeated)"
 
@@ -23,18 +23,18 @@ def add(verbs: Any) -> None:
     parts = parser.add_subparsers(dest="part", metavar="which|show|write", required=True)
     which = parts.add_parser("which", help="the documents that fed a step", description=_which.__doc__)
     which.add_argument("path", metavar="RUN", help="directory of the run")
-    which.add_argument("--step", type=int, required=True, metavar="N", help="step as in metrics.jsonl, from 1")
+    which.add_argument("--step", type=positive, required=True, metavar="N", help="step as in metrics.jsonl, from 1")
     add_json(which)
     which.set_defaults(run=_which)
     show = parts.add_parser("show", help="what is learned of conversations", description=_show.__doc__)
     show.add_argument("sources", nargs="+", metavar="SRC", help="sources of conversations")
     show.add_argument("--model", required=True, metavar="MODEL", help=f"whose chat template is used: {MODEL_HELP}")
-    show.add_argument("--count", type=int, default=3, metavar="N", help="how many conversations (default 3)")
+    show.add_argument("--count", type=positive, default=3, metavar="N", help="how many conversations (default 3)")
     show.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     show.set_defaults(run=_show)
     write = parts.add_parser("write", help="write documents of `tales`", description=_write.__doc__)
     write.add_argument("path", metavar="FILE", help="file ending in .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt")
-    write.add_argument("--documents", type=int, default=1000, metavar="N", help="how many (default 1000)")
+    write.add_argument("--documents", type=positive, default=1000, metavar="N", help="how many (default 1000)")
     write.add_argument("--seed", type=int, default=0, metavar="N", help="other seeds give other documents")
     write.add_argument("--chat", action="store_true", help="conversations, for .jsonl: the request and the text")
     write.set_defaults(run=_write)
@@ -127,8 +127,6 @@ def _write(args: argparse.Namespace) -> int:
     if kind is None:
         endings = ", .".join(KINDS)
         raise BadInput(f"{args.path} has none of the endings .{endings}", field="FILE")
-    if args.documents < 1:
-        raise BadInput("at least one document is needed", field="--documents")
     if args.chat and kind != "jsonl":
         raise BadInput("conversations are written as .jsonl", field="--chat")
     write(args.path, kind=kind, documents=range(args.documents), seed=args.seed, chat=args.chat)

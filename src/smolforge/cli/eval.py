@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.cli import options
-from smolforge.cli.options import MODEL_HELP, PRECISIONS, add_json, parse_sources, print_result
+from smolforge.cli.options import MODEL_HELP, PRECISIONS, add_json, at_least, parse_sources, positive, print_result
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -49,7 +49,7 @@ def add(verbs: Any) -> None:
         help="maximum number of tokens to score, of the mixture and of each source (default 100k)",
     )  # fmt: skip
     parser.add_argument(
-        "--length", type=int, metavar="N", help="context in tokens (default: the model's, at most 2,048)"
+        "--length", type=positive, metavar="N", help="context in tokens (default: the model's, at most 2,048)"
     )
     parser.add_argument("--held-out", action="store_true", help="only the documents that training never sees")
     parser.add_argument(
@@ -60,9 +60,11 @@ def add(verbs: Any) -> None:
     options.add_adapter(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="a folder of task files, used before lm-eval's")
-    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
-    tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
-    tasks.add_argument("--batch", type=int, metavar="N", help="questions at a time (default 8)")
+    tasks.add_argument(
+        "--shots", type=at_least(0), metavar="N", help="examples before each question (default: the task's)"
+    )
+    tasks.add_argument("--limit", type=positive, metavar="N", help="questions of each task (default: all)")
+    tasks.add_argument("--batch", type=positive, metavar="N", help="questions at a time (default 8)")
     tasks.add_argument(
         "--apply-chat-template", action="store_true", help="ask each question as a message of a conversation"
     )
@@ -146,9 +148,6 @@ def _score_tasks(args: argparse.Namespace) -> int:
     from smolforge.checkpoint.locate import resolve_model
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    for option, value in (("--shots", args.shots), ("--limit", args.limit), ("--batch", args.batch)):
-        if value is not None and value < (0 if option == "--shots" else 1):
-            raise BadInput(f"{value} is too small", field=option)
     if not names:
         raise BadInput("names no task", field="--tasks", hint="Write --tasks hellaswag,arc_easy.")
     try:

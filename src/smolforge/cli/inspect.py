@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import add_json, print_result
+from smolforge.cli.options import add_json, positive, print_result
 
 
 def add(verbs: Any) -> None:
@@ -35,7 +35,9 @@ def add(verbs: Any) -> None:
         epilog="examples:\n  smolforge summary smollm2-135m\n  smolforge summary runs/pocket --json\n",
     )
     summary.add_argument("model", metavar="PRESET|MODEL", help="a preset, a YAML file, a run or a model")
-    summary.add_argument("--length", type=int, default=2048, metavar="N", help="sequence length for FLOPs and memory")
+    summary.add_argument(
+        "--length", type=positive, default=2048, metavar="N", help="sequence length for FLOPs and memory"
+    )
     summary.set_defaults(run=_summary)
     compare = verbs.add_parser(
         "compare",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2, the message, and the command that lists the options."""
         options = [name for action in self._actions for name in action.option_strings]
         choices = [str(c) for a in self._actions if isinstance(a, argparse._SubParsersAction) for c in a.choices]
-        guess = None
+        guess, message = None, message.removeprefix("argument ")
         if message.startswith("unrecognized arguments:"):
             word = message.split(":", 1)[1].split()[0]
             guess = nearest(word.split("=")[0], options) if word.startswith("-") else None
@@ -67,6 +68,28 @@ class Parser(argparse.ArgumentParser):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=100)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option that takes whole numbers from `least` on."""
+
+    def whole(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    whole.__name__ = "int"  # as argparse calls it for a text that is no number
+    return whole
+
+
+positive = at_least(1)
+
+
+def above_zero(text: str) -> float:
+    """The `type` of an option that takes a number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
 
 
 def add_numbers(parser: Any, kind: type, metavar: str, *options: tuple[str, Any, str]) -> None:

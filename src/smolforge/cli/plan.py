@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from smolforge.cli.options import add_json, parse_positive, print_result
+from smolforge.cli.options import above_zero, add_json, parse_positive, print_result
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -31,8 +31,8 @@ def add(verbs: Any) -> None:
     parser.add_argument("--on", required=True, metavar="[Nx]GPU", help="T4, H100, 8xH100, A100-80GB, ..., or cpu")
     parser.add_argument("--tokens", metavar="N", help="length of the run (default: the preset's)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as of train")
-    parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak (as measured on an H100)")
-    parser.add_argument("--price", type=float, default=0.0, metavar="X", help="of one GPU for an hour")
+    parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak (as measured on an H100)")
+    parser.add_argument("--price", type=above_zero, default=0.0, metavar="X", help="of one GPU for an hour")
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from smolforge.cli.options import (
+    above_zero,
     add_device,
     add_json,
     add_run,
@@ -62,7 +63,7 @@ def add(verbs: Any) -> None:
     length.add_argument("--steps", metavar="N|+N", help="length of the run in steps; +N adds N to an existing run")
     length.add_argument("--tokens", metavar="N", help="length of the run in tokens: 500k, 10M, 1B")
     length.add_argument(
-        "--minutes", type=float, metavar="X", help="train for about so long; without a preset the size follows too"
+        "--minutes", type=above_zero, metavar="X", help="train for about so long; without a preset the size follows too"
     )
     length.add_argument(
         "--cooldown",

@@ -45,7 +45,7 @@ def read_file(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"no such configuration file: {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{path} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} must hold a mapping of keys such as model: and data:")
@@ -73,7 +73,7 @@ def build_config(base: str | None = None, overrides: list[str] | None = None, **
             continue
         try:
             layer: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: what looks like a date and is none
             layer = text
         merge_key(tree, key.strip(), layer)
     merge(tree, layers)

@@ -96,5 +96,7 @@ def as_api_error(error: Exception) -> ApiError:
         code = "context_length_exceeded" if "context" in error.message else None
         status = 400 if error.exit_code == 2 else 500
         return ApiError(status, f"{field}{error.message}.{hint}", param=error.field, code=code)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed; its log has the details")
