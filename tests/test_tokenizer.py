@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.errors import BadInput, CheckpointError, SmolforgeError
-from smolforge.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from smolforge.tokenizer import END_OF_TEXT, LONGEST_WORD, SPECIAL_TOKENS, StreamDecoder, Tokenizer, _with_blanks
 
 CORPUS = [
     "Once upon a time there was a small café by the sea. It had 1234 guests, and 5 cats!\n\n",
@@ -29,6 +30,15 @@ TORTURE = [
     "x" * 3000, " " * 500, "\U0010ffff\ufffd",
 ]  # fmt: skip
 TEXT = st.text(max_size=60) | st.text(st.sampled_from("ab 1é🙂\n<|endoftext>東\u0301"), max_size=60)
+
+
+def test_a_text_without_blanks_is_trained_on_in_short_words() -> None:
+    letters = "".join(random.Random(0).choices("ACGT", k=400_000))  # as one word it takes a minute
+    seen = _with_blanks(f"a {letters} b")
+    assert max(map(len, seen.split())) == LONGEST_WORD and seen.replace(" ", "") == f"a{letters}b"
+    assert _with_blanks(CORPUS[1]) is CORPUS[1]
+    made = Tokenizer.train([letters], 600)
+    assert made.decode(made.encode(letters)) == letters and len(made.encode(letters)) < 150_000
 
 
 @pytest.fixture(scope="module")

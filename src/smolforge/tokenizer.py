@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PIECE = 1 << 20  # characters of a text that a tokenizer is trained on at a time
+LONGEST_WORD = 1000  # characters without a blank that it is trained on: time grows with the square of them
 MAX_FILE_BYTES = 256 << 20  # a tokenizer.json of the largest public vocabularies is about 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -124,7 +126,7 @@ class Tokenizer:
         )  # fmt: skip
         # The trainer takes a hundred bytes for each word of a text at once, so a huge one comes in pieces.
         pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
-        backend.train_from_iterator(pieces, trainer)
+        backend.train_from_iterator(map(_with_blanks, pieces), trainer)
         return cls(backend)
 
     @functools.cached_property
@@ -269,6 +271,13 @@ def _byte_level_bytes(token: str) -> bytes:
     table = _byte_of_char()
     # A token with a character outside the alphabet stands for itself, as in the library's decoder.
     return bytes(table[char] for char in token) if all(char in table for char in token) else token.encode()
+
+
+def _with_blanks(text: str) -> str:
+    """`text` with a blank after each `LONGEST_WORD` characters that have none, as base64 or a genome has."""
+    if max(map(len, text.split()), default=0) <= LONGEST_WORD:
+        return text
+    return re.sub(rf"\S{{{LONGEST_WORD}}}", r"\g<0> ", text)
 
 
 def _token_text(token: Any) -> str:
