@@ -15,7 +15,7 @@ PACKAGES = sorted(path.parent for path in FILES if path.name == "__init__.py" an
 # A line of a package's map: four blanks or none, the file (sub/name.py for a folder without a map), what it is.
 ENTRY = re.compile(r"^ *([\w/]+\.py)(?=  )")
 # The redesign ended at 19,500 lines; a feature may add what it needs, and a simplification lowers the limit again.
-MAX_LINES, MAX_FILES, MAX_FUNCTION, MAX_FILE = 30_435, 177, 60, 400
+MAX_LINES, MAX_FILES, MAX_FUNCTION, MAX_FILE = 30_657, 177, 60, 400
 
 # HOUSE words: the old name as a whole word, where it is distinctive enough to search for.
 OLD_NAMES = (

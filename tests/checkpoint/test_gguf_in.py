@@ -304,4 +304,4 @@ def test_a_server_calls_a_file_by_its_stem(tmp_path: Path) -> None:
     source = ModelSource(str(path))
     assert (source.name, source.run, source.follows) == ("cat", None, False)
     loaded = source.open(ServeSettings(str(path)))
-    assert loaded.created == int(path.stat().st_mtime) and loaded.step is None
+    assert loaded.created == path.stat().st_mtime and loaded.step is None

@@ -87,7 +87,7 @@ def test_three_in_a_row_roll_back_and_leave_the_data_out(make_run, poison) -> No
     assert all(loss is not None for _, loss, _ in rows)
     # It ends as a run that was told from the start to leave that range out.
     poison.clear()
-    told = make_run("told", training=TRAINING, checkpoint={"every": 4}, request={"skip": [(7, 10)]})
+    told = make_run("told", training=TRAINING, checkpoint={"every": 4}, request={"skip": [(8, 11)]})
     assert steps_of(told) == rows and weights_of(told) == weights_of(run)
 
 

@@ -6,13 +6,14 @@ learning rate, logging), but not what it is (model, tokenizer, data, global batc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -118,39 +119,32 @@ def base_of(request: TrainRequest) -> str:
     return str(run.config_path) if run.exists and not request.fresh else request.base or "pocket"
 
 
-def clear_place(run: Run, *, fresh: bool) -> Path | None:
-    """Rename an existing run where a fresh one takes its place; nothing is deleted.
-
-    Returns:
-        Its new name, for `put_back`; None where there is no such run.
+@contextlib.contextmanager
+def cleared_place(run: Run, *, fresh: bool) -> Iterator[None]:
+    """Rename an existing run where a fresh one takes its place; nothing is deleted. It is back if the block fails.
 
     Raises:
         BadInput: the place holds something other than a run, or another process writes it.
     """
     run.check_place()
     if not (fresh and run.exists):
-        return None
+        yield
+        return
     with lock_run(run):
         pass  # no other process writes it
     # A symlink stays, and leads to the fresh run where it led to the existing one.
-    path = _directory(run)
+    path = run.path.resolve() if run.path.is_symlink() else run.path
     target = _first_free(path.with_name(f"{path.name}.before-"), 1)
     path.rename(target)
-    path.mkdir()
-    logger.info(f"the existing run is now in {target}")
-    return target
-
-
-def put_back(run: Run, moved: Path) -> None:
-    """Give a run that `clear_place` renamed its name again, since the fresh one did not begin."""
-    path = _directory(run)
-    shutil.rmtree(path)
-    moved.rename(path)
-    logger.info(f"the run that was there is in {path} again")
-
-
-def _directory(run: Run) -> Path:
-    return run.path.resolve() if run.path.is_symlink() else run.path
+    try:
+        path.mkdir()
+        logger.info(f"the existing run is now in {target}")
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        target.rename(path)
+        logger.info(f"the fresh run could not begin; the existing one is in {path} again")
+        raise
 
 
 def forget_preparations(run: Run) -> None:

@@ -13,9 +13,9 @@ REPEATS = 1.5  # epochs from which on a text counts as repeated; an estimate of 
 # Epochs from which on learning by heart is worked against. Up to about four readings teach as much as new text
 # (Muennighoff et al. 2023, arXiv:2305.16264), and dropout makes them teach less.
 MANY = 4.0
-# Parameters without embeddings for each token of the text, from which on: a model that is far smaller than its text
-# cannot learn it by heart. Measured at 1.1 and 8.
-LARGE = 0.5
+# Readings times parameters without embeddings, for each token of the text, from which on: a model that is far smaller
+# than its text cannot learn it by heart. Measured between 2.4, where it is worse by 2%, and 80 (docs/recipes.md).
+LARGE = 8.0
 # Strengths of that, measured by benchmarks/learning/small_corpus.py (docs/recipes.md). Kim et al. 2025
 # (arXiv:2509.14786) too find far more decay best where text is repeated.
 DROPOUT = 0.1
@@ -38,7 +38,7 @@ def resolve_small_corpus(
     line = f"small corpus: {epochs:.2g} readings of the text teach about as much as new text of "
     line += f"{worth(epochs, epochs):.2g} times its length (arXiv:2305.16264)"
     each = count_body(config) * epochs / (config.total_steps * config.tokens_per_step)
-    if epochs < MANY or each < LARGE or config.init is not None:  # measured for new weights only
+    if epochs < MANY or epochs * each < LARGE or config.init is not None:  # measured for new weights only
         return config, [line]
     told = []
     changes = {("training", "dropout"): DROPOUT}

@@ -84,29 +84,19 @@ def open_run(
     request: TrainRequest, run: Run, ranks: DistributedContext, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[TrainContext, Position]:
     """Lock the run's directory and open all that its steps need; the context, and the position to train from."""
-    moved = setup.clear_place(run, fresh=request.fresh) if ranks.is_main else None
-    try:
-        return _open_run(request, run, ranks, device, stack)
-    except BaseException:
-        if moved:
-            setup.put_back(run, moved)
-        raise
-
-
-def _open_run(
-    request: TrainRequest, run: Run, ranks: DistributedContext, device: torch.device, stack: contextlib.ExitStack
-) -> tuple[TrainContext, Position]:
-    ranks.barrier()
-    newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
-    config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
-    if ranks.is_main:
-        run.prepare()
-        stack.enter_context(lock_run(run))
-        commit.sweep(run.checkpoints_path)
-        if newest is None:
-            setup.forget_preparations(run)
-    check_ranks(run, config, ranks)
-    context = setup.build_context(request, run, config, newest, ranks, device)
+    place = setup.cleared_place(run, fresh=request.fresh) if ranks.is_main else contextlib.nullcontext()
+    with place:
+        ranks.barrier()
+        newest = ranks.broadcast(commit.newest_whole(run.checkpoints_path) if ranks.is_main else None)
+        config = setup.adopt_init(setup.resolve_config(request, run, newest), newest, request)
+        if ranks.is_main:
+            run.prepare()
+            stack.enter_context(lock_run(run))
+            commit.sweep(run.checkpoints_path)
+            if newest is None:
+                setup.forget_preparations(run)
+        check_ranks(run, config, ranks)
+        context = setup.build_context(request, run, config, newest, ranks, device)
     stack.callback(context.corpus.close)  # a thread that waits for a network would keep the process alive
     position = Position()
     if newest is not None:
@@ -320,7 +310,7 @@ class Trainer:
             self.metrics.truncate_after(self.position.step)
             self.metrics.event(self.position.step, "rollback", skipped=[first, last + 1], count=count)
         logger.warning(
-            f"rolled back to step {self.position.step}; batches {first} to {last} of the stream are left out "
+            f"rolled back to step {self.position.step}; batches {first + 1} to {last + 1} of the stream are left out "
             f"({count} of at most {limit} roll-backs)"
         )
 
