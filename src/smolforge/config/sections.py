@@ -231,9 +231,9 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the new weights and of dropout."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of what attention and MLP add that is dropped in training; 0.1 where text is read four times or more."""
+    """Share of what attention and MLP add that is dropped in training; 0.1 where text is read many times."""
     ema: float = Field(default=0.0, ge=0)
-    """Horizon of an average of the weights: steps, or a share of the run below 1; 0.1 where text is read four times."""
+    """Horizon of an average of the weights: steps, or a share of the run below 1; 0.1 where text is read many times."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0 turns clipping off."""
     z_loss: float = Field(default=0.0, ge=0)

@@ -11,11 +11,11 @@ from smolforge.training.scaling_law import worth
 
 REPEATS = 1.5  # epochs from which on a text counts as repeated; an estimate of the size is not exact
 # Epochs from which on learning by heart is worked against. Up to about four readings teach as much as new text
-# (Muennighoff et al. 2023, arXiv:2305.16264), and dropout makes them teach less.
-MANY = 4.0
+# (Muennighoff et al. 2023, arXiv:2305.16264), and dropout makes them teach less: by 1 to 6% with four readings.
+MANY = 6.0
 # Readings times parameters without embeddings, for each token of the text, from which on: a model that is far smaller
-# than its text cannot learn it by heart. Measured between 2.4, where it is worse by 2%, and 80 (docs/recipes.md).
-LARGE = 8.0
+# than its text cannot learn it by heart. Measured at 29 and more (docs/recipes.md).
+LARGE = 20.0
 # Strengths of that, measured by benchmarks/learning/small_corpus.py (docs/recipes.md). Kim et al. 2025
 # (arXiv:2509.14786) too find far more decay best where text is repeated.
 DROPOUT = 0.1
