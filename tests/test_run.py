@@ -220,7 +220,7 @@ def test_atomic_writing_keeps_the_old_file_on_any_failure(tmp_path: Path, monkey
 def test_only_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(BadInput, match="is no file"):
+        with pytest.raises(BadInput, match="is not a file"):
             write_atomically(place, "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"] and not (tmp_path / "pipe").is_file()
 

@@ -169,7 +169,7 @@ def evaluate(
         tokens: maximum number of tokens to score.
         length: context in tokens; the model's, at most 2,048, unless given.
         held_out: only the documents that training never sees, by the settings of the model's run.
-        text_column: that of the run, or "text", unless given.
+        text_column: "text" unless given, or that of the run where `held_out` is by it.
 
     Raises:
         DataError: a source is missing or has no text.
@@ -181,11 +181,11 @@ def evaluate(
         True
     """
     from smolforge.checkpoint.locate import load_model, run_of
-    from smolforge.evaluation import score_sources
+    from smolforge.evaluation.loss import held_out_by, score_sources
 
     module, tokenizer, directory = load_model(model)
     sources = dict(data) if isinstance(data, Mapping) else dict.fromkeys([data] if isinstance(data, str) else data, 1.0)
     return score_sources(
-        module, tokenizer, sources,
-        tokens=tokens, length=length, held_out=held_out, run=run_of(directory), text_column=text_column,
+        module, tokenizer, sources, tokens=tokens, length=length, held_out=held_out,
+        trained=held_out_by(run_of(directory)) if held_out else None, text_column=text_column,
     ).score  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -102,12 +102,9 @@ def in_one_line(error: BaseException) -> str:
 class WrongValue(NamedTuple):
     """What pydantic found wrong at one place inside a value."""
 
-    path: tuple[str, ...]
-    """Keys of mappings and positions in lists, from the outside in."""
-    message: str
-    """To follow the path: `must be a list`."""
-    error: ErrorDetails
-    """Pydantic's own, the first of the place."""
+    path: tuple[str, ...]  # keys of mappings and positions in lists, from the outside in
+    message: str  # to follow the path: `must be a list`
+    error: ErrorDetails  # pydantic's own, the first of the place
 
 
 def wrong_values(errors: Iterable[ErrorDetails], value: Any) -> list[WrongValue]:
@@ -127,9 +124,10 @@ def _path(error: ErrorDetails, value: Any) -> tuple[str, ...]:
     """The keys and positions of `error` inside `value`, without the names of types that pydantic puts between them."""
     path: list[str | int] = []
     for part in error["loc"]:
-        inner: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
-        if isinstance(inner, dict) and part in inner:
-            value = inner[part]
+        is_position = isinstance(part, int) and isinstance(value, (list, tuple)) and part < len(value)
+        is_key = isinstance(value, dict) and part in value
+        if is_position or is_key:
+            value = cast(Any, value)[part]
             path.append(part)
     last = error["loc"][-1:]
     return tuple(map(str, [*path, *last] if error["type"] == "missing" or last == ("[key]",) else path))
@@ -137,7 +135,7 @@ def _path(error: ErrorDetails, value: Any) -> tuple[str, ...]:
 
 def _joined(errors: list[ErrorDetails]) -> str:
     """One message for the errors of one place: what each type asks for, or the first that says more than that."""
-    messages = list(dict.fromkeys(in_yaml_terms(error["msg"]) for error in errors))
+    messages = list(dict.fromkeys(_in_yaml_terms(error["msg"]) for error in errors))
     wanted = [message.removeprefix("must be ") for message in messages]
     is_plain = all(message.startswith("must be ") for message in messages)
     return f"must be {', or '.join(wanted)}" if is_plain else messages[0]
@@ -157,7 +155,7 @@ _TERMS = {
 }
 
 
-def in_yaml_terms(message: str) -> str:
+def _in_yaml_terms(message: str) -> str:
     """A sentence of pydantic about a wrong value, to follow the value's name: `must be a list`."""
     ours = message.removeprefix("Value error, ")
     if ours == message:
@@ -170,7 +168,7 @@ def first_problem(error: ValidationError) -> BadInput:
     """The first thing that pydantic found wrong with the fields of an object."""
     first = error.errors()[0]
     given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r:.100}"
-    return BadInput(in_yaml_terms(first["msg"]) + given, field=str(first["loc"][0]) if first["loc"] else None)
+    return BadInput(_in_yaml_terms(first["msg"]) + given, field=str(first["loc"][0]) if first["loc"] else None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

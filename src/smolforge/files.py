@@ -41,7 +41,7 @@ def replacing_file(path: Path, *, needed: int = 0, hint: str | None = None) -> I
         BadInput: `path` is a directory or a device.
     """
     if path.exists() and not path.is_file():
-        raise BadInput(f"{path} is there and is no file", hint="Give the path of a file.")
+        raise BadInput(f"{path} is there and is not a file", hint="Give the path of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name differs per call, so that two threads or processes may write one path at once. Made by open() and not
     # by mkstemp, whose mode (0600) would keep other users from reading the file.

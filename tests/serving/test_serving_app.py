@@ -171,6 +171,14 @@ def test_a_body_nested_too_deep_is_the_clients_error(chat_model):
         assert answer.status_code == 400 and "nested too deeply" in answer.json()["error"]["message"]
 
 
+def test_a_body_with_very_many_errors_is_answered_by_the_first(tiny_run):
+    """The time must not grow with the square of their number."""
+    with app_of(tiny_run) as client:
+        answer = client.post("/v1/completions", json={**ONCE, "stop_token_ids": ["a"] * 90_000})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "stop_token_ids.0: must be a whole number"
+
+
 def test_a_run_that_begins_anew_is_followed(tiny_run, tmp_path):
     run = tmp_path / "again"
     shutil.copytree(tiny_run, run)

@@ -52,9 +52,7 @@ def add(verbs: Any) -> None:
     generate.set_defaults(run=_generate)
     serve = parts.add_parser("serve", help="tokens/s and first token by clients", description=_serve.__doc__)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (default: 135M random weights)")
-    serve.add_argument(
-        "--clients", nargs="+", type=positive, default=[1, 4, 8, 16], metavar="N", help="how many at once"
-    )
+    serve.add_argument("--clients", nargs="+", type=positive, default=[1, 4, 8, 16], metavar="N", help="number at once")
     serve.add_argument("--tokens", type=positive, default=64, metavar="N", help="length of each answer (default 64)")
     serve.add_argument("--quantize", default="auto", choices=("auto", "none", *PRECISIONS))
     serve.set_defaults(run=_serve)

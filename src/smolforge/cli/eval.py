@@ -25,9 +25,9 @@ examples:
 
 
 # Which options belong to which question; another one is an error, not ignored.
-_ONLY = {
-    "--data": ("tokens", "length", "held_out", "quantize", "text_column"),
-    "--tasks": ("task_files", "shots", "limit", "batch", "apply_chat_template"),
+_ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("tokens", "length", "held_out", "quantize", "text_column"), ("data",)),
+    **dict.fromkeys(("task_files", "shots", "limit", "batch", "apply_chat_template"), ("tasks",)),
 }
 
 
@@ -51,7 +51,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--length", type=positive, metavar="N", help="context in tokens (default: the model's, at most 2,048)"
     )
-    parser.add_argument("--held-out", action="store_true", help="only the documents that training never sees")
+    parser.add_argument("--held-out", action="store_true", default=None, help="only text that training never sees")
     parser.add_argument(
         "--quantize", nargs="+", choices=("none", *PRECISIONS), metavar="P",
         help="also score these precisions (none: that of the file), as the CPU serves them, and show what each costs",
@@ -66,19 +66,16 @@ def add(verbs: Any) -> None:
     tasks.add_argument("--limit", type=positive, metavar="N", help="questions of each task (default: all)")
     tasks.add_argument("--batch", type=positive, metavar="N", help="questions at a time (default 8)")
     tasks.add_argument(
-        "--apply-chat-template", action="store_true", help="ask each question as a message of a conversation"
-    )
+        "--apply-chat-template", action="store_true", default=None,
+        help="ask each question as a message of a conversation",
+    )  # fmt: skip
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
-    mode, other = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
-    for option in _ONLY[other]:
-        given = getattr(args, option)
-        if given is not None and given is not False:
-            raise BadInput(f"is an option of {other}, not of {mode}", field=f"--{option.replace('_', '-')}")
+    options.refuse_others(args, _ONLY, "--", "data" if args.tasks is None else "tasks")
     return _score_text(args) if args.tasks is None else _score_tasks(args)
 
 
@@ -86,19 +83,19 @@ def _score_text(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from smolforge.checkpoint.locate import load_model, run_of
-    from smolforge.evaluation import evaluate_runner, score_sources
+    from smolforge.evaluation.loss import evaluate_runner, held_out_by, score_sources
     from smolforge.generation.runners import select_runner
 
     tokens = options.parse_positive(args.tokens or "100k", "--tokens")
     model, tokenizer, directory = load_model(args.model, adapter=args.adapter)
-    trained = run_of(directory)
+    trained = held_out_by(run_of(directory)) if args.held_out else None
     if args.held_out and trained is None:
-        print("note: MODEL is no run, so what a run with the defaults would hold out is scored", file=sys.stderr)
+        print("note: MODEL is not a run on text, so what the defaults would hold out is scored", file=sys.stderr)
 
     def score(sources: dict[str, float]) -> Any:
         return score_sources(
-            model, tokenizer, sources,
-            tokens=tokens, length=args.length, held_out=args.held_out, run=trained, text_column=args.text_column,
+            model, tokenizer, sources, tokens=tokens, length=args.length,
+            held_out=bool(args.held_out), trained=trained, text_column=args.text_column,
         )  # fmt: skip
 
     def described(one: Any) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def _score_tasks(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its tasks print to stdout
         found = run_tasks(
             directory, names, task_files=args.task_files, shots=args.shots, limit=args.limit, batch=args.batch or 8,
-            apply_chat_template=args.apply_chat_template,
+            apply_chat_template=bool(args.apply_chat_template),
         )  # fmt: skip
     print_result(args, {"model": str(directory), "tasks": found}, _task_table(found))
     return 0

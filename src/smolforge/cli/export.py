@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from smolforge.cli.options import MODEL_HELP, add_adapter, add_json, parse_sources, print_result
+from smolforge.cli.options import MODEL_HELP, add_adapter, add_json, parse_sources, print_result, refuse_others
 from smolforge.errors import BadInput
 
 EXAMPLES = """\
@@ -60,10 +60,7 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
-    for option, goals in _ONLY.items():
-        if getattr(args, option) is not None and args.to not in goals:
-            problem = f"is an option of --to {' and '.join(goals)}, not of --to {args.to}"
-            raise BadInput(problem, field=f"--{option.replace('_', '-')}")
+    refuse_others(args, _ONLY, "--to ", args.to)
     outcome, lines = {
         "gguf": _gguf, "ollama": _ollama, "space": _space, "checkpoint": _checkpoint, "merged": _merged, "hub": _hub,
     }[args.to](args)  # fmt: skip

@@ -35,9 +35,7 @@ def add(verbs: Any) -> None:
         epilog="examples:\n  smolforge summary smollm2-135m\n  smolforge summary runs/pocket --json\n",
     )
     summary.add_argument("model", metavar="PRESET|MODEL", help="a preset, a YAML file, a run or a model")
-    summary.add_argument(
-        "--length", type=positive, default=2048, metavar="N", help="sequence length for FLOPs and memory"
-    )
+    summary.add_argument("--length", type=positive, default=2048, metavar="N", help="length for FLOPs and memory")
     summary.set_defaults(run=_summary)
     compare = verbs.add_parser(
         "compare",

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -78,7 +78,7 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
         return value
 
-    whole.__name__ = "int"  # as argparse calls it for a text that is no number
+    whole.__name__ = "int"  # as argparse calls it for a text that is not a number
     return whole
 
 
@@ -218,6 +218,14 @@ def sampling_params(args: argparse.Namespace, engine: Engine | None = None) -> S
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     own = engine.defaults if engine is not None else {}
     return SamplingParams(**{**args.sampling, **own, **given}, stop=tuple(args.stop))
+
+
+def refuse_others(args: argparse.Namespace, only: Mapping[str, tuple[str, ...]], flag: str, asked: str) -> None:
+    """BadInput for an option of other goals than `asked`; `only` has those of each, and `flag` stands before a goal."""
+    for option, goals in only.items():
+        if getattr(args, option) is not None and asked not in goals:
+            problem = f"is an option of {flag}{' and '.join(goals)}, not of {flag}{asked}"
+            raise BadInput(problem, field=f"--{option.replace('_', '-')}")
 
 
 def print_result(args: argparse.Namespace, outcome: dict[str, Any], text: str) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from smolforge.config import DataConfig, build_config
 from smolforge.data import Corpus
+from smolforge.data.holdout import Holdout
 from smolforge.devices import sum_type
 from smolforge.distributed import DistributedContext
 from smolforge.errors import BadInput, DataError
@@ -203,9 +204,20 @@ class SourceScore:
     entropy_bits_per_byte: float | None
 
 
+HeldOut = tuple[DataConfig, Holdout]  # how a run reads text, and which of it training never sees
+
+
+def held_out_by(run: Run | None) -> HeldOut | None:
+    """What a run held out of all its sources; None without a run, or for one that did not train on text."""
+    if run is None or (config := build_config(str(run.config_path)).data).format != "text":
+        return None
+    with Corpus.open(config, index=run.read_index(), cache_dir=run.path / "cache") as corpus:
+        return config, corpus.holdout
+
+
 def score_sources(
     model: CausalLM, tokenizer: Tokenizer, sources: dict[str, float], *,
-    tokens: int, length: int | None = None, held_out: bool = False, run: Run | None = None,
+    tokens: int, length: int | None = None, held_out: bool = False, trained: HeldOut | None = None,
     text_column: str | None = None,
 ) -> SourceScore:  # fmt: skip
     """Score the mixture of some sources by their weights; rows that cannot be read are told and left out.
@@ -213,29 +225,26 @@ def score_sources(
     Args:
         tokens: maximum number of tokens to score.
         length: context in tokens; the model's, at most `LONGEST`, unless given.
-        held_out: only the documents that training never sees: that of `run` on all of its sources, or one of the
-            default `data.holdout` on these.
-        run: which trained the model.
-        text_column: that of the run, or "text", unless given.
+        held_out: only the documents that training never sees.
+        trained: of the run that made the model, with `held_out`; without, the defaults decide what is held out.
+        text_column: that of `trained`, or "text", unless given.
 
     Raises:
-        DataError: a source is missing or has no text; of the run too, where it decides.
+        DataError: a source is missing or has no text.
         BadInput: the model has no context of that length.
     """
     positions = model.config.max_position_embeddings
     length = min(positions, LONGEST) if length is None else length
     if not 1 <= length <= positions:
         raise BadInput(f"{length} does not fit the model's {positions} positions", field="length")
-    config, holdout = DataConfig(sources=sources, on_error="skip"), None
-    if held_out and run is not None and (trained := build_config(str(run.config_path)).data).format == "text":
-        with Corpus.open(trained, index=run.read_index(), cache_dir=run.path / "cache") as corpus:
-            holdout = corpus.holdout
-        config = trained.model_copy(update={"sources": sources, "on_error": "skip"})
+    config = DataConfig(sources=sources, on_error="skip")
+    if trained is not None:
+        config = trained[0].model_copy(update={"sources": sources, "on_error": "skip"})
     if text_column is not None:
         config = config.model_copy(update={"text_column": text_column})
     with Corpus.open(config) as corpus:
-        if holdout is not None:
-            corpus.holdout = holdout
+        if trained is not None:
+            corpus.holdout = trained[1]
         texts = corpus.parts(held_out=True if held_out else None)
         text, entropy = tokenize_eval_set(texts, tokenizer, tokens), corpus.entropy_bits_per_byte
     windows = -(-(len(text.tokens) - 1) // length)

@@ -140,11 +140,11 @@ def _walk(root: Path) -> list[Path]:
         # A run lies often among its data, and its logs and tokenizer are no text to train on.
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not Run(Path(folder, f)).begun)
         found += [Path(folder, f) for f in sorted(files) if not f.startswith(".")]
+    if not any(path.is_symlink() for path in found):
+        return found
     found, listed = [path for path in found if path.exists()], len(found)
     if len(found) < listed:
         logger.warning("%s: %s passed over", root, plural(listed - len(found), "broken link"))
-    if not any(path.is_symlink() for path in found):
-        return found
     once: dict[Path, Path] = {}
     # A link to a file that is there as well is left out, unless only the link has an ending that tells the format.
     for path in sorted(found, key=lambda path: (format_of(path.name) is None, path.is_symlink())):
@@ -163,11 +163,13 @@ def _choose_shards(
     spec: str, shards: Sequence[Shard], context: Context, recorded: dict[str, Any] | None
 ) -> list[Shard]:
     """The shards to read of all that a folder has; `recorded` is the source's entry in an earlier index."""
-    formats = {shard.format for shard in shards}
+    formats, chat = {shard.format for shard in shards}, context.format != "text"
     if recorded is not None:
-        was = {entry["file"] for entry in recorded["shards"]}
-        return [shard for shard in shards if shard.name in was or _counts_as_new(shard, formats, context)]
-    if context.format != "text":
+        kept, news = {entry["file"] for entry in recorded["shards"]}, (CHAT_GROUPS if chat else GROUPS)[0]
+        # A file that the run did not begin with makes its data others, unless a new run would leave it out too.
+        kept |= {s.name for s in shards if s.format in news and (chat or not _why_not(s, formats, context))}
+        return [shard for shard in shards if shard.name in kept]
+    if chat:
         groups = ([shard for shard in shards if shard.format in group] for group in CHAT_GROUPS)
         return next((group for group in groups if group), [])
     left_out: Counter[str] = Counter()
@@ -179,13 +181,6 @@ def _choose_shards(
             chosen.append(shard)
     _tell(spec, left_out)
     return chosen
-
-
-def _counts_as_new(shard: Shard, formats: set[str], context: Context) -> bool:
-    """Whether a shard that a run did not begin with makes its data others: not where a new run would leave it out."""
-    if context.format != "text":
-        return shard.format in CHAT_GROUPS[0]
-    return shard.format in GROUPS[0] and not _why_not(shard, formats, context)
 
 
 def _why_not(shard: Shard, formats: set[str], context: Context) -> str | None:
